@@ -1,0 +1,69 @@
+"""Reptile: move the start of adaptation towards where adaptation ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.func import vjp
+
+from metadist.algorithm import Algorithm, Estimate, InnerState
+from metadist.algorithms.inner import check_sgd, sgd
+from metadist.oracle import Oracle
+from metadist.problem import Problem
+from metadist.task import Task
+from metadist.trees import Params, sub, tree_map, zeros_like
+
+
+@dataclass(frozen=True)
+class Reptile(Algorithm):
+    """Reptile, a first-order meta-learning method for a learned start of adaptation.
+
+        y_T = inner_steps of SGD on g from the start;   "hypergradient" = start - y_T
+
+    With outer SGD of rate epsilon this is start += epsilon * mean(y_T - start). It needs no
+    query set and no second derivative. With inner_steps = 1 it is plain SGD on the mean of g.
+
+    Args:
+        inner_steps: T, >= 1; useful from 2 on.
+        inner_lr: > 0.
+        momentum: of the inner SGD, in [0, 1).
+
+    Cost: T gradients. Memory: the inner variable.
+    Breaks: it trains the start of adaptation only, so a problem whose context depends on the
+    outer variable (ANIL's features) is refused.
+    Source: Nichol, Achiam, Schulman, "On First-Order Meta-Learning Algorithms", 2018, algorithm
+    2. Differs from it in: inner SGD where the paper runs Adam with beta1 = 0.
+    """
+
+    inner_steps: int = 5
+    inner_lr: float = 0.1
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_sgd(self.inner_steps, self.inner_lr, self.momentum)
+
+    def init(self, oracle: Oracle, outer: Params, inner: Params) -> InnerState:
+        return InnerState(inner)
+
+    def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
+        rates = {name: leaf.new_tensor(self.inner_lr) for name, leaf in inner.items()}
+        return sgd(oracle, outer, inner, self.inner_steps, rates, self.momentum)
+
+    def estimate(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
+        adapted = self.adapt(oracle, outer, state.inner)
+        return Estimate(zeros_like(outer), sub(state.inner, adapted), InnerState(adapted), {})
+
+    def check(self, problem: Problem, outer: Params, task: Task) -> None:
+        (context, _), pullback = vjp(  # type: ignore[misc]
+            lambda x: (problem.encode(x, task), problem.init_inner(x, task)), outer
+        )
+        start = zeros_like(problem.init_inner(outer, task))
+        (dependence,) = pullback((tree_map(torch.ones_like, context), start))
+        names = [name for name, leaf in dependence.items() if bool(leaf.any())]
+        if names:
+            raise ValueError(
+                "algorithm Reptile trains the start of adaptation only, but the context of this "
+                f"problem depends on {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}: "
+                "use adapt='all', or ITD"
+            )

@@ -1,0 +1,128 @@
+"""`Executor`: who computes the leases of a run. `LocalExecutor` does it in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from metadist.lease import LeaseResult, Workload, pick_device
+from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable, StepResult
+from metadist.trees import Params
+
+
+class StepReport(NamedTuple):
+    """One outer step, as the executor tells the trainer of it.
+
+    Args:
+        step: what was applied.
+        results: the applied leases, in lease order.
+        workers: the name of the worker of each of `results`.
+        seconds: since the step before it ended.
+        waiting_s: of these, seconds times workers in which a worker had nothing to compute.
+        num_workers: workers alive.
+        lost_workers: worker deaths noticed during this step.
+        reissued: ids of leases handed out again because their worker died or they were lost.
+    """
+
+    step: StepResult
+    results: tuple[LeaseResult, ...]
+    workers: tuple[str, ...]
+    seconds: float
+    waiting_s: float
+    num_workers: int
+    lost_workers: int
+    reissued: tuple[int, ...]
+
+
+class Executor(Protocol):
+    """Runs outer steps: hands out leases, applies their sums to the outer variable."""
+
+    def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
+        """Make ready to continue from `state`; raises before any work if it cannot run."""
+        ...
+
+    def run(self, until_version: int) -> Iterator[StepReport]:
+        """Train until x has that version; yields after every outer step.
+
+        Leases that are not in x (`OuterState.applied`) are handed out in the order of their
+        numbers, so that continuing after an interruption loses and repeats none.
+        """
+        ...
+
+    def outer(self) -> Params:
+        """A copy of the current outer variable, on the CPU."""
+        ...
+
+    def state(self) -> OuterState:
+        """A copy of everything that must persist, on the CPU."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """What a reader of a result must know: policy, number of workers, device."""
+        ...
+
+    def close(self) -> None:
+        """Stop everything that `start` started; may be called twice."""
+        ...
+
+
+class LocalExecutor:
+    """Computes the leases one after another in this process, synchronously.
+
+    Args:
+        device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...
+    """
+
+    def __init__(self, device: str = "auto") -> None:
+        self._device = pick_device(device)
+        self._variable: OuterVariable | None = None
+
+    def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
+        self._workload = workload
+        self._variable = OuterVariable.from_state(state, optimizer)
+
+    def run(self, until_version: int) -> Iterator[StepReport]:
+        variable = self._started()
+        while variable.version < until_version:
+            began = time.perf_counter()
+            outer = {name: leaf.to(self._device) for name, leaf in variable.params.items()}
+            results: list[LeaseResult] = []
+            contributions: list[Contribution] = []
+            for lease_id in variable.next_leases(self._workload.leases_per_step):
+                lease = self._workload.lease(lease_id, variable.version)
+                result, total = self._workload.compute(lease, outer)
+                results.append(result)
+                contributions.append(
+                    Contribution(lease.id, lease.version, total.cpu(), result.num_tasks)
+                )
+            step = variable.apply(contributions)
+            seconds = time.perf_counter() - began
+            computing = sum(result.sampling_s + result.compute_s for result in results)
+            yield StepReport(
+                step,
+                tuple(results),
+                ("local",) * len(results),
+                seconds,
+                seconds - computing,
+                1,
+                0,
+                (),
+            )
+
+    def outer(self) -> Params:
+        return self._started().params
+
+    def state(self) -> OuterState:
+        return self._started().state()
+
+    def describe(self) -> dict[str, str]:
+        return {"executor": "local", "policy": "bsp", "device": str(self._device)}
+
+    def close(self) -> None:
+        self._variable = None
+
+    def _started(self) -> OuterVariable:
+        if self._variable is None:
+            raise RuntimeError("the executor must be started with start(...) before it is used")
+        return self._variable

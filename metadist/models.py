@@ -1,0 +1,261 @@
+"""The backbones of the few-shot literature, with batch norm as an explicit policy.
+
+Shape letters: R rows (examples), B tasks, C channels, H height, W width, N ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BatchNormPolicy = Literal["transductive", "inductive", "none"]
+
+
+class Rows(NamedTuple):
+    """What the rows of the tensors that pass through a model are.
+
+    Args:
+        num_tasks: B; the rows are example-major and task-minor, (R*B, C, H, W), so that viewed
+            as (R, B*C, H, W) each channel of each task is a channel of its own.
+        sets: sizes of the sets that follow one another along R, the support set first;
+            empty: one set.
+    """
+
+    num_tasks: int = 1
+    sets: tuple[int, ...] = ()
+
+
+_rows = Rows()
+
+
+@contextmanager
+def rows(num_tasks: int = 1, sets: tuple[int, ...] = ()) -> Iterator[None]:
+    """Within the block every `TaskBatchNorm` of this process reads its rows as `Rows(...)`."""
+    global _rows
+    before, _rows = _rows, Rows(num_tasks, sets)
+    try:
+        yield
+    finally:
+        _rows = before
+
+
+class TaskBatchNorm(nn.Module):
+    """Batch norm over the examples of one set of one task; it keeps no running statistics.
+
+    Args:
+        num_features: C.
+        policy: "transductive": each set by its own statistics, so a query example sees the
+            other query examples (the convention of MAML). "inductive": every set by the
+            statistics of the support set.
+        eps: added to the variance.
+
+    Tasks that pass together (see `rows`) are kept apart exactly.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        policy: Literal["transductive", "inductive"] = "transductive",
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        if policy not in ("transductive", "inductive"):
+            raise ValueError(f"policy must be 'transductive' or 'inductive', got {policy!r}")
+        self.num_features = num_features
+        self.policy = policy
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        num_tasks, sets = _rows
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        shape = x.shape
+        if num_tasks > 1:
+            x = x.view(-1, num_tasks * shape[1], *shape[2:])
+            weight, bias = weight.repeat(num_tasks), bias.repeat(num_tasks)
+        if len(sets) < 2:
+            out = self._own_statistics(x, weight, bias)
+        elif self.policy == "transductive":
+            out = torch.cat([self._own_statistics(part, weight, bias) for part in x.split(sets)])
+        else:
+            axes = [0, *range(2, x.ndim)]
+            variance, mean = torch.var_mean(x[: sets[0]], axes, correction=0, keepdim=True)
+            channel = mean.shape
+            gain = weight.view(channel[1:]) * (variance + self.eps).rsqrt()
+            out = (x - mean) * gain + bias.view(channel[1:])
+        return out.view(shape)
+
+    def _own_statistics(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, policy={self.policy!r}"
+
+
+def norm_layer(num_features: int, policy: BatchNormPolicy) -> nn.Module:
+    """The layer for a batch-norm policy; "none" is no normalisation at all."""
+    if policy == "none":
+        return nn.Identity()
+    return TaskBatchNorm(num_features, policy)
+
+
+def with_task_batch_norm(
+    model: nn.Module, policy: Literal["transductive", "inductive"] = "transductive"
+) -> nn.Module:
+    """`model` itself, each batch norm in it replaced by a `TaskBatchNorm` of the same weights."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            norm = TaskBatchNorm(child.num_features, policy, child.eps)
+            if child.affine:
+                norm.weight, norm.bias = child.weight, child.bias
+            else:
+                norm.requires_grad_(False)
+            setattr(model, name, norm)
+        else:
+            with_task_batch_norm(child, policy)
+    return model
+
+
+class Conv4(nn.Module):
+    """Four blocks of conv 3x3, batch norm, ReLU, max-pool 2, and a linear head.
+
+    Args:
+        n_way: N, outputs.
+        in_channels: C of the images.
+        width: channels of every block; 64 (Omniglot) and 32 (mini-ImageNet) are usual.
+        image_size: H = W of the images, >= 16.
+        batch_norm: "transductive", "inductive" or "none".
+
+    Source: Vinyals et al., NeurIPS 2016; Finn, Abbeel, Levine, ICML 2017.
+    """
+
+    def __init__(
+        self,
+        n_way: int = 5,
+        in_channels: int = 1,
+        width: int = 64,
+        image_size: int = 28,
+        batch_norm: BatchNormPolicy = "transductive",
+    ) -> None:
+        super().__init__()
+        _check_sizes(n_way=n_way, in_channels=in_channels, width=width)
+        if image_size < 16:
+            raise ValueError(f"image_size must be >= 16 for four poolings, got {image_size}")
+        channels = [in_channels, width, width, width, width]
+        self.features = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(channels[i], channels[i + 1], 3, padding=1),
+                    norm_layer(channels[i + 1], batch_norm),
+                    nn.ReLU(),
+                    nn.MaxPool2d(2),
+                )
+                for i in range(4)
+            ),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(width * (image_size // 16) ** 2, n_way)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, shape (R, N), of images of shape (R, C, H, W)."""
+        return self.head(self.features(x))
+
+
+class ResidualBlock(nn.Module):
+    """Three 3x3 convolutions with a 1x1 shortcut, LeakyReLU(0.1), max-pool 2."""
+
+    def __init__(self, in_channels: int, width: int, batch_norm: BatchNormPolicy) -> None:
+        super().__init__()
+        channels = [in_channels, width, width, width]
+        layers: list[nn.Module] = []
+        for i in range(3):
+            layers += [
+                nn.Conv2d(channels[i], channels[i + 1], 3, padding=1, bias=False),
+                norm_layer(width, batch_norm),
+            ]
+            if i < 2:
+                layers.append(nn.LeakyReLU(0.1))
+        self.residual = nn.Sequential(*layers)
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(in_channels, width, 1, bias=False), norm_layer(width, batch_norm)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(F.leaky_relu(self.residual(x) + self.shortcut(x), 0.1), 2)
+
+
+class ResNet12(nn.Module):
+    """Four residual blocks of three convolutions, global average pooling, a linear head.
+
+    Args:
+        n_way: N, outputs.
+        in_channels: C of the images.
+        widths: channels of the blocks; (64, 160, 320, 640) as in MetaOptNet.
+        image_size: H = W of the images, >= 16.
+        batch_norm: "transductive", "inductive" or "none".
+
+    Source: Lee et al., "Meta-Learning with Differentiable Convex Optimization", CVPR 2019.
+    Differs from it in: no DropBlock, whose masks no inner loop could replay.
+    """
+
+    def __init__(
+        self,
+        n_way: int = 5,
+        in_channels: int = 3,
+        widths: tuple[int, int, int, int] = (64, 160, 320, 640),
+        image_size: int = 84,
+        batch_norm: BatchNormPolicy = "transductive",
+    ) -> None:
+        super().__init__()
+        _check_sizes(n_way=n_way, in_channels=in_channels, widths=min(widths))
+        if image_size < 16:
+            raise ValueError(f"image_size must be >= 16 for four poolings, got {image_size}")
+        channels = [in_channels, *widths]
+        self.features = nn.Sequential(
+            *(ResidualBlock(channels[i], channels[i + 1], batch_norm) for i in range(4)),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(widths[-1], n_way)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, shape (R, N), of images of shape (R, C, H, W)."""
+        return self.head(self.features(x))
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them; (40, 40) for sinusoid regression as in MAML.
+
+    Args:
+        in_features, out_features: sizes of input and output.
+        hidden: widths of the layers between.
+    """
+
+    def __init__(
+        self, in_features: int = 1, out_features: int = 1, hidden: tuple[int, ...] = (40, 40)
+    ) -> None:
+        super().__init__()
+        _check_sizes(in_features=in_features, out_features=out_features, hidden=min(hidden))
+        sizes = [in_features, *hidden]
+        layers: list[nn.Module] = []
+        for i in range(len(hidden)):
+            layers += [nn.Linear(sizes[i], sizes[i + 1]), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(sizes[-1], out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs, shape (R, out_features), of inputs of shape (R, in_features)."""
+        return self.head(self.features(x))
+
+
+def _check_sizes(**sizes: int) -> None:
+    for field, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{field} must be >= 1, got {size}")

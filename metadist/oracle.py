@@ -1,0 +1,271 @@
+"""`Oracle`: the derivatives of one problem on one task's data, the only thing an algorithm calls.
+
+x is the context (`outer`), y the inner variable, g the inner and f the outer loss;
+H = d2g/dy2 and J = d2g/dxdy. All results are detached from x and y unless stated.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+import torch._dynamo.exc
+from torch import Tensor
+
+from metadist.problem import Problem
+from metadist.task import Batch, Task
+from metadist.trees import Params
+
+
+class Draw(NamedTuple):
+    """A mini-batch by number: the same draw of the same oracle is the same examples."""
+
+    source: Literal["support", "query"]
+    counter: int
+
+
+class Oracle(Protocol):
+    """Derivatives of g on draws of the support set and of f on draws of the query set."""
+
+    def draw_inner(self) -> Draw:
+        """A fresh mini-batch of the support set."""
+        ...
+
+    def draw_outer(self) -> Draw:
+        """A fresh mini-batch of the query set."""
+        ...
+
+    def inner_grad(self, x: Params, y: Params, draw: Draw) -> Params:
+        """grad_y g. Cost: one gradient."""
+        ...
+
+    def inner_grads(self, x: Params, y: Params, draw: Draw) -> tuple[Params, Params]:
+        """(grad_x g, grad_y g). Cost: one joint gradient."""
+        ...
+
+    def outer_grads(self, x: Params, y: Params, draw: Draw) -> tuple[Params, Params]:
+        """(grad_x f, grad_y f). Cost: one joint gradient."""
+        ...
+
+    def second_order(self, x: Params, y: Params, v: Params, draw: Draw) -> tuple[Params, Params]:
+        """(J v shaped like x, H v shaped like y). Cost: about two gradients for both."""
+        ...
+
+    def hvp(self, x: Params, y: Params, v: Params, draw: Draw) -> Params:
+        """H v. Cost: about two gradients."""
+        ...
+
+    def inner_value(self, x: Params, y: Params, draw: Draw) -> Tensor:
+        """g, shape (); differentiable in a local oracle."""
+        ...
+
+    def outer_value(self, x: Params, y: Params, draw: Draw) -> Tensor:
+        """f, shape (); differentiable in a local oracle."""
+        ...
+
+
+class AutogradOracle:
+    """The local oracle: derivatives of `problem` on the data of `task` by torch.func.
+
+    Args:
+        problem: whose losses are differentiated.
+        task: one task, or under vmap one slice of a stack of tasks.
+        batch_size: examples per draw; None: every draw is the whole support or query set.
+        seed: of the draws, together with the task's id; reproducible on every device.
+        compile: compile each derivative with torch.compile, once per problem and shape; where
+            no compiler works, a warning is given and the derivatives run uncompiled.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        task: Task,
+        batch_size: int | None = None,
+        seed: int = 0,
+        compile: bool = False,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1 or None for whole sets, got {batch_size}")
+        self._derivatives = _derivatives(_Identity(problem), compile)
+        self._problem = problem
+        self._task = task
+        self._batch_size = batch_size
+        self._seed = seed
+        self._num_draws = 0
+
+    def _draw(self, source: Literal["support", "query"]) -> Draw:
+        self._num_draws += 1
+        return Draw(source, self._num_draws - 1)
+
+    def draw_inner(self) -> Draw:
+        return self._draw("support")
+
+    def draw_outer(self) -> Draw:
+        return self._draw("query")
+
+    def batch(self, draw: Draw) -> Batch:
+        """The examples of `draw`: a uniform choice without replacement."""
+        full = self._task.support if draw.source == "support" else self._task.query
+        num_examples = full.index.shape[0]
+        if self._batch_size is None or self._batch_size >= num_examples:
+            return full
+        keys = random_keys(full.index, self._seed, self._task.id, draw.counter)
+        return full.take(keys.argsort()[: self._batch_size])
+
+    def inner_grad(self, x: Params, y: Params, draw: Draw) -> Params:
+        return self._derivatives.inner_grad(x, y, self.batch(draw))
+
+    def inner_grads(self, x: Params, y: Params, draw: Draw) -> tuple[Params, Params]:
+        return self._derivatives.inner_grads(x, y, self.batch(draw))
+
+    def outer_grads(self, x: Params, y: Params, draw: Draw) -> tuple[Params, Params]:
+        return self._derivatives.outer_grads(x, y, self.batch(draw))
+
+    def second_order(self, x: Params, y: Params, v: Params, draw: Draw) -> tuple[Params, Params]:
+        return self._derivatives.second_order(x, y, v, self.batch(draw))
+
+    def hvp(self, x: Params, y: Params, v: Params, draw: Draw) -> Params:
+        return self._derivatives.hvp(x, y, v, self.batch(draw))
+
+    def inner_value(self, x: Params, y: Params, draw: Draw) -> Tensor:
+        return self._problem.inner_loss(x, y, self.batch(draw))
+
+    def outer_value(self, x: Params, y: Params, draw: Draw) -> Tensor:
+        return self._problem.outer_loss(x, y, self.batch(draw))
+
+
+class CountingOracle:
+    """Another oracle, with `counts` of what it was asked.
+
+    Keys: `inner_grad` (grad_y g), `inner_grad_x` (grad_x g), `outer_grads` (joint), `hvp` (H v),
+    `jvp` (J v). Under vmap over B tasks one call is counted once.
+    """
+
+    def __init__(self, oracle: Oracle) -> None:
+        self._oracle = oracle
+        self.counts: Counter[str] = Counter()
+
+    def draw_inner(self) -> Draw:
+        return self._oracle.draw_inner()
+
+    def draw_outer(self) -> Draw:
+        return self._oracle.draw_outer()
+
+    def inner_grad(self, x: Params, y: Params, draw: Draw) -> Params:
+        self.counts["inner_grad"] += 1
+        return self._oracle.inner_grad(x, y, draw)
+
+    def inner_grads(self, x: Params, y: Params, draw: Draw) -> tuple[Params, Params]:
+        self.counts.update(inner_grad=1, inner_grad_x=1)
+        return self._oracle.inner_grads(x, y, draw)
+
+    def outer_grads(self, x: Params, y: Params, draw: Draw) -> tuple[Params, Params]:
+        self.counts["outer_grads"] += 1
+        return self._oracle.outer_grads(x, y, draw)
+
+    def second_order(self, x: Params, y: Params, v: Params, draw: Draw) -> tuple[Params, Params]:
+        self.counts.update(hvp=1, jvp=1)
+        return self._oracle.second_order(x, y, v, draw)
+
+    def hvp(self, x: Params, y: Params, v: Params, draw: Draw) -> Params:
+        self.counts["hvp"] += 1
+        return self._oracle.hvp(x, y, v, draw)
+
+    def inner_value(self, x: Params, y: Params, draw: Draw) -> Tensor:
+        self.counts["inner_value"] += 1
+        return self._oracle.inner_value(x, y, draw)
+
+    def outer_value(self, x: Params, y: Params, draw: Draw) -> Tensor:
+        self.counts["outer_value"] += 1
+        return self._oracle.outer_value(x, y, draw)
+
+
+def random_keys(index: Tensor, *seeds: int | Tensor) -> Tensor:
+    """Pseudo-random int64 like `index`, a hash of each entry and of the seeds.
+
+    Integer arithmetic only (the finaliser of splitmix64, Steele et al. 2014): the same on every
+    device and under vmap, where a torch.Generator is neither.
+    """
+
+    def mix(z: Tensor) -> Tensor:
+        # A shift of int64 copies the sign; the mask makes it the shift of an unsigned number.
+        z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+        z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+        return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+    keys = torch.zeros_like(index)
+    for seed in (*seeds, index):
+        keys = mix(keys + seed + -0x61C8864680B583EB)
+    return keys
+
+
+class _Derivatives:
+    """The derivatives of one problem as pure functions of (x, y, v, batch)."""
+
+    def __init__(self, problem: Problem) -> None:
+        g, f = problem.inner_loss, problem.outer_loss
+        self.inner_grad: Callable[..., Any] = torch.func.grad(g, argnums=1)
+        self.inner_grads: Callable[..., Any] = torch.func.grad(g, argnums=(0, 1))
+        self.outer_grads: Callable[..., Any] = torch.func.grad(f, argnums=(0, 1))
+
+        # Forward over reverse: the derivative of grad g in direction v, without a second graph.
+        def second_order(x: Params, y: Params, v: Params, batch: Batch) -> Any:
+            return torch.func.jvp(lambda y: self.inner_grads(x, y, batch), (y,), (v,))[1]
+
+        def hvp(x: Params, y: Params, v: Params, batch: Batch) -> Any:
+            return torch.func.jvp(lambda y: self.inner_grad(x, y, batch), (y,), (v,))[1]
+
+        self.second_order: Callable[..., Any] = second_order
+        self.hvp: Callable[..., Any] = hvp
+
+
+class _Identity:
+    """A key that compares by identity and keeps its object alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.value is self.value
+
+
+@lru_cache(maxsize=8)
+def _derivatives(problem: _Identity, compile: bool) -> _Derivatives:
+    derivatives = _Derivatives(problem.value)
+    if compile:
+        eager = dict(vars(derivatives))
+        for name, function in eager.items():
+            setattr(derivatives, name, _compiled(function))
+    return derivatives
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled at its first call; uncompiled, with a warning, where that fails."""
+    current = torch.compile(function, dynamic=False)
+
+    def call(*args: Any) -> Any:
+        nonlocal current
+        if current is function:
+            return function(*args)
+        try:
+            return current(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            # An error of the function itself is raised again, readable, by the call below.
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"compile=True has no effect, torch.compile failed: {reason}; "
+                "install a C++ compiler (or on GPU, triton), or pass compile=False",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            current = function
+            return function(*args)
+
+    return call

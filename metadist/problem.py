@@ -1,0 +1,64 @@
+"""`Problem`: what a user writes to describe a bilevel problem.
+
+    min_x  mean over tasks of f(x, y(x))    where  y(x) comes from adapting on  g(x, .)
+
+Every method is pure: no in-place change of an argument, no state, no randomness that is not
+given. The split of the outer variable into a *context* (from `encode`) and a *start* (from
+`init_inner`) carries both speed and generality: an algorithm sees only context and start, and
+one vector-Jacobian product through the two methods gives the hypergradient.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from metadist.task import Batch, Task
+from metadist.trees import Params
+
+
+class Problem(Protocol):
+    """A bilevel problem; subclass it and write the abstract methods.
+
+    `outer` of `encode` and `init_inner` is the outer variable x. `outer` of the losses is what
+    `encode` returned for the task, by default x itself.
+    """
+
+    @abstractmethod
+    def init_outer(self, generator: torch.Generator) -> Params:
+        """The outer variable to start from; all randomness from `generator` (a CPU one)."""
+
+    def encode(self, outer: Params, task: Task) -> Params:
+        """The context of `task`: differentiable in `outer`, computed once per outer step."""
+        return outer
+
+    def encode_tasks(self, outer: Params, tasks: Task) -> Params:
+        """`encode` of a stack of tasks, with a leading task axis in every result.
+
+        Override it where one batched call is cheaper than one call per task; the values must
+        be those of `encode` task by task.
+        """
+        return torch.func.vmap(self.encode, in_dims=(None, 0))(outer, tasks)
+
+    @abstractmethod
+    def init_inner(self, outer: Params, task: Task) -> Params:
+        """Where adaptation starts, differentiable in `outer`."""
+
+    @abstractmethod
+    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        """g, shape (): the loss that adaptation lowers, on (a batch of) the support set."""
+
+    @abstractmethod
+    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        """f, shape (): the loss of the adapted variable on (a batch of) the query set."""
+
+    def metrics(self, outer: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
+        """Further figures on the query set, each of shape (), for example `accuracy`."""
+        return {}
+
+    def describe(self) -> dict[str, str]:
+        """What a reader of a result must know to repeat it, for example the batch-norm policy."""
+        return {}

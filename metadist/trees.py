@@ -1,0 +1,113 @@
+"""Arithmetic on `Params`: dictionaries of tensors, the form of every variable and every gradient.
+
+All functions are pure and act name by name; two trees in one call must have the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+
+
+def tree_map(function: Callable[..., Tensor], first: Params, *rest: Params) -> Params:
+    """`{name: function(first[name], ...)}`; raises ValueError where the names differ."""
+    for other in rest:
+        if other.keys() != first.keys():
+            raise ValueError(
+                "trees must have the same names, got "
+                f"{sorted(first.keys() - other.keys())} only in the first and "
+                f"{sorted(other.keys() - first.keys())} only in another"
+            )
+    return {name: function(leaf, *(other[name] for other in rest)) for name, leaf in first.items()}
+
+
+def add(first: Params, second: Params, scale: float | Tensor = 1.0) -> Params:
+    """`first + scale * second`."""
+    return tree_map(lambda a, b: a + scale * b, first, second)
+
+
+def sub(first: Params, second: Params) -> Params:
+    """`first - second`."""
+    return tree_map(torch.sub, first, second)
+
+
+def scale(tree: Params, factor: float | Tensor) -> Params:
+    """`factor * tree`."""
+    return tree_map(lambda a: factor * a, tree)
+
+
+def multiply(first: Params, second: Params) -> Params:
+    """The elementwise product of two trees (each leaf broadcasts)."""
+    return tree_map(torch.mul, first, second)
+
+
+def zeros_like(tree: Params) -> Params:
+    """A tree of zeros of the same shapes."""
+    return tree_map(torch.zeros_like, tree)
+
+
+def detach(tree: Params) -> Params:
+    """The same values, cut from any graph."""
+    return tree_map(Tensor.detach, tree)
+
+
+def dot(first: Params, second: Params) -> Tensor:
+    """The inner product over all leaves, a tensor of shape ()."""
+    products = tree_map(lambda a, b: (a * b).sum(), first, second)
+    if not products:
+        return torch.zeros(())
+    return torch.stack(list(products.values())).sum()
+
+
+def norm(tree: Params) -> Tensor:
+    """The Euclidean norm over all leaves, a tensor of shape ()."""
+    return dot(tree, tree).sqrt()
+
+
+def stack(trees: list[Params]) -> Params:
+    """One tree whose leaves have a new leading axis over `trees`."""
+    return tree_map(lambda *leaves: torch.stack(leaves), trees[0], *trees[1:])
+
+
+def select(tree: Params, index: int) -> Params:
+    """Entry `index` of the leading axis of every leaf."""
+    return {name: leaf[index] for name, leaf in tree.items()}
+
+
+def num_elements(tree: Mapping[str, Tensor]) -> int:
+    """How many numbers the tree holds."""
+    return sum(leaf.numel() for leaf in tree.values())
+
+
+def check_flattenable(tree: Params, field: str) -> torch.dtype:
+    """The one floating dtype of all leaves; ValueError if there is none or more than one."""
+    dtypes = {leaf.dtype for leaf in tree.values()}
+    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
+        raise ValueError(
+            f"{field} must hold tensors of one floating dtype, got {sorted(map(str, dtypes))}: "
+            "cast the model with model.float() or model.double()"
+        )
+    return dtypes.pop()
+
+
+def flatten(tree: Params) -> Tensor:
+    """All leaves in the order of the tree, as one vector of shape (num_elements,)."""
+    return torch.cat([leaf.reshape(-1) for leaf in tree.values()])
+
+
+def unflatten(flat: Tensor, like: Params) -> Params:
+    """The inverse of `flatten`: views of `flat` with the names and shapes of `like`."""
+    if flat.shape != (num_elements(like),):
+        raise ValueError(
+            f"flat must have shape ({num_elements(like)},) to fill the tree, "
+            f"got {tuple(flat.shape)}"
+        )
+    pieces = flat.split([leaf.numel() for leaf in like.values()])
+    return {
+        name: piece.view(leaf.shape)
+        for (name, leaf), piece in zip(like.items(), pieces, strict=True)
+    }

@@ -1,0 +1,365 @@
+"""The conformance test of task samplers, for the samplers of users too."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import pickle
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metadist.task import Batch, Task, shape_signature
+
+
+class SamplerError(ValueError):
+    """A sampler breaks its contract; `violations` lists every way in which it does."""
+
+    def __init__(self, name: str, violations: list[str]) -> None:
+        super().__init__(
+            f"{name} breaks the contract of a task sampler:\n  - " + "\n  - ".join(violations)
+        )
+        self.violations = tuple(violations)
+
+
+@dataclass(frozen=True)
+class SamplerReport:
+    """Facts about a sampler that passed `check_sampler`."""
+
+    name: str
+    num_tasks: int
+    n_way: int | None  # None: not a classification
+    support_shapes: tuple[tuple[int, ...], ...]  # of the first task
+    query_shapes: tuple[tuple[int, ...], ...]
+    constant_shapes: bool  # unequal tasks cannot be stacked: vectorize=False
+    distinct_tasks: int
+    tasks_per_second: float
+    pickle_bytes: int
+    processes: bool  # also compared with a fresh process
+
+    def __str__(self) -> str:
+        kind = "no class labels" if self.n_way is None else f"{self.n_way}-way"
+        shapes = "the same in all tasks" if self.constant_shapes else "not the same in all tasks"
+        compared = "and a fresh process" if self.processes else "only"
+        return "\n".join(
+            (
+                f"{self.name}: {self.num_tasks} tasks, {self.distinct_tasks} different, {kind}",
+                f"  support {_sizes(self.support_shapes)}, query {_sizes(self.query_shapes)}; "
+                f"{shapes}",
+                f"  deterministic in this process {compared}",
+                f"  {self.tasks_per_second:,.0f} tasks/s, {self.pickle_bytes:,} bytes pickled",
+            )
+        )
+
+
+def check_sampler(
+    sampler: Any,
+    num_tasks: int = 20,
+    processes: bool = True,
+    other: Any = None,
+    allow_equal_examples: bool = False,
+) -> SamplerReport:
+    """Facts about a sampler that keeps the contract of `metadist.task.TaskSampler`.
+
+    Checked on the tasks 0 .. num_tasks-1: they are Tasks of Batches with equal lengths and
+    `index = 0, 1, ...`; `id` is the index; numbers are finite; integer labels, where the last
+    tensor holds such, are int64 and 0 .. N-1 with each of them in the support set; the same
+    index gives the same bytes again, in another order, from a pickled copy and, with `processes`,
+    in a fresh process with another hash seed and another number of threads; the global random
+    states are left alone; no example is in both sets.
+
+    Examples are compared byte by byte: the inputs of a classification, inputs and targets of
+    anything else. Continuous data repeats a number by chance about never, so an example in both
+    sets is a leak there too. What this cannot see: an example that comes back augmented.
+
+    Args:
+        sampler: the sampler; it must be picklable, because it travels to workers.
+        num_tasks: >= 2.
+        processes: start a Python process (some seconds). In a script, call this under
+            `if __name__ == "__main__":`.
+        other: a sampler of another split, which must share no example with this one; nor a class
+            if both have `class_names`.
+        allow_equal_examples: for data in which different examples may be equal (tables of small
+            integers, blank images): skips the comparisons of examples.
+
+    Raises:
+        SamplerError: at least one rule is broken; it lists all that are.
+    """
+    if type(num_tasks) is not int or num_tasks < 2:
+        raise ValueError(f"num_tasks must be an integer >= 2, got {num_tasks!r}")
+    name = type(sampler).__name__
+    if not callable(getattr(sampler, "sample", None)):
+        raise SamplerError(name, [f"it must have a method sample(index: int) -> Task, got {name}"])
+    states = _random_states()
+    start = time.perf_counter()
+    try:
+        tasks = [sampler.sample(index) for index in range(num_tasks)]
+    except Exception as error:
+        raise SamplerError(name, [f"sample(index) must give a task, got {error!r}"]) from error
+    seconds = time.perf_counter() - start
+    now = _random_states()
+    violations = [
+        f"sample must leave global random states alone, got that of {owner} changed: use a "
+        "generator of your own, seeded with (seed, split, index)"
+        for owner in states
+        if states[owner] != now[owner]
+    ]
+    malformed = [v for index, task in enumerate(tasks) for v in _malformed(task, index)]
+    if malformed:
+        raise SamplerError(name, _first_of_each(violations + malformed))
+    for index, task in enumerate(tasks):
+        violations += _wrong_values(task, index)
+        if not allow_equal_examples:
+            violations += _leaks(task, index)
+    digests = [_digest(task) for task in tasks]
+    violations += _irreproducible(sampler, digests, processes)
+    if other is not None:
+        violations += _impure(sampler, other, tasks, allow_equal_examples)
+    if violations:
+        raise SamplerError(name, _first_of_each(violations))
+    return SamplerReport(
+        name=name,
+        num_tasks=num_tasks,
+        n_way=_n_way(tasks[0]),
+        support_shapes=tuple(tuple(t.shape) for t in tasks[0].support.tensors),
+        query_shapes=tuple(tuple(t.shape) for t in tasks[0].query.tensors),
+        constant_shapes=len({shape_signature(task) for task in tasks}) == 1,
+        distinct_tasks=len(set(digests)),
+        tasks_per_second=num_tasks / seconds,
+        pickle_bytes=len(pickle.dumps(sampler)),
+        processes=processes,
+    )
+
+
+def _malformed(task: Any, index: int) -> Iterator[str]:
+    """What keeps a task from being looked at any further."""
+    if not isinstance(task, Task):
+        yield f"sample must return a metadist.task.Task, got {type(task).__name__} (task {index})"
+        return
+    sets: dict[str, Any] = {"support": task.support, "query": task.query}
+    for name, batch in sets.items():
+        if not isinstance(batch, Batch):
+            yield f"{name} must be a metadist.task.Batch, got {type(batch).__name__} (task {index})"
+            continue
+        tensors = batch.tensors
+        if not isinstance(tensors, tuple) or not tensors or not _all_tensors(tensors):
+            yield f"{name}.tensors must be a non-empty tuple of tensors, got {tensors!r:.60} (task {index})"
+            continue
+        if any(tensor.ndim == 0 for tensor in tensors):
+            yield f"{name}.tensors must have an axis of examples, got a scalar (task {index})"
+            continue
+        lengths = {len(tensor) for tensor in tensors}
+        if len(lengths) > 1 or 0 in lengths:
+            yield (
+                f"{name}.tensors must have one length >= 1 along axis 0, got "
+                f"{[tuple(tensor.shape) for tensor in tensors]} (task {index})"
+            )
+            continue
+        expected = torch.arange(lengths.pop())
+        given = batch.index
+        if not isinstance(given, Tensor) or not torch.equal(given.cpu(), expected):
+            yield (
+                f"{name}.index must be int64 0, 1, ... {len(expected) - 1}, got "
+                f"{given!r:.60} (task {index}): build the set with Batch.of(...)"
+            )
+
+
+def _wrong_values(task: Task, index: int) -> Iterator[str]:
+    if isinstance(task.id, bool) or not isinstance(task.id, int) or task.id != index:
+        yield f"id must be the index, got {task.id!r} (task {index})"
+    for name, batch in (("support", task.support), ("query", task.query)):
+        for position, tensor in enumerate(batch.tensors):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                yield f"{name}.tensors[{position}] must be finite, got NaN or Inf (task {index})"
+    if not _is_classification(task):
+        return
+    labels, asked = task.support.tensors[-1], task.query.tensors[-1]
+    for name, tensor in (("support", labels), ("query", asked)):
+        if tensor.dtype != torch.int64:
+            yield f"labels of {name} must be int64, got {tensor.dtype} (task {index})"
+    present = labels.unique().tolist()
+    if present != list(range(len(present))):
+        yield (
+            f"labels of support must be 0 .. N-1 with each present, got {present} (task {index}): "
+            "number the classes of each task anew"
+        )
+    unseen = sorted(set(asked.unique().tolist()) - set(present))
+    if unseen:
+        yield f"labels of query must occur in support, got {unseen} besides (task {index})"
+
+
+def _leaks(task: Task, index: int) -> Iterator[str]:
+    support, query = _examples(task, task.support), _examples(task, task.query)
+    both = [position for position, example in enumerate(query) if example in set(support)]
+    if both:
+        yield (
+            f"support and query must be disjoint, got {len(both)} query examples that are in the "
+            f"support set, such as {both[0]} (task {index}): draw both sets in one go without "
+            "replacement, or pass allow_equal_examples=True if different examples may be equal"
+        )
+
+
+def _irreproducible(sampler: Any, digests: list[bytes], processes: bool) -> Iterator[str]:
+    backwards = list(range(len(digests)))[::-1]
+    advice = "seed all randomness with (seed, split, index) and keep no state"
+    again = _digests(sampler, backwards)[::-1]
+    if (got := _differing(digests, again)) is not None:
+        yield f"sample({got}) must give the same bytes again, got others: {advice}"
+        return
+    try:
+        pickled = pickle.dumps(sampler)
+    except Exception as error:  # noqa: BLE001  # whatever a user's class raises is the finding
+        yield (
+            f"a sampler must be picklable, because it travels to workers, got {error!r}: keep no "
+            "lambdas, open files or generators in it"
+        )
+        return
+    if processes:
+        yield from _other_process(pickled, digests, backwards, advice)
+    elif (got := _differing(digests, _digests(pickle.loads(pickled), backwards)[::-1])) is not None:
+        yield f"sample({got}) of a pickled copy must give the same bytes, got others: {advice}"
+
+
+def _other_process(
+    pickled: bytes, digests: list[bytes], order: list[int], advice: str
+) -> Iterator[str]:
+    threads = 2 if torch.get_num_threads() == 1 else 1
+    try:
+        there = in_fresh_process(_digests_there, pickled, order, threads)[::-1]
+    except BrokenProcessPool:
+        yield (
+            "a fresh process must be able to start, got none: call check_sampler under "
+            '`if __name__ == "__main__":`, or pass processes=False'
+        )
+    except Exception as error:  # noqa: BLE001  # whatever a user's class raises is the finding
+        yield (
+            f"sample must work in a fresh process, got {error!r}: define the sampler in a module "
+            "that can be imported there, and have its files there"
+        )
+    else:
+        if (got := _differing(digests, there)) is not None:
+            yield (
+                f"sample({got}) must give the same bytes in another process, got others: {advice}; "
+                "do not use hash(), the order of sets, the time or the number of threads"
+            )
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns in a new Python process with another hash seed."""
+    context = multiprocessing.get_context("spawn")
+    with _hash_seed(), ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+@contextmanager
+def _hash_seed() -> Iterator[None]:
+    before = os.environ.get("PYTHONHASHSEED")
+    os.environ["PYTHONHASHSEED"] = "1" if before != "1" else "2"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONHASHSEED"]
+        else:
+            os.environ["PYTHONHASHSEED"] = before
+
+
+def _impure(
+    sampler: Any, other: Any, tasks: list[Task], allow_equal_examples: bool
+) -> Iterator[str]:
+    names = set(getattr(sampler, "class_names", ())) & set(getattr(other, "class_names", ()))
+    if names:
+        yield f"splits must share no class, got {len(names)} in both, such as {min(names)!r}: "
+            "split by class, and give every class a name of its own"
+    if allow_equal_examples:
+        return
+    theirs = [other.sample(index) for index in range(len(tasks))]
+
+    def everything(tasks: list[Task]) -> set[bytes]:
+        return {e for task in tasks for batch in task[:2] for e in _examples(task, batch)}
+
+    shared = everything(tasks) & everything(theirs)
+    if shared:
+        yield (
+            f"splits must share no example, got {len(shared)} in tasks 0 .. {len(tasks) - 1} of "
+            "both: split by class, from a fixed file"
+        )
+
+
+def _digests(sampler: Any, indices: list[int]) -> list[bytes]:
+    return [_digest(sampler.sample(index)) for index in indices]
+
+
+def _digests_there(pickled: bytes, indices: list[int], threads: int) -> list[bytes]:
+    torch.set_num_threads(threads)
+    return _digests(pickle.loads(pickled), indices)
+
+
+def _digest(task: Task) -> bytes:
+    """A hash of everything in a task except its id."""
+    hasher = hashlib.sha256()
+    for batch in (task.support, task.query):
+        for tensor in (*batch.tensors, batch.index):
+            hasher.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
+            hasher.update(_bytes(tensor))
+    return hasher.digest()
+
+
+def _differing(one: list[bytes], two: list[bytes]) -> int | None:
+    pairs = enumerate(zip(one, two, strict=True))
+    return next((index for index, (a, b) in pairs if a != b), None)
+
+
+def _examples(task: Task, batch: Batch) -> list[bytes]:
+    """The bytes of each example: without its label in a classification."""
+    tensors = batch.tensors[:-1] if _is_classification(task) else batch.tensors
+    columns = [[_bytes(example) for example in tensor] for tensor in tensors]
+    return [b"".join(parts) for parts in zip(*columns, strict=True)]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _is_classification(task: Task) -> bool:
+    labels = task.support.tensors[-1]
+    counted = labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    return len(task.support.tensors) > 1 and labels.ndim == 1 and counted
+
+
+def _n_way(task: Task) -> int | None:
+    return len(task.support.tensors[-1].unique()) if _is_classification(task) else None
+
+
+def _all_tensors(values: tuple[Any, ...]) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
+
+
+def _random_states() -> dict[str, bytes]:
+    return {
+        "torch": _bytes(torch.get_rng_state()),
+        "random": pickle.dumps(random.getstate()),
+        "numpy": pickle.dumps(np.random.get_state()),  # noqa: NPY002  # only looked at
+    }
+
+
+def _first_of_each(violations: list[str]) -> list[str]:
+    """One of those that differ in their task and values only."""
+    firsts: dict[str, str] = {}
+    for violation in violations:
+        firsts.setdefault(violation.split(", got ")[0], violation)
+    return list(firsts.values())
+
+
+def _sizes(shapes: tuple[tuple[int, ...], ...]) -> str:
+    return " and ".join("x".join(map(str, shape)) for shape in shapes)

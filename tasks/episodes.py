@@ -1,0 +1,254 @@
+"""N-way K-shot episodes drawn from images held in memory: what every image source shares.
+
+Shape letters: N ways, K shots, Q queries a class, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from metadist.task import Batch, Task
+
+_WORD = 2**64
+
+
+@lru_cache(maxsize=256)
+def split_number(split: str) -> int:
+    """A 64-bit number for the name of a split, the same in every process and Python."""
+    return int.from_bytes(hashlib.sha256(split.encode()).digest()[:8], "little")
+
+
+def require_integer(name: str, value: object, minimum: int) -> None:
+    """Nothing, or a ValueError that names the field, its rule and its value."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+
+
+def require_word(name: str, value: object) -> None:
+    """Nothing, or a ValueError: `value` must be an integer in [0, 2^64)."""
+    require_integer(name, value, 0)
+    if value >= _WORD:  # type: ignore[operator]
+        raise ValueError(f"{name} must be an integer < 2**64, got {value!r}")
+
+
+def require_episode(n_way: int, k_shot: int, k_query: int, seed: int) -> None:
+    """Nothing, or a ValueError: what can be said of these before any data is read."""
+    require_integer("n_way", n_way, 2)
+    require_integer("k_shot", k_shot, 1)
+    require_integer("k_query", k_query, 1)
+    require_word("seed", seed)
+
+
+class Draws:
+    """The random numbers of one task: a pure function of (seed, split, index).
+
+    Philox4x64-10, keyed by seed and split, with the index in the highest word of its counter: no
+    two tasks share a number. Only raw 64-bit words are taken from NumPy, and everything else is
+    derived from them here, so that neither the platform nor the version of NumPy matters
+    (NumPy promises a fixed stream for bit generators, but not for `Generator`).
+
+    Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
+    """
+
+    def __init__(self, seed: int, split: str, index: int) -> None:
+        require_word("index", index)
+        key = np.array([seed, split_number(split)], dtype=np.uint64)
+        counter = np.array([0, 0, 0, index], dtype=np.uint64)
+        self._philox = np.random.Philox(key=key, counter=counter)
+
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """The next `count` words, uniform on [0, 2^64)."""
+        return self._philox.random_raw(count)
+
+    def uniform(self, low: float, high: float, count: int) -> NDArray[np.float64]:
+        """`count` numbers, uniform on [low, high)."""
+        unit: NDArray[np.float64] = (self.words(count) >> np.uint64(11)) * 2.0**-53
+        return low + (high - low) * unit
+
+    def choose(self, size: int, count: int) -> list[int]:
+        """`count` different positions of `size`, in random order; cost independent of `size`."""
+        moved: dict[int, int] = {}  # Fisher-Yates on a list 0 .. size-1 that is never written down
+        chosen = []
+        for step, word in enumerate(self.words(count).tolist()):
+            position = step + word % (size - step)
+            chosen.append(moved.get(position, position))
+            moved[position] = moved.get(step, step)
+        return chosen
+
+
+@dataclass(frozen=True, eq=False)
+class ClassImages:
+    """Images in memory, class by class: those of class c are `images[starts[c]:starts[c + 1]]`.
+
+    Args:
+        images: uint8, (images, C, H, W).
+        starts: int64, (classes + 1,).
+        names: one a class, all different.
+    """
+
+    images: NDArray[np.uint8]
+    starts: NDArray[np.int64]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, images_by_class: dict[str, Sequence[NDArray[np.uint8]]]) -> ClassImages:
+        """The images of each class, one uint8 array (C, H, W) an image, all of one shape."""
+        empty = [name for name, images in images_by_class.items() if not len(images)]
+        if not images_by_class or empty:
+            raise ValueError(f"every class must hold an image, got none in {empty or 'any'}")
+        shapes = {image.shape: name for name, images in images_by_class.items() for image in images}
+        if len(shapes) > 1:
+            found = " and ".join(f"{shape} in class {name!r}" for shape, name in shapes.items())
+            raise ValueError(f"images must have one shape, got {found}: give an image_size")
+        sizes = [len(images) for images in images_by_class.values()]
+        everything = [image for images in images_by_class.values() for image in images]
+        return cls(
+            np.ascontiguousarray(np.stack(everything), dtype=np.uint8),
+            np.cumsum([0, *sizes], dtype=np.int64),
+            tuple(images_by_class),
+        )
+
+    @classmethod
+    def from_labels(
+        cls, images: NDArray[np.uint8], labels: NDArray[np.integer[Any]]
+    ) -> ClassImages:
+        """The images (images, C, H, W) with an integer label each; a class is called its label."""
+        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
+            raise ValueError(
+                "images must be uint8 of shape (images, C, H, W) with one label each, got "
+                f"{images.dtype} {images.shape} and {len(labels)} labels"
+            )
+        order = np.argsort(labels, kind="stable")
+        values, counts = np.unique(labels, return_counts=True)
+        names = tuple(str(value) for value in values.tolist())
+        return cls(images[order], np.cumsum([0, *counts], dtype=np.int64), names)
+
+
+class EpisodeSampler:
+    """A sampler of N-way K-shot tasks over images in memory.
+
+    `sample(index)` gives a task whose support tensors are images float32 (N*K, C, H, W) in [0, 1]
+    and labels int64 (N*K,), and whose query tensors are the same with N*Q. Classes are drawn
+    without replacement and numbered 0 .. N-1 in random order; images of a class are drawn without
+    replacement, so support and query are disjoint. Both sets are class-major: K (Q) images of
+    class 0, then of class 1, and so on.
+
+    Give it arrays (`EpisodeSampler(ClassImages.from_labels(images, labels), ...)`), or use one of
+    the sources made of it. The images travel with a pickled sampler: `size_bytes` says how many.
+
+    Args:
+        classes: the images of one split.
+        n_way: classes of a task, N >= 2.
+        k_shot: support images a class, K >= 1.
+        k_query: query images a class, Q >= 1.
+        split: name of the split; a part of the random seed.
+        seed: 0 <= seed < 2^64; another seed, another stream of tasks.
+        rotations: every class also turned by 90, 180 and 270 degrees, as three more classes.
+
+    Raises:
+        ValueError: a size is not positive, or larger than the classes or images there are.
+
+    Source: Vinyals et al., Matching networks (2016), section 4; the rotated classes are those of
+    Santoro et al. (2016).
+    """
+
+    def __init__(
+        self,
+        classes: ClassImages,
+        n_way: int = 5,
+        k_shot: int = 1,
+        k_query: int = 15,
+        split: str = "train",
+        seed: int = 0,
+        rotations: bool = False,
+    ) -> None:
+        require_episode(n_way, k_shot, k_query, seed)
+        self.n_way = int(n_way)
+        self.k_shot = int(k_shot)
+        self.k_query = int(k_query)
+        self.split = split
+        self.seed = int(seed)
+        self.rotations = rotations
+        self.classes = classes
+        self._turns = 4 if rotations else 1
+        self._require_classes()
+        self._require_images()
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes tasks are drawn from."""
+        return self._turns * len(self.classes.names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes tasks are drawn from, without their rotations."""
+        return self.classes.names
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the images: one byte a pixel and channel."""
+        return self.classes.images.nbytes
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(n_way={self.n_way}, k_shot={self.k_shot}, "
+            f"k_query={self.k_query}, split={self.split!r}, seed={self.seed}; "
+            f"{self.num_classes} classes, {len(self.classes.images)} images)"
+        )
+
+    def sample(self, index: int) -> Task:
+        """The task number `index`, 0 <= index < 2^64."""
+        draws = Draws(self.seed, self.split, index)
+        chosen = draws.choose(self.num_classes, self.n_way)
+        rows_NM = np.array([self.draw_rows(c // self._turns, draws) for c in chosen])
+        turns_N = np.array(chosen) % self._turns
+        support = self._batch(rows_NM[:, : self.k_shot], turns_N, draws)
+        query = self._batch(rows_NM[:, self.k_shot :], turns_N, draws)
+        return Task(support, query, int(index))
+
+    def draw_rows(self, class_: int, draws: Draws) -> list[int]:
+        """The rows of the images drawn from a class: K of support, then Q of query."""
+        start, stop = self.classes.starts[class_ : class_ + 2].tolist()
+        chosen = draws.choose(stop - start, self.k_shot + self.k_query)
+        return [start + position for position in chosen]
+
+    def finish(self, images: Tensor, draws: Draws) -> Tensor:
+        """The images of one set as a task holds them, given them in [0, 1]."""
+        return images
+
+    def _batch(self, rows_NM: NDArray[Any], turns_N: NDArray[Any], draws: Draws) -> Batch:
+        images_NMCHW = self.classes.images[rows_NM]
+        for turns in range(1, self._turns):
+            turned = turns_N == turns
+            images_NMCHW[turned] = np.rot90(images_NMCHW[turned], turns, axes=(-2, -1))
+        pixels = torch.from_numpy(images_NMCHW).flatten(0, 1)
+        images = self.finish(pixels.to(torch.float32).div_(255), draws)
+        return Batch.of(images, torch.arange(self.n_way).repeat_interleave(rows_NM.shape[1]))
+
+    def _require_classes(self) -> None:
+        if self.n_way > self.num_classes:
+            raise ValueError(
+                f"n_way must be <= the {self.num_classes} classes of split {self.split!r}, "
+                f"got {self.n_way}: lower n_way or give the split more classes"
+            )
+
+    def _require_images(self) -> None:
+        sizes = np.diff(self.classes.starts)
+        needed = self.k_shot + self.k_query
+        if needed > sizes.min():
+            raise ValueError(
+                f"k_shot + k_query must be <= the images of every class of split {self.split!r}, "
+                f"got {self.k_shot} + {self.k_query} = {needed} but class "
+                f"{self.classes.names[sizes.argmin()]!r} holds {sizes.min()} "
+                f"({int((sizes < needed).sum())} of {len(sizes)} classes hold too few): lower "
+                "k_query or k_shot, or leave those classes out of the splits"
+            )

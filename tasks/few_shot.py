@@ -1,0 +1,343 @@
+"""`FewShotProblem`: any nn.Module, with some of its parameters adapted to each task.
+
+Shape letters: B tasks, S support examples, Q query examples, C channels, F features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metadist.models import TaskBatchNorm, rows
+from metadist.problem import Problem
+from metadist.task import Batch, Task
+from metadist.trees import Params
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+
+SUPPORT, QUERY = "features.support", "features.query"
+INPUTS = "inputs.support"
+
+
+class FewShotProblem(Problem):
+    """A model whose parameters are the outer variable, some of them adapted to each task.
+
+    Examples of a task are (input, target) pairs. Which method this is, is a matter of `adapt`:
+
+    * "all": every parameter is adapted from a learned start (MAML, Reptile).
+    * "head": the last module with parameters is adapted (ANIL). What comes before it runs once
+      forward and once backward per outer step; the inner loop sees its features only.
+    * a pattern such as "features.*" or a list of names and patterns (BOIL, layer by layer):
+      matching parameters are adapted, the others are learned and shared by the tasks.
+
+    Parameters with `requires_grad=False` are constants, and so are running statistics of batch
+    norm in a module that is in eval mode. Parameters that the loss does not depend on get a zero
+    gradient.
+
+    Args:
+        model: its current weights are the start of training.
+        adapt: see above.
+        loss: "cross_entropy" (integer targets; reports accuracy), "mse", or a function of
+            (output, target) that returns the mean over examples, shape ().
+        batch_encode: run the part before the head for all tasks in one call ("auto": on a GPU;
+            on a CPU one task at a time is faster). With batch norm this needs `TaskBatchNorm`.
+
+    Raises:
+        ValueError: a pattern that matches nothing; a layer that the inner loop cannot replay
+            (dropout, batch norm that updates running statistics).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapt: str | Sequence[str] = "all",
+        loss: Literal["cross_entropy", "mse"] | Loss = "cross_entropy",
+        batch_encode: Literal["auto"] | bool = "auto",
+    ) -> None:
+        if isinstance(loss, str) and loss not in LOSSES:
+            raise ValueError(f"loss must be one of {sorted(LOSSES)} or a function, got {loss!r}")
+        check_model(model)
+        self.loss = loss
+        self.adapt = adapt
+        self.batch_encode = batch_encode
+        self._loss = LOSSES[loss] if isinstance(loss, str) else loss
+        self._start = {
+            name: leaf.detach().clone()
+            for name, leaf in model.named_parameters()
+            if leaf.requires_grad
+        }
+        self._adapted = _adapted_names(model, list(self._start), adapt)
+        modules = list(model.modules())
+        self._inductive = any(
+            isinstance(module, TaskBatchNorm) and module.policy == "inductive" for module in modules
+        )
+        self._has_rnn = any(isinstance(module, nn.RNNBase) for module in modules)
+        self._model = _without_parameters(model)
+        self._split = _Split(self._model, head_name(model)) if adapt == "head" else None
+        self._split_is_checked = False
+        if batch_encode is True:
+            self._check_batch_encode()
+
+    def init_outer(self, generator: torch.Generator) -> Params:
+        """The weights the model was given with; nothing is drawn."""
+        return {name: leaf.clone() for name, leaf in self._start.items()}
+
+    def init_inner(self, outer: Params, task: Task) -> Params:
+        return {name: outer[name] for name in self._adapted}
+
+    def encode(self, outer: Params, task: Task) -> Params:
+        shared = {name: leaf for name, leaf in outer.items() if name not in self._adapted}
+        if self._split is None:
+            if self._inductive:
+                shared[INPUTS] = task.support.tensors[0]
+            return shared
+        inputs = torch.cat([task.support.tensors[0], task.query.tensors[0]])
+        self._check_split(inputs)
+        sizes = (len(task.support.index), len(task.query.index))
+        with rows(sets=sizes):
+            features = self._call(self._split.body, self._split.of_body(shared), inputs)
+        support, query = features.split(sizes)
+        return {**self._split.of_head(shared), SUPPORT: support, QUERY: query}
+
+    def encode_tasks(self, outer: Params, tasks: Task) -> Params:
+        num_tasks = len(cast(Tensor, tasks.id))
+        if self._split is None or not self._encodes_together(outer):
+            contexts = [self.encode(outer, _task(tasks, b)) for b in range(num_tasks)]
+            return {name: torch.stack([c[name] for c in contexts]) for name in contexts[0]}
+        shared = {name: leaf for name, leaf in outer.items() if name not in self._adapted}
+        inputs_BRx = torch.cat([tasks.support.tensors[0], tasks.query.tensors[0]], dim=1)
+        sizes = (tasks.support.index.shape[1], tasks.query.index.shape[1])
+        # Example-major, task-minor: each channel of each task is then a channel of batch norm.
+        inputs = inputs_BRx.transpose(0, 1).flatten(0, 1)
+        self._check_split(inputs_BRx[0])
+        with rows(num_tasks, sizes):
+            features = self._call(self._split.body, self._split.of_body(shared), inputs)
+        features_BRx = features.unflatten(0, (-1, num_tasks)).transpose(0, 1)
+        support, query = features_BRx.split(sizes, dim=1)
+        head = {
+            name: leaf.expand(num_tasks, *leaf.shape)
+            for name, leaf in self._split.of_head(shared).items()
+        }
+        return {**head, SUPPORT: support, QUERY: query}
+
+    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        return self._loss(self.predict(outer, inner, batch, SUPPORT), batch.tensors[1])
+
+    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        return self._loss(self.predict(outer, inner, batch, QUERY), batch.tensors[1])
+
+    def metrics(self, outer: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
+        if self.loss != "cross_entropy":
+            return {}
+        hits = self.predict(outer, inner, batch, QUERY).argmax(-1) == batch.tensors[1]
+        return {"accuracy": hits.double().mean()}
+
+    def predict(self, outer: Params, inner: Params, batch: Batch, source: str = QUERY) -> Tensor:
+        """The model's outputs on `batch` with adapted parameters `inner`, shape (examples, ...).
+
+        `outer` is what `encode` returned; `source` says which set `batch` is from, `SUPPORT` or
+        `QUERY`.
+        """
+        if self._split is not None:
+            features = outer[source][batch.index]
+            shared = {n: leaf for n, leaf in outer.items() if n not in (SUPPORT, QUERY)}
+            return self._call(self._split.head, self._split.to_head({**shared, **inner}), features)
+        outer = dict(outer)
+        support = outer.pop(INPUTS, None)
+        inputs = batch.tensors[0]
+        if support is None or source == SUPPORT:
+            return self._call(self._model, {**outer, **inner}, inputs)
+        sizes = (len(support), len(inputs))
+        with rows(sets=sizes):
+            out = self._call(self._model, {**outer, **inner}, torch.cat([support, inputs]))
+        return out[sizes[0] :]
+
+    def describe(self) -> dict[str, str]:
+        norms = {
+            f"{module.policy}"
+            if isinstance(module, TaskBatchNorm)
+            else "running statistics, frozen"
+            if module.track_running_stats
+            else "transductive"
+            for module in self._model.modules()
+            if isinstance(module, (TaskBatchNorm, nn.modules.batchnorm._BatchNorm))
+        }
+        adapt = self.adapt if isinstance(self.adapt, str) else ", ".join(self.adapt)
+        return {
+            "model": type(self._model).__name__,
+            "adapt": f"{adapt} ({len(self._adapted)} of {len(self._start)} tensors)",
+            "batch norm": ", ".join(sorted(norms)) or "none",
+            "loss": self.loss if isinstance(self.loss, str) else self.loss.__name__,
+        }
+
+    def _call(self, module: nn.Module, params: Params, inputs: Tensor) -> Tensor:
+        if any(True for _ in _constants(module)):
+            _move_constants(module, inputs.device)
+        if not self._has_rnn:
+            return functional_call(module, params, (inputs,))
+        # The fused RNN kernels have no double backward, the plain ones have.
+        with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
+            return functional_call(module, params, (inputs,))
+
+    def _check_split(self, inputs: Tensor) -> None:
+        """Raise ValueError, once, if the model is not its head after its body."""
+        if self._split is None or self._split_is_checked:
+            return
+        inputs = inputs[:8]
+        start = {name: leaf.to(inputs) for name, leaf in self._start.items()}
+        with torch.no_grad():
+            whole = self._call(self._model, start, inputs)
+            features = self._call(self._split.body, self._split.of_body(start), inputs)
+            parts = self._call(self._split.head, self._split.to_head(start), features)
+        if not torch.equal(whole, parts):
+            raise ValueError(
+                f"adapt must not be 'head' for a model that computes further after its last "
+                f"layer {self._split.name!r}, got 'head': name the parameters instead, "
+                f"adapt='{self._split.name}.*'"
+            )
+        self._split_is_checked = True
+
+    def _encodes_together(self, outer: Params) -> bool:
+        if self.batch_encode != "auto":
+            return self.batch_encode
+        return next(iter(outer.values())).device.type != "cpu" and not self._foreign_norms()
+
+    def _foreign_norms(self) -> list[str]:
+        """Layers that would mix the statistics of tasks that pass together."""
+        return [
+            name
+            for name, module in self._model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and not module.track_running_stats
+        ]
+
+    def _check_batch_encode(self) -> None:
+        if self._split is None:
+            raise ValueError(
+                "batch_encode must be 'auto' or False unless exactly the head is adapted, got "
+                f"True with adapt={self.adapt!r}"
+            )
+        if self._foreign_norms():
+            raise ValueError(
+                "batch_encode must be 'auto' or False with batch norm that mixes tasks "
+                f"({', '.join(self._foreign_norms()[:3])}), got True: convert the model with "
+                "metadist.models.with_task_batch_norm"
+            )
+
+
+class _Split:
+    """A model cut into the body before the head, and the head."""
+
+    def __init__(self, model: nn.Module, head_name: str) -> None:
+        self.name = head_name
+        self.head = model.get_submodule(head_name)
+        self.body = copy.deepcopy(model)
+        parent, _, child = head_name.rpartition(".")
+        setattr(self.body.get_submodule(parent), child, nn.Identity())
+        self._prefix = head_name + "."
+
+    def of_body(self, params: Params) -> Params:
+        return {name: leaf for name, leaf in params.items() if not name.startswith(self._prefix)}
+
+    def of_head(self, params: Params) -> Params:
+        return {name: leaf for name, leaf in params.items() if name.startswith(self._prefix)}
+
+    def to_head(self, params: Params) -> Params:
+        """The head's own parameters, by the names the head itself has for them."""
+        return {
+            name.removeprefix(self._prefix): leaf for name, leaf in self.of_head(params).items()
+        }
+
+
+def head_name(model: nn.Module) -> str:
+    """The name of the module that owns the last trainable parameter."""
+    names = [name for name, leaf in model.named_parameters() if leaf.requires_grad]
+    if not names:
+        raise ValueError("model must have a trainable parameter, got none with requires_grad=True")
+    return names[-1].rpartition(".")[0]
+
+
+def _adapted_names(model: nn.Module, trainable: list[str], adapt: str | Sequence[str]) -> list[str]:
+    if not trainable:
+        raise ValueError("model must have a trainable parameter, got none with requires_grad=True")
+    if adapt == "all":
+        return trainable
+    if adapt == "head":
+        return [name for name in trainable if name.startswith(head_name(model) + ".")]
+    patterns = [adapt] if isinstance(adapt, str) else list(adapt)
+    frozen = [name for name, leaf in model.named_parameters() if not leaf.requires_grad]
+    for pattern in patterns:
+        if any(fnmatchcase(name, pattern) for name in trainable):
+            continue
+        if any(fnmatchcase(name, pattern) for name in frozen):
+            raise ValueError(
+                f"adapt must match trainable parameters, {pattern!r} matches frozen ones only: "
+                "set requires_grad_(True) on them"
+            )
+        raise ValueError(
+            f"adapt must be 'all', 'head' or patterns of parameter names, {pattern!r} matches "
+            f"none of {', '.join(trainable[:8])}{' ...' if len(trainable) > 8 else ''}"
+        )
+    return [name for name in trainable if any(fnmatchcase(name, p) for p in patterns)]
+
+
+def _task(tasks: Task, b: int) -> Task:
+    def at(batch: Batch) -> Batch:
+        return Batch(tuple(tensor[b] for tensor in batch.tensors), batch.index[b])
+
+    return Task(at(tasks.support), at(tasks.query), cast(Tensor, tasks.id)[b])
+
+
+def _constants(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.buffers()
+    yield from (leaf for leaf in module.parameters() if not leaf.requires_grad)
+
+
+def _move_constants(module: nn.Module, device: torch.device) -> None:
+    for child in module.modules():
+        for name, leaf in child.named_buffers(recurse=False):
+            if leaf.device != device:
+                child._buffers[name] = leaf.to(device)
+        for name, leaf in child.named_parameters(recurse=False):
+            if not leaf.requires_grad and leaf.device != device:
+                child._parameters[name] = nn.Parameter(leaf.to(device), requires_grad=False)
+
+
+def _without_parameters(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose trainable parameters have a shape but no memory."""
+    memo = {
+        id(leaf): nn.Parameter(torch.empty_like(leaf, device="meta"))
+        for leaf in model.parameters()
+        if leaf.requires_grad
+    }
+    return copy.deepcopy(model, memo)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError for layers whose inner loop could not be replayed or differentiated."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"dropout must be off in the inner loop, layer {name!r} has p={module.p}: its "
+                "random mask could not be replayed for second derivatives; set p=0, or "
+                f"model.get_submodule({name!r}).eval()"
+            )
+        if (
+            isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.track_running_stats
+            and module.training
+        ):
+            raise ValueError(
+                f"batch norm must not update running statistics, layer {name!r} does: convert "
+                "the model with metadist.models.with_task_batch_norm(model), or freeze the "
+                f"statistics with model.get_submodule({name!r}).eval()"
+            )
