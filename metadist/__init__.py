@@ -2,4 +2,46 @@
 
 from importlib.metadata import version
 
+from metadist.algorithm import Algorithm, Estimate, InnerState
+from metadist.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from metadist.evaluation import EvaluationResult, Interval, evaluate
+from metadist.executor import Executor, LocalExecutor, StepReport
+from metadist.hypergradient import HypergradientSum, task_hypergradients
+from metadist.oracle import AutogradOracle, CountingOracle, Draw, Oracle
+from metadist.outer import OuterOptimizer
+from metadist.problem import Problem
+from metadist.task import Batch, Task, TaskSampler
+from metadist.trainer import Trainer, TrainingDiverged, TrainingResult
+from metadist.trees import Params
+
 __version__ = version("metadist")
+
+__all__ = [
+    "Algorithm",
+    "AutogradOracle",
+    "Batch",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointStore",
+    "CountingOracle",
+    "Draw",
+    "Estimate",
+    "EvaluationResult",
+    "Executor",
+    "HypergradientSum",
+    "InnerState",
+    "Interval",
+    "LocalExecutor",
+    "Oracle",
+    "OuterOptimizer",
+    "Params",
+    "Problem",
+    "StepReport",
+    "Task",
+    "TaskSampler",
+    "Trainer",
+    "TrainingDiverged",
+    "TrainingResult",
+    "evaluate",
+    "task_hypergradients",
+]

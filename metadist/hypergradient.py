@@ -76,7 +76,7 @@ def task_hypergradients(
     if not tasks:
         raise ValueError("tasks must hold at least one task, got none")
     options = {"batch_size": batch_size, "seed": seed, "report": report}
-    if _vectorizes(vectorize, problem, algorithm, outer, tasks):
+    if vectorizes(vectorize, problem, algorithm, outer, tasks):
         size = chunk_size or len(tasks)
         groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
     else:
@@ -177,13 +177,14 @@ def adaptation_metrics(
     return {name: value.detach() for name, value in figures.items()}
 
 
-def _vectorizes(
+def vectorizes(
     vectorize: Vectorize,
     problem: Problem,
     algorithm: Algorithm,
     outer: Params,
     tasks: list[Task],
 ) -> bool:
+    """Whether these tasks go through together; see `task_hypergradients`."""
     if vectorize is False or len(tasks) == 1:
         return False
     stackable = len({shape_signature(task) for task in tasks}) == 1

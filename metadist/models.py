@@ -103,6 +103,10 @@ def norm_layer(num_features: int, policy: BatchNormPolicy) -> nn.Module:
     """The layer for a batch-norm policy; "none" is no normalisation at all."""
     if policy == "none":
         return nn.Identity()
+    if policy not in ("transductive", "inductive"):
+        raise ValueError(
+            f"batch_norm must be 'transductive', 'inductive' or 'none', got {policy!r}"
+        )
     return TaskBatchNorm(num_features, policy)
 
 
@@ -117,6 +121,8 @@ def with_task_batch_norm(
                 norm.weight, norm.bias = child.weight, child.bias
             else:
                 norm.requires_grad_(False)
+                if child.running_mean is not None:
+                    norm.to(child.running_mean)
             setattr(model, name, norm)
         else:
             with_task_batch_norm(child, policy)
@@ -242,7 +248,9 @@ class MLP(nn.Module):
         self, in_features: int = 1, out_features: int = 1, hidden: tuple[int, ...] = (40, 40)
     ) -> None:
         super().__init__()
-        _check_sizes(in_features=in_features, out_features=out_features, hidden=min(hidden))
+        _check_sizes(
+            in_features=in_features, out_features=out_features, hidden=min(hidden, default=1)
+        )
         sizes = [in_features, *hidden]
         layers: list[nn.Module] = []
         for i in range(len(hidden)):

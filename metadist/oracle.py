@@ -13,12 +13,11 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-import torch._dynamo.exc
 from torch import Tensor
 
 from metadist.problem import Problem
 from metadist.task import Batch, Task
-from metadist.trees import Params
+from metadist.trees import Params, dot
 
 
 class Draw(NamedTuple):
@@ -208,19 +207,53 @@ class _Derivatives:
 
     def __init__(self, problem: Problem) -> None:
         g, f = problem.inner_loss, problem.outer_loss
-        self.inner_grad: Callable[..., Any] = torch.func.grad(g, argnums=1)
-        self.inner_grads: Callable[..., Any] = torch.func.grad(g, argnums=(0, 1))
-        self.outer_grads: Callable[..., Any] = torch.func.grad(f, argnums=(0, 1))
+        inner_grad = torch.func.grad(g, argnums=1)
+        inner_grads = torch.func.grad(g, argnums=(0, 1))
 
         # Forward over reverse: the derivative of grad g in direction v, without a second graph.
-        def second_order(x: Params, y: Params, v: Params, batch: Batch) -> Any:
-            return torch.func.jvp(lambda y: self.inner_grads(x, y, batch), (y,), (v,))[1]
+        def forward(gradient: Callable[..., Any]) -> Callable[..., Any]:
+            def product(x: Params, y: Params, v: Params, batch: Batch) -> Any:
+                return torch.func.jvp(lambda y: gradient(x, y, batch), (y,), (v,))[1]
 
-        def hvp(x: Params, y: Params, v: Params, batch: Batch) -> Any:
-            return torch.func.jvp(lambda y: self.inner_grad(x, y, batch), (y,), (v,))[1]
+            return product
 
-        self.second_order: Callable[..., Any] = second_order
-        self.hvp: Callable[..., Any] = hvp
+        # Reverse over reverse: the gradient of <grad_y g, v>.
+        def reverse(argnums: int | tuple[int, ...]) -> Callable[..., Any]:
+            def product(x: Params, y: Params, v: Params, batch: Batch) -> Any:
+                return torch.func.grad(
+                    lambda x, y: dot(inner_grad(x, y, batch), v), argnums=argnums
+                )(x, y)
+
+            return product
+
+        self.inner_grad: Callable[..., Any] = inner_grad
+        self.inner_grads: Callable[..., Any] = inner_grads
+        self.outer_grads: Callable[..., Any] = torch.func.grad(f, argnums=(0, 1))
+        self.second_order = _first_that_works(forward(inner_grads), reverse((0, 1)))
+        self.hvp = _first_that_works(forward(inner_grad), reverse(1))
+
+
+def _first_that_works(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
+    """`first`; from its first failure on `second`.
+
+    Some operators (F.mse_loss) have a double backward, but no forward mode of their backward.
+    """
+    chosen = first
+
+    def call(*args: Any) -> Any:
+        nonlocal chosen
+        if chosen is second:
+            return second(*args)
+        try:
+            return first(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            result = second(*args)  # if this fails too, its error is the one to see
+            chosen = second
+            return result
+
+    return call
 
 
 class _Identity:
@@ -240,14 +273,15 @@ class _Identity:
 def _derivatives(problem: _Identity, compile: bool) -> _Derivatives:
     derivatives = _Derivatives(problem.value)
     if compile:
-        eager = dict(vars(derivatives))
-        for name, function in eager.items():
+        for name, function in list(vars(derivatives).items()):
             setattr(derivatives, name, _compiled(function))
     return derivatives
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled at its first call; uncompiled, with a warning, where that fails."""
+    import torch._dynamo.exc  # some seconds, which no other user of this module should pay
+
     current = torch.compile(function, dynamic=False)
 
     def call(*args: Any) -> Any:

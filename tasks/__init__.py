@@ -2,3 +2,32 @@
 
 if __name__ != "metadist.tasks":
     raise ImportError("import metadist.tasks, not tasks: a bare name may be any module")
+
+from metadist.sampler_check import SamplerError, SamplerReport, check_sampler
+from metadist.tasks.cifar import CIFARFS, FC100
+from metadist.tasks.class_splits import read_splits
+from metadist.tasks.dataset import FewShotDataset
+from metadist.tasks.episodes import ClassImages, Draws, EpisodeSampler
+from metadist.tasks.few_shot import FewShotProblem
+from metadist.tasks.folder import ImageFolder
+from metadist.tasks.glyphs import Glyphs
+from metadist.tasks.omniglot import Omniglot
+from metadist.tasks.sinusoid import Sinusoid
+
+__all__ = [
+    "CIFARFS",
+    "FC100",
+    "ClassImages",
+    "Draws",
+    "EpisodeSampler",
+    "FewShotDataset",
+    "FewShotProblem",
+    "Glyphs",
+    "ImageFolder",
+    "Omniglot",
+    "SamplerError",
+    "SamplerReport",
+    "Sinusoid",
+    "check_sampler",
+    "read_splits",
+]

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torchvision.datasets import CIFAR100
-from torchvision.datasets.utils import download_and_extract_archive
 
 from metadist.tasks.class_splits import packaged_splits, require_split
 from metadist.tasks.episodes import ClassImages, EpisodeSampler, require_episode
 
 FOLDER = "cifar-100-python"
-MD5 = {file[0]: file[1] for file in (*CIFAR100.train_list, *CIFAR100.test_list)}
-MD5[CIFAR100.meta["filename"]] = CIFAR100.meta["md5"]
+MD5 = {  # of the original files
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+}
+ARCHIVE = "cifar-100-python.tar.gz"
 
 
 class _Cifar100Split(EpisodeSampler):
@@ -39,7 +41,7 @@ class _Cifar100Split(EpisodeSampler):
         require_episode(n_way, k_shot, k_query, seed)
         splits = packaged_splits(self.splits_file)
         require_split(split, list(splits))
-        folder = _folder(Path(root), download)
+        folder = _folder(Path(root).expanduser(), download)
         images, labels, names = _read(folder, verify)
         classes = _select(images, labels, names, [str(name) for name in splits[split]])
         super().__init__(classes, n_way, k_shot, k_query, split, seed)
@@ -92,23 +94,29 @@ def _folder(root: Path, download: bool) -> Path:
         places = (root / FOLDER, root)
         return next((p for p in places if all((p / name).is_file() for name in MD5)), None)
 
-    folder, reason = found(), f"{root} holds none of it and download is off"
+    folder, cause = found(), None
+    reason = f"{root} does not hold them and download is off"
     if folder is None and download:
         try:
-            download_and_extract_archive(
-                CIFAR100.url, str(root), filename=CIFAR100.filename, md5=CIFAR100.tgz_md5
-            )
+            _download(root)
         except (OSError, RuntimeError) as error:
-            reason = f"the download failed: {error}"
+            cause, reason = error, f"the download failed: {error}"
         else:
             folder, reason = found(), f"the archive did not give them in {root}"
     if folder is None:
         raise FileNotFoundError(
             f"CIFAR-100 needs the files {', '.join(MD5)} in {root / FOLDER}, but {reason}. Put "
-            f"them there, or put {CIFAR100.filename} (python version, www.cs.toronto.edu/~kriz) "
+            f"them there, or put {ARCHIVE} (python version, www.cs.toronto.edu/~kriz) "
             f"into {root} and use download=True to unpack it, or name another root"
-        )
+        ) from cause
     return folder
+
+
+def _download(root: Path) -> None:
+    from torchvision.datasets import CIFAR100  # here, because it takes a second
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    download_and_extract_archive(CIFAR100.url, str(root), filename=ARCHIVE, md5=CIFAR100.tgz_md5)
 
 
 def _read(

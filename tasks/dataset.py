@@ -89,12 +89,12 @@ class FewShotDataset(EpisodeSampler):
 def _stored_labels(dataset: LabelledDataset) -> NDArray[np.int64] | None:
     """The labels a data set keeps beside its pictures, or None."""
     for attribute in ("targets", "labels", "samples", "_flat_character_images"):
-        stored: Any = getattr(dataset, attribute, None)
+        stored: Any = getattr(dataset, attribute, ())
         if stored is None or len(stored) != len(dataset):
             continue
         if attribute in ("samples", "_flat_character_images"):
             stored = [pair[1] for pair in stored]
-        labels = stored.numpy() if isinstance(stored, Tensor) else np.asarray(stored)
+        labels: NDArray[Any] = np.asarray(stored)
         if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
             return labels.astype(np.int64)
     return None
@@ -108,9 +108,7 @@ def _label(label: Any, position: int) -> int:
 
 
 def _class_names(dataset: LabelledDataset) -> Sequence[str]:
-    names = getattr(dataset, "classes", None)
-    if names is None:
-        names = getattr(dataset, "_characters", ())
+    names: Any = getattr(dataset, "classes", None) or getattr(dataset, "_characters", ())
     return tuple(str(name) for name in names)
 
 

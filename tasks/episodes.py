@@ -71,7 +71,7 @@ class Draws:
 
     def uniform(self, low: float, high: float, count: int) -> NDArray[np.float64]:
         """`count` numbers, uniform on [low, high)."""
-        unit: NDArray[np.float64] = (self.words(count) >> np.uint64(11)) * 2.0**-53
+        unit = (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         return low + (high - low) * unit
 
     def choose(self, size: int, count: int) -> list[int]:

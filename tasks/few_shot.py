@@ -22,7 +22,18 @@ from metadist.trees import Params
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+
+def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """`F.mse_loss`, whose own backward pass has no forward derivative."""
+    if output.shape != target.shape:
+        raise ValueError(
+            "targets must have the shape of the model's outputs with loss='mse', which is "
+            f"{tuple(output.shape)}, got {tuple(target.shape)}"
+        )
+    return (output - target).square().mean()
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "mse": mean_squared_error}
 
 SUPPORT, QUERY = "features.support", "features.query"
 INPUTS = "inputs.support"
@@ -176,7 +187,9 @@ class FewShotProblem(Problem):
             "model": type(self._model).__name__,
             "adapt": f"{adapt} ({len(self._adapted)} of {len(self._start)} tensors)",
             "batch norm": ", ".join(sorted(norms)) or "none",
-            "loss": self.loss if isinstance(self.loss, str) else self.loss.__name__,
+            "loss": self.loss
+            if isinstance(self.loss, str)
+            else getattr(self.loss, "__name__", type(self.loss).__name__),
         }
 
     def _call(self, module: nn.Module, params: Params, inputs: Tensor) -> Tensor:
@@ -193,12 +206,14 @@ class FewShotProblem(Problem):
         if self._split is None or self._split_is_checked:
             return
         inputs = inputs[:8]
-        start = {name: leaf.to(inputs) for name, leaf in self._start.items()}
+        dtype = inputs.dtype if inputs.is_floating_point() else None
+        start = {n: leaf.to(inputs.device, dtype) for n, leaf in self._start.items()}
         with torch.no_grad():
             whole = self._call(self._model, start, inputs)
             features = self._call(self._split.body, self._split.of_body(start), inputs)
             parts = self._call(self._split.head, self._split.to_head(start), features)
-        if not torch.equal(whole, parts):
+        # NaN is equal to NaN: a task with broken data says nothing against the model.
+        if not torch.allclose(whole, parts, rtol=0, atol=0, equal_nan=True):
             raise ValueError(
                 f"adapt must not be 'head' for a model that computes further after its last "
                 f"layer {self._split.name!r}, got 'head': name the parameters instead, "
@@ -240,7 +255,8 @@ class _Split:
     def __init__(self, model: nn.Module, head_name: str) -> None:
         self.name = head_name
         self.head = model.get_submodule(head_name)
-        self.body = copy.deepcopy(model)
+        constants = {id(leaf): leaf for leaf in _constants(model)}
+        self.body = copy.deepcopy(model, constants)
         parent, _, child = head_name.rpartition(".")
         setattr(self.body.get_submodule(parent), child, nn.Identity())
         self._prefix = head_name + "."
@@ -263,7 +279,13 @@ def head_name(model: nn.Module) -> str:
     names = [name for name, leaf in model.named_parameters() if leaf.requires_grad]
     if not names:
         raise ValueError("model must have a trainable parameter, got none with requires_grad=True")
-    return names[-1].rpartition(".")[0]
+    head = names[-1].rpartition(".")[0]
+    if not head:
+        raise ValueError(
+            "adapt must be 'all' or names of parameters for a model whose last parameter "
+            f"{names[-1]!r} is in no submodule, got 'head'"
+        )
+    return head
 
 
 def _adapted_names(model: nn.Module, trainable: list[str], adapt: str | Sequence[str]) -> list[str]:
@@ -274,6 +296,8 @@ def _adapted_names(model: nn.Module, trainable: list[str], adapt: str | Sequence
     if adapt == "head":
         return [name for name in trainable if name.startswith(head_name(model) + ".")]
     patterns = [adapt] if isinstance(adapt, str) else list(adapt)
+    if not patterns:
+        raise ValueError("adapt must name at least one parameter, got an empty list")
     frozen = [name for name, leaf in model.named_parameters() if not leaf.requires_grad]
     for pattern in patterns:
         if any(fnmatchcase(name, pattern) for name in trainable):
@@ -322,13 +346,22 @@ def _without_parameters(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def _dropout(module: nn.Module) -> float:
+    """The share of its inputs that `module` itself would drop at random."""
+    if module.training and isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p
+    if module.training and isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        return float(module.dropout)
+    return 0.0
+
+
 def check_model(model: nn.Module) -> None:
     """Raise ValueError for layers whose inner loop could not be replayed or differentiated."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+        if _dropout(module) > 0:
             raise ValueError(
-                f"dropout must be off in the inner loop, layer {name!r} has p={module.p}: its "
-                "random mask could not be replayed for second derivatives; set p=0, or "
+                f"dropout must be off in the inner loop, layer {name!r} has p={_dropout(module)}: "
+                "its random mask could not be replayed for second derivatives; set it to 0, or "
                 f"model.get_submodule({name!r}).eval()"
             )
         if (

@@ -56,7 +56,7 @@ class ImageFolder(EpisodeSampler):
     ) -> None:
         require_episode(n_way, k_shot, k_query, seed)
         require_format(image_size, channels)
-        files = _files_of_split(Path(root), split, splits)
+        files = _files_of_split(Path(root).expanduser(), split, splits)
         classes = ClassImages.of(read_images(files, image_size, channels, invert))
         super().__init__(classes, n_way, k_shot, k_query, split, seed)
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchvision.datasets import Omniglot as TorchvisionOmniglot
-from torchvision.datasets.utils import download_and_extract_archive
-
 from metadist.tasks.class_splits import packaged_splits, read_splits, select_classes
 from metadist.tasks.episodes import ClassImages, EpisodeSampler, require_episode
 from metadist.tasks.images import image_files, read_images, require_format
@@ -21,9 +18,9 @@ class Omniglot(EpisodeSampler):
     Splits, fixed in this package:
 
     * "characters": 1,100 / 100 / 423 characters, alphabets mixed, as is usual since MAML. The list
-      is the 1,623 names `alphabet/character` in the order of their SHA-256. It is our own: the
-      papers drew theirs with a program's random state, so no list of theirs exists to agree with.
-      Expect the same difficulty, not the same tasks.
+      is the 1,623 names `alphabet/character` in the order of their SHA-256. It is our own: MAML
+      and its successors drew theirs from a program's random state, so there is no list of theirs
+      to agree with. Expect the same difficulty, not the same tasks.
     * "alphabets": no alphabet is in two splits; harder. Test is the 20 evaluation alphabets (659
       characters); val is Armenian, Bengali, Early Aramaic, Hebrew and Mkhedruli (172); train is
       the other 25 background alphabets (792).
@@ -69,7 +66,7 @@ class Omniglot(EpisodeSampler):
         require_episode(n_way, k_shot, k_query, seed)
         require_format(image_size, 1)
         names = _names_of_split(splits, split)
-        root = Path(root)
+        root = Path(root).expanduser()
         folders = _find(root, names)
         if download and None in folders.values():
             _download(root)
@@ -97,10 +94,13 @@ def _find(root: Path, names: list[str]) -> dict[str, Path | None]:
 
 
 def _download(root: Path) -> None:
+    from torchvision.datasets import Omniglot as Original  # here, because it takes a second
+    from torchvision.datasets.utils import download_and_extract_archive
+
     folder = root / "omniglot-py"
     for part in PARTS:
-        url = f"{TorchvisionOmniglot.download_url_prefix}/{part}.zip"
-        md5 = TorchvisionOmniglot.zips_md5[part]
+        url = f"{Original.download_url_prefix}/{part}.zip"
+        md5 = Original.zips_md5[part]
         try:
             download_and_extract_archive(url, str(folder), filename=f"{part}.zip", md5=md5)
         except (OSError, RuntimeError) as error:

@@ -153,7 +153,10 @@ def _malformed(task: Any, index: int) -> Iterator[str]:
             continue
         tensors = batch.tensors
         if not isinstance(tensors, tuple) or not tensors or not _all_tensors(tensors):
-            yield f"{name}.tensors must be a non-empty tuple of tensors, got {tensors!r:.60} (task {index})"
+            yield (
+                f"{name}.tensors must be a non-empty tuple of tensors, got {tensors!r:.60} "
+                f"(task {index})"
+            )
             continue
         if any(tensor.ndim == 0 for tensor in tensors):
             yield f"{name}.tensors must have an axis of examples, got a scalar (task {index})"
@@ -199,8 +202,8 @@ def _wrong_values(task: Task, index: int) -> Iterator[str]:
 
 
 def _leaks(task: Task, index: int) -> Iterator[str]:
-    support, query = _examples(task, task.support), _examples(task, task.query)
-    both = [position for position, example in enumerate(query) if example in set(support)]
+    support, query = set(_examples(task, task.support)), _examples(task, task.query)
+    both = [position for position, example in enumerate(query) if example in support]
     if both:
         yield (
             f"support and query must be disjoint, got {len(both)} query examples that are in the "
@@ -279,8 +282,10 @@ def _impure(
 ) -> Iterator[str]:
     names = set(getattr(sampler, "class_names", ())) & set(getattr(other, "class_names", ()))
     if names:
-        yield f"splits must share no class, got {len(names)} in both, such as {min(names)!r}: "
+        yield (
+            f"splits must share no class, got {len(names)} in both, such as {min(names)!r}: "
             "split by class, and give every class a name of its own"
+        )
     if allow_equal_examples:
         return
     theirs = [other.sample(index) for index in range(len(tasks))]

@@ -1,0 +1,478 @@
+"""The command line: `metadist train | resume | evaluate | inspect`.
+
+The one module that knows all layers. Everything that is trained is named by class path and built
+by jsonargparse from YAML and flags; the config is kept in the run folder.
+
+Exit codes: 0 done; 1 the run failed; 2 the input was refused, nothing was started; 130 stopped by
+Ctrl-C and 143 by SIGTERM, with a checkpoint written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+import signal
+import sys
+import traceback
+import warnings
+from abc import ABC
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from rich.console import Console
+from rich.table import Table
+
+from metadist import __version__
+from metadist.algorithm import Algorithm
+from metadist.algorithms import ALGORITHMS
+from metadist.checkpoint import CheckpointError, CheckpointStore
+from metadist.cluster import ClusterError
+from metadist.evaluation import EvaluationResult, evaluate
+from metadist.outer import OuterOptimizer
+from metadist.sampler_check import check_sampler
+from metadist.trainer import Trainer, TrainingDiverged, headline, write_json
+
+NAMES = {
+    **{name: f"metadist.algorithms.{cls.__name__}" for name, cls in ALGORITHMS.items()},
+    "local": "metadist.executor.LocalExecutor",
+    "ray": "metadist.cluster.RayExecutor",
+    "few_shot": "metadist.tasks.FewShotProblem",
+    "conv4": "metadist.models.Conv4",
+    "resnet12": "metadist.models.ResNet12",
+    "mlp": "metadist.models.MLP",
+    "glyphs": "metadist.tasks.Glyphs",
+    "sinusoid": "metadist.tasks.Sinusoid",
+    "omniglot": "metadist.tasks.Omniglot",
+    "cifar_fs": "metadist.tasks.CIFARFS",
+    "fc100": "metadist.tasks.FC100",
+    "image_folder": "metadist.tasks.ImageFolder",
+}
+"""Short names of class paths."""
+
+
+def _any_with(*methods: str) -> type:
+    """A base class of every class with these methods: users need not derive from ours."""
+
+    class Base(ABC):  # noqa: B024  # it is its subclass hook
+        @classmethod
+        def __subclasshook__(cls, other: type) -> bool:
+            return all(callable(getattr(other, name, None)) for name in methods)
+
+    Base.__name__ = " ".join(methods)  # for the message of `_readable`
+    return Base
+
+
+SamplerBase: Any = _any_with("sample")
+ProblemBase: Any = _any_with("init_outer", "init_inner", "inner_loss", "outer_loss")
+ExecutorBase: Any = _any_with("start", "run", "state", "close")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of one call of the command line."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Users' modules beside their script or in the folder they are in, as with `python -m`.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    # torch.func.jvp imports a part of torch that warns of its own deprecation.
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
+    parsers = {name: make() for name, (make, _) in COMMANDS.items()}
+    top = argparse.ArgumentParser(
+        prog="metadist",
+        description="Distributed meta-learning and bilevel optimisation.",
+        epilog="`metadist COMMAND --help` tells the options of a command.",
+    )
+    top.add_argument("--version", action="version", version=f"metadist {__version__}")
+    top.add_argument("command", choices=list(COMMANDS), help="what to do")
+    command = top.parse_args(arguments[:1]).command
+    config = parsers[command].parse_args(_expand_names(arguments[1:]))
+    try:
+        with _terminate_as_interrupt() as stopped_by:
+            try:
+                return COMMANDS[command][1](config, parsers["train"])
+            except KeyboardInterrupt:
+                return 128 + stopped_by()
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        print(f"metadist {command}: error: {error}", file=sys.stderr)
+        return 2
+    except (TrainingDiverged, ClusterError, FloatingPointError) as error:
+        print(f"metadist {command}: failed: {error}", file=sys.stderr)
+        return 1
+    except Exception:  # noqa: BLE001  # the last place; the user sees all of it
+        traceback.print_exc()
+        return 1
+
+
+def train_parser() -> ArgumentParser:
+    """Options of `metadist train`."""
+    parser = _Parser(
+        prog="metadist train",
+        description="Meta-train, write checkpoints and TensorBoard events, evaluate at the end.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--run_dir", type=str, help="new folder for everything the run writes")
+    parser.add_argument("--num_steps", type=int, default=1000, help="outer steps")
+    parser.add_argument("--seed", type=int, default=0, help="of model, tasks' draws and order")
+    parser.add_subclass_arguments(
+        SamplerBase, "sampler", required=True, help="training tasks: a class with sample(index)"
+    )
+    for split in ("val", "test"):
+        parser.add_subclass_arguments(
+            SamplerBase, f"{split}_sampler", required=False, help=f"{split} tasks"
+        )
+        parser.add_argument(
+            f"--{split}_split",
+            type=str | None,
+            help=f"instead of {split}_sampler: `sampler` with this value of its argument split",
+        )
+    parser.add_subclass_arguments(
+        ProblemBase,
+        "problem",
+        default={"class_path": NAMES["few_shot"], "init_args": {"model": NAMES["conv4"]}},
+        help="what is solved",
+    )
+    parser.add_subclass_arguments(
+        Algorithm, "algorithm", default={"class_path": NAMES["itd"]}, help="by which method"
+    )
+    parser.add_class_arguments(OuterOptimizer, "outer_optimizer")
+    parser.add_subclass_arguments(
+        ExecutorBase, "executor", default={"class_path": NAMES["local"]}, help="where it runs"
+    )
+    parser.add_class_arguments(
+        Trainer,
+        skip={
+            "problem", "sampler", "algorithm", "outer_optimizer", "seed", "executor", "run_dir",
+            "val_sampler", "config",
+        },
+    )  # fmt: skip
+    parser.add_argument("--test_tasks", type=int, default=600, help="tasks of the final test")
+    return parser
+
+
+def run_parser(command: str, description: str) -> ArgumentParser:
+    """Options that the commands on an existing run share."""
+    parser = _Parser(prog=f"metadist {command}", description=description)
+    parser.add_argument("--run", type=str, required=True, help="the run folder")
+    parser.add_argument(
+        "--checkpoint", type=str | None, help="name of a checkpoint, or 'best'; else the newest"
+    )
+    return parser
+
+
+def resume_parser() -> ArgumentParser:
+    """Options of `metadist resume`."""
+    parser = run_parser("resume", "Continue a run from its newest good checkpoint.")
+    parser.add_argument("--num_steps", type=int | None, help="outer steps in all; else as before")
+    parser.add_subclass_arguments(
+        ExecutorBase, "executor", required=False, help="where it runs; else as before"
+    )
+    return parser
+
+
+def evaluate_parser() -> ArgumentParser:
+    """Options of `metadist evaluate`."""
+    parser = run_parser("evaluate", "Adapt to tasks of another split and report the accuracy.")
+    parser.add_argument("--split", type=str, default="test", help="the split to judge on")
+    parser.add_subclass_arguments(
+        SamplerBase, "sampler", required=False, help="tasks to judge on, instead of --split"
+    )
+    parser.add_argument("--num_tasks", type=int, default=600, help="tasks")
+    parser.add_argument("--inner_steps", type=int | None, help="of adaptation; else as trained")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--output", type=str | None, help="also write the result to this JSON file")
+    return parser
+
+
+def inspect_parser() -> ArgumentParser:
+    """Options of `metadist inspect`."""
+    return run_parser("inspect", "Show the checkpoints of a run and what is in one of them.")
+
+
+def train(config: Namespace, parser: ArgumentParser) -> int:
+    """Run `metadist train`."""
+    if not config.run_dir:
+        raise ValueError("run_dir must name a new folder, got none: pass --run_dir runs/NAME")
+    trainer, samplers = _build(config, parser)
+    return _fit(config, parser, trainer, samplers)
+
+
+def resume(config: Namespace, parser: ArgumentParser) -> int:
+    """Run `metadist resume`."""
+    run = _saved_config(config.run, parser)
+    if config.num_steps is not None:
+        run.num_steps = config.num_steps
+    if config.executor is not None:
+        run.executor = config.executor
+    trainer, samplers = _build(run, parser)
+    name = trainer.restore(config.checkpoint)
+    _say_skipped(trainer.skipped)
+    print(f"continuing {config.run} from {name}")
+    if trainer.version >= run.num_steps:
+        print(f"nothing to do: {trainer.version} outer steps are taken, num_steps={run.num_steps}")
+        return 0
+    return _fit(run, parser, trainer, samplers)
+
+
+def evaluate_run(config: Namespace, parser: ArgumentParser) -> int:
+    """Run `metadist evaluate`."""
+    run = _saved_config(config.run, parser)
+    if config.sampler is not None:
+        run.sampler = config.sampler
+    else:
+        _set_split(run, config.split)
+    objects = _instantiate(run, parser)
+    store = CheckpointStore(str(Path(config.run) / "checkpoints"))
+    name, checkpoint = store.load(config.checkpoint)
+    _say_skipped(store.skipped)
+    result = evaluate(
+        objects.problem,
+        objects.sampler,
+        objects.algorithm,
+        checkpoint.state.outer,
+        config.num_tasks,
+        inner_steps=config.inner_steps or run.eval_inner_steps,
+        batch_size=run.batch_size,
+        seed=run.seed,
+        device=config.device,
+    )
+    print(f"{config.run} {name}, {checkpoint.state.version} outer steps")
+    _print_evaluation(result)
+    if config.output:
+        write_json(Path(config.output), {"checkpoint": name, **result.to_json()})
+    return 0
+
+
+def inspect_run(config: Namespace, parser: ArgumentParser) -> int:
+    """Run `metadist inspect`; exit code 1 if a checkpoint is damaged."""
+    folder = Path(config.run)
+    uri = str(folder / "checkpoints") if (folder / "checkpoints").is_dir() else config.run
+    store = CheckpointStore(uri)
+    if not store.names():
+        raise CheckpointError(f"run must be a folder with checkpoints, got {config.run!r}")
+    damaged = 0
+    table = Table("checkpoint", "score", "state", title=uri)
+    for name in store.names():
+        try:
+            _, checkpoint = store.load(name)
+        except CheckpointError as error:
+            damaged += 1
+            table.add_row(name, "", str(error))
+        else:
+            score = "" if checkpoint.score is None else f"{checkpoint.score:.4f}"
+            table.add_row(name, score, "good" + (", best" if name == store.best() else ""))
+    console = Console(soft_wrap=True)
+    console.print(table)
+    name, checkpoint = store.load(config.checkpoint)
+    state = checkpoint.state
+    console.print(f"{name}: outer step {state.version}, next lease {state.applied_below}")
+    for key, value in checkpoint.info.items():
+        console.print(f"  {key}: {value}", highlight=False)
+    tensors = Table("tensor", "shape", "dtype", "numbers")
+    for group, leaves in (("outer", state.outer), ("optimizer", state.optimizer)):
+        for key, leaf in leaves.items():
+            dtype = str(leaf.dtype).removeprefix("torch.")
+            tensors.add_row(f"{group}.{key}", str(tuple(leaf.shape)), dtype, f"{leaf.numel():,}")
+    console.print(tensors)
+    return 1 if damaged else 0
+
+
+COMMANDS: dict[str, Any] = {
+    "train": (train_parser, train),
+    "resume": (resume_parser, resume),
+    "evaluate": (evaluate_parser, evaluate_run),
+    "inspect": (inspect_parser, inspect_run),
+}
+
+
+class _Parser(ArgumentParser):
+    """Says what is wrong, without two screens of usage before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        print(f"{self.prog}: error: {_readable(message)}", file=sys.stderr)
+        print(f"`{self.prog} --help` tells the options", file=sys.stderr)
+        sys.exit(2)
+
+
+def _readable(message: str) -> str:
+    """An error of jsonargparse without what only its authors need."""
+    lines = []
+    for line in message.splitlines():
+        if line.strip().startswith(("Given value type:", "Subtypes:", "Given value:")):
+            continue
+        if "Does not validate against any of the Union" in line or line.strip() == "Errors:":
+            continue
+        if "Expected a <class 'NoneType'>" in line or "Expected a path but" in line:
+            continue
+        line = re.sub(
+            r"Import path does not correspond to a subclass of (.*)",
+            r"must name a class that has \1, and this one has not",
+            line,
+        )
+        if line.strip():
+            lines.append(line)
+    return "\n".join(lines)
+
+
+_load_yaml = get_loader("yaml")
+set_loader("yaml", lambda text: _expand_tree(_load_yaml(text)), exceptions=(yaml.YAMLError,))
+
+SAMPLERS = ("sampler", "val_sampler", "test_sampler")
+CLASS_OPTIONS = (*SAMPLERS, "problem", "algorithm", "executor", "model")
+
+
+def _expand_tree(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    tree = {key: _expand_tree(value) for key, value in tree.items()}
+    for key in (*CLASS_OPTIONS, "class_path"):
+        if isinstance(tree.get(key), str):
+            tree[key] = NAMES.get(tree[key], tree[key])
+    return tree
+
+
+def _expand_names(arguments: list[str]) -> list[str]:
+    """Arguments with the short names of classes written out."""
+    expanded = []
+    is_class = False
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if is_class:
+            argument = NAMES.get(argument, argument)
+        elif equals and option.removeprefix("--").rpartition(".")[2] in CLASS_OPTIONS:
+            argument = f"{option}={NAMES.get(value, value)}"
+        is_class = (
+            not equals
+            and option.startswith("--")
+            and (option.removeprefix("--").rpartition(".")[2] in (*CLASS_OPTIONS, "class_path"))
+        )
+        expanded.append(argument)
+    return expanded
+
+
+def _build(config: Namespace, parser: ArgumentParser) -> tuple[Trainer, dict[str, Any]]:
+    """(the trainer, the samplers by split); everything is checked, nothing is started."""
+    objects = _instantiate(config, parser)
+    samplers = {"train": objects.sampler}
+    for split in ("val", "test"):
+        given, name = objects[f"{split}_sampler"], config[f"{split}_split"]
+        if given is not None and name is not None:
+            raise ValueError(
+                f"{split}_split must not be given beside {split}_sampler, got {name!r}"
+            )
+        if name is not None:
+            other = config.clone()
+            _set_split(other, name)
+            given = _instantiate(other, parser, only="sampler").sampler
+        if given is not None:
+            samplers[split] = given
+    if "test" in samplers:
+        check_sampler(samplers["test"], num_tasks=2, processes=False)
+    options = {
+        key: value for key, value in objects.items() if key in inspect.signature(Trainer).parameters
+    }
+    options["val_sampler"] = samplers.get("val")
+    options["outer_optimizer"] = objects.outer_optimizer
+    options["config"] = parser.dump(config, skip_none=False)
+    return Trainer(**options), samplers
+
+
+def _instantiate(config: Namespace, parser: ArgumentParser, only: str | None = None) -> Namespace:
+    torch.manual_seed(config.seed)  # the model's initial weights
+    if only is not None:
+        config = config.clone()
+        for key in CLASS_OPTIONS:
+            if key in config and key != only:
+                config[key] = None
+    try:
+        return parser.instantiate(config)
+    except ValueError as error:
+        raise ValueError(_readable(str(error))) from error
+
+
+def _fit(
+    config: Namespace, parser: ArgumentParser, trainer: Trainer, samplers: dict[str, Any]
+) -> int:
+    result = trainer.fit(config.num_steps)
+    summary: dict[str, Any] = {
+        "num_steps": result.num_steps,
+        "num_tasks": result.num_tasks,
+        "num_dropped": result.num_dropped,
+        "seconds": round(result.seconds, 3),
+        "best": result.best,
+        "settings": trainer.settings(),
+    }
+    print(
+        f"trained {result.num_steps} outer steps, {result.num_tasks} tasks in "
+        f"{result.seconds:.0f} s ({result.num_tasks / result.seconds:.1f} tasks/s), "
+        f"{result.num_dropped} dropped"
+    )
+    if "test" in samplers:
+        name = trainer.restore("best") if result.best else f"step {result.num_steps}"
+        tested = trainer.test(samplers["test"], config.test_tasks)
+        print(f"test at {name}:")
+        _print_evaluation(tested)
+        summary["test"] = {"checkpoint": name, **tested.to_json()}
+    write_json(Path(config.run_dir) / "result.json", summary)
+    print(f"run folder: {config.run_dir}")
+    print(f"TensorBoard: tensorboard --logdir {config.run_dir}")
+    return 0
+
+
+def _saved_config(run: str, parser: ArgumentParser) -> Namespace:
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"run must be a folder with a config.yaml, got {run!r}: give the run_dir of "
+            "`metadist train`"
+        )
+    config = parser.parse_path(str(path))
+    config.run_dir = run
+    return config
+
+
+def _set_split(config: Namespace, split: str) -> None:
+    """Let `sampler` draw from another split."""
+    arguments = config.sampler.init_args if "init_args" in config.sampler else Namespace()
+    if "split" not in arguments:
+        raise ValueError(
+            f"sampler must have an argument split to be judged on {split!r}, "
+            f"{config.sampler.class_path} has none: name another sampler instead"
+        )
+    config.sampler.init_args.split = split
+
+
+def _print_evaluation(result: EvaluationResult) -> None:
+    print(f"  {headline(result)}, 95 % interval")
+    for name, interval in result.metrics.items():
+        print(f"  {name}: {interval}")
+    for name, value in result.protocol.items():
+        print(f"  {name}: {value}")
+
+
+def _say_skipped(skipped: dict[str, str]) -> None:
+    for reason in skipped.values():
+        print(f"skipped: {reason}", file=sys.stderr)
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[Callable[[], int]]:
+    """SIGTERM stops a run as Ctrl-C does; gives the number of the signal that came."""
+    received = signal.SIGINT
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield lambda: int(received)
+    finally:
+        signal.signal(signal.SIGTERM, before)

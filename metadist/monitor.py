@@ -1,0 +1,209 @@
+"""What a run tells while it goes on: TensorBoard events and progress on the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from metadist.evaluation import EvaluationResult
+from metadist.executor import StepReport
+from metadist.task import Task
+
+MAX_IMAGES = 64
+"""Images of a set that are shown; the rest is left out."""
+
+
+class Monitor:
+    """TensorBoard events of a run, written by the process that drives it.
+
+    Args:
+        folder: where the event files go.
+        first_step: events of this step and later, left by an interrupted run, are hidden.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # late: no worker needs it
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+        self._staleness: list[int] = []
+        self._since: dict[str, _WorkerTotal] = defaultdict(_WorkerTotal)
+        self._seconds = 0.0
+        self._waiting_s = 0.0
+        self._tasks = 0
+
+    def start(self, settings: Mapping[str, Any], task: Task) -> None:
+        """Write the settings, as text and as hyperparameters, and a sample task as images."""
+        from torch.utils.tensorboard.summary import hparams
+
+        rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+        self._writer.add_text("settings", f"| | |\n|---|---|\n{rows}", 0)
+        simple = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}
+        # As add_hparams does it, but in this run's own folder rather than in a new one below.
+        for summary in hparams(simple, {"test/query_accuracy": 0.0, "val/query_accuracy": 0.0}):
+            self._writer._get_file_writer().add_summary(summary)
+        self.task(task)
+        self._writer.flush()
+
+    def task(self, task: Task) -> None:
+        """Write the support and the query set of a task as pictures, if they are images."""
+        for name, batch in (("support", task.support), ("query", task.query)):
+            images = batch.tensors[0]
+            if images.ndim == 4 and images.shape[1] in (1, 3):
+                self._writer.add_image(f"task/{name}", _grid(images, len(images)), 0)
+
+    def step(self, report: StepReport) -> dict[str, float]:
+        """Write one outer step; returns the means of its reported figures (may be empty)."""
+        step = report.step
+        self._staleness += step.staleness
+        self._seconds += report.seconds
+        self._waiting_s += report.waiting_s
+        for worker, result in zip(report.workers, report.results, strict=True):
+            total = self._since[worker]
+            total.num_tasks += result.num_tasks
+            total.busy_s += result.sampling_s + result.compute_s
+            self._tasks += result.num_tasks
+        means = mean_metrics(report)
+        scalars = {"outer/hypergradient_norm": step.hypergradient_norm, "outer/lr": step.lr}
+        dropped = sum(len(result.dropped) for result in report.results)
+        if dropped:
+            scalars["tasks/dropped"] = dropped
+        if report.lost_workers:
+            scalars["cluster/lost_workers"] = report.lost_workers
+        if report.reissued:
+            scalars["cluster/reissued_leases"] = len(report.reissued)
+        scalars |= {f"train/{name}": value for name, value in means.items()}
+        if means:
+            scalars |= self._rates(report.num_workers)
+            staleness = torch.tensor(self._staleness or [0])
+            self._writer.add_histogram("cluster/staleness", staleness, step.version)
+            scalars["cluster/staleness_mean"] = float(staleness.double().mean())
+            self._staleness.clear()
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step.version)
+        return means
+
+    def _rates(self, num_workers: int) -> dict[str, float]:
+        """Speeds since they were last asked for."""
+        seconds = max(self._seconds, 1e-9)
+        rates = {
+            "tasks_per_second/all": self._tasks / seconds,
+            "cluster/waiting_share": self._waiting_s / (seconds * max(num_workers, 1)),
+            "cluster/workers": float(num_workers),
+        }
+        for worker, total in self._since.items():
+            rates[f"tasks_per_second/{worker}"] = total.num_tasks / seconds
+        self._since.clear()
+        self._seconds = self._waiting_s = 0.0
+        self._tasks = 0
+        return rates
+
+    def evaluation(self, split: str, result: EvaluationResult, version: int) -> None:
+        """Write the means and interval half widths of an evaluation."""
+        for name, interval in result.metrics.items():
+            self._writer.add_scalar(f"{split}/{name}", interval.mean, version)
+            self._writer.add_scalar(f"{split}/{name}_half_width", interval.half_width, version)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class _WorkerTotal:
+    """Tasks and busy seconds of one worker."""
+
+    def __init__(self) -> None:
+        self.num_tasks = 0
+        self.busy_s = 0.0
+
+
+class TerminalProgress:
+    """A progress bar on a terminal, plain lines elsewhere.
+
+    Args:
+        num_steps: the version of x at which training ends.
+        lines_every: outer steps between plain lines.
+        quiet: say nothing.
+    """
+
+    def __init__(self, num_steps: int, lines_every: int, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, soft_wrap=True, quiet=quiet)
+        self._lines_every = lines_every
+        self._num_steps = num_steps
+        self._latest: dict[str, float] = {}
+        self._bar: Progress | None = None
+        if self._console.is_terminal and not quiet:
+            self._bar = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("", total=num_steps)
+            self._bar.start()
+
+    def step(self, report: StepReport, means: Mapping[str, float]) -> None:
+        """Show one outer step."""
+        self._latest.update(means)
+        version = report.step.version
+        shown = " ".join(
+            f"{label} {self._latest[name]:.3f}"
+            for label, name in (
+                ("loss", "query_loss"),
+                ("accuracy before", "query_accuracy_before"),
+                ("after", "query_accuracy"),
+            )
+            if name in self._latest
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=version, description=shown)
+        elif version % self._lines_every == 0 or version == self._num_steps:
+            self._console.print(
+                f"step {version}/{self._num_steps} {shown} "
+                f"workers {report.num_workers} {_per_second(report):.1f} tasks/s",
+                highlight=False,
+            )
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Stop the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def mean_metrics(report: StepReport) -> dict[str, float]:
+    """Means over tasks of what the leases of a step report; empty if they report nothing."""
+    sums: dict[str, float] = defaultdict(float)
+    num_tasks = 0
+    for result in report.results:
+        if result.metrics:
+            num_tasks += result.num_tasks
+            for name, value in result.metrics.items():
+                sums[name] += value
+    return {name: value / num_tasks for name, value in sums.items() if num_tasks}
+
+
+def _per_second(report: StepReport) -> float:
+    num_tasks = sum(result.num_tasks for result in report.results)
+    return num_tasks / report.seconds if report.seconds > 0 else math.nan
+
+
+def _grid(images: Tensor, num_images: int) -> Tensor:
+    from torchvision.utils import make_grid
+
+    images = images[:MAX_IMAGES].detach().float().cpu()
+    columns = min(10, max(1, round(math.sqrt(min(num_images, MAX_IMAGES)) * 1.5)))
+    return make_grid(images, nrow=columns, normalize=True, padding=1, pad_value=0.5)

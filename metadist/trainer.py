@@ -1,0 +1,384 @@
+"""`Trainer`: from a problem, a sampler and an algorithm to a trained outer variable."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from metadist.algorithm import Algorithm
+from metadist.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    check_same_model,
+)
+from metadist.evaluation import EvaluationResult, describe_sampler, evaluate
+from metadist.executor import Executor, LocalExecutor, StepReport
+from metadist.hypergradient import Vectorize
+from metadist.lease import Workload
+from metadist.monitor import Monitor, TerminalProgress
+from metadist.outer import OuterOptimizer, OuterVariable
+from metadist.preflight import check_trainable, initial_outer, preflight
+from metadist.problem import Problem
+from metadist.sampler_check import check_sampler
+from metadist.task import TaskSampler
+from metadist.trees import Params
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many tasks in a row had no finite hypergradient."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a call of `Trainer.fit` ended.
+
+    Args:
+        num_steps: outer steps taken in all.
+        num_tasks: tasks whose hypergradient went into these steps, in this call.
+        num_dropped: tasks left out in this call because it was not finite.
+        seconds: this call took.
+        best: the last checkpoint name with the best validation, None without a run folder.
+    """
+
+    num_steps: int
+    num_tasks: int
+    num_dropped: int
+    seconds: float
+    best: str | None
+
+
+class Trainer:
+    """Meta-training: outer steps on tasks of a sampler, by any executor.
+
+        trainer = Trainer(problem, sampler, ITD(inner_steps=5, inner_lr=0.4))
+        trainer.fit(1000)
+        evaluate(problem, test_sampler, trainer.algorithm, trainer.outer)
+
+    Args:
+        problem: what is solved.
+        sampler: of the training tasks.
+        algorithm: how a hypergradient is estimated.
+        outer_optimizer: how the outer variable is stepped.
+        meta_batch_size: tasks per (synchronous) outer step.
+        tasks_per_lease: tasks that travel together; None: a quarter of a meta-batch, or 1 where
+            that is no divisor. Results depend on it by rounding, and on nothing else of the way
+            the work is distributed.
+        seed: of the initial outer variable and the mini-batch draws.
+        executor: who computes; None: this process.
+        run_dir: folder for checkpoints, TensorBoard events and results; None: keep nothing.
+        val_sampler: judged on every `val_every` outer steps; the best checkpoint is by it.
+        val_every: outer steps; None: only at the end of `fit`.
+        val_tasks: tasks per validation.
+        eval_inner_steps: inner steps in validation; None: as in training.
+        checkpoint_every: outer steps between checkpoints.
+        keep_checkpoints: how many of the newest stay (and the best).
+        log_every: outer steps between reports of losses and metrics.
+        vectorize, chunk_size, batch_size: see `task_hypergradients`.
+        num_threads: intra-op threads while a lease is computed, the same on every worker.
+        max_dropped: tasks dropped in a row that end the run.
+        quiet: show no progress.
+        allow_equal_examples: for data in which a query example may equal a support example; see
+            `check_sampler`.
+        config: text that is kept as config.yaml in `run_dir`.
+
+    Raises:
+        ValueError: anything that could not be trained, before any work starts.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        sampler: TaskSampler,
+        algorithm: Algorithm,
+        *,
+        outer_optimizer: OuterOptimizer | None = None,
+        meta_batch_size: int = 16,
+        tasks_per_lease: int | None = None,
+        seed: int = 0,
+        executor: Executor | None = None,
+        run_dir: str | Path | None = None,
+        val_sampler: TaskSampler | None = None,
+        val_every: int | None = None,
+        val_tasks: int = 100,
+        eval_inner_steps: int | None = None,
+        checkpoint_every: int = 100,
+        keep_checkpoints: int = 3,
+        log_every: int = 10,
+        vectorize: Vectorize = "auto",
+        chunk_size: int | None = None,
+        batch_size: int | None = None,
+        num_threads: int = 1,
+        max_dropped: int = 64,
+        quiet: bool = False,
+        allow_equal_examples: bool = False,
+        config: str | None = None,
+    ) -> None:
+        check_trainable(problem, algorithm)
+        for field, value in (
+            ("checkpoint_every", checkpoint_every),
+            ("max_dropped", max_dropped),
+            ("val_every", 1 if val_every is None else val_every),
+        ):
+            if value < 1:
+                raise ValueError(f"{field} must be >= 1, got {value}")
+        if val_every is not None and val_sampler is None:
+            raise ValueError(f"val_every must be None without a val_sampler, got {val_every}")
+        for source in (sampler, val_sampler):
+            if source is not None:
+                check_sampler(source, 2, processes=False, allow_equal_examples=allow_equal_examples)
+        self.problem = problem
+        self.algorithm = algorithm
+        self.sampler = sampler
+        self._optimizer = outer_optimizer or OuterOptimizer()
+        self._workload = Workload(
+            problem,
+            sampler,
+            algorithm,
+            meta_batch_size=meta_batch_size,
+            tasks_per_lease=tasks_per_lease or default_tasks_per_lease(meta_batch_size),
+            report_every=log_every,
+            vectorize=vectorize,
+            chunk_size=chunk_size,
+            batch_size=batch_size,
+            seed=seed,
+            num_threads=num_threads,
+        )
+        self._executor = executor or LocalExecutor()
+        self._val_sampler = val_sampler
+        self._val_every = val_every
+        self._val_tasks = val_tasks
+        self._eval_inner_steps = eval_inner_steps
+        self._checkpoint_every = checkpoint_every
+        self._log_every = log_every
+        self._max_dropped = max_dropped
+        self._quiet = quiet
+        self._score: float | None = None
+        self._config = config
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self._store: CheckpointStore | None = None
+        if self.run_dir is not None:
+            self._store = CheckpointStore(str(self.run_dir / "checkpoints"), keep_checkpoints)
+            check_writable(self.run_dir)
+        outer = initial_outer(problem, self._workload, seed)
+        preflight(self._workload, outer)
+        self._state = OuterVariable(outer, self._optimizer).state()
+        self._like = outer
+        self._is_new = True
+
+    @property
+    def outer(self) -> Params:
+        """The outer variable after the last `fit`, on the CPU."""
+        return self._state.outer
+
+    @property
+    def version(self) -> int:
+        """Outer steps taken so far."""
+        return self._state.version
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Damaged checkpoints that the last `restore` passed over, and why."""
+        return self._store.skipped if self._store else {}
+
+    def restore(self, name: str | None = None) -> str:
+        """Continue from a checkpoint of `run_dir`: its name, "best", or None for the newest good.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged, or not of this run's model,
+                optimiser or leases.
+        """
+        if self._store is None:
+            raise ValueError("restore needs a run_dir, got None")
+        found, checkpoint = self._store.load(name)
+        check_same_model(checkpoint.state.outer, self._like, f"{self._store.uri}/{found}")
+        for field, value in self._fixed().items():
+            if checkpoint.info.get(field) != value:
+                raise CheckpointError(
+                    f"{field} must be {checkpoint.info.get(field)!r} as in checkpoint "
+                    f"{self._store.uri}/{found}, got {value!r}: start a new run to change it"
+                )
+        self._state = checkpoint.state
+        self._is_new = False
+        return found
+
+    def fit(self, num_steps: int) -> TrainingResult:
+        """Train until the outer variable has taken `num_steps` outer steps in all.
+
+        An interruption (Ctrl-C) is raised again after a checkpoint was written.
+
+        Raises:
+            TrainingDiverged: `max_dropped` tasks in a row had no finite hypergradient; the last
+                checkpoint is kept.
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be >= 1, got {num_steps}")
+        began = time.perf_counter()
+        if self.run_dir is not None and self._is_new and _holds_anything(self.run_dir):
+            raise ValueError(
+                f"run_dir must be a new or empty folder, got {str(self.run_dir)!r}, which holds "
+                "files: choose another, or continue that run (metadist resume --run, "
+                "Trainer.restore)"
+            )
+        run = _Run(num_steps, self._log_every, self._quiet)
+        monitor = None
+        try:
+            self._executor.start(self._workload, self._optimizer, self._state)
+            if self.run_dir is not None:
+                self._open_run_dir(self.run_dir)
+                monitor = Monitor(self.run_dir / "tensorboard", self.version)
+                monitor.start(self.settings(), self.sampler.sample(0))
+            for report in self._executor.run(num_steps):
+                means = monitor.step(report) if monitor else {}
+                run.progress.step(report, means)
+                run.count(report, self._max_dropped)
+                self._periodically(report.step.version, num_steps, monitor, run)
+        except KeyboardInterrupt:
+            self._state = self._executor.state()
+            saved = self._save()
+            run.progress.say(
+                f"interrupted at step {self.version}" + (f", saved {saved}" if saved else "")
+            )
+            raise
+        finally:
+            self._executor.close()
+            run.progress.close()
+            if monitor is not None:
+                monitor.close()
+        best = self._store.best() if self._store else None
+        return TrainingResult(
+            self.version, run.num_tasks, run.num_dropped, time.perf_counter() - began, best
+        )
+
+    def test(self, sampler: TaskSampler, num_tasks: int = 600) -> EvaluationResult:
+        """Evaluation of the current outer variable; see `evaluate`."""
+        return evaluate(
+            self.problem,
+            sampler,
+            self.algorithm,
+            self.outer,
+            num_tasks,
+            inner_steps=self._eval_inner_steps,
+            batch_size=self._workload.batch_size,
+            seed=self._workload.seed,
+            vectorize=self._workload.vectorize,
+        )
+
+    def settings(self) -> dict[str, str | int | float]:
+        """What a reader of the result must know, by name."""
+        optimizer = self._optimizer
+        return {
+            "algorithm": repr(self.algorithm),
+            **self.problem.describe(),
+            "sampler": describe_sampler(self.sampler),
+            "outer optimizer": optimizer.name,
+            "outer lr": optimizer.lr,
+            "meta_batch_size": self._workload.meta_batch_size,
+            "tasks_per_lease": self._workload.tasks_per_lease,
+            "seed": self._workload.seed,
+            **self._executor.describe(),
+        }
+
+    def _periodically(
+        self, version: int, num_steps: int, monitor: Monitor | None, run: _Run
+    ) -> None:
+        last = version >= num_steps
+        validates = self._val_sampler is not None and (
+            last or (self._val_every is not None and version % self._val_every == 0)
+        )
+        if not (last or validates or version % self._checkpoint_every == 0):
+            return
+        self._state = self._executor.state()
+        self._score = None
+        if validates:
+            assert self._val_sampler is not None
+            result = self.test(self._val_sampler, self._val_tasks)
+            self._score = result.score
+            if monitor is not None:
+                monitor.evaluation("val", result, version)
+            run.progress.say(f"step {version}: validation {headline(result)}")
+        self._save()
+
+    def _open_run_dir(self, run_dir: Path) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._is_new = False
+        if self._config is not None:
+            (run_dir / "config.yaml").write_text(self._config)
+
+    def _save(self) -> str | None:
+        if self._store is None:
+            return None
+        return self._store.save(Checkpoint(self._state, self._fixed(), self._score))
+
+    def _fixed(self) -> dict[str, Any]:
+        """What must not change between the parts of one run."""
+        return {
+            "seed": self._workload.seed,
+            "tasks_per_lease": self._workload.tasks_per_lease,
+            "outer_optimizer": asdict(self._optimizer),
+        }
+
+
+class _Run:
+    """The counters of one call of `fit`."""
+
+    def __init__(self, num_steps: int, log_every: int, quiet: bool) -> None:
+        self.progress = TerminalProgress(num_steps, log_every, quiet)
+        self.num_tasks = 0
+        self.num_dropped = 0
+        self._in_a_row: list[int] = []
+
+    def count(self, report: StepReport, max_dropped: int) -> None:
+        for result in report.results:
+            self.num_tasks += result.num_tasks
+            self.num_dropped += len(result.dropped)
+            self._in_a_row = [*(() if result.num_tasks else self._in_a_row), *result.dropped]
+        if len(self._in_a_row) >= max_dropped:
+            raise TrainingDiverged(
+                f"the last {len(self._in_a_row)} tasks in a row had no finite hypergradient (ids "
+                f"{', '.join(map(str, self._in_a_row[:8]))} ...), max_dropped={max_dropped}: try a "
+                "smaller inner_lr or outer lr, or clip_norm"
+            )
+
+
+def default_tasks_per_lease(meta_batch_size: int) -> int:
+    """The largest divisor that leaves at least four leases, or 1."""
+    sizes = [t for t in range(1, meta_batch_size // 4 + 1) if meta_batch_size % t == 0]
+    return max(sizes, default=1)
+
+
+def headline(result: EvaluationResult) -> str:
+    """The figure that matters most, before and after adaptation."""
+    name = "query_accuracy" if "query_accuracy" in result.metrics else "query_loss"
+    label = name.removeprefix("query_")
+    return f"{label} {result.metrics[name]} (before adaptation {result.metrics[name + '_before']})"
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError if `folder` is not, or cannot become, one to write into; leaves nothing."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"run_dir must be a folder that can be written to, got {str(folder)!r}: {error}; "
+            "choose another"
+        ) from error
+
+
+def _holds_anything(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either the old one or the whole new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)
