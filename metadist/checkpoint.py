@@ -2,7 +2,7 @@
 
     step-00000100/tensors.safetensors   outer variable and optimiser state
     step-00000100/state.json            everything else
-    step-00000100/manifest.json         sizes and SHA-256 of the two, written last
+    step-00000100/manifest.json         sizes and SHA-256 of the two and of itself, written last
 
 A folder whose manifest is missing, or does not fit the files, is not a checkpoint. Nothing is
 ever unpickled.
@@ -105,8 +105,8 @@ class CheckpointStore:
                 for file, data in files.items()
             },
         }
-        self._write(self._path(name, MANIFEST), _json(manifest))
-        self._prune()
+        self._write(self._path(name, MANIFEST), _json({**manifest, "sha256": _digest(manifest)}))
+        self._prune(name)
         return name
 
     def load(self, name: str | None = None) -> tuple[str, Checkpoint]:
@@ -118,6 +118,11 @@ class CheckpointStore:
         self.skipped = {}
         if name == "best":
             name = self.best()
+            if name is None:
+                raise CheckpointError(
+                    "checkpoint must be one of "
+                    f"{self.names() or 'none'} in {self.uri}, got 'best': none was validated"
+                )
         if name is not None:
             if name not in self.names():
                 raise CheckpointError(
@@ -162,7 +167,7 @@ class CheckpointStore:
         where = self._path(name)
         try:
             manifest = json.loads(data[MANIFEST])
-            version, listed = manifest["format"], manifest["files"]
+            version, listed, digest = manifest["format"], manifest["files"], manifest["sha256"]
             expected = {
                 file: (listed[file]["size_bytes"], listed[file]["sha256"]) for file in listed
             }
@@ -175,6 +180,11 @@ class CheckpointStore:
             raise CheckpointError(
                 f"checkpoint {where} must be of format {FORMAT}, got {version!r}: "
                 "load it with the version of metadist that wrote it"
+            )
+        if digest != _digest(manifest):
+            raise CheckpointError(
+                f"checkpoint {where} is damaged: {MANIFEST} must have SHA-256 {digest}, got "
+                f"{_digest(manifest)}"
             )
         for file in (TENSORS, STATE):
             found = (len(data[file]), hashlib.sha256(data[file]).hexdigest())
@@ -198,6 +208,8 @@ class CheckpointStore:
         for name in self.names():
             try:
                 manifest = json.loads(self._read(name, MANIFEST))
+                if manifest["sha256"] != _digest(manifest):
+                    continue
                 score = manifest["score"]
                 manifest["score"] = None if score is None or math.isnan(score) else float(score)
             except (CheckpointError, KeyError, TypeError, ValueError):
@@ -205,9 +217,11 @@ class CheckpointStore:
             found[name] = manifest
         return found
 
-    def _prune(self) -> None:
+    def _prune(self, saved: str) -> None:
         whole = list(self._manifests())
-        keep = set(whole[-self._keep_last :])
+        # The one just saved too, which is not the newest after going back to an earlier one: of
+        # the others only the manifests were looked at.
+        keep = {saved, *whole[-self._keep_last :]}
         if self._keep_best:
             keep.add(self.best() or "")
         for name in whole:
@@ -275,6 +289,12 @@ def _state(checkpoint: Checkpoint) -> dict[str, Any]:
         "applied": list(state.applied),
         "info": checkpoint.info,
     }
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """The SHA-256 of a manifest without its own field for it."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _json(value: Any) -> bytes:

@@ -33,10 +33,12 @@ from rich.table import Table
 from metadist import __version__
 from metadist.algorithm import Algorithm
 from metadist.algorithms import ALGORITHMS
-from metadist.checkpoint import CheckpointError, CheckpointStore
+from metadist.checkpoint import CheckpointError, CheckpointStore, check_same_model
 from metadist.cluster import ClusterError
 from metadist.evaluation import EvaluationResult, evaluate
+from metadist.lease import Workload
 from metadist.outer import OuterOptimizer
+from metadist.preflight import check_losses, initial_outer
 from metadist.sampler_check import check_sampler
 from metadist.trainer import Trainer, TrainingDiverged, headline, write_json
 
@@ -56,6 +58,9 @@ NAMES = {
     "image_folder": "metadist.tasks.ImageFolder",
 }
 """Short names of class paths."""
+
+RESULT = "result.json"
+"""In the run folder: what a finished run came to."""
 
 
 def _any_with(*methods: str) -> type:
@@ -200,7 +205,7 @@ def train(config: Namespace, parser: ArgumentParser) -> int:
     if not config.run_dir:
         raise ValueError("run_dir must name a new folder, got none: pass --run_dir runs/NAME")
     trainer, samplers = _build(config, parser)
-    return _fit(config, parser, trainer, samplers)
+    return _fit(config, trainer, samplers)
 
 
 def resume(config: Namespace, parser: ArgumentParser) -> int:
@@ -214,10 +219,10 @@ def resume(config: Namespace, parser: ArgumentParser) -> int:
     name = trainer.restore(config.checkpoint)
     _say_skipped(trainer.skipped)
     print(f"continuing {config.run} from {name}")
-    if trainer.version >= run.num_steps:
+    if trainer.version >= run.num_steps and (Path(config.run) / RESULT).is_file():
         print(f"nothing to do: {trainer.version} outer steps are taken, num_steps={run.num_steps}")
         return 0
-    return _fit(run, parser, trainer, samplers)
+    return _fit(run, trainer, samplers)
 
 
 def evaluate_run(config: Namespace, parser: ArgumentParser) -> int:
@@ -231,13 +236,17 @@ def evaluate_run(config: Namespace, parser: ArgumentParser) -> int:
     store = CheckpointStore(str(Path(config.run) / "checkpoints"))
     name, checkpoint = store.load(config.checkpoint)
     _say_skipped(store.skipped)
+    expected = initial_outer(
+        objects.problem, Workload(objects.problem, objects.sampler, objects.algorithm), run.seed
+    )
+    check_same_model(checkpoint.state.outer, expected, f"{store.uri}/{name}")
     result = evaluate(
         objects.problem,
         objects.sampler,
         objects.algorithm,
         checkpoint.state.outer,
         config.num_tasks,
-        inner_steps=config.inner_steps or run.eval_inner_steps,
+        inner_steps=run.eval_inner_steps if config.inner_steps is None else config.inner_steps,
         batch_size=run.batch_size,
         seed=run.seed,
         device=config.device,
@@ -373,14 +382,21 @@ def _build(config: Namespace, parser: ArgumentParser) -> tuple[Trainer, dict[str
         if given is not None:
             samplers[split] = given
     if "test" in samplers:
-        check_sampler(samplers["test"], num_tasks=2, processes=False)
+        if config.test_tasks < 2:
+            raise ValueError(f"test_tasks must be >= 2 for an interval, got {config.test_tasks}")
+        check_sampler(
+            samplers["test"], 2, processes=False, allow_equal_examples=config.allow_equal_examples
+        )
     options = {
         key: value for key, value in objects.items() if key in inspect.signature(Trainer).parameters
     }
     options["val_sampler"] = samplers.get("val")
     options["outer_optimizer"] = objects.outer_optimizer
-    options["config"] = parser.dump(config, skip_none=False)
-    return Trainer(**options), samplers
+    options["config"] = parser.dump(config, skip_unset=False)
+    trainer = Trainer(**options)
+    if "test" in samplers:
+        check_losses(trainer.problem, samplers["test"], trainer.outer, "test_sampler")
+    return trainer, samplers
 
 
 def _instantiate(config: Namespace, parser: ArgumentParser, only: str | None = None) -> Namespace:
@@ -396,9 +412,18 @@ def _instantiate(config: Namespace, parser: ArgumentParser, only: str | None = N
         raise ValueError(_readable(str(error))) from error
 
 
-def _fit(
-    config: Namespace, parser: ArgumentParser, trainer: Trainer, samplers: dict[str, Any]
-) -> int:
+def _fit(config: Namespace, trainer: Trainer, samplers: dict[str, Any]) -> int:
+    try:
+        return _fit_and_test(config, trainer, samplers)
+    except (ValueError, OSError):
+        if not trainer.has_started:
+            raise
+        # Not about the input of the command: somebody's code failed while it ran.
+        traceback.print_exc()
+        return 1
+
+
+def _fit_and_test(config: Namespace, trainer: Trainer, samplers: dict[str, Any]) -> int:
     result = trainer.fit(config.num_steps)
     summary: dict[str, Any] = {
         "num_steps": result.num_steps,
@@ -419,7 +444,7 @@ def _fit(
         print(f"test at {name}:")
         _print_evaluation(tested)
         summary["test"] = {"checkpoint": name, **tested.to_json()}
-    write_json(Path(config.run_dir) / "result.json", summary)
+    write_json(Path(config.run_dir) / RESULT, summary)
     print(f"run folder: {config.run_dir}")
     print(f"TensorBoard: tensorboard --logdir {config.run_dir}")
     return 0

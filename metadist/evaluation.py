@@ -92,6 +92,44 @@ def evaluate(
         raise ValueError(f"num_tasks must be >= 2 for an interval, got {num_tasks}")
     if inner_steps is not None:
         algorithm = with_inner_steps(algorithm, inner_steps)
+    figures = evaluate_tasks(
+        problem,
+        sampler,
+        algorithm,
+        outer,
+        num_tasks,
+        batch_size=batch_size,
+        seed=seed,
+        vectorize=vectorize,
+        chunk_size=chunk_size,
+        device=device,
+        num_threads=num_threads,
+    )
+    protocol = {
+        "tasks": f"{num_tasks} (indices 0 .. {num_tasks - 1})",
+        "sampler": describe_sampler(sampler),
+        "algorithm": repr(algorithm),
+        **problem.describe(),
+        "interval": "95 % Student t over tasks",
+    }
+    return EvaluationResult({k: mean_interval(v) for k, v in figures.items()}, protocol)
+
+
+def evaluate_tasks(
+    problem: Problem,
+    sampler: TaskSampler,
+    algorithm: Algorithm,
+    outer: Params,
+    num_tasks: int,
+    *,
+    batch_size: int | None = None,
+    seed: int = 0,
+    vectorize: Vectorize = "auto",
+    chunk_size: int = 25,
+    device: str = "auto",
+    num_threads: int | None = None,
+) -> dict[str, list[float]]:
+    """The figures of each of the tasks 0 .. num_tasks-1 by name; arguments as of `evaluate`."""
     where = pick_device(device)
     outer = {name: leaf.detach().to(where) for name, leaf in outer.items()}
     leaf = next(iter(outer.values()))
@@ -112,14 +150,7 @@ def evaluate(
                             "diverges there; try a smaller inner_lr or fewer inner_steps"
                         )
                     figures.setdefault(name, []).append(value)
-    protocol = {
-        "tasks": f"{num_tasks} (indices 0 .. {num_tasks - 1})",
-        "sampler": describe_sampler(sampler),
-        "algorithm": repr(algorithm),
-        **problem.describe(),
-        "interval": "95 % Student t over tasks",
-    }
-    return EvaluationResult({k: mean_interval(v) for k, v in figures.items()}, protocol)
+    return figures
 
 
 def with_inner_steps(algorithm: Algorithm, inner_steps: int) -> Algorithm:

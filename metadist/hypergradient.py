@@ -61,7 +61,8 @@ def task_hypergradients(
         vectorize: run tasks together under `torch.func.vmap` (they must have equal shapes), or
             one after another. "auto": together where the algorithm allows it and no inner
             tensor is a convolution kernel on a CPU, where vmap is slower than a loop.
-        chunk_size: at most so many tasks at a time under vmap; bounds memory.
+        chunk_size: at most so many tasks at a time under vmap; bounds memory. None: all on a GPU,
+            4 on a CPU, where memory for more costs time and saves none.
         batch_size: examples per draw of support and query; None: whole sets.
         seed: of the draws.
         report: also evaluate losses and metrics before and after adaptation (keys
@@ -75,9 +76,12 @@ def task_hypergradients(
     """
     if not tasks:
         raise ValueError("tasks must hold at least one task, got none")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be >= 1 or None, got {chunk_size}")
     options = {"batch_size": batch_size, "seed": seed, "report": report}
     if vectorizes(vectorize, problem, algorithm, outer, tasks):
-        size = chunk_size or len(tasks)
+        on_cpu = next(iter(outer.values())).device.type == "cpu"
+        size = chunk_size or (4 if on_cpu else len(tasks))
         groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
     else:
         groups = [[task] for task in tasks]
@@ -185,6 +189,8 @@ def vectorizes(
     tasks: list[Task],
 ) -> bool:
     """Whether these tasks go through together; see `task_hypergradients`."""
+    if vectorize not in ("auto", True, False):
+        raise ValueError(f"vectorize must be 'auto', True or False, got {vectorize!r}")
     if vectorize is False or len(tasks) == 1:
         return False
     stackable = len({shape_signature(task) for task in tasks}) == 1

@@ -26,13 +26,14 @@ class Monitor:
 
     Args:
         folder: where the event files go.
-        first_step: events of this step and later, left by an interrupted run, are hidden.
+        version: outer steps taken so far; events of later steps, left by an interrupted run, are
+            hidden.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, version: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # late: no worker needs it
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+        self._writer = SummaryWriter(str(folder), purge_step=version + 1)
         self._staleness: list[int] = []
         self._since: dict[str, _WorkerTotal] = defaultdict(_WorkerTotal)
         self._seconds = 0.0

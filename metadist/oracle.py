@@ -233,10 +233,15 @@ class _Derivatives:
         self.hvp = _first_that_works(forward(inner_grad), reverse(1))
 
 
+NO_FORWARD_MODE = ("ZeroTensors are immutable", "forward AD", "forward-mode", "not implemented")
+"""What torch says of operators that lack it."""
+
+
 def _first_that_works(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
-    """`first`; from its first failure on `second`.
+    """`first`; `second` from when `first` fails for want of a forward mode.
 
     Some operators (F.mse_loss) have a double backward, but no forward mode of their backward.
+    Any other error is raised: a choice made by chance would differ between workers.
     """
     chosen = first
 
@@ -246,9 +251,9 @@ def _first_that_works(first: Callable[..., Any], second: Callable[..., Any]) -> 
             return second(*args)
         try:
             return first(*args)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
+        except RuntimeError as error:
+            if not any(phrase in str(error) for phrase in NO_FORWARD_MODE):
+                raise
             result = second(*args)  # if this fails too, its error is the one to see
             chosen = second
             return result

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, split_own
-from metadist.hypergradient import HypergradientSum, task_hypergradients
+from metadist.hypergradient import HypergradientSum, task_hypergradients, vectorizes
 from metadist.lease import Workload, intra_op_threads
+from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.problem import Problem
-from metadist.task import Task, to_device
+from metadist.task import Task, TaskSampler, to_device
 from metadist.trees import Params, check_flattenable
 
 
@@ -21,7 +25,7 @@ class NoSecondDerivative(ValueError):
 def initial_outer(problem: Problem, workload: Workload, seed: int) -> Params:
     """The outer variable at the start of training, the algorithm's own variables included."""
     outer = problem.init_outer(torch.Generator().manual_seed(seed))
-    start = problem.init_inner(outer, _first_task(workload, outer))
+    start = problem.init_inner(outer, _task(workload.sampler, outer))
     outer = {**outer, **workload.algorithm.init_own(start)}
     check_flattenable(outer, "outer")
     return {name: leaf.detach().cpu() for name, leaf in outer.items()}
@@ -30,18 +34,19 @@ def initial_outer(problem: Problem, workload: Workload, seed: int) -> Params:
 def preflight(workload: Workload, outer: Params) -> None:
     """Raise ValueError if training cannot work; run one task through everything, on the CPU.
 
+    And two tasks together where vmap is used, since what works alone may not work there.
     Warns (RuntimeWarning) of outer variables that get no hypergradient.
 
-    Cost: the hypergradient of one task.
+    Cost: the hypergradient of one or three tasks, and one double backward pass of g.
     """
-    task = _first_task(workload, outer)
-    problem, algorithm = workload.problem, workload.algorithm
-    problem_outer, _ = split_own(outer)
-    algorithm.check(problem, problem_outer, task)
+    tasks = [_task(workload.sampler, outer, index) for index in range(2)]
+    algorithm = workload.algorithm
     with intra_op_threads(workload.num_threads):
-        _check_loss(problem, problem_outer, task)
-        result = _hypergradient(workload, outer, task)
-    if not result.num_tasks:
+        check_losses(workload.problem, workload.sampler, outer)
+        algorithm.check(workload.problem, split_own(outer)[0], tasks[0])
+        result = _hypergradient(workload, outer, tasks)
+        _check_twice_differentiable(workload, outer, tasks[0])
+    if 0 in result.dropped:
         raise ValueError(
             "the hypergradient of task 0 must be finite, got NaN or Inf: adaptation diverges; "
             f"try a smaller inner_lr, or look at the task ({algorithm})"
@@ -61,61 +66,140 @@ def preflight(workload: Workload, outer: Params) -> None:
         )
 
 
-def _first_task(workload: Workload, outer: Params) -> Task:
-    task = workload.sampler.sample(0)
+def _task(sampler: TaskSampler, outer: Params, index: int = 0) -> Task:
+    task = sampler.sample(index)
     if not isinstance(task, Task):
         raise ValueError(
             f"sampler.sample(index) must return a metadist.Task, got {type(task).__name__} "
-            f"from {type(workload.sampler).__name__}"
+            f"from {type(sampler).__name__}"
         )
     return to_device(task, "cpu", next(iter(outer.values())).dtype)
 
 
-def _check_loss(problem: Problem, outer: Params, task: Task) -> None:
-    context, start = problem.encode(outer, task), problem.init_inner(outer, task)
+def check_losses(
+    problem: Problem, sampler: TaskSampler, outer: Params, field: str = "sampler"
+) -> None:
+    """Raise ValueError unless both losses are finite numbers on task 0 of `sampler`."""
+    outer, _ = split_own(outer)
+    task = _task(sampler, outer)
+    shapes = ", ".join(str(tuple(t.shape)) for batch in task[:2] for t in batch.tensors)
+
+    def attempt(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except NOT_COMPUTABLE as error:
+            raise ValueError(
+                f"{name} must be computable on task 0 of {field}, whose tensors have shapes "
+                f"{shapes}, got {type(error).__name__}: {error}. Do the model's inputs and "
+                "outputs fit the sampler (n_way, channels, image size, labels 0..N-1)?"
+            ) from error
+
+    context = attempt("encode", problem.encode, outer, task)
+    start = attempt("init_inner", problem.init_inner, outer, task)
     for name, loss, batch in (
         ("inner_loss", problem.inner_loss, task.support),
         ("outer_loss", problem.outer_loss, task.query),
     ):
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in batch.tensors)
-        try:
-            value = loss(context, start, batch)
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{name} must be computable on task 0, whose tensors have shapes {shapes}, got "
-                f"{type(error).__name__}: {error}. Do the model's inputs and outputs fit the "
-                "sampler (n_way, channels, image size, labels 0..N-1)?"
-            ) from error
+        value = attempt(name, loss, context, start, batch)
         if not isinstance(value, torch.Tensor) or value.shape != ():
             got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(f"{name} must return a tensor of shape (), got {got}")
         if not bool(value.isfinite()):
             raise ValueError(
-                f"{name} must be finite on task 0 at the start, got {float(value)}: look for NaN "
-                "in the data or the initial weights"
+                f"{name} must be finite on task 0 of {field} at the start, got {float(value)}: "
+                "look for NaN in the data or the initial weights"
             )
 
 
-def _hypergradient(workload: Workload, outer: Params, task: Task) -> HypergradientSum:
+NOT_COMPUTABLE = (RuntimeError, IndexError, ValueError, TypeError)
+"""What torch raises for inputs that do not fit."""
+
+
+def _check_twice_differentiable(workload: Workload, outer: Params, task: Task) -> None:
+    """Raise NoSecondDerivative for what torch.func would differentiate wrongly without a word.
+
+    It takes the backward pass of a `once_differentiable` function for a constant; a plain
+    backward pass to all leaves refuses it.
+    """
+    problem = workload.problem
+    with torch.no_grad():
+        context = problem.encode(split_own(outer)[0], task)
+        start = problem.init_inner(outer, task)
+    x, y = (
+        {
+            name: leaf.detach().clone().requires_grad_(leaf.is_floating_point())
+            for name, leaf in tree.items()
+        }
+        for tree in (context, start)
+    )
+    oracle = AutogradOracle(problem, task, workload.batch_size, workload.seed)
     try:
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = oracle.inner_value(x, y, oracle.draw_inner())
+            gradients = torch.autograd.grad(
+                loss, list(y.values()), create_graph=True, allow_unused=True
+            )
+            total = sum(leaf.sum() for leaf in gradients if leaf is not None)
+            if isinstance(total, torch.Tensor) and total.requires_grad:
+                total.backward()
+    except RuntimeError as error:
+        if "once_differentiable" in str(error) and _takes_second_derivatives(workload, outer, task):
+            raise _no_second_derivative(workload, error) from error
+
+
+def _takes_second_derivatives(workload: Workload, outer: Params, task: Task) -> bool:
+    problem, algorithm = workload.problem, workload.algorithm
+    problem_outer, own = split_own(outer)
+    oracle = CountingOracle(AutogradOracle(problem, task, workload.batch_size, workload.seed))
+    x = {**problem.encode(problem_outer, task), **own}
+    start = problem.init_inner(problem_outer, task)
+    algorithm.estimate(oracle, x, algorithm.init(oracle, x, start))
+    return any(oracle.counts[name] for name in ("hvp", "jvp", "inner_value"))
+
+
+def _hypergradient(workload: Workload, outer: Params, tasks: list[Task]) -> HypergradientSum:
+    problem, algorithm = workload.problem, workload.algorithm
+
+    def compute(tasks: list[Task]) -> HypergradientSum:
         return task_hypergradients(
-            workload.problem,
-            workload.algorithm,
+            problem,
+            algorithm,
             outer,
-            [task],
+            tasks,
+            vectorize=workload.vectorize,
+            chunk_size=workload.chunk_size,
             batch_size=workload.batch_size,
             seed=workload.seed,
         )
+
+    try:
+        alone = compute(tasks[:1])
     except RuntimeError as error:
         if not any(phrase in str(error) for phrase in NO_DERIVATIVE):
             raise
-        reason = str(error).strip().partition("\n")[0]
-        raise NoSecondDerivative(
-            f"the problem must be differentiable twice for {type(workload.algorithm).__name__}, "
-            f"got: {reason}. Replace that operator (for attention and recurrent layers the plain "
-            "kernels are chosen already), or use a first-order algorithm (ITD with "
-            "first_order=True, Reptile)"
+        raise _no_second_derivative(workload, error) from error
+    if not vectorizes(workload.vectorize, problem, algorithm, outer, tasks):
+        return alone
+    try:
+        return compute(tasks)
+    except RuntimeError as error:
+        raise ValueError(
+            f"vectorize must be False for a problem that vmap cannot run, got "
+            f"{workload.vectorize!r}: {_reason(error)}"
         ) from error
+
+
+def _no_second_derivative(workload: Workload, error: RuntimeError) -> NoSecondDerivative:
+    return NoSecondDerivative(
+        f"the problem must be differentiable twice for {type(workload.algorithm).__name__}, "
+        f"got: {_reason(error)}. Replace that operator (for attention and recurrent layers the "
+        "plain kernels are chosen already), or use a first-order algorithm (ITD with "
+        "first_order=True and engine='adjoint', Reptile)"
+    )
+
+
+def _reason(error: RuntimeError) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 NO_DERIVATIVE = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -16,13 +17,13 @@ from metadist.checkpoint import (
     CheckpointStore,
     check_same_model,
 )
-from metadist.evaluation import EvaluationResult, describe_sampler, evaluate
+from metadist.evaluation import EvaluationResult, describe_sampler, evaluate, with_inner_steps
 from metadist.executor import Executor, LocalExecutor, StepReport
 from metadist.hypergradient import Vectorize
 from metadist.lease import Workload
-from metadist.monitor import Monitor, TerminalProgress
+from metadist.monitor import Monitor, TerminalProgress, mean_metrics
 from metadist.outer import OuterOptimizer, OuterVariable
-from metadist.preflight import check_trainable, initial_outer, preflight
+from metadist.preflight import check_losses, check_trainable, initial_outer, preflight
 from metadist.problem import Problem
 from metadist.sampler_check import check_sampler
 from metadist.task import TaskSampler
@@ -119,15 +120,20 @@ class Trainer:
         config: str | None = None,
     ) -> None:
         check_trainable(problem, algorithm)
-        for field, value in (
-            ("checkpoint_every", checkpoint_every),
-            ("max_dropped", max_dropped),
-            ("val_every", 1 if val_every is None else val_every),
+        for field, value, least in (
+            ("checkpoint_every", checkpoint_every, 1),
+            ("keep_checkpoints", keep_checkpoints, 1),
+            ("log_every", log_every, 1),
+            ("max_dropped", max_dropped, 1),
+            ("val_every", 1 if val_every is None else val_every, 1),
+            ("val_tasks", val_tasks, 2),
         ):
-            if value < 1:
-                raise ValueError(f"{field} must be >= 1, got {value}")
+            if value < least:
+                raise ValueError(f"{field} must be >= {least}, got {value}")
         if val_every is not None and val_sampler is None:
             raise ValueError(f"val_every must be None without a val_sampler, got {val_every}")
+        if eval_inner_steps is not None:
+            with_inner_steps(algorithm, eval_inner_steps)
         for source in (sampler, val_sampler):
             if source is not None:
                 check_sampler(source, 2, processes=False, allow_equal_examples=allow_equal_examples)
@@ -140,7 +146,9 @@ class Trainer:
             sampler,
             algorithm,
             meta_batch_size=meta_batch_size,
-            tasks_per_lease=tasks_per_lease or default_tasks_per_lease(meta_batch_size),
+            tasks_per_lease=default_tasks_per_lease(meta_batch_size)
+            if tasks_per_lease is None
+            else tasks_per_lease,
             report_every=log_every,
             vectorize=vectorize,
             chunk_size=chunk_size,
@@ -157,7 +165,6 @@ class Trainer:
         self._log_every = log_every
         self._max_dropped = max_dropped
         self._quiet = quiet
-        self._score: float | None = None
         self._config = config
         self.run_dir = None if run_dir is None else Path(run_dir)
         self._store: CheckpointStore | None = None
@@ -166,9 +173,23 @@ class Trainer:
             check_writable(self.run_dir)
         outer = initial_outer(problem, self._workload, seed)
         preflight(self._workload, outer)
+        if val_sampler is not None:
+            check_losses(problem, val_sampler, outer, "val_sampler")
+        # What must not change between the parts of one run, as a checkpoint gives it back.
+        self._fixed: dict[str, Any] = json.loads(
+            json.dumps(
+                {
+                    "seed": seed,
+                    "tasks_per_lease": self._workload.tasks_per_lease,
+                    "outer_optimizer": asdict(self._optimizer),
+                }
+            )
+        )
         self._state = OuterVariable(outer, self._optimizer).state()
         self._like = outer
         self._is_new = True
+        self.has_started = False
+        """Whether the last `fit` got so far as to compute; errors before that are about input."""
 
     @property
     def outer(self) -> Params:
@@ -196,7 +217,7 @@ class Trainer:
             raise ValueError("restore needs a run_dir, got None")
         found, checkpoint = self._store.load(name)
         check_same_model(checkpoint.state.outer, self._like, f"{self._store.uri}/{found}")
-        for field, value in self._fixed().items():
+        for field, value in self._fixed.items():
             if checkpoint.info.get(field) != value:
                 raise CheckpointError(
                     f"{field} must be {checkpoint.info.get(field)!r} as in checkpoint "
@@ -224,6 +245,7 @@ class Trainer:
                 "files: choose another, or continue that run (metadist resume --run, "
                 "Trainer.restore)"
             )
+        self.has_started = False
         run = _Run(num_steps, self._log_every, self._quiet)
         monitor = None
         try:
@@ -232,17 +254,19 @@ class Trainer:
                 self._open_run_dir(self.run_dir)
                 monitor = Monitor(self.run_dir / "tensorboard", self.version)
                 monitor.start(self.settings(), self.sampler.sample(0))
+            self.has_started = True
             for report in self._executor.run(num_steps):
-                means = monitor.step(report) if monitor else {}
+                means = monitor.step(report) if monitor else mean_metrics(report)
                 run.progress.step(report, means)
                 run.count(report, self._max_dropped)
                 self._periodically(report.step.version, num_steps, monitor, run)
         except KeyboardInterrupt:
-            self._state = self._executor.state()
-            saved = self._save()
-            run.progress.say(
-                f"interrupted at step {self.version}" + (f", saved {saved}" if saved else "")
-            )
+            if self.has_started:
+                self._state = self._executor.state()
+                saved = self._save()
+                run.progress.say(
+                    f"interrupted at step {self.version}" + (f", saved {saved}" if saved else "")
+                )
             raise
         finally:
             self._executor.close()
@@ -293,15 +317,15 @@ class Trainer:
         if not (last or validates or version % self._checkpoint_every == 0):
             return
         self._state = self._executor.state()
-        self._score = None
+        score = None
         if validates:
             assert self._val_sampler is not None
             result = self.test(self._val_sampler, self._val_tasks)
-            self._score = result.score
+            score = result.score
             if monitor is not None:
                 monitor.evaluation("val", result, version)
             run.progress.say(f"step {version}: validation {headline(result)}")
-        self._save()
+        self._save(score)
 
     def _open_run_dir(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -309,18 +333,10 @@ class Trainer:
         if self._config is not None:
             (run_dir / "config.yaml").write_text(self._config)
 
-    def _save(self) -> str | None:
+    def _save(self, score: float | None = None) -> str | None:
         if self._store is None:
             return None
-        return self._store.save(Checkpoint(self._state, self._fixed(), self._score))
-
-    def _fixed(self) -> dict[str, Any]:
-        """What must not change between the parts of one run."""
-        return {
-            "seed": self._workload.seed,
-            "tasks_per_lease": self._workload.tasks_per_lease,
-            "outer_optimizer": asdict(self._optimizer),
-        }
+        return self._store.save(Checkpoint(self._state, self._fixed, score))
 
 
 class _Run:
@@ -361,7 +377,8 @@ def headline(result: EvaluationResult) -> str:
 def check_writable(folder: Path) -> None:
     """Raise ValueError if `folder` is not, or cannot become, one to write into; leaves nothing."""
     existing = folder
-    while not existing.exists():
+    # Not Path.exists, which raises where a folder above may not be entered.
+    while not os.path.exists(existing):
         existing = existing.parent
     try:
         with tempfile.TemporaryFile(dir=existing):

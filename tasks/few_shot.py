@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vjp
 
 from metadist.models import TaskBatchNorm, rows
 from metadist.problem import Problem
@@ -197,9 +198,10 @@ class FewShotProblem(Problem):
             _move_constants(module, inputs.device)
         if not self._has_rnn:
             return functional_call(module, params, (inputs,))
-        # The fused RNN kernels have no double backward, the plain ones have.
-        with torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False):
-            return functional_call(module, params, (inputs,))
+        # The fused RNN kernels have no double backward, the plain ones have. vmap has no rule for
+        # an RNN as a whole; inside vjp it falls into parts that vmap has rules for.
+        with torch.backends.cudnn.flags(enabled=False), _without_mkldnn():
+            return vjp(lambda p: functional_call(module, p, (inputs,)), params)[0]
 
     def _check_split(self, inputs: Tensor) -> None:
         """Raise ValueError, once, if the model is not its head after its body."""
@@ -319,6 +321,17 @@ def _task(tasks: Task, b: int) -> Task:
         return Batch(tuple(tensor[b] for tensor in batch.tensors), batch.index[b])
 
     return Task(at(tasks.support), at(tasks.query), cast(Tensor, tasks.id)[b])
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    # torch.backends.mkldnn.flags also sets what warns where there is no Intel GPU.
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def _constants(module: nn.Module) -> Iterator[Tensor]:

@@ -1,0 +1,63 @@
+"""What ends a run on a cluster.
+
+RuntimeError
+  ClusterError
+    ConnectError       the cluster cannot be reached
+    ResourcesError     it has too few CPUs or GPUs
+    LeaseError         the user's own code raised an exception on a worker
+    WorkerLostError    workers die again and again
+    ServerLostError    the parameter server died
+"""
+
+from __future__ import annotations
+
+import re
+
+from ray import exceptions
+
+
+class ClusterError(RuntimeError):
+    """Base of the errors of metadist.cluster."""
+
+
+class ConnectError(ClusterError):
+    """The cluster cannot be reached."""
+
+
+class ResourcesError(ClusterError):
+    """The cluster has too few CPUs or GPUs for the workers."""
+
+
+class LeaseError(ClusterError):
+    """User code raised on a worker; the message has its traceback, `__cause__` the exception."""
+
+
+class WorkerLostError(ClusterError):
+    """Workers die again and again without completing a lease."""
+
+
+class ServerLostError(ClusterError):
+    """The parameter server died."""
+
+
+_LOST = (
+    exceptions.RayActorError,
+    exceptions.ObjectLostError,
+    exceptions.GetTimeoutError,
+    exceptions.WorkerCrashedError,
+    exceptions.NodeDiedError,
+    exceptions.OutOfMemoryError,
+)
+
+
+def is_loss(error: exceptions.RayError) -> bool:
+    """Whether a machine, process or object was lost: true is to be retried, false is a bug."""
+    if isinstance(error, exceptions.RayTaskError):
+        # Ray raises a lost argument of a call as an error of the call.
+        return isinstance(error.cause, _LOST)
+    return isinstance(error, _LOST)
+
+
+def message(error: BaseException) -> str:
+    """The text of an error of Ray, without terminal colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()

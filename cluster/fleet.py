@@ -1,0 +1,319 @@
+"""`Fleet`: the workers, their work and their deaths. The one place where anything is retried."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ray
+from ray import ObjectRef, exceptions
+
+from metadist.cluster.errors import (
+    ClusterError,
+    LeaseError,
+    ResourcesError,
+    WorkerLostError,
+    is_loss,
+    message,
+)
+from metadist.cluster.worker import WorkerInfo
+from metadist.lease import Lease, LeaseResult
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How often and how soon lost workers and leases are tried again.
+
+    Args:
+        max_losses: a worker that is lost so often in a row, or a lease, ends the run.
+        backoff_s: pause before a lost worker is tried again; doubles with every loss in a row.
+        max_backoff_s: the longest pause.
+        all_lost_s: the run ends when no worker has been alive for so long.
+        lease_s: a worker that computes one lease for longer is taken for lost; None: never.
+    """
+
+    max_losses: int = 5
+    backoff_s: float = 0.5
+    max_backoff_s: float = 10.0
+    all_lost_s: float = 300.0
+    lease_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_losses < 1:
+            raise ValueError(f"max_losses must be >= 1, got {self.max_losses}")
+        for name in ("backoff_s", "max_backoff_s", "all_lost_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.lease_s is not None and self.lease_s <= 0:
+            raise ValueError(
+                f"lease_timeout_s must be > 0 or None for no limit, got {self.lease_s}"
+            )
+
+    def pause_s(self, num_losses: int) -> float:
+        """The pause after so many losses in a row, >= 1."""
+        return float(min(self.max_backoff_s, self.backoff_s * 2 ** (num_losses - 1)))
+
+
+class Done(NamedTuple):
+    """A lease came back; `total` refers to its sum of hypergradients, which stays where it is."""
+
+    result: LeaseResult
+    total: ObjectRef[Any]
+    worker: str
+
+
+class Lost(NamedTuple):
+    """A lease has to be computed again; `lost_data`: because x could not be read."""
+
+    lease: Lease
+    lost_data: bool
+
+
+@dataclass
+class _Slot:
+    """One worker's place, kept by whichever actor fills it.
+
+    `pending` is what is waited for: the result of `lease`, or while not alive the end of setup.
+    `since` is when it last began or ended something.
+    """
+
+    name: str
+    actor: Any = None
+    info: WorkerInfo | None = None
+    since: float = 0.0
+    alive: bool = False
+    lease: Lease | None = None
+    pending: ObjectRef[Any] | None = None
+    total: ObjectRef[Any] | None = None
+    num_losses: int = 0
+    resume_at: float = 0.0
+
+
+class Fleet:
+    """Workers that compute one lease each at a time.
+
+    A lost worker is replaced here and not restarted by Ray, which takes longer to say that it
+    died, and would set it up again from arguments that may be gone.
+
+    Args:
+        make_worker: creates the actor of that number.
+        num_workers: how many.
+        retry: see `Retry`.
+    """
+
+    def __init__(self, make_worker: Callable[[int], Any], num_workers: int, retry: Retry) -> None:
+        self._make_worker = make_worker
+        self._retry = retry
+        self._slots = [_Slot(f"worker-{number}") for number in range(num_workers)]
+        self._setup: tuple[Any, ...] = ()
+        self._lease_losses: Counter[int] = Counter()
+        self._num_lost = 0
+        self._waiting_s = 0.0
+        self._none_alive_since: float | None = None
+
+    def start(self, timeout_s: float, *setup: Any) -> None:
+        """Set all workers up with these arguments of `Worker.setup`, creating those that lack."""
+        self._setup = setup
+        self._num_lost, self._none_alive_since = 0, None
+        self.forget()
+        for slot in self._slots:
+            slot.alive, slot.pending, slot.resume_at = False, None, 0.0
+        deadline = time.perf_counter() + timeout_s
+        while self.num_alive < len(self._slots):
+            self.wait(timeout_s=0.5)
+            if time.perf_counter() > deadline:
+                raise ResourcesError(
+                    f"the {len(self._slots)} workers must be ready within start_timeout_s="
+                    f"{timeout_s:g}, got {self.num_alive}: raise it, or see the logs of the nodes"
+                )
+
+    def stop(self) -> None:
+        """Kill all workers."""
+        for slot in self._slots:
+            self._discard(slot)
+
+    @property
+    def infos(self) -> list[WorkerInfo]:
+        """Where the workers run."""
+        return [slot.info for slot in self._slots if slot.info is not None]
+
+    @property
+    def num_alive(self) -> int:
+        """Workers that are not being replaced."""
+        return sum(slot.alive for slot in self._slots)
+
+    @property
+    def has_idle(self) -> bool:
+        """Whether a worker waits for a lease."""
+        return any(slot.alive and slot.lease is None for slot in self._slots)
+
+    def submit(self, lease: Lease, outer: ObjectRef[Any]) -> None:
+        """Give `lease` to the worker that has been idle longest; one must be."""
+        idle = [slot for slot in self._slots if slot.alive and slot.lease is None]
+        slot = min(idle, key=lambda slot: slot.since)
+        self._rest(slot)
+        slot.lease = lease
+        slot.pending, slot.total = slot.actor.compute.options(num_returns=2).remote(lease, outer)
+
+    def forget(self) -> None:
+        """Let go of all leases; what is still being computed is thrown away."""
+        for slot in self._slots:
+            if slot.lease is not None:
+                self._release(slot)
+            slot.num_losses = 0
+        self._lease_losses.clear()
+
+    def wait(self, timeout_s: float | None = None) -> list[Done | Lost]:
+        """What happened to leases; blocks until something did, or a worker is back."""
+        self._revive()
+        watched = {slot.pending: slot for slot in self._slots if slot.pending is not None}
+        limit_s = min(self._next_check_s(), math.inf if timeout_s is None else timeout_s)
+        ready: list[ObjectRef[Any]] = []
+        if watched:
+            # All that are ready at once, so that no worker is preferred for its place in the list.
+            refs = list(watched)
+            ray.wait(refs, num_returns=1, timeout=None if limit_s == math.inf else limit_s)
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        else:
+            time.sleep(limit_s)
+        events = [event for ref in ready for event in self._settle(watched[ref])]
+        return events + self._overdue()
+
+    def take_waiting_s(self) -> float:
+        """Seconds x workers without computing, since this was last called."""
+        for slot in self._slots:
+            if slot.lease is None:
+                self._rest(slot)
+        waiting, self._waiting_s = self._waiting_s, 0.0
+        return waiting
+
+    def take_num_lost(self) -> int:
+        """Workers lost since this was last called."""
+        lost, self._num_lost = self._num_lost, 0
+        return lost
+
+    def _rest(self, slot: _Slot, computing_s: float = 0.0) -> None:
+        """Count the time since `slot.since` as waiting, but for `computing_s` of it."""
+        now = time.perf_counter()
+        self._waiting_s += max(0.0, now - slot.since - computing_s)
+        slot.since = now
+
+    def _release(self, slot: _Slot) -> None:
+        slot.lease = slot.pending = slot.total = None
+        slot.since = time.perf_counter()
+
+    def _discard(self, slot: _Slot) -> None:
+        """Kill the worker; it may be dead, or out of reach and still at work."""
+        if slot.actor is not None:
+            ray.kill(slot.actor)
+        slot.actor, slot.alive = None, False
+        self._release(slot)
+
+    def _settle(self, slot: _Slot) -> list[Done | Lost]:
+        """What became of the call that `slot` waited for."""
+        assert slot.pending is not None
+        try:
+            answer = ray.get(slot.pending)
+        except exceptions.RayError as error:
+            return self._failed(slot, error)
+        if slot.lease is None:
+            slot.alive, slot.pending, slot.info = True, None, answer
+            return []
+        assert slot.total is not None
+        done = Done(answer, slot.total, slot.name)
+        self._rest(slot, answer.sampling_s + answer.compute_s)
+        self._release(slot)
+        self._lease_losses.pop(answer.lease_id, None)
+        slot.num_losses = 0
+        return [done]
+
+    def _failed(self, slot: _Slot, error: exceptions.RayError) -> list[Done | Lost]:
+        """The lease that is lost with the call of `slot`; raises if it was no loss but a bug."""
+        if not is_loss(error):
+            raise _user_error(slot, error) from getattr(error, "cause", None)
+        lease = slot.lease
+        self._release(slot)
+        # An error of the task means that the worker lives, and could not read what it was sent.
+        answered = isinstance(error, exceptions.RayTaskError)
+        if not answered:
+            self._num_lost += 1
+            self._discard(slot)
+        self._count_loss(slot, lease, error)
+        slot.resume_at = time.perf_counter() + self._retry.pause_s(slot.num_losses)
+        return [] if lease is None else [Lost(lease, lost_data=answered)]
+
+    def _count_loss(self, slot: _Slot, lease: Lease | None, error: exceptions.RayError) -> None:
+        """One more loss in a row of this worker and this lease; raises at the limit."""
+        slot.num_losses += 1
+        if lease is not None:
+            self._lease_losses[lease.id] += 1
+        on_lease = 0 if lease is None else self._lease_losses[lease.id]
+        if max(slot.num_losses, on_lease) < self._retry.max_losses:
+            return
+        what = f"{slot.name} was lost {slot.num_losses} times in a row without completing a lease"
+        if lease is not None and on_lease >= slot.num_losses:
+            what = f"lease {lease.id} (tasks {_tasks(lease)}) lost its worker {on_lease} times"
+        raise WorkerLostError(
+            f"{what}, max_losses={self._retry.max_losses}: the machine may lack memory, or the "
+            f"code may crash the process. The last loss: {message(error)}"
+        ) from error
+
+    def _overdue(self) -> list[Done | Lost]:
+        """The leases that took longer than `retry.lease_s`; their workers are killed."""
+        if self._retry.lease_s is None:
+            return []
+        latest = time.perf_counter() - self._retry.lease_s
+        events: list[Done | Lost] = []
+        for slot in self._slots:
+            if slot.lease is not None and slot.since < latest:
+                error = exceptions.GetTimeoutError(
+                    f"a lease took over lease_timeout_s={self._retry.lease_s:g}"
+                )
+                events += self._failed(slot, error)
+        return events
+
+    def _revive(self) -> None:
+        """Set lost workers up again after their pause, in a new actor where the old one is gone."""
+        now = time.perf_counter()
+        for number, slot in enumerate(self._slots):
+            if slot.alive or slot.pending is not None or slot.resume_at > now:
+                continue
+            if slot.actor is None:
+                slot.actor = self._make_worker(number)
+            slot.pending = slot.actor.setup.remote(*self._setup)
+        if self.num_alive:
+            self._none_alive_since = None
+        elif self._none_alive_since is None:
+            self._none_alive_since = now
+        elif now - self._none_alive_since > self._retry.all_lost_s:
+            raise WorkerLostError(
+                f"no worker has been alive for {self._retry.all_lost_s:g} s: all nodes with the "
+                "resources of a worker may be gone"
+            )
+
+    def _next_check_s(self) -> float:
+        """Seconds until something must be looked at though no call has ended."""
+        now = time.perf_counter()
+        times = [slot.resume_at for slot in self._slots if not slot.alive and slot.pending is None]
+        if self._retry.lease_s is not None:
+            times += [slot.since + self._retry.lease_s for slot in self._slots if slot.lease]
+        if not self.num_alive:
+            times.append(now + 1.0)
+        return max(0.0, min(times, default=math.inf) - now)
+
+
+def _tasks(lease: Lease) -> str:
+    return ", ".join(map(str, lease.indices))
+
+
+def _user_error(slot: _Slot, error: exceptions.RayError) -> ClusterError:
+    if slot.lease is None or not isinstance(error, exceptions.RayTaskError):
+        return ClusterError(f"{slot.name} failed: {message(error)}")
+    return LeaseError(
+        f"lease {slot.lease.id} (tasks {_tasks(slot.lease)}) failed on {slot.name}, "
+        f"with this error there:\n{message(error)}"
+    )

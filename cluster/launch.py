@@ -1,0 +1,124 @@
+"""Reaching or starting a Ray cluster, and reserving a share of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from metadist.cluster.errors import ConnectError, ResourcesError
+
+log = logging.getLogger("metadist.cluster")
+
+
+def connect(
+    address: str | None, num_cpus: float, show_worker_output: bool, object_store_bytes: int | None
+) -> bool:
+    """Whether this call made the connection, so that `ray.shutdown` is the caller's business.
+
+    An existing connection of this process is used as it is. Otherwise `address`, or the variable
+    RAY_ADDRESS (set inside `ray job submit`), names a cluster; "local" or neither of them starts
+    one of our own in this machine, with all its CPUs, or `num_cpus` if that is more.
+    """
+    if ray.is_initialized():
+        return False
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {
+        "address": address,
+        "logging_level": logging.WARNING,
+        "log_to_driver": show_worker_output,
+    }
+    if address == "local":
+        token = _token_path()
+        is_new = not token.exists()
+        with _quiet("ray._private.authentication.authentication_token_setup"):
+            ray.init(
+                num_cpus=max(_num_cores(), math.ceil(num_cpus)),
+                include_dashboard=False,
+                object_store_memory=object_store_bytes,
+                **options,
+            )
+        if is_new and token.exists():
+            token.chmod(0o600)  # Ray leaves it readable for everybody
+        return True
+    try:
+        _check_listening(address)
+        ray.init(**options)
+    except (OSError, RuntimeError) as error:
+        raise ConnectError(
+            f"address must name a running Ray cluster, got {address!r}: {error}. Is it up "
+            "(`ray status`)? Does this machine have its token (the file ~/.ray/auth_token and "
+            "RAY_AUTH_MODE=token)?"
+        ) from error
+    return True
+
+
+def _check_listening(address: str) -> None:
+    """Raise OSError if nothing listens there: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Within the block that logger is off: every local start would say that tokens are on."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _token_path() -> Path:
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def reserve(bundles: Sequence[dict[str, float]], timeout_s: float) -> PlacementGroup:
+    """A reservation of `bundles`, each on one node; on few nodes where possible.
+
+    Raises:
+        ResourcesError: they are not free within `timeout_s`; nothing is left reserved.
+    """
+    group = placement_group(list(bundles), strategy="PACK")
+    try:
+        if group.wait(min(2.0, timeout_s)):
+            return group
+        log.info("waiting for %s", _shortage(bundles))
+        if group.wait(max(0.0, timeout_s - 2.0)):
+            return group
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    shortage = _shortage(bundles)
+    remove_placement_group(group)
+    raise ResourcesError(
+        f"num_workers={len(bundles)} must be free within start_timeout_s={timeout_s:g}, "
+        f"got {shortage}: lower num_workers, cpus_per_worker or gpus_per_worker, or add nodes"
+    )
+
+
+def _shortage(bundles: Sequence[dict[str, float]]) -> str:
+    """What is asked and what there is, in words."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    parts = [
+        f"{name}: {sum(bundle[name] for bundle in bundles):g} needed ({bundles[0][name]:g} each), "
+        f"{total.get(name, 0):g} in the cluster, {free.get(name, 0):g} free"
+        for name in bundles[0]
+    ]
+    return "; ".join(parts)

@@ -1,0 +1,84 @@
+"""`Ledger`: which leases are out, which have come back, and which come next. Pure bookkeeping."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Collection
+
+from metadist.cluster.policies import Policy, View
+
+
+class Ledger:
+    """Every lease is at one place: to come, in flight, arrived, or applied.
+
+    Leases are handed out in the order of their numbers, lost ones first. No more are handed out
+    than the steps up to `until_version` need, so nothing is in flight at the end.
+
+    Args:
+        policy: decides.
+        leases_per_step: leases in a meta-batch.
+        version: of x now.
+        applied_below, applied: the leases that are in x, see `OuterState`.
+        until_version: where the run ends.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        leases_per_step: int,
+        version: int,
+        applied_below: int,
+        applied: Collection[int],
+        until_version: int,
+    ) -> None:
+        self._policy = policy
+        self._leases_per_step = leases_per_step
+        self._until_version = until_version
+        known = frozenset(applied)
+        self._fresh = (n for n in itertools.count(applied_below) if n not in known)
+        self._lost: list[int] = []
+        self.version = version
+        self.in_flight: dict[int, int] = {}
+        self.arrived: dict[int, int] = {}
+
+    @property
+    def _view(self) -> View:
+        return View(self.version, self.in_flight, self.arrived, self._leases_per_step)
+
+    def issue(self) -> int | None:
+        """The next lease, now in flight at the current version; None if none may go out."""
+        num_needed = self._policy.leases_per_step(self._leases_per_step) * (
+            self._until_version - self.version
+        )
+        num_out = len(self.in_flight) + len(self.arrived)
+        if num_out >= num_needed or not self._policy.may_issue(self._view):
+            return None
+        lease_id = heapq.heappop(self._lost) if self._lost else next(self._fresh)
+        self.in_flight[lease_id] = self.version
+        return lease_id
+
+    def arrive(self, lease_id: int) -> None:
+        """The result of a lease in flight is there."""
+        self.arrived[lease_id] = self.in_flight.pop(lease_id)
+
+    def lose(self, lease_id: int) -> None:
+        """A lease in flight, or its result, is lost and has to be computed again."""
+        self.in_flight.pop(lease_id, None)
+        self.arrived.pop(lease_id, None)
+        heapq.heappush(self._lost, lease_id)
+
+    def next_step(self) -> dict[int, float]:
+        """Lease id -> weight of the leases to apply now as one outer step; empty: none."""
+        if self.version >= self._until_version:
+            return {}
+        return {
+            lease_id: self._policy.weight(self.version - self.arrived[lease_id])
+            for lease_id in self._policy.leases_to_apply(self._view)
+        }
+
+    def apply(self, lease_ids: Collection[int], version: int) -> None:
+        """These leases are in x, which now has `version`."""
+        for lease_id in lease_ids:
+            del self.arrived[lease_id]
+        self.version = version

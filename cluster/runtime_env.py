@@ -1,0 +1,96 @@
+"""How code reaches the workers: the user's own inside the pickled workload, metadist as a module.
+
+A class in `my_tasks.py` beside the user's script is not installed on any node. So everything
+from the user's own modules is pickled by value, which needs no shipping of files and no
+restart of anything after an edit. Two things are out of its reach, and need the files on the
+nodes (`ray job submit --working-dir .`, or an installed package): a module that is imported only
+while a task is sampled or computed, and modules with state that cannot be pickled.
+"""
+
+from __future__ import annotations
+
+import pickle
+import site
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ray import cloudpickle
+
+import metadist
+from metadist.cluster.errors import ClusterError
+
+
+def pickle_by_value(value: Any) -> bytes:
+    """`value` pickled so that it can be loaded where the user's modules do not exist.
+
+    Raises:
+        ClusterError: something in it cannot be pickled.
+    """
+    with _by_value(user_modules()):
+        try:
+            payload: bytes = cloudpickle.dumps(value)
+        except (TypeError, AttributeError, pickle.PicklingError, RuntimeError) as error:
+            raise ClusterError(
+                "problem, sampler and algorithm must be picklable to reach the workers, got: "
+                f"{error}. Open files, locks and the like inside their methods, and keep them "
+                "out of attributes and of the globals that the methods use"
+            ) from error
+    return payload
+
+
+def metadist_runtime_env() -> dict[str, Any]:
+    """A Ray `runtime_env` that ships this metadist to a cluster whose nodes lack it.
+
+    For `ray.init(runtime_env=...)` before a `RayExecutor` is started; Ray takes it for a whole
+    job only, and not from inside `ray job submit`. The nodes need torch and Ray themselves.
+    """
+    return {
+        "py_modules": [str(Path(metadist.__file__).parent)],
+        "excludes": ["**/__pycache__/"],
+    }
+
+
+def user_modules() -> list[ModuleType]:
+    """The loaded modules that are neither Python's, nor installed packages, nor metadist's."""
+    return [
+        module
+        for name, module in list(sys.modules.items())
+        if isinstance(module, ModuleType) and module.__name__ == name and _is_users(module)
+    ]
+
+
+def _is_users(module: ModuleType) -> bool:
+    # __main__ is always pickled by value; modules without a file are built in.
+    file = vars(module).get("__file__")
+    if not isinstance(file, str) or module.__name__.partition(".")[0] in ("metadist", "__main__"):
+        return False
+    path = Path(file).resolve()
+    return not any(path.is_relative_to(folder) for folder in _installed_folders())
+
+
+@lru_cache(maxsize=1)
+def _installed_folders() -> tuple[Path, ...]:
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    folders = [sysconfig.get_path(name) for name in names]
+    folders += [*site.getsitepackages(), site.getusersitepackages()]
+    return tuple({Path(folder).resolve() for folder in folders})
+
+
+@contextmanager
+def _by_value(modules: list[ModuleType]) -> Iterator[None]:
+    """Within the block `modules` are pickled by value."""
+    known = cloudpickle.list_registry_pickle_by_value()
+    added = [module for module in modules if module.__name__ not in known]
+    for module in added:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        for module in added:
+            cloudpickle.unregister_pickle_by_value(module)

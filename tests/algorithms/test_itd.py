@@ -1,0 +1,441 @@
+"""ITD: closed forms, the three engines, central differences, costs, memory and messages."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from metadist.algorithm import OWN, Algorithm
+from metadist.algorithms import ALGORITHMS, ITD
+from metadist.hypergradient import task_hypergradients
+from metadist.models import Conv4
+from metadist.oracle import CountingOracle
+from metadist.task import Batch, Task
+from metadist.tasks.few_shot import FewShotProblem
+from metadist.trees import add, num_elements, scale
+from tests.problems import (
+    DOUBLE,
+    Quadratic,
+    Smooth,
+    assert_close,
+    assert_slopes,
+    central_difference,
+    generator,
+    golden_quadratic,
+    image_task,
+    oracle_of,
+    plain_gradient,
+    plain_objective,
+    quadratic_task,
+    quadratic_terms,
+    randn,
+    random_like,
+    smooth_task,
+)
+
+ENGINES: list[Any] = ["adjoint", "unrolled", "higher"]
+
+
+def estimate(algorithm, problem, outer, task):
+    oracle, context, start = oracle_of(problem, outer, task)
+    context = {**context, **{n: leaf for n, leaf in outer.items() if n.startswith(OWN)}}
+    return algorithm.estimate(oracle, context, algorithm.init(oracle, context, start))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("truncate", "hypergradient"),
+    [(None, (0.0992, -0.8704)), (2, (0.0992, -0.8704)), (1, (0.144, -0.792))],
+)
+def test_the_golden_table(engine, truncate, hypergradient):
+    problem, outer, task = golden_quadratic()
+    algorithm = ITD(inner_steps=2, inner_lr=0.2, truncate=truncate, engine=engine)
+    result = estimate(algorithm, problem, outer, task)
+    assert_close(result.state.inner, {"y": torch.tensor([0.72, -0.96], dtype=DOUBLE)}, 1e-12)
+    assert_close(result.hypergradient, {"x": torch.tensor(hypergradient, dtype=DOUBLE)}, 1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_closed_forms_on_random_quadratics(engine, index, num_steps):
+    problem, alpha = Quadratic(2, 4, rho=0.3), 0.15
+    problem.start = randn(index, 4)
+    task, outer = quadratic_task(index), problem.init_outer(generator(index))
+    a, b, c, t = quadratic_terms(task)
+    identity, x = torch.eye(4, dtype=DOUBLE), outer["x"]
+    inverse = torch.linalg.inv(a)
+    solution = inverse @ (b @ x + c)
+
+    def power(exponent):
+        return torch.linalg.matrix_power(identity - alpha * a, exponent)
+
+    p = power(num_steps)
+    y = p @ problem.start + (identity - p) @ solution
+    result = estimate(ITD(num_steps, alpha, engine=engine), problem, outer, task)
+    assert_close(result.state.inner, {"y": y}, 1e-12)
+    h = 0.3 * x + b.T @ inverse @ (identity - p) @ (y - t)
+    assert_close(result.hypergradient, {"x": h}, 1e-12)
+    assert_close(result.start_gradient, {"y": p @ (y - t)}, 1e-12)
+
+    truncated = ITD(num_steps, alpha, truncate=1, engine=engine)
+    result = estimate(truncated, problem, outer, task)
+    assert_close(result.hypergradient, {"x": 0.3 * x + alpha * b.T @ (y - t)}, 1e-12)
+    assert_close(result.start_gradient, {"y": power(1) @ (y - t)}, 1e-12)
+
+    first_order = ITD(num_steps, alpha, first_order=True, engine=engine)
+    result = estimate(first_order, problem, outer, task)
+    assert_close(result.hypergradient, {"x": 0.3 * x}, 1e-12)
+    assert_close(result.start_gradient, {"y": y - t}, 1e-12)
+
+
+def test_many_steps_reach_the_gradient_at_the_solution():
+    problem, outer, task = golden_quadratic()
+    result = estimate(ITD(inner_steps=200, inner_lr=0.2), problem, outer, task)
+    assert_close(result.hypergradient, {"x": torch.tensor([1.2, -0.9], dtype=DOUBLE)}, 1e-10)
+
+
+VARIANTS = [
+    {},
+    {"momentum": 0.7},
+    {"truncate": 2},
+    {"truncate": 1, "momentum": 0.7},
+    {"first_order": True},
+    {"first_order": True, "momentum": 0.7, "learn_lr": "per_tensor"},
+    {"learn_lr": "per_tensor", "momentum": 0.7},
+    {"learn_lr": "per_element"},
+    {"learn_lr": "per_element", "momentum": 0.7, "truncate": 2},
+]
+
+
+def conv4(adapt):
+    torch.manual_seed(0)
+    return FewShotProblem(Conv4(n_way=3, width=3, image_size=16).double(), adapt=adapt)
+
+
+PROBLEMS: dict[str, tuple[Any, Any]] = {
+    "quadratic": (lambda: Quadratic(2, 4), quadratic_task),
+    "smooth": (Smooth, smooth_task),
+    "MAML on Conv4": (lambda: conv4("all"), image_task),
+    "ANIL on Conv4": (lambda: conv4("head"), image_task),
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_three_engines_agree(name, options):
+    make, task_of = PROBLEMS[name]
+    problem, task = make(), task_of(1)
+    outer = problem.init_outer(generator(1))
+    variable = ITD(inner_steps=3, inner_lr=0.1, **options)
+    own = variable.init_own(problem.init_inner(outer, task))
+    # Rates that differ from one another, one of them negative.
+    own = {
+        rate: (0.1 + 0.05 * random_like(own, 3)[rate]) * (-1 if i == 1 else 1)
+        for i, rate in enumerate(own)
+    }
+    outer = {**outer, **own}
+    one, two, three = (
+        task_hypergradients(
+            problem, ITD(inner_steps=3, engine=engine, **options), outer, [task], report=True
+        )
+        for engine in ENGINES
+    )
+    assert_close(one.total, two.total)
+    assert_close(three.total, two.total)
+    assert one.metrics == pytest.approx(two.metrics, rel=1e-10)
+    assert three.metrics == pytest.approx(two.metrics, rel=1e-10)
+    if "first_order" not in options or name != "quadratic":
+        assert any(bool(leaf.abs().max() > 1e-3) for leaf in one.total.values())
+
+
+def rates_of(outer):
+    prefix = OWN + "inner_lr."
+    rates = {n.removeprefix(prefix): leaf for n, leaf in outer.items() if n.startswith(prefix)}
+    return {n: leaf for n, leaf in outer.items() if not n.startswith(prefix)}, rates
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+@pytest.mark.parametrize("learn_lr", ["no", "per_tensor", "per_element"])
+def test_every_derivative_agrees_with_central_differences(engine, momentum, learn_lr):
+    problem, task = Smooth(), smooth_task(2)
+    algorithm = ITD(4, 0.15, momentum=momentum, learn_lr=learn_lr, engine=engine)
+    outer = problem.init_outer(generator(2))
+    outer = {**outer, **algorithm.init_own(problem.init_inner(outer, task))}
+
+    def objective(x):
+        x, rates = rates_of(x)
+        return plain_objective(problem, x, task, 4, rates or 0.15, momentum)
+
+    result = task_hypergradients(problem, algorithm, outer, [task])
+    assert_close(result.total, central_difference(objective, outer), 1e-8)
+
+
+@pytest.mark.parametrize("adapt", ["all", "head"])
+def test_learned_rates_of_conv4_agree_with_central_differences(adapt):
+    problem, task = conv4(adapt), image_task(2)
+    algorithm = ITD(3, 0.1, momentum=0.5, learn_lr="per_element")
+    outer = problem.init_outer(generator(0))
+    outer = {**outer, **algorithm.init_own(problem.init_inner(outer, task))}
+
+    def objective(x):
+        x, rates = rates_of(x)
+        return plain_objective(problem, x, task, 3, rates, 0.5)
+
+    result = task_hypergradients(problem, algorithm, outer, [task])
+    assert_slopes(result.total, objective, outer)
+
+
+@pytest.mark.parametrize(
+    ("learn_lr", "shapes"),
+    [("no", {}), ("per_tensor", {"w": (), "m": ()}), ("per_element", {"w": (3,), "m": (2,)})],
+)
+def test_learned_rates_are_outer_variables_that_begin_at_inner_lr(learn_lr, shapes):
+    inner = {"w": torch.zeros(3, dtype=DOUBLE), "m": torch.zeros(2, dtype=DOUBLE)}
+    own = ITD(inner_lr=0.3, learn_lr=learn_lr).init_own(inner)
+    assert {n: tuple(leaf.shape) for n, leaf in own.items()} == {
+        f"{OWN}inner_lr.{name}": shape for name, shape in shapes.items()
+    }
+    assert all(bool((leaf == 0.3).all()) and leaf.dtype == DOUBLE for leaf in own.values())
+
+
+def linear_task(support_inputs, query_inputs):
+    def batch(inputs, seed):
+        return Batch.of(inputs, randn(seed, len(inputs)))
+
+    return Task(batch(support_inputs, 1), batch(query_inputs, 2), 0)
+
+
+class LinearRegression(Smooth):
+    """One start for all tasks, adapted by one step on a mean of squares."""
+
+    def init_outer(self, generator):
+        return {"w": torch.randn(3, generator=generator, dtype=DOUBLE)}
+
+    def encode(self, outer, task):
+        return {}
+
+    def init_inner(self, outer, task):
+        return outer
+
+    def inner_loss(self, outer, inner, batch):
+        return (batch.tensors[0] @ inner["w"] - batch.tensors[1]).square().mean()
+
+    def outer_loss(self, outer, inner, batch):
+        return self.inner_loss(outer, inner, batch)
+
+
+def test_first_order_maml_is_maml_exactly_where_the_hessian_annihilates_the_query_gradient():
+    problem = LinearRegression()
+    outer = problem.init_outer(generator(0))
+    alpha = 0.1
+
+    def gradients(task):
+        return (
+            estimate(ITD(1, alpha, first_order=first), problem, outer, task).start_gradient["w"]
+            for first in (False, True)
+        )
+
+    # In general they differ by alpha H grad f.
+    task = linear_task(randn(3, 4, 3), randn(4, 5, 3))
+    x = task.support.tensors[0]
+    maml, fomaml = gradients(task)
+    hessian = 2 / len(x) * x.T @ x
+    assert torch.allclose(maml, fomaml - alpha * hessian @ fomaml, rtol=1e-12)
+    assert float((maml - fomaml).norm()) > 0.01
+    # A support set without curvature in the only directions that the query set sees.
+    support = torch.cat([randn(3, 4, 1), torch.zeros(4, 2, dtype=DOUBLE)], 1)
+    query = torch.cat([torch.zeros(5, 1, dtype=DOUBLE), randn(4, 5, 2)], 1)
+    maml, fomaml = gradients(linear_task(support, query))
+    assert torch.allclose(maml, fomaml, rtol=0, atol=1e-14) and float(fomaml.norm()) > 0.01
+    # No support curvature at all.
+    maml, fomaml = gradients(linear_task(torch.zeros(4, 3, dtype=DOUBLE), randn(4, 5, 3)))
+    assert torch.allclose(maml, fomaml, rtol=0, atol=1e-14) and float(fomaml.norm()) > 0.01
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_adaptation_is_torch_sgd_step_by_step(momentum):
+    problem, task = Smooth(), smooth_task(0)
+    oracle, context, start = oracle_of(problem, problem.init_outer(generator(0)), task)
+    leaves = {name: torch.nn.Parameter(leaf.clone()) for name, leaf in start.items()}
+    reference = torch.optim.SGD(leaves.values(), lr=0.1, momentum=momentum)
+    for num_steps in range(1, 6):
+        reference.zero_grad()
+        problem.inner_loss(context, leaves, task.support).backward()  # type: ignore[arg-type]
+        reference.step()
+        expected = {name: leaf.detach() for name, leaf in leaves.items()}
+        for engine in ENGINES:
+            algorithm = ITD(num_steps, 0.1, momentum=momentum, engine=engine)
+            assert_close(algorithm.adapt(oracle, context, start), expected, 1e-13)
+            assert_close(
+                estimate(algorithm, problem, problem.init_outer(generator(0)), task).state.inner,
+                expected,
+                1e-13,
+            )
+
+
+@pytest.mark.parametrize("learn_lr", ["per_tensor", "per_element"])
+def test_adaptation_uses_the_learned_rates(learn_lr):
+    problem, task = Smooth(), smooth_task(0)
+    outer = problem.init_outer(generator(0))
+    oracle, context, start = oracle_of(problem, outer, task)
+    algorithm = ITD(1, 0.1, learn_lr=learn_lr)
+    own = scale(algorithm.init_own(start), 3.0)
+    _, rates = rates_of(own)
+    gradient = oracle.inner_grad(context, start, oracle.draw_inner())
+    expected = {name: start[name] - rates[name] * gradient[name] for name in start}
+    assert_close(algorithm.adapt(oracle, {**context, **own}, start), expected, 1e-14)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_step_takes_a_draw_of_its_own_and_second_order_takes_the_same(engine):
+    """Central differences through mini-batches that change from step to step."""
+    problem, task = Smooth(), smooth_task(3, num_support=9, num_query=7)
+    outer = problem.init_outer(generator(0))
+    algorithm = ITD(3, 0.1, engine=engine)
+
+    def objective(x):
+        oracle, context, y = oracle_of(problem, x, task, batch_size=3, seed=5)
+        for _ in range(3):
+            y = add(y, oracle.inner_grad(context, y, oracle.draw_inner()), -0.1)
+        return oracle.outer_value(context, y, oracle.draw_outer())
+
+    result = task_hypergradients(problem, algorithm, outer, [task], batch_size=3, seed=5)
+    assert_close(result.total, central_difference(objective, outer), 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("options", "second_order"), [({}, 5), ({"truncate": 2}, 2), ({"first_order": True}, 0)]
+)
+def test_costs(options, second_order):
+    problem = Smooth()
+    oracle, context, start = oracle_of(problem, problem.init_outer(generator(0)), smooth_task(0))
+    algorithm = ITD(inner_steps=5, **options)
+    assert algorithm.second_order_steps == second_order
+    counting = CountingOracle(oracle)
+    algorithm.estimate(counting, context, algorithm.init(counting, context, start))
+    expected = {"inner_grad": 5, "outer_grads": 1, "hvp": second_order, "jvp": second_order}
+    assert {key: n for key, n in counting.counts.items() if n} == {
+        key: n for key, n in expected.items() if n
+    }
+    counting.counts.clear()
+    algorithm.adapt(counting, context, start)
+    assert dict(counting.counts) == {"inner_grad": 5}
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made within the block held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak_bytes = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self._live = {key: item for key, item in self._live.items() if not item[0].expired()}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                reference = StorageWeakRef(leaf.untyped_storage())
+                self._live[reference.cdata] = (reference, leaf.untyped_storage().nbytes())
+        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self._live.values()))
+        return result
+
+
+def test_the_adjoint_keeps_the_iterates_and_no_graph_of_the_steps():
+    problem = Smooth()
+    outer = problem.init_outer(generator(0))
+    task = smooth_task(0, num_support=500)  # every graph of a step holds vectors of 500 numbers
+
+    def growth_per_step(engine):
+        peaks = []
+        for num_steps in (4, 12):
+            oracle, context, start = oracle_of(problem, outer, task)
+            algorithm = ITD(num_steps, 0.01, engine=engine)
+            with PeakMemory() as memory:
+                algorithm.estimate(oracle, context, algorithm.init(oracle, context, start))
+            peaks.append(memory.peak_bytes)
+        return (peaks[1] - peaks[0]) / 8
+
+    iterate_bytes = 8 * num_elements(problem.init_inner(outer, task))
+    assert growth_per_step("adjoint") <= 2 * iterate_bytes
+    assert growth_per_step("unrolled") >= 500 * 8
+    assert growth_per_step("higher") >= 500 * 8
+
+
+def test_results_carry_no_graph():
+    problem, task = Smooth(), smooth_task(0)
+    outer = {n: leaf.requires_grad_() for n, leaf in problem.init_outer(generator(0)).items()}
+    detached = {n: leaf.detach() for n, leaf in outer.items()}
+    for engine in ENGINES:
+        total = task_hypergradients(problem, ITD(engine=engine), detached, [task]).total
+        assert not any(leaf.requires_grad for leaf in total.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
+        ({"inner_lr": 0.0}, r"inner_lr must be > 0 and finite, got 0.0"),
+        ({"inner_lr": -0.1}, r"inner_lr must be > 0 and finite, got -0.1"),
+        ({"inner_lr": float("inf")}, r"inner_lr must be > 0 and finite, got inf"),
+        ({"inner_lr": float("nan")}, r"inner_lr must be > 0 and finite, got nan"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"momentum": -0.1}, r"momentum must be in \[0, 1\), got -0.1"),
+        (
+            {"learn_lr": "yes"},
+            r"learn_lr must be 'no', 'per_tensor' or 'per_element', got 'yes'",
+        ),
+        (
+            {"engine": "jax"},
+            r"engine must be one of \['adjoint', 'higher', 'unrolled'\], got 'jax'",
+        ),
+        (
+            {"truncate": 2, "first_order": True},
+            r"truncate must be None with first_order=True.*got 2",
+        ),
+        (
+            {"truncate": 0},
+            r"truncate must be between 1 and inner_steps \(5\), got 0; .* first_order=True",
+        ),
+        ({"truncate": 6}, r"truncate must be between 1 and inner_steps \(5\), got 6"),
+        (
+            {"compile": True, "engine": "unrolled"},
+            r"compile must be False with engine='unrolled', got True: only .* engine='adjoint'",
+        ),
+        (
+            {"compile": True, "engine": "higher"},
+            r"compile must be False with engine='higher', got True",
+        ),
+        (
+            {"inner_optimizer": "adagrad"},
+            r"inner_optimizer must be 'sgd' with engine='adjoint', got 'adagrad'; engine='higher'",
+        ),
+        (
+            {"inner_optimizer": "adam", "engine": "unrolled"},
+            r"inner_optimizer must be 'sgd' with engine='unrolled', got 'adam'",
+        ),
+    ],
+    ids=str,
+)
+def test_messages(options, message):
+    with pytest.raises(ValueError, match=message):
+        ITD(**options)
+
+
+def test_short_names_and_abilities():
+    assert ALGORITHMS["itd"] is ITD
+    assert issubclass(ITD, Algorithm)
+    assert ITD().supports_vmap and not ITD(engine="higher").supports_vmap
+    assert ITD(compile=True).compiles and not ITD().compiles
+
+
+def test_the_plain_reference_of_these_tests_meets_the_golden_table():
+    """The reference itself against a closed form, so that both cannot be wrong together."""
+    problem, outer, task = golden_quadratic()
+    gradient = plain_gradient(lambda x: plain_objective(problem, x, task, 2, 0.2), outer)
+    assert_close(gradient, {"x": torch.tensor([0.0992, -0.8704], dtype=DOUBLE)}, 1e-12)

@@ -1,0 +1,173 @@
+"""Clusters of our own and of others, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.toy import wait_until
+
+ROOT = Path(__file__).parents[2]
+
+
+class Script:
+    """A Python process whose descendants can be found by a mark in their environment."""
+
+    def __init__(self, source: str, home: str, *arguments: str) -> None:
+        self.mark = f"METADIST_TEST={uuid.uuid4()}"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        name, _, value = self.mark.partition("=")
+        environment |= {name: value, "HOME": home, "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", source, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def finish(self) -> tuple[str, str]:
+        """(stdout, stderr) at the end."""
+        output, errors = self.process.communicate(timeout=110)
+        assert self.process.returncode == 0, errors
+        return output, errors
+
+    def processes(self) -> list[int]:
+        """The ids of the live processes that descend from it, itself included."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                is_ours = self.mark.encode() in (folder / "environ").read_bytes()
+            except OSError:
+                continue
+            if is_ours:
+                found.append(int(folder.name))
+        return found
+
+    def stop(self) -> None:
+        """Kill whatever is left."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+@pytest.fixture
+def home() -> Iterator[str]:
+    """A private home; short, because paths of sockets must be."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+
+
+OWN = """
+import os, sys
+from metadist.cluster import RayExecutor
+from tests.cluster.toy import ADAM, Waiting, first_state, local_run, make_workload, state_bytes
+gate = sys.argv[1]
+workload = make_workload(Waiting(index=9, gate=gate))
+# More workers than most machines of this size have cores.
+executor = RayExecutor(num_workers=3, object_store_bytes=200 << 20)
+executor.start(workload, ADAM, first_state())
+print("started", os.environ.get("RAY_AUTH_MODE"), flush=True)
+try:
+    list(executor.run(3))
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+state = executor.state()
+print("same bytes", state_bytes(state) == state_bytes(local_run(2)[0]), flush=True)
+executor.close()
+print("closed", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_cluster_of_our_own_is_safe_quiet_and_gone_after_closing(home, tmp_path):
+    gate = tmp_path / "gate"
+    script = Script(OWN, home, str(gate))
+    try:
+        assert wait_until((tmp_path / "gate.waiting").exists, timeout_s=90)
+        # What Ctrl-C does in a terminal: the whole group gets it.
+        os.killpg(script.process.pid, signal.SIGINT)
+        assert script.process.stdout is not None
+        lines = [script.process.stdout.readline().strip() for _ in range(4)]
+        assert lines == ["started token", "interrupted", "same bytes True", "closed"]
+        assert wait_until(lambda: script.processes() == [script.process.pid], timeout_s=20)
+        _, errors = script.finish()
+        assert errors == ""
+        token = Path(home) / ".ray" / "auth_token"
+        assert token.stat().st_mode & 0o777 == 0o600
+    finally:
+        script.stop()
+
+
+OTHERS = """
+import os, sys
+os.environ["RAY_AUTH_MODE"] = "disabled"
+import ray
+from ray.cluster_utils import Cluster
+from metadist.cluster import RayExecutor, ResourcesError
+from tests.cluster.toy import ADAM, first_state, local_run, make_workload, state_bytes
+node = dict(include_dashboard=False, object_store_memory=100 << 20)
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, **node))
+cluster.add_node(num_cpus=2, num_gpus=2, object_store_memory=100 << 20)
+os.environ["RAY_ADDRESS"] = cluster.address     # as in a submitted job
+
+def run(**options):
+    executor = RayExecutor(**options)
+    executor.start(make_workload(), ADAM, first_state())
+    list(executor.run(2))
+    same = state_bytes(executor.state()) == state_bytes(local_run(2)[0])
+    free = ray.available_resources()
+    executor.close()
+    return same, free.get("CPU", 0), free.get("GPU", 0), ray.is_initialized()
+
+print(run(num_workers=2, gpus_per_worker=1, device="cpu"), flush=True)
+try:
+    RayExecutor(num_workers=4, device="cpu", start_timeout_s=1.0).start(
+        make_workload(), ADAM, first_state()
+    )
+except ResourcesError as error:
+    print(error, ray.is_initialized(), flush=True)
+ray.init(address="auto", logging_level="WARNING")
+print(run(num_workers=3, device="cpu"), ray.available_resources().get("CPU"), flush=True)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.cluster
+def test_a_cluster_of_others_is_used_and_left_as_it_was(home):
+    script = Script(OTHERS, home)
+    try:
+        lines = script.finish()[0].splitlines()
+    finally:
+        script.stop()
+    assert lines[0] == "(True, 1.0, 0, False)"
+    assert lines[1].startswith("num_workers=4 must be free") and lines[1].endswith("False")
+    assert lines[2].startswith("(True, 0, 2.0, True)")
+
+
+def test_a_cluster_that_is_not_there_is_reported(home):
+    source = """
+from metadist.cluster import ConnectError, RayExecutor
+from tests.cluster.toy import ADAM, first_state, make_workload
+try:
+    RayExecutor(address="127.0.0.1:1").start(make_workload(), ADAM, first_state())
+except ConnectError as error:
+    print(error)
+"""
+    script = Script(source, home)
+    try:
+        output, _ = script.finish()
+    finally:
+        script.stop()
+    assert output.startswith("address must name a running Ray cluster, got '127.0.0.1:1'")
+    assert "RAY_AUTH_MODE=token" in output

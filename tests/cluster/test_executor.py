@@ -1,0 +1,214 @@
+"""`RayExecutor` without accidents: the same bytes as in one process, and every policy."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from metadist.cluster import Buffered, LeaseError, RayExecutor, ResourcesError
+from metadist.outer import OuterOptimizer
+from tests.cluster.toy import (
+    ADAM,
+    Broken,
+    Lines,
+    Regression,
+    Slow,
+    cpus_taken,
+    first_state,
+    local_run,
+    make_workload,
+    state_bytes,
+    wait_until,
+)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3, 2])
+def test_bsp_gives_the_bytes_of_one_process(executor, num_workers):
+    expected, expected_reports = local_run(5)
+    # Two are the default, which the tests after this one go on with.
+    running = executor(**({} if num_workers == 2 else {"num_workers": num_workers}))
+    reports = list(running.run(5))
+    assert state_bytes(running.state()) == state_bytes(expected)
+    for mine, local in zip(reports, expected_reports, strict=True):
+        assert mine.step == local.step
+        assert [r[:5] for r in mine.results] == [r[:5] for r in local.results]
+        assert mine.num_workers == num_workers
+        assert (mine.lost_workers, mine.reissued) == (0, ())
+        assert 0 <= mine.waiting_s <= num_workers * mine.seconds
+
+
+@pytest.mark.parametrize(
+    ("problem", "optimizer"),
+    [
+        (Regression(dtype=torch.float64), ADAM),
+        (Regression(num_idle=300_000), OuterOptimizer("sgd", lr=0.1, clip_norm=0.1)),
+    ],
+)
+def test_bsp_gives_the_same_bytes_in_double_precision_and_when_large(executor, problem, optimizer):
+    workload = make_workload(problem=problem, tasks_per_lease=2)
+    expected, _ = local_run(3, workload, optimizer)
+    running = executor(workload, first_state(problem, optimizer), optimizer)
+    list(running.run(3))
+    assert state_bytes(running.state()) == state_bytes(expected)
+
+
+def test_a_run_that_goes_on_gives_the_bytes_of_an_uninterrupted_one(executor):
+    expected, _ = local_run(6)
+    running = executor()
+    for _ in itertools.islice(running.run(6), 2):
+        pass  # and drop the rest, with leases in flight
+    state = running.state()
+    assert (state.version, state.applied_below, state.applied) == (2, 8, ())
+    list(running.run(4))
+    list(running.run(6))
+    assert state_bytes(running.state()) == state_bytes(expected)
+    running = executor(state=state)
+    list(running.run(6))
+    assert state_bytes(running.state()) == state_bytes(expected)
+    assert all(torch.equal(running.outer()[name], x) for name, x in expected.outer.items())
+
+
+def test_old_versions_of_x_are_let_go(executor):
+    def num_references():
+        gc.collect()
+        worker: Any = ray._private.worker.global_worker
+        return len(worker.core_worker.get_all_reference_counts())
+
+    workload = make_workload(problem=Regression(num_idle=50_000))
+    running = executor(workload)
+    list(running.run(5))
+    assert wait_until(lambda: num_references() < 15)
+    before = num_references()
+    list(running.run(45))
+    assert wait_until(lambda: num_references() <= before)
+
+
+def test_starting_again_keeps_the_processes(executor):
+    running = executor()
+    pids = [info.pid for info in running._fleet.infos]
+    list(running.run(1))
+    running.start(make_workload(), ADAM, first_state())
+    list(running.run(2))
+    assert state_bytes(running.state()) == state_bytes(local_run(2)[0])
+    assert [info.pid for info in running._fleet.infos] == pids
+
+
+def test_an_error_in_user_code_ends_the_run_with_its_traceback(executor):
+    running = executor(make_workload(Broken(index=9)))
+    reports = running.run(5)
+    assert next(reports).step.version == 1
+    with pytest.raises(LeaseError) as caught:
+        list(reports)
+    text = str(caught.value)
+    assert "lease 9 (tasks 9) failed on worker-" in text
+    assert "raise BrokenTaskError" in text and "no file for task 9" in text
+    assert "\x1b[" not in text
+    assert type(caught.value.__cause__).__name__ == "BrokenTaskError"
+    # The steps before it are not lost.
+    assert running.state().version == 2
+    running.close()
+    running.close()
+    assert ray.is_initialized(), "a connection that it did not make"
+    assert wait_until(lambda: cpus_taken() == 0)
+    with pytest.raises(RuntimeError, match="must be started"):
+        running.state()
+
+
+@pytest.mark.parametrize(
+    ("options", "num_leases"),
+    [
+        ({"policy": Buffered(3)}, 48),
+        ({"policy": "ssp", "staleness": 2}, None),
+        ({"policy": "asp", "staleness_weight": "inverse"}, 16),
+    ],
+)
+def test_asynchronous_policies_apply_each_lease_once(executor, tmp_path, options, num_leases):
+    workload = make_workload(Slow(folder=str(tmp_path), seconds=0.3))
+    running = executor(workload, **options)
+    # The first lease of each worker is slow on all of them.
+    reports = [*running.run(4), *running.run(16)]
+    applied = [lease_id for report in reports for lease_id in report.step.applied]
+    assert sorted(applied) == list(range(len(applied)))
+    assert num_leases is None or len(applied) == num_leases
+    assert [report.step.version for report in reports] == list(range(1, 17))
+    assert all(report.step.repeated == () for report in reports)
+    state = running.state()
+    assert (state.version, state.applied_below, state.applied) == (16, len(applied), ())
+    staleness = [tau for report in reports for tau in report.step.staleness]
+    # The slow worker's are as old as they may get; without a bound older than that.
+    assert max(staleness) == 2 if "staleness" in options else max(staleness) > 2
+    assert running.describe()["policy"].startswith(str(options["policy"]).partition("(")[0])
+    assert running.describe()["device"].startswith("2 x cpu on ")
+
+
+def test_asynchronous_runs_go_on_from_any_state(executor):
+    running = executor(policy="asp", staleness_weight="inverse")
+    for _ in itertools.islice(running.run(20), 5):
+        pass
+    state = running.state()
+    reports = list(executor(state=state).run(state.version + 2))
+    # Holes first, in the order of their numbers.
+    applied = {*range(state.applied_below), *state.applied}
+    free = (n for n in range(100) if n not in applied)
+    assert [list(report.step.applied) for report in reports] == [
+        [next(free) for _ in range(4)] for _ in reports
+    ]
+
+
+def test_too_few_cpus_are_reported_in_time(executor):
+    with pytest.raises(ResourcesError) as caught:
+        executor(make_workload(meta_batch_size=8), num_workers=5, start_timeout_s=1.0)
+    assert (
+        "num_workers=5 must be free within start_timeout_s=1, got CPU: 5 needed (1 each), "
+        "4 in the cluster, 4 free: lower num_workers"
+    ) in str(caught.value)
+    assert wait_until(lambda: cpus_taken() == 0)
+
+
+def test_gpus_that_do_not_exist_are_reported(executor):
+    with pytest.raises(ResourcesError, match=r"GPU: 1 needed \(0.5 each\), 0 in the cluster"):
+        executor(num_workers=2, gpus_per_worker=0.5, start_timeout_s=1.0)
+    with pytest.raises(ResourcesError, match=r"GPU: 2 needed \(1 each\), 0 in the cluster"):
+        executor(num_workers=2, device="cuda", start_timeout_s=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_workers": 0}, "num_workers must be >= 1, got 0"),
+        ({"cpus_per_worker": 0}, "cpus_per_worker must be > 0, got 0"),
+        ({"gpus_per_worker": -1.0}, "gpus_per_worker must be >= 0 or None, got -1.0"),
+        ({"device": "cuda:1"}, "device must be 'auto', 'cpu' or 'cuda' .* got 'cuda:1'"),
+        ({"device": "cuda", "gpus_per_worker": 0}, "gpus_per_worker must be > 0 or None"),
+        ({"start_timeout_s": 0}, "start_timeout_s must be > 0, got 0"),
+        ({"policy": "bsp", "staleness": 1}, "staleness must be left out with policy='bsp'"),
+        ({"max_losses": 0}, "max_losses must be >= 1, got 0"),
+        ({"lease_timeout_s": 0.0}, "lease_timeout_s must be > 0"),
+    ],
+)
+def test_errors_name_field_rule_and_value(options, message):
+    with pytest.raises(ValueError, match=message):
+        RayExecutor(**options)
+
+
+def test_workers_that_would_never_work_are_refused():
+    with pytest.raises(ValueError, match=r"num_workers must be <= 4 with policy='bsp'.* got 5"):
+        RayExecutor(num_workers=5).start(make_workload(), ADAM, first_state())
+
+
+def test_before_the_start_there_is_nothing_to_run():
+    with pytest.raises(RuntimeError, match="must be started"):
+        RayExecutor().run(1)
+
+
+def test_a_workload_that_cannot_be_pickled_is_reported():
+    sampler = Lines()
+    object.__setattr__(sampler, "lock", threading.Lock())
+    with pytest.raises(RuntimeError, match="problem, sampler and algorithm must be picklable"):
+        RayExecutor().start(make_workload(sampler), ADAM, first_state())

@@ -1,0 +1,247 @@
+"""Evaluation: the numbers one gets by hand, and the protocol they come with."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from metadist import AutogradOracle, evaluate
+from metadist.algorithms import ITD, Reptile
+from metadist.evaluation import (
+    EvaluationResult,
+    Interval,
+    describe_sampler,
+    mean_interval,
+    student_t,
+    with_inner_steps,
+)
+from metadist.tasks import FewShotProblem
+from tests.core.helpers import Images, Spoiled, curves, regression, small_conv4
+from tests.problems import (
+    Quadratic,
+    QuadraticSampler,
+    Smooth,
+    assert_close,
+    generator,
+    plain_objective,
+    quadratic_terms,
+    smooth_task,
+)
+
+SMOOTH = SimpleNamespace(sample=smooth_task)
+
+
+def smooth_outer():
+    return Smooth().init_outer(generator(1))
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 10, 29, 99, 599, 10_000])
+def test_the_quantile_is_that_of_scipy(degrees):
+    assert student_t(degrees) == pytest.approx(scipy.stats.t.ppf(0.975, degrees), rel=1e-7)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 600])
+def test_the_interval_is_mean_and_t_times_standard_error(count):
+    values = np.random.default_rng(count).normal(3, 2, count)
+    found = mean_interval(values.tolist())
+    low, high = scipy.stats.t.interval(0.95, count - 1, values.mean(), scipy.stats.sem(values))
+    assert found.mean == pytest.approx(values.mean(), rel=1e-12)
+    assert found.half_width == pytest.approx((high - low) / 2, rel=1e-6)
+    assert str(found) == f"{found.mean:.4f} +- {found.half_width:.4f}"
+
+
+def test_equal_values_have_no_width():
+    assert mean_interval([0.5] * 7) == Interval(0.5, 0.0)
+
+
+def test_the_figures_are_those_of_adaptation_by_hand():
+    problem, outer = Smooth(), smooth_outer()
+    result = evaluate(problem, SMOOTH, ITD(inner_steps=3, inner_lr=0.1), outer, 7)
+    losses, starts = (
+        [plain_objective(problem, outer, smooth_task(i), steps, 0.1).item() for i in range(7)]
+        for steps in (3, 0)
+    )
+    assert result.metrics["query_loss"].mean == pytest.approx(np.mean(losses), abs=1e-12)
+    assert result.metrics["query_loss_before"].mean == pytest.approx(np.mean(starts), abs=1e-12)
+    error = float(np.std(losses, ddof=1) / math.sqrt(7))
+    assert result.metrics["query_loss"].half_width == pytest.approx(
+        scipy.stats.t.ppf(0.975, 6) * error, rel=1e-6
+    )
+    assert set(result.metrics) == {
+        *("query_loss", "query_loss_before", "query_error", "query_error_before", "support_loss"),
+    }
+    assert result.score == -result.metrics["query_loss"].mean
+
+
+def test_after_many_steps_the_figures_are_those_of_the_exact_solution():
+    problem = Quadratic(2, 4)
+    outer = problem.init_outer(generator(0))
+    found = evaluate(problem, QuadraticSampler(), ITD(inner_steps=300, inner_lr=0.3), outer, 5)
+    losses = []
+    for index in range(5):
+        task = QuadraticSampler().sample(index)
+        a, b, c, _ = quadratic_terms(task)
+        solution = torch.linalg.solve(a, b @ outer["x"] + c)
+        losses.append(float(problem.outer_loss(outer, {"y": solution}, task.query)))
+    assert found.metrics["query_loss"].mean == pytest.approx(np.mean(losses), abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    "algorithm", [ITD(inner_steps=3), ITD(inner_steps=2, momentum=0.9), Reptile(inner_steps=3)]
+)
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_together_and_one_by_one_give_the_same_numbers(algorithm, batch_size):
+    results = [
+        evaluate(
+            *(Smooth(), SMOOTH, algorithm, smooth_outer(), 9),
+            vectorize=vectorize,
+            chunk_size=chunk_size,
+            batch_size=batch_size,
+        )
+        for vectorize, chunk_size in ((False, 25), (True, 25), (True, 4), ("auto", 2))
+    ]
+    for result in results[1:]:
+        for name, expected in results[0].metrics.items():
+            assert result.metrics[name].mean == pytest.approx(expected.mean, abs=1e-11)
+            assert result.metrics[name].half_width == pytest.approx(expected.half_width, abs=1e-11)
+
+
+def test_two_evaluations_are_the_same_to_the_bit_and_the_global_state_is_left_alone():
+    state = torch.get_rng_state()
+    threads = torch.get_num_threads()
+    results = [
+        evaluate(
+            *(Smooth(), SMOOTH, ITD(inner_steps=2), smooth_outer(), 6),
+            batch_size=2,
+            seed=4,
+            num_threads=2,
+        )
+        for _ in range(2)
+    ]
+    assert results[0] == results[1]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    other = evaluate(Smooth(), SMOOTH, ITD(inner_steps=2), smooth_outer(), 6, batch_size=2, seed=5)
+    assert other.metrics["support_loss"] != results[0].metrics["support_loss"]
+
+
+def test_more_inner_steps_can_be_taken_than_in_training():
+    problem, outer = Smooth(), smooth_outer()
+    found = evaluate(problem, SMOOTH, ITD(inner_steps=1, truncate=1), outer, 4, inner_steps=6)
+    assert found == evaluate(problem, SMOOTH, ITD(inner_steps=6), outer, 4)
+    assert "inner_steps=6" in found.protocol["algorithm"]
+    assert with_inner_steps(ITD(inner_steps=5, truncate=4), 2) == ITD(inner_steps=2)
+
+
+@pytest.mark.parametrize("learn_lr", ["per_tensor", "per_element"])
+def test_learned_rates_are_used(learn_lr):
+    problem, outer = Smooth(), smooth_outer()
+    algorithm = ITD(inner_steps=2, inner_lr=9.0, learn_lr=learn_lr)
+    start = problem.init_inner(outer, smooth_task(0))
+    own = {name: 0 * leaf + 0.1 for name, leaf in algorithm.init_own(start).items()}
+    found = evaluate(problem, SMOOTH, algorithm, {**outer, **own}, 4)
+    expected = evaluate(problem, SMOOTH, ITD(inner_steps=2, inner_lr=0.1), outer, 4)
+    assert found.metrics["query_loss"].mean == pytest.approx(
+        expected.metrics["query_loss"].mean, abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_no_hypergradient_is_computed_and_no_graph_is_kept(monkeypatch, vectorize):
+    def refuse(*arguments):
+        raise AssertionError("not needed for adaptation")
+
+    for name in ("outer_grads", "second_order", "hvp", "inner_value", "outer_value"):
+        monkeypatch.setattr(AutogradOracle, name, refuse)
+    seen = []
+    metrics = Smooth.metrics
+
+    def look(self, outer, inner, batch):
+        leaves = (*outer.values(), *inner.values())
+        seen.append(any(leaf.requires_grad or leaf.grad_fn for leaf in leaves))
+        return metrics(self, outer, inner, batch)
+
+    monkeypatch.setattr(Smooth, "metrics", look)
+    outer = {name: leaf.requires_grad_() for name, leaf in smooth_outer().items()}
+    evaluate(Smooth(), SMOOTH, ITD(inner_steps=2), outer, 3, vectorize=vectorize)
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_figure_that_is_not_finite_names_its_task(vectorize):
+    sampler = Spoiled(curves(), broken=(4,))
+    outer = regression().init_outer(generator(0))
+    with pytest.raises(
+        FloatingPointError,
+        match=r"support_loss must be finite, got nan in task 4: adaptation diverges there; try a "
+        r"smaller inner_lr or fewer inner_steps",
+    ):
+        evaluate(regression(), sampler, ITD(), outer, 6, vectorize=vectorize, chunk_size=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_tasks": 1}, r"num_tasks must be >= 2 for an interval, got 1"),
+        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
+        ({"device": "cuda"}, r"device must be 'cpu' or 'auto' where torch sees no GPU, got 'cuda'"),
+    ],
+)
+def test_errors_name_field_rule_and_value(options, message):
+    if "device" in options and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    options = {"num_tasks": 2, **options}
+    with pytest.raises(ValueError, match=message):
+        evaluate(Smooth(), SMOOTH, ITD(), smooth_outer(), **options)
+
+
+def test_the_protocol_says_how_the_figures_came_about():
+    problem = FewShotProblem(small_conv4(), adapt="head")
+    outer = problem.init_outer(generator(0))
+    result = evaluate(problem, Images(), ITD(inner_steps=2, inner_lr=0.5), outer, 3)
+    assert result.protocol == {
+        "tasks": "3 (indices 0 .. 2)",
+        "sampler": "Images(n_way=3, channels=1)",
+        "algorithm": repr(ITD(inner_steps=2, inner_lr=0.5)),
+        "model": "Conv4",
+        "adapt": "head (2 of 18 tensors)",
+        "batch norm": "transductive",
+        "loss": "cross_entropy",
+        "interval": "95 % Student t over tasks",
+    }
+    assert result.score == result.metrics["query_accuracy"].mean
+    assert 0 <= result.metrics["query_accuracy_before"].mean <= 1
+    data = result.to_json()
+    assert data["protocol"] == result.protocol
+    assert data["metrics"]["query_loss"] == vars(result.metrics["query_loss"])
+
+
+def test_features_that_are_computed_once_give_the_figures_of_the_whole_network():
+    results = []
+    for adapt in ("head", "head.*"):
+        problem = FewShotProblem(small_conv4().double(), adapt=adapt)
+        outer = problem.init_outer(generator(0))
+        results.append(evaluate(problem, Images(), ITD(inner_steps=3), outer, 3))
+    means = [{k: torch.tensor(v.mean) for k, v in r.metrics.items()} for r in results]
+    assert_close(means[0], means[1], 1e-10)
+
+
+def test_a_sampler_is_described_by_its_repr_or_its_simple_fields():
+    class Plain:
+        def __init__(self):
+            self.n_way, self.noise, self._cache, self.table = 3, 0.5, 1, [1, 2]
+
+    assert describe_sampler(Plain()) == "Plain(n_way=3, noise=0.5)"
+    assert describe_sampler(curves()) == repr(curves())
+
+
+def test_without_accuracy_the_score_is_the_negative_loss():
+    result = EvaluationResult({"query_loss": Interval(2.0, 0.1)}, {})
+    assert result.score == -2.0
+    result.metrics["query_accuracy"] = Interval(0.0, 0.0)
+    assert result.score == 0.0

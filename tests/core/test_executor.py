@@ -1,0 +1,134 @@
+"""`LocalExecutor`: plain training, the same every time, and exact after an interruption."""
+
+import pytest
+import torch
+
+from metadist.algorithms import ITD
+from metadist.executor import LocalExecutor
+from metadist.hypergradient import task_hypergradients
+from metadist.lease import Workload
+from metadist.outer import OuterOptimizer, OuterVariable
+from metadist.trees import add, scale
+from tests.problems import (
+    Quadratic,
+    QuadraticSampler,
+    assert_close,
+    assert_same_bytes,
+    generator,
+    quadratic_task,
+)
+
+ADAM = OuterOptimizer("adam", lr=0.1, clip_norm=1.0, schedule="cosine", schedule_steps=8)
+
+
+def workload(**options):
+    options = {"meta_batch_size": 4, "report_every": 2, "batch_size": 2, "seed": 1, **options}
+    sampler = QuadraticSampler(broken=(2, 9))
+    return Workload(Quadratic(2, 4), sampler, ITD(inner_steps=3), **options)
+
+
+def started(work, optimizer=ADAM, state=None):
+    executor = LocalExecutor("cpu")
+    if state is None:
+        outer = work.problem.init_outer(generator(0))
+        state = OuterVariable(outer, optimizer).state()
+    executor.start(work, optimizer, state)
+    return executor
+
+
+def test_training_is_the_loop_that_one_would_write_by_hand():
+    work = Workload(Quadratic(2, 4), QuadraticSampler(), ITD(inner_steps=3), meta_batch_size=4)
+    executor = started(work, OuterOptimizer("sgd", lr=0.1))
+    list(executor.run(3))
+    outer = work.problem.init_outer(generator(0))
+    for step in range(3):
+        tasks = [quadratic_task(index) for index in range(4 * step, 4 * step + 4)]
+        total = task_hypergradients(work.problem, work.algorithm, outer, tasks).total
+        outer = add(outer, scale(total, 1 / 4), -0.1)
+    assert_close(executor.outer(), outer, 1e-12)
+
+
+def test_two_runs_are_the_same_bytes_and_leases_of_any_size_agree():
+    def train(tasks_per_lease):
+        executor = started(workload(tasks_per_lease=tasks_per_lease))
+        list(executor.run(3))
+        return executor.outer()
+
+    trained = train(2)
+    assert_same_bytes(train(2), trained)
+    for tasks_per_lease in (1, 4):
+        assert_close(train(tasks_per_lease), trained, 1e-12)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 6])
+def test_training_continues_from_a_state_bit_for_bit(stop):
+    work = workload(tasks_per_lease=2)
+    whole = started(work)
+    reports = list(whole.run(6))
+    first = started(work)
+    begun = list(first.run(stop))
+    resumed = started(work, state=first.state())
+    continued = list(resumed.run(6))
+    assert_same_bytes(resumed.outer(), whole.outer())
+    assert_same_bytes(resumed.state().optimizer, whole.state().optimizer)
+    assert resumed.state()[2:] == whole.state()[2:] == (6, 12, ())
+    assert [report.step for report in begun + continued] == [report.step for report in reports]
+
+
+def test_leases_that_are_in_already_are_not_computed_again():
+    work = workload(tasks_per_lease=2)
+    variable = OuterVariable(work.problem.init_outer(generator(0)), ADAM)
+    state = variable.state()._replace(applied_below=1, applied=(2, 3), version=2)
+    (report,) = started(work, state=state).run(3)
+    assert report.step.applied == (1, 4)
+    assert [result.lease_id for result in report.results] == [1, 4]
+
+
+def test_a_report_tells_of_the_step():
+    executor = started(workload())
+    reports = list(executor.run(3))
+    assert [report.step.version for report in reports] == [1, 2, 3]
+    assert [report.step.lr for report in reports] == [ADAM.lr_at(n) for n in range(3)]
+    assert [bool(report.results[0].metrics) for report in reports] == [True, False, True]
+    assert [sum(result.num_tasks for result in report.results) for report in reports] == [3, 4, 3]
+    dropped = [[i for result in report.results for i in result.dropped] for report in reports]
+    assert dropped == [[2], [], [9]]
+    for report in reports:
+        assert report.workers == ("local",) * 4
+        assert (report.num_workers, report.lost_workers, report.reissued) == (1, 0, ())
+        assert report.step.staleness == (0,) * 4
+        assert report.seconds >= report.waiting_s >= 0
+    assert executor.describe() == {"executor": "local", "policy": "bsp", "device": "cpu"}
+
+
+def test_run_stops_at_the_version_and_goes_on_where_it_stopped():
+    executor = started(workload())
+    assert len(list(executor.run(2))) == 2
+    assert list(executor.run(2)) == []
+    assert len(list(executor.run(5))) == 3
+
+
+def test_what_an_executor_gives_out_is_a_copy():
+    executor = started(workload())
+    executor.outer()["x"].zero_()
+    executor.state().outer["x"].zero_()
+    assert bool(executor.outer()["x"].all())
+
+
+@pytest.mark.parametrize("use", ["run", "outer", "state"])
+def test_an_executor_must_be_started(use):
+    arguments = (1,) if use == "run" else ()
+    executor = LocalExecutor("cpu")
+    with pytest.raises(RuntimeError, match=r"must be started with start\(...\) before it is used"):
+        list(getattr(executor, use)(*arguments))
+    executor = started(workload())
+    executor.close()
+    executor.close()
+    with pytest.raises(RuntimeError, match="must be started"):
+        list(getattr(executor, use)(*arguments))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_executor_on_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'auto' where torch sees no GPU"):
+        LocalExecutor("cuda")

@@ -1,0 +1,236 @@
+"""The derivatives of `AutogradOracle`, its mini-batches, and what `CountingOracle` counts."""
+
+import itertools
+
+import pytest
+import torch
+from scipy.stats import chi2
+from torch.func import vmap
+
+from metadist.oracle import AutogradOracle, CountingOracle, Draw, random_keys
+from metadist.task import stack_tasks
+from metadist.trees import dot
+from tests.problems import (
+    DOUBLE,
+    Quadratic,
+    Smooth,
+    assert_close,
+    central_difference,
+    generator,
+    oracle_of,
+    quadratic_task,
+    quadratic_terms,
+    random_like,
+    smooth_task,
+)
+
+
+@pytest.fixture(params=[0, 1])
+def smooth(request):
+    problem = Smooth()
+    outer = problem.init_outer(generator(request.param))
+    return oracle_of(problem, outer, smooth_task(request.param))
+
+
+def test_every_gradient_agrees_with_central_differences(smooth):
+    oracle, x, y = smooth
+    draw = oracle.draw_inner()
+    g_x = central_difference(lambda x: oracle.inner_value(x, y, draw), x)
+    g_y = central_difference(lambda y: oracle.inner_value(x, y, draw), y)
+    assert_close(oracle.inner_grad(x, y, draw), g_y, 1e-8)
+    for actual, expected in zip(oracle.inner_grads(x, y, draw), (g_x, g_y), strict=True):
+        assert_close(actual, expected, 1e-8)
+    draw = oracle.draw_outer()
+    f_x = central_difference(lambda x: oracle.outer_value(x, y, draw), x)
+    f_y = central_difference(lambda y: oracle.outer_value(x, y, draw), y)
+    for actual, expected in zip(oracle.outer_grads(x, y, draw), (f_x, f_y), strict=True):
+        assert_close(actual, expected, 1e-8)
+
+
+def test_second_order_products_agree_with_central_differences(smooth):
+    oracle, x, y = smooth
+    draw = oracle.draw_inner()
+    v = random_like(y, 5)
+    # J v = grad_x <grad_y g, v> and H v = grad_y <grad_y g, v>.
+    j_v = central_difference(lambda x: dot(oracle.inner_grad(x, y, draw), v), x)
+    h_v = central_difference(lambda y: dot(oracle.inner_grad(x, y, draw), v), y)
+    actual = oracle.second_order(x, y, v, draw)
+    assert_close(actual[0], j_v, 1e-8)
+    assert_close(actual[1], h_v, 1e-8)
+    assert_close(oracle.hvp(x, y, v, draw), h_v, 1e-8)
+
+
+@pytest.mark.parametrize(("num_outer", "num_inner"), [(2, 5), (4, 3)])
+def test_derivatives_of_a_quadratic_are_its_closed_forms(num_outer, num_inner):
+    problem = Quadratic(num_outer, num_inner, rho=0.3)
+    task = quadratic_task(1, num_outer, num_inner)
+    oracle, outer, _ = oracle_of(problem, problem.init_outer(generator(0)), task)
+    inner = random_like({"y": torch.empty(num_inner)}, 1)
+    a, b, c, t = quadratic_terms(task)
+    x, y, v = outer["x"], inner["y"], random_like(inner, 2)["y"]
+    draw = oracle.draw_inner()
+    expected_y = a @ y - b @ x - c
+    assert_close(oracle.inner_grad(outer, inner, draw), {"y": expected_y}, 1e-12)
+    g_x, g_y = oracle.inner_grads(outer, inner, draw)
+    assert_close(g_x, {"x": -b.T @ y}, 1e-12)
+    assert_close(g_y, {"y": expected_y}, 1e-12)
+    f_x, f_y = oracle.outer_grads(outer, inner, oracle.draw_outer())
+    assert_close(f_x, {"x": 0.3 * x}, 1e-12)
+    assert_close(f_y, {"y": y - t}, 1e-12)
+    j_v, h_v = oracle.second_order(outer, inner, {"y": v}, draw)
+    assert_close(j_v, {"x": -b.T @ v}, 1e-12)
+    assert_close(h_v, {"y": a @ v}, 1e-12)
+    assert_close(oracle.hvp(outer, inner, {"y": v}, draw), {"y": a @ v}, 1e-12)
+
+
+def test_derivatives_are_detached_and_values_are_differentiable(smooth):
+    oracle, x, y = smooth
+    x = {name: leaf.detach().requires_grad_() for name, leaf in x.items()}
+    y = {name: leaf.detach().requires_grad_() for name, leaf in y.items()}
+    assert oracle.inner_value(x, y, oracle.draw_inner()).requires_grad
+    assert oracle.outer_value(x, y, oracle.draw_outer()).requires_grad
+
+
+def test_without_batch_size_every_draw_is_the_whole_set():
+    task = quadratic_task(0)
+    for batch_size in (None, 3, 99):
+        oracle = AutogradOracle(Quadratic(2, 4), task, batch_size)
+        assert torch.equal(oracle.batch(oracle.draw_inner()).index, torch.arange(3))
+        assert torch.equal(oracle.batch(oracle.draw_outer()).index, torch.arange(2))
+
+
+def test_a_draw_is_replayable_and_a_fresh_one_is_another_batch():
+    task = smooth_task(4, num_support=40)
+    oracle = AutogradOracle(Smooth(), task, batch_size=5, seed=3)
+    draws = [oracle.draw_inner() for _ in range(8)]
+    batches = [oracle.batch(draw).index.tolist() for draw in draws]
+    assert [oracle.batch(draw).index.tolist() for draw in draws] == batches
+    again = AutogradOracle(Smooth(), task, batch_size=5, seed=3)
+    assert [again.batch(again.draw_inner()).index.tolist() for _ in range(8)] == batches
+    assert len({tuple(sorted(batch)) for batch in batches}) == 8
+
+
+def test_a_draw_takes_its_examples_without_replacement_and_keeps_their_rows():
+    task = smooth_task(4, num_support=9, num_query=7)
+    oracle = AutogradOracle(Smooth(), task, batch_size=4)
+    for draw, full in ((oracle.draw_inner(), task.support), (oracle.draw_outer(), task.query)):
+        batch = oracle.batch(draw)
+        assert len(set(batch.index.tolist())) == 4
+        for part, whole in zip(batch.tensors, full.tensors, strict=True):
+            assert torch.equal(part, whole[batch.index])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"seed": 1}, {"index": 5}, {"counter": 1}, {"seed": -1}],
+    ids=["seed", "task", "counter", "negative seed"],
+)
+def test_another_seed_task_or_counter_is_another_batch(other):
+    def batch(seed=0, index=4, counter=0):
+        oracle = AutogradOracle(Smooth(), smooth_task(index, num_support=60), 6, seed)
+        return oracle.batch(Draw("support", counter)).index.tolist()
+
+    assert sorted(batch(**other)) != sorted(batch())
+
+
+@pytest.mark.parametrize("over", ["counter", "seed", "task"])
+def test_draws_are_uniform_over_subsets(over):
+    num_draws, size = 1500, 5
+    index = torch.arange(size)
+    frequency = dict.fromkeys(itertools.combinations(range(size), 2), 0)
+    for number in range(num_draws):
+        seeds = {"seed": (number, 0, 0), "task": (0, number, 0), "counter": (0, 0, number)}[over]
+        chosen = random_keys(index, *seeds).argsort()[:2].tolist()
+        frequency[tuple(sorted(chosen))] += 1
+    expected = num_draws / len(frequency)
+    statistic = sum((count - expected) ** 2 / expected for count in frequency.values())
+    assert chi2.sf(statistic, len(frequency) - 1) > 1e-3
+
+
+def test_random_keys_are_those_of_splitmix64():
+    def mix(z):
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        return z ^ (z >> 31)
+
+    def expected(*seeds):
+        key = 0
+        for seed in seeds:
+            key = mix((key + seed + 0x9E3779B97F4A7C15) % 2**64)
+        return key
+
+    index = torch.tensor([0, 1, 2, 10**12])
+    keys = random_keys(index, 7, 123456789, torch.tensor(3))
+    assert [key % 2**64 for key in keys.tolist()] == [
+        expected(7, 123456789, 3, entry) for entry in index.tolist()
+    ]
+
+
+def test_draws_of_a_stack_of_tasks_are_those_of_its_tasks():
+    tasks = [smooth_task(index, num_support=11, num_query=8) for index in (3, 70, 5)]
+
+    def indices(task):
+        oracle = AutogradOracle(Smooth(), task, batch_size=4, seed=2)
+        inner, outer = oracle.draw_inner(), oracle.draw_outer()
+        return oracle.batch(inner).index, oracle.batch(outer).index
+
+    together = vmap(indices)(stack_tasks(tasks))
+    for b, task in enumerate(tasks):
+        for many, one in zip(together, indices(task), strict=True):
+            assert torch.equal(many[b], one)
+
+
+def test_derivatives_of_a_stack_of_tasks_are_those_of_its_tasks():
+    problem = Smooth()
+    outer = problem.init_outer(generator(0))
+    tasks = [smooth_task(index, num_support=9) for index in range(3)]
+
+    def derivatives(task):
+        oracle, x, y = oracle_of(problem, outer, task, batch_size=4)
+        v = {name: torch.ones_like(leaf) for name, leaf in y.items()}
+        return oracle.second_order(x, y, v, oracle.draw_inner()), oracle.outer_grads(
+            x, y, oracle.draw_outer()
+        )
+
+    together = vmap(derivatives)(stack_tasks(tasks))
+    for b, task in enumerate(tasks):
+        for many, one in zip(together, derivatives(task), strict=True):
+            for tree_many, tree_one in zip(many, one, strict=True):
+                assert_close({name: leaf[b] for name, leaf in tree_many.items()}, tree_one)
+
+
+def test_a_mini_batch_gradient_is_that_of_its_examples():
+    task = quadratic_task(2, num_support=7)
+    oracle = AutogradOracle(Quadratic(2, 4), task, batch_size=3)
+    draw = oracle.draw_inner()
+    part = task._replace(support=task.support.take(oracle.batch(draw).index))
+    whole = AutogradOracle(Quadratic(2, 4), part)
+    x, y = {"x": torch.ones(2, dtype=DOUBLE)}, {"y": torch.ones(4, dtype=DOUBLE)}
+    assert_close(oracle.inner_grad(x, y, draw), whole.inner_grad(x, y, whole.draw_inner()), 1e-14)
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_a_batch_size_below_one_is_refused(batch_size):
+    with pytest.raises(ValueError, match=rf"batch_size must be >= 1 or None .*, got {batch_size}"):
+        AutogradOracle(Smooth(), smooth_task(0), batch_size)
+
+
+def test_counting_oracle_counts_each_kind_of_call_and_changes_no_result(smooth):
+    oracle, x, y = smooth
+    counting = CountingOracle(oracle)
+    inner, outer = counting.draw_inner(), counting.draw_outer()
+    v = random_like(y, 0)
+    calls = {
+        "inner_grad": ((x, y, inner), {"inner_grad": 1}),
+        "inner_grads": ((x, y, inner), {"inner_grad": 1, "inner_grad_x": 1}),
+        "outer_grads": ((x, y, outer), {"outer_grads": 1}),
+        "second_order": ((x, y, v, inner), {"hvp": 1, "jvp": 1}),
+        "hvp": ((x, y, v, inner), {"hvp": 1}),
+        "inner_value": ((x, y, inner), {"inner_value": 1}),
+        "outer_value": ((x, y, outer), {"outer_value": 1}),
+    }
+    for name, (arguments, counts) in calls.items():
+        counting.counts.clear()
+        counted = getattr(counting, name)(*arguments)
+        assert dict(counting.counts) == counts, name
+        assert repr(counted) == repr(getattr(oracle, name)(*arguments)), name

@@ -1,0 +1,89 @@
+"""A user's own folder: a class with `sample(index)` that derives from nothing, and a script."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from metadist.sampler_check import check_sampler
+from tests.core.helpers import (
+    PLUGIN,
+    CommandLine,
+    becomes,
+    finish,
+    last_state,
+    processes_with,
+    start,
+)
+
+FLAGS = (
+    "train --sampler my_tasks.MySampler --sampler.init_args.n_way 3 --problem.model mlp "
+    "--problem.model.in_features 2 --problem.model.out_features 3 --problem.model.hidden [8] "
+    "--algorithm.inner_steps 2 --meta_batch_size 8 --num_steps 4"
+).split()
+RAY = "--executor ray --executor.num_workers 2".split()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A copy of the user's folder, with the process in it; their modules are forgotten after."""
+    mine = tmp_path / "mine"
+    shutil.copytree(PLUGIN, mine, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.chdir(mine)
+    yield mine
+    for name in ("my_tasks", "my_noise", "train_mine"):
+        sys.modules.pop(name, None)
+
+
+def local_run(folder: Path, cli: CommandLine) -> Path:
+    cli.good(*FLAGS, "--run_dir", "local")
+    return folder / "local"
+
+
+def test_it_trains_from_the_command_line_and_in_a_script_to_the_same_bytes(folder, cli):
+    state = last_state(local_run(folder, cli))
+    outcome = finish(start(["train_mine.py", "scripted", "local"], folder))
+    assert outcome.code == 0, outcome.err
+    assert last_state(folder / "scripted") == state
+
+
+def test_it_is_found_by_name_when_a_run_is_judged_and_continued(folder, cli):
+    local_run(folder, cli)
+    assert "continuing local from step-00000004" in cli.good(
+        *("resume", "--run", "local", "--num_steps", "6")
+    )
+    out = cli.good("evaluate", "--run", "local", "--num_tasks", "5", *FLAGS[1:5])
+    assert "sampler: MySampler(n_way=3, k_shot=3, k_query=4, spread=0.3)" in out
+    code, _, err = cli("evaluate", "--run", "local")
+    assert code == 2
+    assert "sampler must have an argument split to be judged on 'test', my_tasks.MySampler" in err
+
+
+def test_it_keeps_the_contract_of_a_sampler(folder, monkeypatch):
+    monkeypatch.syspath_prepend(folder)
+    from my_tasks import MySampler
+
+    report = check_sampler(MySampler(n_way=3), num_tasks=10)
+    assert (report.n_way, report.distinct_tasks, report.processes) == (3, 10, True)
+    assert MySampler.__bases__ == (object,)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "metadist", *FLAGS, *RAY, "--run_dir", "far"],
+        ["train_mine.py", "far", "ray"],
+    ],
+    ids=["command line", "script"],
+)
+def test_on_ray_it_gives_the_bytes_of_one_process_and_leaves_no_process(folder, cli, command):
+    state = last_state(local_run(folder, cli))
+    mark = uuid.uuid4().hex
+    outcome = finish(start(command, folder, METADIST_TEST=mark))
+    assert outcome.code == 0, outcome.err
+    assert last_state(folder / "far") == state
+    assert becomes(lambda: not processes_with(f"METADIST_TEST={mark}"))

@@ -1,0 +1,492 @@
+"""`Trainer`: the loop one would write by hand, exact after every kind of interruption."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import signal
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import metadist
+from metadist import (
+    CheckpointError,
+    CheckpointStore,
+    LocalExecutor,
+    OuterOptimizer,
+    Trainer,
+    TrainingDiverged,
+    evaluate,
+    task_hypergradients,
+)
+from metadist.algorithms import ITD, Reptile
+from metadist.tasks import FewShotProblem
+from metadist.trainer import default_tasks_per_lease
+from tests.core.helpers import (
+    ADAM,
+    SGD,
+    Images,
+    Recording,
+    Spoiled,
+    contents,
+    curves,
+    exact,
+    exact_state,
+    finish,
+    last_state,
+    make_trainer,
+    regression,
+    small_conv4,
+    start,
+)
+
+FAST = ITD(inner_steps=2, inner_lr=0.05)
+
+
+def conv4(adapt: str) -> dict[str, object]:
+    return {"problem": FewShotProblem(small_conv4(), adapt=adapt), "sampler": Images()}
+
+
+RUNS = {
+    "MAML, SGD with momentum": {"outer_optimizer": SGD},
+    "MAML, Adam": {"outer_optimizer": ADAM, "batch_size": 3},
+    "Adam with a tuple": {"outer_optimizer": OuterOptimizer("adam", 0.01, {"betas": (0.8, 0.9)})},
+    "learned rates": {"algorithm": ITD(inner_steps=2, inner_lr=0.05, learn_lr="per_tensor")},
+    "Meta-SGD": {"algorithm": ITD(inner_steps=2, inner_lr=0.05, learn_lr="per_element")},
+    "Reptile": {"algorithm": Reptile(inner_steps=2, inner_lr=0.05), "outer_optimizer": SGD},
+    "MAML, Conv4": conv4("all"),
+    "ANIL, Conv4": conv4("head"),
+    "two tasks a lease": {"tasks_per_lease": 2},
+}
+
+
+@pytest.mark.parametrize("name", ["MAML, SGD with momentum", "Reptile", "ANIL, Conv4"])
+def test_training_is_the_loop_that_one_would_write_by_hand(name):
+    options = {"outer_optimizer": SGD, **RUNS[name]}
+    trainer = make_trainer(**options)
+    start = trainer.outer
+    trainer.fit(3)
+
+    x = torch.cat([leaf.flatten() for leaf in start.values()])
+    optimizer = torch.optim.SGD([x], lr=SGD.lr, momentum=0.9)
+    for step in range(3):
+        parts = x.split([leaf.numel() for leaf in start.values()])
+        outer = {
+            name: part.view(leaf.shape)
+            for (name, leaf), part in zip(start.items(), parts, strict=True)
+        }
+        total = torch.zeros_like(x)
+        for index in range(4 * step, 4 * step + 4):
+            task = trainer.sampler.sample(index)
+            images = task.support.tensors[0].dtype == torch.float64  # as a network wants them
+            if images:
+                task = metadist.task.to_device(task, "cpu", torch.float32)
+            found = task_hypergradients(trainer.problem, trainer.algorithm, outer, [task])
+            total += torch.cat([leaf.flatten() for leaf in found.total.values()])
+        x.grad = total / 4
+        optimizer.step()
+    flat = torch.cat([leaf.flatten() for leaf in trainer.outer.values()])
+    assert torch.equal(flat, x)
+    assert trainer.version == 3
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_training_in_parts_gives_the_bytes_of_training_in_one_go(options, tmp_path):
+    whole = make_trainer(**options)
+    assert whole.fit(6).num_steps == 6
+    assert exact(whole.outer) != exact(make_trainer(**options).outer)
+
+    parts = make_trainer(**options)
+    assert (parts.fit(2).num_tasks, parts.fit(6).num_tasks) == (8, 16)
+    assert exact_state(parts) == exact_state(whole)
+
+    make_trainer(**options, run_dir=tmp_path / "run").fit(4)
+    resumed = make_trainer(**options, run_dir=tmp_path / "run")
+    assert resumed.restore() == "step-00000004"
+    resumed.fit(6)
+    assert exact_state(resumed) == exact_state(whole)
+    assert last_state(tmp_path / "run") == exact_state(whole)
+
+
+def test_a_run_folder_and_validation_change_no_byte_of_the_result(tmp_path):
+    plain = make_trainer()
+    plain.fit(5)
+    watched = make_trainer(
+        run_dir=tmp_path, val_sampler=curves("val"), val_every=2, val_tasks=2, log_every=1
+    )
+    watched.fit(5)
+    assert exact_state(watched) == exact_state(plain)
+
+
+def test_training_that_is_done_is_not_repeated():
+    trainer = make_trainer()
+    trainer.fit(3)
+    before = exact_state(trainer)
+    assert trainer.fit(3).num_tasks == 0
+    assert exact_state(trainer) == before
+
+
+SCRIPT = """
+import sys
+from tests.core.helpers import make_trainer
+trainer = make_trainer(run_dir=sys.argv[1], checkpoint_every=5, log_every=1, quiet=False)
+trainer.fit(60)
+"""
+
+
+def test_a_run_that_was_killed_is_resumed_to_the_bytes_of_an_undisturbed_one(tmp_path):
+    undisturbed = make_trainer()
+    undisturbed.fit(60)
+
+    folder = tmp_path / "run"
+    root = Path(__file__).resolve().parents[2]
+    process = start(["-c", SCRIPT, folder], tmp_path, PYTHONPATH=str(root))
+    assert process.stderr is not None
+    while not process.stderr.readline().startswith("step 12/"):
+        assert process.poll() is None
+    process.kill()
+    assert finish(process).code == -signal.SIGKILL
+
+    resumed = make_trainer(run_dir=folder)
+    resumed.restore()
+    assert 10 <= resumed.version < 60
+    resumed.fit(60)
+    assert exact_state(resumed) == exact_state(undisturbed)
+
+
+def interrupt_at(step: int):
+    def after(report):
+        if report.step.version == step:
+            raise KeyboardInterrupt
+
+    return after
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_interruption_is_raised_again_after_a_checkpoint_was_written(tmp_path, capsys, step):
+    trainer = make_trainer(run_dir=tmp_path, executor=Recording(interrupt_at(step)), quiet=False)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(5)
+    name = f"step-{step:08d}"
+    assert f"interrupted at step {step}, saved {name}" in capsys.readouterr().err
+    assert (trainer.version, CheckpointStore(str(tmp_path / "checkpoints")).names()) == (
+        step,
+        [name],
+    )
+    whole = make_trainer()
+    whole.fit(5)
+    resumed = make_trainer(run_dir=tmp_path)
+    resumed.restore()
+    resumed.fit(5)
+    assert exact_state(resumed) == exact_state(whole)
+
+
+def test_without_a_run_folder_the_interrupted_trainer_goes_on_by_itself(capsys):
+    trainer = make_trainer(executor=Recording(interrupt_at(2)), quiet=False)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(5)
+    assert "interrupted at step 2\n" in capsys.readouterr().err
+    trainer.fit(5)
+    whole = make_trainer()
+    whole.fit(5)
+    assert exact_state(trainer) == exact_state(whole)
+
+
+def test_an_interruption_has_no_score_of_an_earlier_validation(tmp_path):
+    trainer = make_trainer(
+        run_dir=tmp_path,
+        executor=Recording(interrupt_at(3)),
+        val_sampler=curves("val"),
+        val_every=2,
+        val_tasks=2,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(5)
+    store = CheckpointStore(str(tmp_path / "checkpoints"))
+    assert store.load("step-00000002")[1].score is not None
+    assert store.load("step-00000003")[1].score is None
+    assert store.best() == "step-00000002"
+
+
+class Slow(LocalExecutor):
+    """Is interrupted before it is ready."""
+
+    def start(self, *arguments):
+        raise KeyboardInterrupt
+
+
+def test_an_interruption_before_the_first_step_leaves_nothing(tmp_path):
+    trainer = make_trainer(run_dir=tmp_path / "run", executor=Slow())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(5)
+    assert not list(tmp_path.iterdir()) and not trainer.has_started
+
+
+def test_too_many_tasks_without_a_hypergradient_end_the_run_with_their_ids(tmp_path):
+    trainer = make_trainer(
+        sampler=Spoiled(curves(), broken=range(6, 99)),
+        max_dropped=5,
+        run_dir=tmp_path,
+        checkpoint_every=1,
+    )
+    with pytest.raises(
+        TrainingDiverged,
+        match=r"the last 6 tasks in a row had no finite hypergradient \(ids 6, 7, 8, 9, 10, 11 "
+        r"\.\.\.\), max_dropped=5: try a smaller inner_lr or outer lr, or clip_norm",
+    ):
+        trainer.fit(9)
+    assert CheckpointStore(str(tmp_path / "checkpoints")).load()[0] == "step-00000002"
+
+
+def test_dropped_tasks_are_counted_and_left_out():
+    executor = Recording()
+    trainer = make_trainer(
+        sampler=Spoiled(curves(), broken=(2, 4, 5, 6, 7, 11)), executor=executor, max_dropped=5
+    )
+    result = trainer.fit(3)
+    assert (result.num_tasks, result.num_dropped) == (6, 6)
+    dropped = [[i for r in report.results for i in r.dropped] for report in executor.reports]
+    assert dropped == [[2], [4, 5, 6, 7], [11]]
+    assert executor.reports[1].step.hypergradient_norm == 0
+    assert all(leaf.isfinite().all() for leaf in trainer.outer.values())
+
+
+def test_the_best_checkpoint_is_that_of_the_best_validation(tmp_path):
+    trainer = make_trainer(
+        run_dir=tmp_path,
+        val_sampler=curves("val"),
+        val_every=2,
+        val_tasks=4,
+        keep_checkpoints=9,
+        outer_optimizer=OuterOptimizer("sgd", lr=0.3),
+        eval_inner_steps=3,
+    )
+    result = trainer.fit(9)
+    scores = {}
+    store = CheckpointStore(str(tmp_path / "checkpoints"))
+    for name in store.names():
+        loaded = store.load(name)[1]
+        scores[name] = loaded.score
+        again = evaluate(
+            trainer.problem,
+            curves("val"),
+            trainer.algorithm,
+            loaded.state.outer,
+            4,
+            inner_steps=3,
+            seed=3,
+        )
+        assert loaded.score == again.score == -again.metrics["query_loss"].mean
+    assert [int(name[5:]) for name in scores] == [2, 4, 6, 8, 9]
+    assert result.best == max(scores, key=scores.__getitem__) == trainer.restore("best")
+    assert f"step-{trainer.version:08d}" == result.best
+
+
+def test_without_validation_there_is_no_best(tmp_path):
+    trainer = make_trainer(run_dir=tmp_path)
+    assert trainer.fit(2).best is None
+    with pytest.raises(CheckpointError, match="got 'best': none was validated"):
+        trainer.restore("best")
+
+
+def test_checkpoints_come_at_their_steps_and_the_newest_stay(tmp_path):
+    make_trainer(run_dir=tmp_path, checkpoint_every=2, keep_checkpoints=2).fit(7)
+    assert CheckpointStore(str(tmp_path / "checkpoints")).names() == [
+        "step-00000006",
+        "step-00000007",
+    ]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
+    make_trainer(run_dir=tmp_path, checkpoint_every=2).fit(5)
+    newest = tmp_path / "checkpoints" / "step-00000005"
+    (newest / "tensors.safetensors").write_bytes(b"")
+    trainer = make_trainer(run_dir=tmp_path)
+    assert trainer.restore() == "step-00000004"
+    assert list(trainer.skipped) == ["step-00000005"]
+    whole = make_trainer()
+    whole.fit(6)
+    trainer.fit(6)
+    assert exact_state(trainer) == exact_state(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 4}, r"seed must be 3 as in checkpoint .*step-00000002, got 4: start a new run"),
+        ({"tasks_per_lease": 2}, r"tasks_per_lease must be 1 as in checkpoint .*, got 2"),
+        ({"outer_optimizer": SGD}, r"outer_optimizer must be \{'name': 'adam'.*, got .*'sgd'"),
+        (
+            {"outer_optimizer": OuterOptimizer("adam", lr=0.02)},
+            r"outer_optimizer must be .*'lr': 0.01.*, got .*'lr': 0.02",
+        ),
+        (
+            {"problem": regression(metadist.models.MLP(hidden=(9,)))},
+            r"is of another model: 'features.0.weight' must be float32 of shape \(9, 1\) as in "
+            r"the problem, got float32 of shape \(8, 1\); give the problem and algorithm it was",
+        ),
+        (
+            {"algorithm": ITD(learn_lr="per_tensor")},
+            r"is of another model: 'algorithm.inner_lr.features.0.weight' must be float32 of "
+            r"shape \(\) as in the problem, got absent",
+        ),
+    ],
+)
+def test_what_must_not_change_within_a_run_is_refused(tmp_path, changes, message):
+    make_trainer(run_dir=tmp_path).fit(2)
+    before = contents(tmp_path)
+    trainer = make_trainer(run_dir=tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        trainer.restore()
+    assert trainer.version == 0 and contents(tmp_path) == before
+
+
+def test_what_may_change_within_a_run_is_accepted(tmp_path):
+    make_trainer(run_dir=tmp_path).fit(2)
+    trainer = make_trainer(run_dir=tmp_path, checkpoint_every=1, val_sampler=curves("val"))
+    trainer.restore()
+    assert trainer.fit(3).best == "step-00000003"
+
+
+REFUSED = [
+    ({"checkpoint_every": 0}, "checkpoint_every must be >= 1, got 0"),
+    ({"keep_checkpoints": 0}, "keep_checkpoints must be >= 1, got 0"),
+    ({"log_every": 0}, "log_every must be >= 1, got 0"),
+    ({"max_dropped": 0}, "max_dropped must be >= 1, got 0"),
+    ({"val_every": 5}, "val_every must be None without a val_sampler, got 5"),
+    ({"val_sampler": curves("val"), "val_every": 0}, "val_every must be >= 1, got 0"),
+    ({"val_sampler": curves("val"), "val_tasks": 1}, "val_tasks must be >= 2, got 1"),
+    ({"eval_inner_steps": 0}, "inner_steps must be >= 1, got 0"),
+    ({"meta_batch_size": 0}, "meta_batch_size must be >= 1, got 0"),
+    ({"tasks_per_lease": 0}, "tasks_per_lease must be >= 1, got 0"),
+    (
+        {"tasks_per_lease": 3},
+        r"meta_batch_size must be a multiple of tasks_per_lease \(3\), got 4",
+    ),
+    ({"num_threads": 0}, "num_threads must be >= 1, got 0"),
+    ({"batch_size": 0}, "batch_size must be >= 1 or None, got 0"),
+    ({"chunk_size": -1}, "chunk_size must be >= 1 or None, got -1"),
+    ({"sampler": object()}, r"it must have a method sample\(index: int\) -> Task, got object"),
+    ({"problem": object()}, "problem must have the methods init_outer, .* got object without"),
+    (
+        {"algorithm": object()},
+        "algorithm must have the methods init, estimate, adapt, got object without init, estimate",
+    ),
+    (
+        {"val_sampler": Images()},
+        r"inner_loss must be computable on task 0 of val_sampler, whose tensors have shapes",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[m[:40] for _, m in REFUSED])
+def test_errors_name_field_rule_and_value_and_nothing_is_left(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(run_dir=tmp_path / "run", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_number_of_steps_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match="num_steps must be >= 1, got 0"):
+        make_trainer(run_dir=tmp_path / "run").fit(0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_folder_that_holds_anything_is_not_written_to(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=r"run_dir must be a new or empty folder, got '.*', which holds files: choose "
+        r"another, or continue that run \(metadist resume --run, Trainer.restore\)",
+    ):
+        make_trainer(run_dir=tmp_path).fit(2)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_a_run_folder_below_a_file_is_refused(tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"run_dir must be a folder that can be written to, got "):
+        make_trainer(run_dir=tmp_path / "file" / below)
+    assert list(contents(tmp_path)) == ["file"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder closed to everybody")
+@pytest.mark.parametrize("folder", ["/proc/run", "/proc/a/b/c"])
+def test_a_run_folder_that_cannot_be_written_to_is_refused(folder):
+    with pytest.raises(
+        ValueError, match=rf"run_dir must be a folder that can be written to, got '{folder}': .*; "
+    ):
+        make_trainer(run_dir=folder)
+
+
+def test_restoring_needs_a_run_folder():
+    with pytest.raises(ValueError, match="restore needs a run_dir, got None"):
+        make_trainer().restore()
+    assert make_trainer().skipped == {}
+
+
+@pytest.mark.parametrize(
+    ("meta_batch_size", "expected"),
+    [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (6, 1), (7, 1), (8, 2), (12, 3), (16, 4), (18, 3)]
+    + [(20, 5), (25, 5), (32, 8), (31, 1)],
+)
+def test_a_meta_batch_is_cut_into_at_least_four_equal_leases(meta_batch_size, expected):
+    assert default_tasks_per_lease(meta_batch_size) == expected
+    assert meta_batch_size % expected == 0
+
+
+class Failing(Exception):
+    """Of a user's sampler."""
+
+
+class Faulty:
+    """Fails at a task of step 3."""
+
+    def sample(self, index):
+        if index == 9:
+            raise Failing("no file for task 9")
+        return curves().sample(index)
+
+
+def test_an_exception_of_the_users_code_comes_through_as_it_is(tmp_path):
+    trainer = make_trainer(sampler=Faulty(), run_dir=tmp_path, checkpoint_every=1)
+    with pytest.raises(Failing, match="no file for task 9"):
+        trainer.fit(5)
+    assert trainer.has_started
+    assert CheckpointStore(str(tmp_path / "checkpoints")).load()[0] == "step-00000002"
+
+
+def test_what_a_trainer_says_of_itself_runs():
+    """The example in its docstring, with names for what it leaves out."""
+    text = inspect.cleandoc(Trainer.__doc__ or "")
+    (example,) = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)[:1]
+    names = {
+        "Trainer": lambda *arguments: Trainer(*arguments, quiet=True, meta_batch_size=4),
+        "ITD": ITD,
+        "evaluate": evaluate,
+        "problem": regression(),
+        "sampler": curves(),
+        "test_sampler": curves("test"),
+    }
+    exec(textwrap.dedent(example).replace("1000", "2").replace("0.4", "0.05"), names)
+    assert names["trainer"].version == 2  # type: ignore[attr-defined]
+
+
+def test_ten_lines_of_python_train_and_evaluate_a_model():
+    # As in the README.
+    import metadist
+    from metadist.algorithms import ITD
+    from metadist.models import MLP
+    from metadist.tasks import FewShotProblem, Sinusoid
+
+    problem = FewShotProblem(MLP(), loss="mse")
+    trainer = metadist.Trainer(problem, Sinusoid(k_shot=5), ITD(inner_lr=0.01), meta_batch_size=4)
+    trainer.fit(3)
+    test = Sinusoid(k_shot=5, split="test")
+    result = metadist.evaluate(problem, test, trainer.algorithm, trainer.outer, num_tasks=10)
+    assert result.metrics["query_loss"].half_width > 0

@@ -1,0 +1,59 @@
+"""Small data on disk and in memory, and comparisons of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from metadist.task import Task
+from metadist.tasks import ClassImages
+
+
+def striped(num_classes: int, num_images: int, channels: int = 1, side: int = 4) -> ClassImages:
+    """Images whose first pixel is the class, and whose second pixel is the image."""
+    images = np.zeros((num_classes, num_images, channels, side, side), dtype=np.uint8)
+    images[..., 0, 0] = np.arange(num_classes)[:, None, None]
+    images[..., 0, 1] = np.arange(num_images)[None, :, None]
+    labels = np.repeat(np.arange(num_classes), num_images)
+    return ClassImages.from_labels(images.reshape(-1, channels, side, side), labels)
+
+
+def write_image(path: Path, seed: int, side: int = 12, mode: str = "L") -> None:
+    """A random picture, another for every seed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+def write_tree(
+    root: Path, classes: list[str], num_images: int = 3, mode: str = "L", seed: int = 0
+) -> Path:
+    """A folder of pictures for each class, named as Omniglot names them."""
+    for c, name in enumerate(classes):
+        for i in range(num_images):
+            write_image(
+                root / name / f"{c:04d}_{i + 1:02d}.png", 10**6 * seed + 1000 * c + i, mode=mode
+            )
+    return root
+
+
+def equal(one: Task, two: Task) -> bool:
+    """The same bytes in the same places."""
+    pairs = [(one.support, two.support), (one.query, two.query)]
+    return bool(one.id == two.id) and all(
+        torch.equal(a, b)
+        for x, y in pairs
+        for a, b in zip((*x.tensors, x.index), (*y.tensors, y.index), strict=True)
+    )
+
+
+def refusal(call: Callable[[], object], kind: type[Exception] = ValueError) -> str:
+    """The message of the error that the call raises."""
+    with pytest.raises(kind) as caught:
+        call()
+    return str(caught.value)

@@ -1,0 +1,261 @@
+"""Data sets in the style of torchvision: labels, names, decoding, splits and errors."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from metadist.tasks import FewShotDataset, check_sampler, read_splits
+from tests.tasks.helpers import equal, refusal
+
+NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
+SPLITS = {"train": ["ant", "bee", "cat"], "test": ["dog", 4, "fox"]}
+
+
+def picture(label: int, number: int, side: int = 8) -> np.ndarray:
+    pixels = np.random.default_rng(100 * label + number).integers(0, 256, (side, side, 3))
+    return pixels.astype(np.uint8)
+
+
+class Plain:
+    """No list of labels, no names; pictures as PIL images."""
+
+    def __init__(self, per_class: int = 4) -> None:
+        self.labels_given = [label for _ in range(per_class) for label in range(6)]
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return len(self.labels_given)
+
+    def __getitem__(self, position: int) -> tuple[Any, Any]:
+        self.reads += 1
+        label = self.labels_given[position]
+        return self.convert(picture(label, position)), label
+
+    def convert(self, pixels: np.ndarray) -> Any:
+        return Image.fromarray(pixels)
+
+
+class Named(Plain):
+    """As torchvision's own: `.targets` and `.classes`."""
+
+    def __init__(self, per_class: int = 4) -> None:
+        super().__init__(per_class)
+        self.targets: Any = list(self.labels_given)
+        self.classes = NAMES
+
+
+class Floats(Named):
+    def convert(self, pixels: np.ndarray) -> Tensor:
+        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+class Arrays(Named):
+    def convert(self, pixels: np.ndarray) -> np.ndarray:
+        return pixels
+
+
+class Bytes(Named):
+    def convert(self, pixels: np.ndarray) -> Tensor:
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def few(dataset: Any, splits: Any = SPLITS, **arguments: Any) -> FewShotDataset:
+    return FewShotDataset(dataset, splits, **({"n_way": 3, "k_query": 3} | arguments))
+
+
+@pytest.mark.parametrize("kind", [Floats, Arrays, Bytes])
+def test_all_kinds_of_pictures_give_the_same_tasks(kind: type[Named]):
+    expected, got = few(Named()), few(kind())
+    assert got.class_names == ("ant", "bee", "cat")
+    assert all(equal(expected.sample(i), got.sample(i)) for i in range(5))
+    assert expected.sample(0).support.tensors[0].shape == (3, 3, 8, 8)
+
+
+def test_images_stay_with_their_class():
+    sampler = few(Named(), split="test")
+    assert sampler.class_names == ("dog", "eel", "fox")
+    expected = {picture(3 + c, 6 * i + 3 + c).tobytes() for c in range(3) for i in range(4)}
+    images = sampler.classes.images.transpose(0, 2, 3, 1)
+    assert {np.ascontiguousarray(image).tobytes() for image in images} == expected
+    eel = images[4:8]
+    assert np.array_equal(eel[1], picture(4, 10))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [torch.arange(24) % 6, np.arange(24) % 6, tuple(range(6)) * 4],
+    ids=["tensor", "array", "tuple"],
+)
+def test_labels_come_from_targets_and_only_the_split_is_decoded(targets: Any):
+    dataset = Named()
+    dataset.targets = targets
+    few(dataset)
+    assert dataset.reads == 12
+
+
+def test_labels_come_from_one_pass_where_none_are_stored():
+    sampler = few(Plain(), {"train": [0, 1, 2]})
+    assert sampler.class_names == ("0", "1", "2")
+    assert equal(sampler.sample(2), few(Named()).sample(2))
+
+
+def test_labels_come_from_samples_or_labels():
+    dataset = Plain()
+    dataset.samples = [(f"{i}.png", label) for i, label in enumerate(dataset.labels_given)]  # type: ignore[attr-defined]
+    few(dataset, {"train": [0, 1, 2]})
+    assert dataset.reads == 12
+    dataset = Plain()
+    dataset.labels = np.array(dataset.labels_given)  # type: ignore[attr-defined]
+    few(dataset, {"train": [0, 1, 2]})
+    assert dataset.reads == 12
+
+
+def test_omniglot_of_torchvision_is_understood():
+    dataset = Plain()
+    dataset._flat_character_images = [("x.png", label) for label in dataset.labels_given]  # type: ignore[attr-defined]
+    dataset._characters = [f"Latin/character0{i}" for i in range(6)]  # type: ignore[attr-defined]
+    sampler = few(dataset, {"train": ["Latin/character05", "Latin/character01"]}, n_way=2)
+    assert sampler.class_names == ("Latin/character05", "Latin/character01")
+
+
+def test_size_channels_and_transform():
+    sampler = few(Named(), image_size=5, channels=1, transform=double)
+    images = sampler.sample(0).support.tensors[0]
+    assert images.shape == (3, 1, 5, 5)
+    assert torch.equal(
+        images, 2 * few(Named(), image_size=5, channels=1).sample(0).support.tensors[0]
+    )
+    assert sampler.size_bytes == 12 * 25
+
+
+def double(images: Tensor) -> Tensor:
+    return 2 * images
+
+
+def test_a_pickled_sampler_carries_the_pictures_and_not_the_data_set():
+    sampler = few(Named(), transform=double)
+    pickled = pickle.dumps(sampler)
+    assert b"Named" not in pickled and len(pickled) < sampler.size_bytes + 1500
+    assert equal(pickle.loads(pickled).sample(5), sampler.sample(5))
+
+
+def test_splits_from_a_file(tmp_path: Path):
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps(SPLITS))
+    assert equal(few(Named(), path).sample(1), few(Named()).sample(1))
+    check_sampler(few(Named(), str(path)), processes=False, other=few(Named(), path, split="test"))
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ("{", "must be JSON: Expecting property name"),
+        ("[1]", "must map split names to lists of classes, got [1]"),
+        ("{}", "must map split names to lists of classes, got {}"),
+        ('{"train": []}', "split 'train' must be a non-empty list of class names or integer"),
+        ('{"train": "ant"}', "split 'train' must be a non-empty list of class names or integer"),
+        ('{"train": [1.5]}', "split 'train' must be a non-empty list of class names or integer"),
+        ('{"train": [true]}', "split 'train' must be a non-empty list of class names or integer"),
+    ],
+)
+def test_bad_split_files(tmp_path: Path, splits: str, message: str):
+    path = tmp_path / "splits.json"
+    path.write_text(splits)
+    found = refusal(lambda: read_splits(path))
+    assert found.startswith(f"splits file {path}")
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    ("splits", "arguments", "message"),
+    [
+        (
+            {"train": ["ant", "gnu", 77]},
+            {},
+            "splits must name existing classes, got 'gnu', 77; the classes are 0, 1, 2, 3, 4, 5, "
+            "'ant', 'bee', ... (12 in all)",
+        ),
+        (
+            {"train": ["ant", "bee"], "val": ["cat", 0]},
+            {},
+            "splits must be disjoint, got class 0 in 'train' and 'val': list each class once",
+        ),
+        (
+            {"train": ["ant", "ant", "bee"]},
+            {},
+            "splits must be disjoint, got class 'ant' in 'train' and 'train': list each class once",
+        ),
+        (SPLITS, {"split": "val"}, "split must be one of train, test, got 'val'"),
+        (SPLITS, {"channels": 4}, "channels must be 1 (grey) or 3 (RGB), got 4"),
+        (SPLITS, {"seed": 1.0}, "seed must be an integer >= 0, got 1.0"),
+    ],
+)
+def test_errors(splits: Any, arguments: dict[str, Any], message: str):
+    found = refusal(lambda: few(Named(), splits, **arguments))
+    assert found == message
+
+
+def test_wrong_pictures_are_named():
+    class Normalised(Floats):
+        def convert(self, pixels: np.ndarray) -> Tensor:
+            return super().convert(pixels) - 0.5
+
+    with pytest.raises(
+        ValueError, match=r"^picture 0 of the data set must be uint8 or floating in"
+    ):
+        few(Normalised())
+
+    class Words(Named):
+        def convert(self, pixels: np.ndarray) -> str:
+            return "a picture"
+
+    with pytest.raises(
+        ValueError, match=r"^picture 0 of the data set must be a PIL image, a tensor"
+    ):
+        few(Words())
+
+    class Deep(Named):
+        def convert(self, pixels: np.ndarray) -> np.ndarray:
+            return np.zeros((4, 4, 7), dtype=np.uint8)
+
+    found = refusal(lambda: few(Deep()))
+    assert found == ("picture 0 of the data set must be of 1, 3 or 4 channels, got shape (4, 4, 7)")
+
+    class Growing(Named):
+        def __getitem__(self, position: int) -> tuple[Any, Any]:
+            label = self.labels_given[position]
+            return picture(label, position, side=8 + position), label
+
+    with pytest.raises(
+        ValueError, match=r"^images must have one shape, got .*: give an image_size$"
+    ):
+        few(Growing())
+
+
+def test_wrong_labels_are_named():
+    class Shifted(Named):
+        def __getitem__(self, position: int) -> tuple[Any, Any]:
+            image, label = super().__getitem__(position)
+            return image, (label + 1) % 6
+
+    found = refusal(lambda: few(Shifted()))
+    assert found == (
+        "labels must agree, got 1 from dataset[0] and 0 from its list of labels: drop the "
+        "target_transform"
+    )
+
+    class Words(Plain):
+        def __getitem__(self, position: int) -> tuple[Any, Any]:
+            return super().__getitem__(position)[0], "ant"
+
+    with pytest.raises(ValueError, match=r"^labels must be integers, got 'ant' at position 0$"):
+        few(Words())

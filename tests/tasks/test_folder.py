@@ -1,0 +1,224 @@
+"""Folders of images: layouts, splits, decoding and errors."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
+from PIL import Image
+
+from metadist.tasks import ImageFolder, check_sampler
+from metadist.tasks.folder import divide
+from tests.tasks.helpers import equal, refusal, write_image, write_tree
+
+ALPHABETS = [f"{alphabet}/letter{i}" for alphabet in "DACB" for i in range(2)]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return write_tree(tmp_path / "tree", ALPHABETS)
+
+
+def folder(root: Path, **arguments) -> ImageFolder:
+    return ImageFolder(root, **({"n_way": 2, "k_query": 2} | arguments))
+
+
+def test_alphabets_are_split_in_sorted_order(tree: Path):
+    names = {split: folder(tree, split=split).class_names for split in ("train", "val", "test")}
+    assert names == {
+        "train": ("A/letter0", "A/letter1", "B/letter0", "B/letter1"),
+        "val": ("C/letter0", "C/letter1"),
+        "test": ("D/letter0", "D/letter1"),
+    }
+    assert len(folder(tree, split="all", n_way=8).class_names) == 8
+    check_sampler(folder(tree), processes=False, other=folder(tree, split="test"))
+
+
+@given(st.integers(3, 200))
+def test_every_split_gets_its_share(count: int):
+    names = [f"{i:03d}" for i in range(count)][::-1]
+    parts = divide(names)
+    assert parts["train"] + parts["val"] + parts["test"] == sorted(names)
+    assert min(map(len, parts.values())) >= 1
+    assert abs(len(parts["val"]) - 0.16 * count) <= 0.52
+    assert abs(len(parts["test"]) - 0.20 * count) <= 0.5
+
+
+def test_classes_are_split_where_there_are_no_alphabets(tmp_path: Path):
+    write_tree(tmp_path, list("cabdefghij"))
+    assert folder(tmp_path).class_names == tuple("abcdef")
+    assert folder(tmp_path, split="val").class_names == tuple("gh")
+    assert folder(tmp_path, split="test").class_names == tuple("ij")
+
+
+@pytest.mark.parametrize("depth", ["{}", "alphabet/{}"])
+def test_folders_called_train_val_test_are_the_splits(tmp_path: Path, depth: str):
+    for number, part in enumerate(("train", "val")):
+        names = [depth.format(f"c{number}{i}") for i in range(3)]
+        write_tree(tmp_path / part, names)
+    assert folder(tmp_path, split="val").class_names == tuple(
+        depth.format(f"c1{i}") for i in range(3)
+    )
+    assert len(folder(tmp_path, split="all").class_names) == 6
+    with pytest.raises(ValueError, match=r"^split must be one of train, val, all, got 'test'$"):
+        folder(tmp_path, split="test")
+
+
+def test_a_class_in_two_split_folders_is_refused(tmp_path: Path):
+    write_tree(tmp_path / "train", ["a", "b"])
+    write_tree(tmp_path / "test", ["b", "c"])
+    found = refusal(lambda: folder(tmp_path))
+    assert found == (
+        "splits must be disjoint, got class 'b' in test/ and train/: move or rename one of them"
+    )
+
+
+def test_an_empty_split_folder_is_named(tmp_path: Path):
+    write_tree(tmp_path / "train", ["a", "b"])
+    (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match=r"^split 'val' must hold classes, got none in .*/val$"):
+        folder(tmp_path, split="val")
+
+
+def test_a_splits_file_rules(tree: Path, tmp_path: Path):
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps({"mine": ["D/letter1", "A/letter0"], "rest": ["B/letter0"]}))
+    assert folder(tree, split="mine", splits=path).class_names == ("D/letter1", "A/letter0")
+    path.write_text(json.dumps({"train": ["D/letter1", "Z/letter0"]}))
+    with pytest.raises(ValueError, match=r"^splits must name existing classes, got 'Z/letter0'; "):
+        folder(tree, splits=path)
+
+
+def test_pixels_size_channels_and_inversion(tmp_path: Path):
+    for name in "abc":
+        ink = np.full((10, 10), 255, dtype=np.uint8)
+        ink[:, :5] = 0
+        for i in range(3):
+            path = tmp_path / name / f"{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(ink).save(path)
+    grey = folder(tmp_path, split="all", image_size=10).sample(0).support.tensors[0]
+    assert grey.shape == (2, 1, 10, 10)
+    assert torch.equal(grey[0, 0, 0], torch.tensor([0.0] * 5 + [1.0] * 5))
+    inverted = (
+        folder(tmp_path, split="all", image_size=10, invert=True).sample(0).support.tensors[0]
+    )
+    assert torch.equal(inverted, 1 - grey)
+    colour = folder(tmp_path, split="all", image_size=20, channels=3).sample(0).support.tensors[0]
+    assert colour.shape == (2, 3, 20, 20)
+
+
+def test_jpegs_capitals_transparency_and_hidden_files(tmp_path: Path):
+    for c, name in enumerate("abc"):
+        write_image(tmp_path / name / "0.JPG", 10 * c, mode="RGB")
+        write_image(tmp_path / name / "1.jpeg", 10 * c + 1, mode="RGB")
+        image = Image.new("RGBA", (12, 12), (0, 0, 0, 0))
+        image.putpixel((0, 0), (0, 0, 0, 255))
+        image.save(tmp_path / name / "2.png")
+        (tmp_path / name / "._2.png").write_bytes(b"resource fork")
+        (tmp_path / name / "notes.txt").write_text("kept out")
+    (tmp_path / ".cache").mkdir()
+    sampler = folder(tmp_path, split="all", image_size=12)
+    transparent = sampler.classes.images[2, 0]
+    assert transparent[0, 0] == 0 and (transparent.ravel()[1:] == 255).all()
+    assert len(sampler.classes.images) == 9
+
+
+@pytest.mark.parametrize("content", [b"not an image", b""], ids=["text", "empty"])
+def test_an_unreadable_image_is_named(tree: Path, content: bytes):
+    path = tree / "A" / "letter1" / "broken.png"
+    path.write_bytes(content)
+    found = refusal(lambda: folder(tree))
+    assert found.startswith(f"cannot read image {path}: ")
+
+
+def test_a_truncated_image_is_named(tree: Path):
+    path = tree / "A" / "letter0" / "0003_01.png"
+    path = next((tree / "A" / "letter0").iterdir())
+    path.write_bytes(path.read_bytes()[:-40])
+    found = refusal(lambda: folder(tree))
+    assert found.startswith(f"cannot read image {path}: ")
+
+
+def test_deep_images_are_refused(tree: Path):
+    path = tree / "A" / "letter0" / "deep.png"
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(path)
+    with pytest.raises(ValueError, match=r"deep\.png: must have 8 bits a channel, got mode I;16"):
+        folder(tree)
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"^root must be a folder, got .*/none: no such folder$"):
+        folder(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"^root must hold a folder of images for each class, got"):
+        folder(tmp_path)
+    write_tree(tmp_path, ["a", "b"])
+    found = refusal(lambda: folder(tmp_path))
+    assert found == (
+        "root must hold at least 3 alphabets (or classes) to be split, got 2 (a, b): use "
+        "split='all', a splits file, or folders train/, val/, test/"
+    )
+    (tmp_path / "c").mkdir()
+    with pytest.raises(
+        ValueError, match=r"^a class must hold .png or .jpg images, got none in .*/c: "
+    ):
+        folder(tmp_path)
+    (tmp_path / "c" / "d").mkdir()
+    with pytest.raises(ValueError, match=r"got none in .*/c/d: add some or remove the folder$"):
+        folder(tmp_path)
+    shutil.rmtree(tmp_path / "c")
+    write_image(tmp_path / "a" / "deeper" / "0.png", 0)
+    with pytest.raises(
+        ValueError, match=r"^a folder must hold images or folders of images, got bo"
+    ):
+        folder(tmp_path, split="all")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "dev"}, "split must be one of train, val, test, all, got 'dev'"),
+        ({"image_size": 0}, "image_size must be an integer >= 1, got 0"),
+        ({"channels": 2}, "channels must be 1 (grey) or 3 (RGB), got 2"),
+        ({"n_way": 0}, "n_way must be an integer >= 2, got 0"),
+        (
+            {"splits": "no.json"},
+            "splits must be a JSON file or a mapping, got no.json: no such file",
+        ),
+    ],
+)
+def test_arguments_are_checked(tree: Path, arguments: dict[str, Any], message: str):
+    found = refusal(lambda: folder(tree, **arguments))
+    assert found == message
+
+
+def test_a_pickled_sampler_needs_no_files(tree: Path):
+    sampler = folder(tree)
+    expected = sampler.sample(3)
+    pickled = pickle.dumps(sampler)
+    shutil.rmtree(tree)
+    assert equal(pickle.loads(pickled).sample(3), expected)
+
+
+def test_it_is_built_from_the_command_line(tree: Path):
+    parser = ArgumentParser()
+    parser.add_class_arguments(ImageFolder, "sampler")
+    given = parser.parse_args(
+        [
+            f"--sampler.root={tree}",
+            "--sampler.n_way=2",
+            "--sampler.k_query=2",
+            "--sampler.channels=3",
+        ]
+    )
+    sampler = parser.instantiate(given).sampler
+    assert sampler.sample(0).support.tensors[0].shape == (2, 3, 28, 28)
