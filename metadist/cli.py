@@ -119,6 +119,7 @@ def train_parser() -> ArgumentParser:
     """Options of `metadist train`."""
     parser = _Parser(
         prog="metadist train",
+        allow_abbrev=False,
         description="Meta-train, write checkpoints and TensorBoard events, evaluate at the end.",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
@@ -163,7 +164,7 @@ def train_parser() -> ArgumentParser:
 
 def run_parser(command: str, description: str) -> ArgumentParser:
     """Options that the commands on an existing run share."""
-    parser = _Parser(prog=f"metadist {command}", description=description)
+    parser = _Parser(prog=f"metadist {command}", allow_abbrev=False, description=description)
     parser.add_argument("--run", type=str, required=True, help="the run folder")
     parser.add_argument(
         "--checkpoint", type=str | None, help="name of a checkpoint, or 'best'; else the newest"
@@ -304,6 +305,8 @@ class _Parser(ArgumentParser):
     """Says what is wrong, without two screens of usage before it."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
+        if not self.exit_on_error:  # a parser of nested arguments: the outermost one tells
+            super().error(message, ex)
         print(f"{self.prog}: error: {_readable(message)}", file=sys.stderr)
         print(f"`{self.prog} --help` tells the options", file=sys.stderr)
         sys.exit(2)

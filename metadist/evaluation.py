@@ -177,13 +177,16 @@ def _adapt_and_judge(
     seed: int,
 ) -> list[dict[str, float]]:
     problem_outer, own = split_own(outer)
+    together = vectorizes(vectorize, problem, algorithm, outer, tasks)
 
     def judge(context: Params, start: Params, task: Task) -> dict[str, torch.Tensor]:
-        oracle = AutogradOracle(problem, task, batch_size, seed, compile=algorithm.compiles)
+        oracle = AutogradOracle(
+            problem, task, batch_size, seed, compile=algorithm.compiles, eager=not together
+        )
         adapted = algorithm.adapt(oracle, {**context, **own}, start)
         return adaptation_metrics(problem, context, start, adapted, task)
 
-    if not vectorizes(vectorize, problem, algorithm, outer, tasks):
+    if not together:
         found = []
         for task in tasks:
             with torch.no_grad():

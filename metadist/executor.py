@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-from metadist.lease import LeaseResult, Workload, pick_device
+from metadist.lease import LeaseResult, Workload, intra_op_threads, pick_device
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable, StepResult
 from metadist.trees import Params
 
@@ -96,7 +96,8 @@ class LocalExecutor:
                 contributions.append(
                     Contribution(lease.id, lease.version, total.cpu(), result.num_tasks)
                 )
-            step = variable.apply(contributions)
+            with intra_op_threads(self._workload.num_threads):  # a norm may depend on it
+                step = variable.apply(contributions)
             seconds = time.perf_counter() - began
             computing = sum(result.sampling_s + result.compute_s for result in results)
             yield StepReport(

@@ -10,14 +10,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, split_own
+from metadist.autodiff import gradients, leaves
 from metadist.oracle import AutogradOracle
 from metadist.problem import Problem
 from metadist.task import Task, shape_signature, stack_tasks
-from metadist.trees import Params, add, tree_map, zeros_like
+from metadist.trees import Params, add, detach, tree_map, zeros_like
 
 Vectorize = Literal["auto"] | bool
 
@@ -78,7 +79,6 @@ def task_hypergradients(
         raise ValueError("tasks must hold at least one task, got none")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be >= 1 or None, got {chunk_size}")
-    options = {"batch_size": batch_size, "seed": seed, "report": report}
     if vectorizes(vectorize, problem, algorithm, outer, tasks):
         on_cpu = next(iter(outer.values())).device.type == "cpu"
         size = chunk_size or (4 if on_cpu else len(tasks))
@@ -94,7 +94,7 @@ def task_hypergradients(
         group = groups.pop(0)
         # The fused attention kernels have no double backward, the plain one has.
         with sdpa_kernel(SDPBackend.MATH):
-            gradient, figures = _group(problem, algorithm, outer, group, **options)
+            gradient, figures = _group(problem, algorithm, outer, group, batch_size, seed, report)
         if not _is_finite(gradient):
             if len(group) == 1:
                 dropped.append(int(group[0].id))
@@ -109,63 +109,61 @@ def task_hypergradients(
 
 
 def _group(
-    problem: Problem, algorithm: Algorithm, outer: Params, tasks: list[Task], **options: Any
+    problem: Problem,
+    algorithm: Algorithm,
+    outer: Params,
+    tasks: list[Task],
+    batch_size: int | None,
+    seed: int,
+    report: bool,
 ) -> tuple[Params, dict[str, Tensor]]:
     """(sum of hypergradients, sums of metrics) of tasks that go through together."""
     problem_outer, own = split_own(outer)
 
+    eager = len(tasks) == 1
+
     def one(context: Params, start: Params, task: Task) -> Any:
-        return _estimate(problem, algorithm, own, context, start, task, **options)
-
-    if len(tasks) == 1:
-        task = tasks[0]
-        (context, start), pullback = vjp(  # type: ignore[misc]
-            lambda x: (problem.encode(x, task), problem.init_inner(x, task)), problem_outer
+        oracle = AutogradOracle(
+            problem, task, batch_size, seed, compile=algorithm.compiles, eager=eager
         )
-        context_gradient, start_gradient, own_gradient, metrics = one(context, start, task)
-    else:
-        stacked = stack_tasks(tasks)
+        x = {**context, **own}
+        estimate = algorithm.estimate(oracle, x, algorithm.init(oracle, x, start))
+        context_gradient, own_gradient = split_own(estimate.hypergradient)
+        start_gradient = estimate.start_gradient
+        metrics = dict(estimate.metrics)
+        if report:
+            metrics |= adaptation_metrics(problem, context, start, estimate.state.inner, task)
+        return (
+            context_gradient,
+            zeros_like(start) if start_gradient is None else start_gradient,
+            own_gradient,
+            metrics,
+        )
 
-        def split(x: Params) -> tuple[Params, Params]:
+    x = leaves(problem_outer)
+    with torch.enable_grad():
+        if eager:
+            graph = problem.encode(x, tasks[0]), problem.init_inner(x, tasks[0])
+        else:
+            stacked = stack_tasks(tasks)
             starts = vmap(problem.init_inner, in_dims=(None, 0))(x, stacked)
-            # vmap expands what does not depend on the task; jvp needs memory of its own.
-            return problem.encode_tasks(x, stacked), tree_map(Tensor.contiguous, starts)
-
-        (context, start), pullback = vjp(split, problem_outer)  # type: ignore[misc]
+            # vmap expands what does not depend on the task; others need memory of their own.
+            graph = problem.encode_tasks(x, stacked), tree_map(Tensor.contiguous, starts)
+    context, start = detach(graph[0]), detach(graph[1])
+    if eager:
+        context_gradient, start_gradient, own_gradient, metrics = one(context, start, tasks[0])
+    else:
         results = vmap(one, randomness="error")(context, start, stacked)
         context_gradient, start_gradient = results[:2]
         own_gradient, metrics = (
             {name: leaf.sum(0) for name, leaf in tree.items()} for tree in results[2:]
         )
-    (gradient,) = pullback((context_gradient, start_gradient))
-    return {**gradient, **own_gradient}, metrics
-
-
-def _estimate(
-    problem: Problem,
-    algorithm: Algorithm,
-    own: Params,
-    context: Params,
-    start: Params,
-    task: Task,
-    batch_size: int | None,
-    seed: int,
-    report: bool,
-) -> tuple[Params, Params, Params, dict[str, Tensor]]:
-    oracle = AutogradOracle(problem, task, batch_size, seed, compile=algorithm.compiles)
-    x = {**context, **own}
-    estimate = algorithm.estimate(oracle, x, algorithm.init(oracle, x, start))
-    context_gradient, own_gradient = split_own(estimate.hypergradient)
-    start_gradient = estimate.start_gradient
-    metrics = dict(estimate.metrics)
-    if report:
-        metrics |= adaptation_metrics(problem, context, start, estimate.state.inner, task)
-    return (
-        context_gradient,
-        zeros_like(start) if start_gradient is None else start_gradient,
-        own_gradient,
-        metrics,
+    (gradient,) = gradients(
+        [*graph[0].values(), *graph[1].values()],
+        [*context_gradient.values(), *start_gradient.values()],
+        x,
     )
+    return {**gradient, **own_gradient}, metrics
 
 
 def adaptation_metrics(

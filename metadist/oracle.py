@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from metadist.autodiff import gradients, leaves
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params, dot
@@ -68,7 +69,7 @@ class Oracle(Protocol):
 
 
 class AutogradOracle:
-    """The local oracle: derivatives of `problem` on the data of `task` by torch.func.
+    """The local oracle: derivatives of `problem` on the data of `task`, by torch.func.
 
     Args:
         problem: whose losses are differentiated.
@@ -77,6 +78,7 @@ class AutogradOracle:
         seed: of the draws, together with the task's id; reproducible on every device.
         compile: compile each derivative with torch.compile, once per problem and shape; where
             no compiler works, a warning is given and the derivatives run uncompiled.
+        eager: use torch.autograd where it is faster; not under the transforms of torch.func.
     """
 
     def __init__(
@@ -86,10 +88,15 @@ class AutogradOracle:
         batch_size: int | None = None,
         seed: int = 0,
         compile: bool = False,
+        eager: bool = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be >= 1 or None for whole sets, got {batch_size}")
-        self._derivatives = _derivatives(_Identity(problem), compile)
+        self._derivatives: Any = (
+            _EagerDerivatives(problem)
+            if eager and not compile
+            else _derivatives(_Identity(problem), compile)
+        )
         self._problem = problem
         self._task = task
         self._batch_size = batch_size
@@ -203,62 +210,56 @@ def random_keys(index: Tensor, *seeds: int | Tensor) -> Tensor:
 
 
 class _Derivatives:
-    """The derivatives of one problem as pure functions of (x, y, v, batch)."""
+    """The derivatives of one problem as pure functions, by torch.func: for vmap and compilers.
+
+    Products are reverse over reverse, the gradient of <grad_y g, v>: as fast here as forward over
+    reverse, and some operators (F.mse_loss) have no forward derivative of their gradient.
+    """
 
     def __init__(self, problem: Problem) -> None:
         g, f = problem.inner_loss, problem.outer_loss
         inner_grad = torch.func.grad(g, argnums=1)
-        inner_grads = torch.func.grad(g, argnums=(0, 1))
 
-        # Forward over reverse: the derivative of grad g in direction v, without a second graph.
-        def forward(gradient: Callable[..., Any]) -> Callable[..., Any]:
-            def product(x: Params, y: Params, v: Params, batch: Batch) -> Any:
-                return torch.func.jvp(lambda y: gradient(x, y, batch), (y,), (v,))[1]
-
-            return product
-
-        # Reverse over reverse: the gradient of <grad_y g, v>.
-        def reverse(argnums: int | tuple[int, ...]) -> Callable[..., Any]:
-            def product(x: Params, y: Params, v: Params, batch: Batch) -> Any:
-                return torch.func.grad(
-                    lambda x, y: dot(inner_grad(x, y, batch), v), argnums=argnums
-                )(x, y)
-
-            return product
+        def product(x: Params, y: Params, v: Params, batch: Batch) -> Tensor:
+            return dot(inner_grad(x, y, batch), v)
 
         self.inner_grad: Callable[..., Any] = inner_grad
-        self.inner_grads: Callable[..., Any] = inner_grads
+        self.inner_grads: Callable[..., Any] = torch.func.grad(g, argnums=(0, 1))
         self.outer_grads: Callable[..., Any] = torch.func.grad(f, argnums=(0, 1))
-        self.second_order = _first_that_works(forward(inner_grads), reverse((0, 1)))
-        self.hvp = _first_that_works(forward(inner_grad), reverse(1))
+        self.second_order: Callable[..., Any] = torch.func.grad(product, argnums=(0, 1))
+        self.hvp: Callable[..., Any] = torch.func.grad(product, argnums=1)
 
 
-NO_FORWARD_MODE = ("ZeroTensors are immutable", "forward AD", "forward-mode", "not implemented")
-"""What torch says of operators that lack it."""
+class _EagerDerivatives:
+    """The same by torch.autograd, which has less overhead per call than torch.func."""
 
+    def __init__(self, problem: Problem) -> None:
+        self._inner_loss = problem.inner_loss
+        self._outer_loss = problem.outer_loss
 
-def _first_that_works(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
-    """`first`; `second` from when `first` fails for want of a forward mode.
+    def inner_grad(self, x: Params, y: Params, batch: Batch) -> Params:
+        y = leaves(y)
+        return gradients([self._inner_loss(x, y, batch)], [None], y)[0]
 
-    Some operators (F.mse_loss) have a double backward, but no forward mode of their backward.
-    Any other error is raised: a choice made by chance would differ between workers.
-    """
-    chosen = first
+    def inner_grads(self, x: Params, y: Params, batch: Batch) -> tuple[Params, ...]:
+        x, y = leaves(x), leaves(y)
+        return gradients([self._inner_loss(x, y, batch)], [None], x, y)
 
-    def call(*args: Any) -> Any:
-        nonlocal chosen
-        if chosen is second:
-            return second(*args)
-        try:
-            return first(*args)
-        except RuntimeError as error:
-            if not any(phrase in str(error) for phrase in NO_FORWARD_MODE):
-                raise
-            result = second(*args)  # if this fails too, its error is the one to see
-            chosen = second
-            return result
+    def outer_grads(self, x: Params, y: Params, batch: Batch) -> tuple[Params, ...]:
+        x, y = leaves(x), leaves(y)
+        return gradients([self._outer_loss(x, y, batch)], [None], x, y)
 
-    return call
+    def second_order(self, x: Params, y: Params, v: Params, batch: Batch) -> tuple[Params, ...]:
+        x, y = leaves(x), leaves(y)
+        loss = self._inner_loss(x, y, batch)
+        (gradient,) = gradients([loss], [None], y, create_graph=True)
+        return gradients(list(gradient.values()), list(v.values()), x, y)
+
+    def hvp(self, x: Params, y: Params, v: Params, batch: Batch) -> Params:
+        y = leaves(y)
+        loss = self._inner_loss(x, y, batch)
+        (gradient,) = gradients([loss], [None], y, create_graph=True)
+        return gradients(list(gradient.values()), list(v.values()), y)[0]
 
 
 class _Identity:

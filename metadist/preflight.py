@@ -44,8 +44,9 @@ def preflight(workload: Workload, outer: Params) -> None:
     with intra_op_threads(workload.num_threads):
         check_losses(workload.problem, workload.sampler, outer)
         algorithm.check(workload.problem, split_own(outer)[0], tasks[0])
-        result = _hypergradient(workload, outer, tasks)
+        result = _hypergradient(workload, outer, tasks[:1])
         _check_twice_differentiable(workload, outer, tasks[0])
+        _check_vectorizes(workload, outer, tasks)
     if 0 in result.dropped:
         raise ValueError(
             "the hypergradient of task 0 must be finite, got NaN or Inf: adaptation diverges; "
@@ -150,7 +151,9 @@ def _check_twice_differentiable(workload: Workload, outer: Params, task: Task) -
 def _takes_second_derivatives(workload: Workload, outer: Params, task: Task) -> bool:
     problem, algorithm = workload.problem, workload.algorithm
     problem_outer, own = split_own(outer)
-    oracle = CountingOracle(AutogradOracle(problem, task, workload.batch_size, workload.seed))
+    oracle = CountingOracle(
+        AutogradOracle(problem, task, workload.batch_size, workload.seed, eager=True)
+    )
     x = {**problem.encode(problem_outer, task), **own}
     start = problem.init_inner(problem_outer, task)
     algorithm.estimate(oracle, x, algorithm.init(oracle, x, start))
@@ -158,12 +161,10 @@ def _takes_second_derivatives(workload: Workload, outer: Params, task: Task) -> 
 
 
 def _hypergradient(workload: Workload, outer: Params, tasks: list[Task]) -> HypergradientSum:
-    problem, algorithm = workload.problem, workload.algorithm
-
-    def compute(tasks: list[Task]) -> HypergradientSum:
+    try:
         return task_hypergradients(
-            problem,
-            algorithm,
+            workload.problem,
+            workload.algorithm,
             outer,
             tasks,
             vectorize=workload.vectorize,
@@ -171,17 +172,19 @@ def _hypergradient(workload: Workload, outer: Params, tasks: list[Task]) -> Hype
             batch_size=workload.batch_size,
             seed=workload.seed,
         )
-
-    try:
-        alone = compute(tasks[:1])
     except RuntimeError as error:
-        if not any(phrase in str(error) for phrase in NO_DERIVATIVE):
+        if len(tasks) > 1 or not any(phrase in str(error) for phrase in NO_DERIVATIVE):
             raise
         raise _no_second_derivative(workload, error) from error
+
+
+def _check_vectorizes(workload: Workload, outer: Params, tasks: list[Task]) -> None:
+    """Raise ValueError if tasks that worked alone do not work together under vmap."""
+    problem, algorithm = workload.problem, workload.algorithm
     if not vectorizes(workload.vectorize, problem, algorithm, outer, tasks):
-        return alone
+        return
     try:
-        return compute(tasks)
+        _hypergradient(workload, outer, tasks)
     except RuntimeError as error:
         raise ValueError(
             f"vectorize must be False for a problem that vmap cannot run, got "
@@ -210,6 +213,7 @@ NO_DERIVATIVE = (
     "derivative for",
     "forward AD",
     "forward-mode",
+    "forward mode",
     "setup_context",
     "functorch transforms",
 )

@@ -37,7 +37,7 @@ class Script:
 
     def finish(self) -> tuple[str, str]:
         """(stdout, stderr) at the end."""
-        output, errors = self.process.communicate(timeout=110)
+        output, errors = self.process.communicate(timeout=200)
         assert self.process.returncode == 0, errors
         return output, errors
 
@@ -144,6 +144,7 @@ cluster.shutdown()
 
 
 @pytest.mark.cluster
+@pytest.mark.timeout(240)
 def test_a_cluster_of_others_is_used_and_left_as_it_was(home):
     script = Script(OTHERS, home)
     try:

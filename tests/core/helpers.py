@@ -95,7 +95,7 @@ def regression(model: torch.nn.Module | None = None, adapt: str = "all") -> FewS
 
 def make_trainer(**options: Any) -> Trainer:
     """A quiet trainer that takes milliseconds a step."""
-    options = {
+    chosen: dict[str, Any] = {
         "problem": regression(),
         "sampler": curves(),
         "algorithm": ITD(inner_steps=2, inner_lr=0.05),
@@ -103,8 +103,8 @@ def make_trainer(**options: Any) -> Trainer:
         "outer_optimizer": ADAM,
         "quiet": True,
         "seed": 3,
-    } | options
-    return Trainer(**options)
+    }
+    return Trainer(**chosen | options)
 
 
 def fresh(shape: Sequence[int], seed: int = 0) -> Tensor:
@@ -178,11 +178,16 @@ class CommandLine:
         return out
 
 
-CURVES = (
+def words(text: str) -> list[str]:
+    """Arguments of a command."""
+    return text.split()
+
+
+CURVES = words(
     "--sampler sinusoid --sampler.k_shot 5 --sampler.k_query 5 --problem.model mlp "
     "--problem.model.hidden [8] --problem.loss mse --algorithm.inner_steps 2 "
     "--algorithm.inner_lr 0.05 --meta_batch_size 4 --outer_optimizer.lr 0.01 --quiet true"
-).split()
+)
 """Flags of a training that takes milliseconds a step."""
 
 

@@ -231,7 +231,9 @@ def test_a_damaged_checkpoint_is_named_and_skipped_for_the_last_good_one(place, 
     if store.skipped:  # in memory a folder is gone with its last file
         assert list(store.skipped) == [name]
         assert name in store.skipped[name]
-        with pytest.raises(CheckpointError, match=rf"checkpoint .*{name} (is damaged: |must be of)"):
+        with pytest.raises(
+            CheckpointError, match=rf"checkpoint .*{name} (is damaged: |must be of)"
+        ):
             store.load(name)
     else:
         assert damage == "everything deleted" and name not in store.names()
@@ -255,7 +257,9 @@ def test_messages_say_what_is_wrong(place):
     write(store, name, MANIFEST, signed({**manifest, "format": 7}))
     with pytest.raises(CheckpointError, match=r"must be of format 1, got 7: load it with the vers"):
         store.load(name)
-    with pytest.raises(CheckpointError, match=rf"(?s)no good checkpoint in .*\n  checkpoint .*{name}"):
+    with pytest.raises(
+        CheckpointError, match=rf"(?s)no good checkpoint in .*\n  checkpoint .*{name}"
+    ):
         store.load()
     with pytest.raises(CheckpointError, match=r"must be one of \['step-00000001'\] in .* got 'x'"):
         store.load("x")
@@ -339,7 +343,7 @@ class Failing:
     def rm(self, path: str, recursive: bool = False) -> None:
         if self.fails():
             if recursive:
-                self._fs.rm(sorted(self._fs.find(path))[0])
+                self._fs.rm(min(self._fs.find(path)))
             raise Crash("rm")
         self._fs.rm(path, recursive=recursive)
 
@@ -382,7 +386,7 @@ def test_a_crash_at_any_moment_of_saving_leaves_only_whole_or_refused_ones(place
             store.save(saved[known])
         if step == 3:
             write(store, "step-00000003", TENSORS, b"")
-        store._fs = Failing(store._fs, number)  # type: ignore[assignment]
+        store._fs = Failing(store._fs, number)
         try:
             store.save(saved[step])
             crashed = False
@@ -414,9 +418,12 @@ def test_the_manifest_is_written_last(place, monkeypatch):
     order: list[str] = []
     store = CheckpointStore(place)
     write_file = store._write
-    monkeypatch.setattr(
-        store, "_write", lambda path, data: (order.append(path), write_file(path, data))
-    )
+
+    def note(path: str, data: bytes) -> None:
+        order.append(path)
+        write_file(path, data)
+
+    monkeypatch.setattr(store, "_write", note)
     store.save(checkpoint())
     assert [path.rpartition("/")[2] for path in order] == [TENSORS, STATE, MANIFEST]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,14 +97,15 @@ def test_after_many_steps_the_figures_are_those_of_the_exact_solution():
 )
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_together_and_one_by_one_give_the_same_numbers(algorithm, batch_size):
+    ways: list[dict[str, Any]] = [
+        {"vectorize": False},
+        {"vectorize": True},
+        {"vectorize": True, "chunk_size": 4},
+        {"vectorize": "auto", "chunk_size": 2},
+    ]
     results = [
-        evaluate(
-            *(Smooth(), SMOOTH, algorithm, smooth_outer(), 9),
-            vectorize=vectorize,
-            chunk_size=chunk_size,
-            batch_size=batch_size,
-        )
-        for vectorize, chunk_size in ((False, 25), (True, 25), (True, 4), ("auto", 2))
+        evaluate(Smooth(), SMOOTH, algorithm, smooth_outer(), 9, batch_size=batch_size, **way)
+        for way in ways
     ]
     for result in results[1:]:
         for name, expected in results[0].metrics.items():

@@ -6,6 +6,7 @@ import functools
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def result(lease_id: int, num_tasks: int, metrics: dict[str, float], **changes: 
 def report(version: int, results: list[LeaseResult], **changes):
     """A step by two workers that took 4 seconds, one of which waited for 3 of them."""
     step = StepResult(version, tuple(range(len(results))), (), (0, 2)[: len(results)], 1.5, 0.1)
-    fields = {
+    fields: dict[str, Any] = {
         "step": step,
         "results": tuple(results),
         "workers": ("worker-0", "worker-1")[: len(results)],

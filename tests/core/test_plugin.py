@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import runpy
 import shutil
 import sys
 import uuid
@@ -18,14 +20,15 @@ from tests.core.helpers import (
     last_state,
     processes_with,
     start,
+    words,
 )
 
-FLAGS = (
+FLAGS = words(
     "train --sampler my_tasks.MySampler --sampler.init_args.n_way 3 --problem.model mlp "
     "--problem.model.in_features 2 --problem.model.out_features 3 --problem.model.hidden [8] "
     "--algorithm.inner_steps 2 --meta_batch_size 8 --num_steps 4"
-).split()
-RAY = "--executor ray --executor.num_workers 2".split()
+)
+RAY = words("--executor ray --executor.num_workers 2")
 
 
 @pytest.fixture
@@ -44,10 +47,13 @@ def local_run(folder: Path, cli: CommandLine) -> Path:
     return folder / "local"
 
 
-def test_it_trains_from_the_command_line_and_in_a_script_to_the_same_bytes(folder, cli):
+def test_it_trains_from_the_command_line_and_in_a_script_to_the_same_bytes(
+    folder, cli, monkeypatch
+):
     state = last_state(local_run(folder, cli))
-    outcome = finish(start(["train_mine.py", "scripted", "local"], folder))
-    assert outcome.code == 0, outcome.err
+    monkeypatch.setattr(sys, "argv", ["train_mine.py", "scripted", "local"])
+    monkeypatch.syspath_prepend(folder)
+    runpy.run_path("train_mine.py", run_name="__main__")
     assert last_state(folder / "scripted") == state
 
 
@@ -65,20 +71,18 @@ def test_it_is_found_by_name_when_a_run_is_judged_and_continued(folder, cli):
 
 def test_it_keeps_the_contract_of_a_sampler(folder, monkeypatch):
     monkeypatch.syspath_prepend(folder)
-    from my_tasks import MySampler
-
-    report = check_sampler(MySampler(n_way=3), num_tasks=10)
+    cls = importlib.import_module("my_tasks").MySampler
+    report = check_sampler(cls(n_way=3), num_tasks=10)
     assert (report.n_way, report.distinct_tasks, report.processes) == (3, 10, True)
-    assert MySampler.__bases__ == (object,)
+    assert cls.__bases__ == (object,)
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        ["-m", "metadist", *FLAGS, *RAY, "--run_dir", "far"],
-        ["train_mine.py", "far", "ray"],
+        pytest.param(["-m", "metadist", *FLAGS, *RAY, "--run_dir", "far"], id="command line"),
+        pytest.param(["train_mine.py", "far", "ray"], id="script", marks=pytest.mark.slow),
     ],
-    ids=["command line", "script"],
 )
 def test_on_ray_it_gives_the_bytes_of_one_process_and_leaves_no_process(folder, cli, command):
     state = last_state(local_run(folder, cli))

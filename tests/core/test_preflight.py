@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,11 @@ class OnceOld(torch.autograd.Function):
         ctx.save_for_backward(x.tanh())
         return x.tanh()
 
-    backward = OnceNew.backward
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensors
+        return (1 - y * y) * gradient
 
 
 class Twice(OnceNew):
@@ -192,9 +197,9 @@ REFUSED = [
 ]
 
 
-def check(**options):
-    options = {"problem": Smooth(), "sampler": SMOOTH, "algorithm": ITD(inner_steps=2)} | options
-    workload = Workload(**options)
+def check(**options: Any) -> None:
+    usual: dict[str, Any] = {"problem": Smooth(), "sampler": SMOOTH}
+    workload = Workload(**{**usual, "algorithm": ITD(inner_steps=2), **options})
     preflight(workload, initial_outer(workload.problem, workload, 0))
 
 
@@ -244,13 +249,16 @@ def test_an_operator_without_a_second_derivative_is_refused(function, algorithm)
     with pytest.raises(
         NoSecondDerivative,
         match=r"the problem must be differentiable twice for ITD, got: .*(once_differentiable|"
-        r"setup_context).*\. Replace that operator .* or use a first-order algorithm",
+        r"setup_context|forward mode).*\. Replace that operator .* or use a first-order algorithm",
     ):
         check(problem=regression(Net(function.apply)), sampler=curves(), algorithm=algorithm)
 
 
 @pytest.mark.parametrize("algorithm", [ITD(inner_steps=2, first_order=True), Reptile()])
 def test_it_is_accepted_by_algorithms_of_first_order(algorithm):
+    for function in (OnceNew, OnceOld):
+        problem = regression(Net(function.apply))
+        check(problem=problem, sampler=curves(), algorithm=algorithm, vectorize=False)
     check(problem=regression(Net(OnceNew.apply)), sampler=curves(), algorithm=algorithm)
 
 

@@ -1,7 +1,7 @@
 """A user's own tasks: noisy clusters in the plane. Nothing here derives from metadist."""
 
 import torch
-from my_noise import normal
+from my_noise import normal  # type: ignore[import-not-found]
 
 from metadist import Batch, Task
 

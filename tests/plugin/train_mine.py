@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from my_tasks import MySampler
+from my_tasks import MySampler  # type: ignore[import-not-found]
 
 import metadist
 from metadist.algorithms import ITD

@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from metadist.sampler_check import SamplerError, check_sampler
 from metadist.task import Batch, Task
 from metadist.tasks import (
     EpisodeSampler,
     FewShotDataset,
     Glyphs,
     ImageFolder,
-    SamplerError,
     Sinusoid,
-    check_sampler,
 )
 from tests.tasks.helpers import striped, write_tree
 
