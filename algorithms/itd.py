@@ -36,7 +36,7 @@ class ITD(Algorithm):
         truncate: differentiate twice through the last so many steps only; None: all. Earlier
             steps count as the identity for the start of adaptation.
         first_order: no second derivatives at all (FOMAML), the limit truncate = 0.
-        engine: "adjoint" keeps the iterates y_t and takes one forward-over-reverse product per
+        engine: "adjoint" keeps the iterates y_t and takes one second-order product per
             step; "unrolled" keeps the graph of all steps; "higher" does it with that library.
         inner_optimizer: "sgd", or with engine="higher" a key of `HIGHER_OPTIMIZERS`.
         compile: compile the derivatives with torch.compile (engine="adjoint", no vmap).

@@ -16,7 +16,6 @@ import re
 import signal
 import sys
 import traceback
-import warnings
 from abc import ABC
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,8 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Users' modules beside their script or in the folder they are in, as with `python -m`.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    # torch.func.jvp imports a part of torch that warns of its own deprecation.
-    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
     parsers = {name: make() for name, (make, _) in COMMANDS.items()}
     top = argparse.ArgumentParser(
         prog="metadist",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 from metadist.lease import LeaseResult, Workload, intra_op_threads, pick_device
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable, StepResult
@@ -96,7 +99,8 @@ class LocalExecutor:
                 contributions.append(
                     Contribution(lease.id, lease.version, total.cpu(), result.num_tasks)
                 )
-            with intra_op_threads(self._workload.num_threads):  # a norm may depend on it
+            # A norm may depend on the threads. Half a step must never be what is saved.
+            with intra_op_threads(self._workload.num_threads), signals_held():
                 step = variable.apply(contributions)
             seconds = time.perf_counter() - began
             computing = sum(result.sampling_s + result.compute_s for result in results)
@@ -127,3 +131,23 @@ class LocalExecutor:
         if self._variable is None:
             raise RuntimeError("the executor must be started with start(...) before it is used")
         return self._variable
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Within the block SIGINT and SIGTERM wait; they take effect at its end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are never handled here
+        return
+    held: list[tuple[Any, ...]] = []
+    before = {
+        number: signal.signal(number, lambda *arguments: held.append(arguments))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for late, _ in held:
+        signal.raise_signal(late)

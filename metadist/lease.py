@@ -108,11 +108,13 @@ class Workload:
     def lease(self, lease_id: int, version: int) -> Lease:
         """The lease of this number, to be computed at `version`."""
         first = lease_id * self.tasks_per_lease
+        step = lease_id // self.leases_per_step + 1
         return Lease(
             lease_id,
             version,
             tuple(range(first, first + self.tasks_per_lease)),
-            report=lease_id // self.leases_per_step % self.report_every == 0,
+            # The first step, and every step after which a report is due.
+            report=step == 1 or step % self.report_every == 0,
         )
 
     def compute(self, lease: Lease, outer: Params) -> tuple[LeaseResult, Tensor]:
@@ -166,7 +168,12 @@ def pick_device(device: str) -> torch.device:
     """The device of that name; "auto" is the GPU if there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}"
+        ) from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be 'cpu' or 'auto' where torch sees no GPU, got {device!r}")
     return chosen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Monitor:
 
         self._writer = SummaryWriter(str(folder), purge_step=version + 1)
         self._staleness: list[int] = []
-        self._since: dict[str, _WorkerTotal] = defaultdict(_WorkerTotal)
+        self._since: Counter[str] = Counter()
         self._seconds = 0.0
         self._waiting_s = 0.0
         self._tasks = 0
@@ -67,9 +67,7 @@ class Monitor:
         self._seconds += report.seconds
         self._waiting_s += report.waiting_s
         for worker, result in zip(report.workers, report.results, strict=True):
-            total = self._since[worker]
-            total.num_tasks += result.num_tasks
-            total.busy_s += result.sampling_s + result.compute_s
+            self._since[worker] += result.num_tasks
             self._tasks += result.num_tasks
         means = mean_metrics(report)
         scalars = {"outer/hypergradient_norm": step.hypergradient_norm, "outer/lr": step.lr}
@@ -99,8 +97,8 @@ class Monitor:
             "cluster/waiting_share": self._waiting_s / (seconds * max(num_workers, 1)),
             "cluster/workers": float(num_workers),
         }
-        for worker, total in self._since.items():
-            rates[f"tasks_per_second/{worker}"] = total.num_tasks / seconds
+        for worker, num_tasks in self._since.items():
+            rates[f"tasks_per_second/{worker}"] = num_tasks / seconds
         self._since.clear()
         self._seconds = self._waiting_s = 0.0
         self._tasks = 0
@@ -116,14 +114,6 @@ class Monitor:
     def close(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
-
-
-class _WorkerTotal:
-    """Tasks and busy seconds of one worker."""
-
-    def __init__(self) -> None:
-        self.num_tasks = 0
-        self.busy_s = 0.0
 
 
 class TerminalProgress:

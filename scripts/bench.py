@@ -17,9 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 console = Console(soft_wrap=True)
 
 
+@cache  # what is compiled for a problem is compiled once
 def problem_and_tasks(adapt: str, num_tasks: int, width: int) -> tuple[FewShotProblem, list[Task]]:
     """Conv4 on Glyphs, 5-way 5-shot with 15 query examples a class."""
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def memory_kb(field: str) -> int:
 
 def bench_maml(repeats: int, threads: int) -> None:
     """MAML, engines against `higher`."""
-    table = Table(title=f"MAML, Conv4-64, 4 tasks, 5-way 5-shot, 15 query; {threads} thread(s)")
+    table = Table(title=f"MAML, Conv4-64, 2 tasks, 5-way 5-shot, 15 query; {threads} thread(s)")
     for column in (
         "inner steps",
         "engine",
@@ -128,9 +128,9 @@ def bench_maml(repeats: int, threads: int) -> None:
     ):
         table.add_column(column)
     for inner_steps in (5, 20):
-        jobs = {name: meta_batch("all", name, inner_steps, 4, 64) for name in ENGINES}
+        jobs = {name: meta_batch("all", name, inner_steps, 2, 64) for name in ENGINES}
         seconds = seconds_in_turns(jobs, repeats)
-        memory = {n: peak_memory_mb("all", n, inner_steps, 4, 64, threads) for n in ENGINES}
+        memory = {n: peak_memory_mb("all", n, inner_steps, 2, 64, threads) for n in ENGINES}
         for name in ENGINES:
             table.add_row(
                 str(inner_steps), name, f"{seconds[name]:.2f}",
@@ -253,7 +253,6 @@ def main() -> None:
     if options.memory_of:
         print_peak_memory(options.memory_of)
         return
-    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
     torch.set_num_threads(options.threads)
     for name in options.only:
         BENCHES[name](options.repeats, options.threads)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from typing import Any
 
 import torch
@@ -45,7 +44,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Train and test both; print means, and the mean of the differences."""
-    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -201,7 +201,7 @@ def vector_task(
 
 
 def oracle_of(
-    problem: Problem, outer: Params, task: Task, **options: int | None
+    problem: Problem, outer: Params, task: Task, **options: int | bool | None
 ) -> tuple[AutogradOracle, Params, Params]:
     """(oracle, context, start): what an algorithm is given for one task."""
     oracle = AutogradOracle(problem, task, **options)  # type: ignore[arg-type]

@@ -23,13 +23,13 @@ def test_leases_cut_the_stream_of_tasks_without_gap_or_overlap():
     assert work.leases_per_step == 3
     indices = [index for number in range(20) for index in work.lease(number, 0).indices]
     assert indices == list(range(40))
-    assert work.lease(7, 2) == (7, 2, (14, 15), False)
+    assert work.lease(4, 2) == (4, 2, (8, 9), False)
 
 
-def test_all_leases_of_every_third_step_report():
+def test_all_leases_of_the_first_and_of_every_third_step_report():
     work = workload(report_every=3)
     reporting = [number for number in range(18) if work.lease(number, 0).report]
-    assert reporting == [0, 1, 2, 9, 10, 11]
+    assert reporting == [0, 1, 2, 6, 7, 8, 15, 16, 17]
     assert all(workload(report_every=1).lease(number, 0).report for number in range(9))
 
 

@@ -74,7 +74,7 @@ def test_losses_and_accuracies_are_means_over_the_tasks_of_a_reporting_step(run)
         "support_loss",
     ):
         expected = {}
-        for report in (reports[0], reports[2], reports[4]):
+        for report in (reports[0], reports[1], reports[3]):
             total = sum(result.metrics[name] for result in report.results)
             expected[report.step.version] = total / 4
         assert values[f"train/{name}"] == approximately(expected)

@@ -25,11 +25,16 @@ from tests.problems import (
 )
 
 
+@pytest.fixture(params=[False, True], ids=["torch.func", "torch.autograd"])
+def eager(request):
+    return request.param
+
+
 @pytest.fixture(params=[0, 1])
-def smooth(request):
+def smooth(request, eager):
     problem = Smooth()
     outer = problem.init_outer(generator(request.param))
-    return oracle_of(problem, outer, smooth_task(request.param))
+    return oracle_of(problem, outer, smooth_task(request.param), eager=eager)
 
 
 def test_every_gradient_agrees_with_central_differences(smooth):
@@ -61,10 +66,11 @@ def test_second_order_products_agree_with_central_differences(smooth):
 
 
 @pytest.mark.parametrize(("num_outer", "num_inner"), [(2, 5), (4, 3)])
-def test_derivatives_of_a_quadratic_are_its_closed_forms(num_outer, num_inner):
+def test_derivatives_of_a_quadratic_are_its_closed_forms(num_outer, num_inner, eager):
     problem = Quadratic(num_outer, num_inner, rho=0.3)
     task = quadratic_task(1, num_outer, num_inner)
-    oracle, outer, _ = oracle_of(problem, problem.init_outer(generator(0)), task)
+    outer = problem.init_outer(generator(0))
+    oracle, outer, _ = oracle_of(problem, outer, task, eager=eager)
     inner = random_like({"y": torch.empty(num_inner)}, 1)
     a, b, c, t = quadratic_terms(task)
     x, y, v = outer["x"], inner["y"], random_like(inner, 2)["y"]
