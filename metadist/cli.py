@@ -443,6 +443,7 @@ def _fit_and_test(config: Namespace, trainer: Trainer, samplers: dict[str, Any])
         tested = trainer.test(samplers["test"], config.test_tasks)
         print(f"test at {name}:")
         _print_evaluation(tested)
+        trainer.record("test", tested)
         summary["test"] = {"checkpoint": name, **tested.to_json()}
     write_json(Path(config.run_dir) / RESULT, summary)
     print(f"run folder: {config.run_dir}")

@@ -292,6 +292,14 @@ class Trainer:
             vectorize=self._workload.vectorize,
         )
 
+    def record(self, split: str, result: EvaluationResult) -> None:
+        """Write an evaluation of the current outer variable to the run's TensorBoard events."""
+        if self.run_dir is None:
+            raise ValueError("record needs a run_dir, got None")
+        monitor = Monitor(self.run_dir / "tensorboard", self.version)
+        monitor.evaluation(split, result, self.version)
+        monitor.close()
+
     def settings(self) -> dict[str, str | int | float]:
         """What a reader of the result must know, by name."""
         optimizer = self._optimizer

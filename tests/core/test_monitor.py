@@ -337,3 +337,15 @@ def test_dropped_tasks_are_not_in_the_means(tmp_path):
 def test_the_executor_of_a_run_is_among_its_settings():
     settings = make_trainer(executor=LocalExecutor("cpu")).settings()
     assert (settings["executor"], settings["policy"], settings["device"]) == ("local", "bsp", "cpu")
+
+
+def test_a_test_is_recorded_beside_the_training(run):
+    trainer, _, _ = run
+    result = trainer.test(Images(), 3)
+    trainer.record("test", result)
+    found = events(trainer.run_dir / "tensorboard")
+    values = scalars(found)
+    assert values["test/query_accuracy"] == approximately(
+        {5: result.metrics["query_accuracy"].mean}
+    )
+    assert set(values["outer/lr"]) == {1, 2, 3, 4, 5}
