@@ -141,8 +141,11 @@ def test_asynchronous_policies_apply_each_lease_once(executor, tmp_path, options
     state = running.state()
     assert (state.version, state.applied_below, state.applied) == (16, len(applied), ())
     staleness = [tau for report in reports for tau in report.step.staleness]
-    # The slow worker's are as old as they may get; without a bound older than that.
-    assert max(staleness) == 2 if "staleness" in options else max(staleness) > 2
+    # How old they get is a matter of who is slow when; the bound is not.
+    if options["policy"] == "ssp":
+        assert max(staleness) <= 2
+    if options["policy"] == "asp":  # all workers began at the same version
+        assert max(staleness) > 0
     assert running.describe()["policy"].startswith(str(options["policy"]).partition("(")[0])
     assert running.describe()["device"].startswith("2 x cpu on ")
 
