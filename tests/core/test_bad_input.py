@@ -283,7 +283,7 @@ def test_workers_that_a_cluster_has_no_room_for_are_refused_in_time(tmp_path):
         arguments += [*train(scarce), "END"]
     mark = uuid.uuid4().hex
     process = start(["-c", SCARCE, *arguments], tmp_path, METADIST_TEST=mark)
-    outcome = finish(process, timeout_s=110)
+    outcome = finish(process, timeout_s=400)
     assert outcome.code == 0, outcome.err
     said = outcome.err.split("code 1\n")
     assert len(said) == len(UNAVAILABLE) + 1 and "code" not in said[-1], outcome.err
