@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import Algorithm
-from metadist.hypergradient import Vectorize, task_hypergradients
+from metadist.hypergradient import HypergradientSum, Vectorize, task_hypergradients
 from metadist.problem import Problem
-from metadist.task import TaskSampler, to_device
+from metadist.task import Task, TaskSampler, to_device
 from metadist.trees import Params, flatten
 
 
@@ -117,6 +117,22 @@ class Workload:
             report=step == 1 or step % self.report_every == 0,
         )
 
+    def hypergradients(
+        self, outer: Params, tasks: list[Task], report: bool = False
+    ) -> HypergradientSum:
+        """`task_hypergradients` of `tasks` as this workload has them computed."""
+        return task_hypergradients(
+            self.problem,
+            self.algorithm,
+            outer,
+            tasks,
+            vectorize=self.vectorize,
+            chunk_size=self.chunk_size,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            report=report,
+        )
+
     def compute(self, lease: Lease, outer: Params) -> tuple[LeaseResult, Tensor]:
         """(the result, the sum of hypergradients as a flat tensor on the device of `outer`)."""
         leaf = next(iter(outer.values()))
@@ -127,17 +143,7 @@ class Workload:
                 for index in lease.indices
             ]
             sampled = time.perf_counter()
-            result = task_hypergradients(
-                self.problem,
-                self.algorithm,
-                outer,
-                tasks,
-                vectorize=self.vectorize,
-                chunk_size=self.chunk_size,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                report=lease.report,
-            )
+            result = self.hypergradients(outer, tasks, lease.report)
             flat = flatten(result.total)
         return (
             LeaseResult(

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, split_own
-from metadist.hypergradient import HypergradientSum, task_hypergradients, vectorizes
+from metadist.hypergradient import HypergradientSum, vectorizes
 from metadist.lease import Workload, intra_op_threads
 from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.problem import Problem
@@ -162,16 +162,7 @@ def _takes_second_derivatives(workload: Workload, outer: Params, task: Task) -> 
 
 def _hypergradient(workload: Workload, outer: Params, tasks: list[Task]) -> HypergradientSum:
     try:
-        return task_hypergradients(
-            workload.problem,
-            workload.algorithm,
-            outer,
-            tasks,
-            vectorize=workload.vectorize,
-            chunk_size=workload.chunk_size,
-            batch_size=workload.batch_size,
-            seed=workload.seed,
-        )
+        return workload.hypergradients(outer, tasks)
     except RuntimeError as error:
         if len(tasks) > 1 or not any(phrase in str(error) for phrase in NO_DERIVATIVE):
             raise
