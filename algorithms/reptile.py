@@ -36,6 +36,8 @@ class Reptile(Algorithm):
     2. Differs from it in: inner SGD where the paper runs Adam with beta1 = 0.
     """
 
+    trains = "start"
+
     inner_steps: int = 5
     inner_lr: float = 0.1
     momentum: float = 0.0

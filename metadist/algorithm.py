@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -13,7 +13,11 @@ from metadist.task import Task
 from metadist.trees import Params
 
 State = Any
-"""What persists between outer steps: a pytree (NamedTuple of Params) with a field `inner`."""
+"""What persists between estimates: a NamedTuple with a field `inner`.
+
+Its fields are Params, tensors, plain ints that depend on no data (counters), or NamedTuples of
+these, the same in number, shape and order from `init` on: so it can be sent and saved.
+"""
 
 
 class InnerState(NamedTuple):
@@ -39,17 +43,47 @@ class Estimate(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+class Card(NamedTuple):
+    """An algorithm at a glance, for `metadist list algorithms` and docs/algorithms.md.
+
+    Args:
+        title: its full name.
+        source: authors, venue, year.
+        problems: the lower problems it is for.
+        cost: per outer step and task. G = grad_y g, Gx = grad_x g, F = both gradients of f,
+            H = H v, J = J v; T inner steps, Q adjoint steps.
+        state: what persists beside x.
+        use: when to pick it.
+    """
+
+    title: str
+    source: str
+    problems: str
+    cost: str
+    state: str
+    use: str
+
+
 class Algorithm(ABC):
     """One method of the literature; subclass it as a frozen dataclass of its hyperparameters.
 
     Pure: no hidden state, no in-place change, no data-dependent Python branch, randomness only
     through the oracle's draws. So it runs under `torch.func.vmap`, in any process, and can be
-    checkpointed.
+    checkpointed. Schedules go by `oracle.step`.
     """
+
+    card: ClassVar[Card | None] = None
+    trains: ClassVar[Literal["context", "start", "both"]] = "both"
+    """What gets a hypergradient: what the losses see of x, the start of adaptation, or both."""
+    takes_prox: ClassVar[bool] = False
+    """Whether it can handle a lower objective with a non-smooth part (`Problem.prox_inner`)."""
 
     @abstractmethod
     def init(self, oracle: Oracle, outer: Params, inner: Params) -> State:
-        """The state before the first outer step, `inner` being where adaptation starts."""
+        """The state before the first estimate, `inner` being where adaptation starts.
+
+        Cheap: it asks the oracle for no derivative, since a kept state is read by its shapes.
+        """
 
     @abstractmethod
     def estimate(self, oracle: Oracle, outer: Params, state: State) -> Estimate:
@@ -58,6 +92,17 @@ class Algorithm(ABC):
     @abstractmethod
     def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
         """The adapted inner variable alone: what evaluation needs, no hypergradient."""
+
+    def recursive_weight(self, step: int) -> float | None:
+        """Of a two-point method: the weight a_k of the new hypergradient; None: not one.
+
+        The method steps x along  w_k = h_k(x_k) + (1 - a_k) (w_{k-1} - h_k(x_{k-1})), where h_k
+        is the estimate on the tasks and draws of step k. Where each step has new tasks, workers
+        are sent x_{k-1} too and call `estimate` on a new state at both points, and the server
+        keeps w and x_{k-1}. Where the tasks and their states are kept, `estimate` does the
+        recursion in the state instead. a_k = 1 asks for one point only.
+        """
+        return None
 
     def init_own(self, inner: Params) -> Params:
         """Outer variables of the algorithm itself (learned rates), by default none.

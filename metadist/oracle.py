@@ -6,6 +6,8 @@ H = d2g/dy2 and J = d2g/dxdy. All results are detached from x and y unless state
 
 from __future__ import annotations
 
+import math
+import random
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -16,20 +18,34 @@ import torch
 from torch import Tensor
 
 from metadist.autodiff import gradients, leaves
-from metadist.problem import Problem
+from metadist.problem import Problem, is_nonsmooth
 from metadist.task import Batch, Task
-from metadist.trees import Params, dot
+from metadist.trees import Params, dot, num_elements, unflatten, zeros_like
+
+Source = Literal["support", "query"]
 
 
 class Draw(NamedTuple):
-    """A mini-batch by number: the same draw of the same oracle is the same examples."""
+    """A mini-batch by number: the same draw of the same oracle is the same examples.
 
-    source: Literal["support", "query"]
+    Args:
+        source: the set.
+        counter: number of the draw, or of the part.
+        is_part: whether it is a part of the set's fixed partition, see `Oracle.parts`.
+    """
+
+    source: Source
     counter: int
+    is_part: bool = False
 
 
 class Oracle(Protocol):
     """Derivatives of g on draws of the support set and of f on draws of the query set."""
+
+    @property
+    def step(self) -> int:
+        """Outer steps taken before this one: for schedules, and part of the seed of all draws."""
+        ...
 
     def draw_inner(self) -> Draw:
         """A fresh mini-batch of the support set."""
@@ -37,6 +53,18 @@ class Oracle(Protocol):
 
     def draw_outer(self) -> Draw:
         """A fresh mini-batch of the query set."""
+        ...
+
+    def parts(self, source: Source) -> list[Draw]:
+        """The set cut into fixed mini-batches, the same at every outer step."""
+        ...
+
+    def uniform(self) -> float:
+        """A fresh number in [0, 1), the same for all tasks of an outer step."""
+        ...
+
+    def random_like(self, tree: Params, kind: Literal["normal", "rademacher"]) -> Params:
+        """Fresh random numbers of mean 0 and variance 1 of these shapes, the task's own."""
         ...
 
     def inner_grad(self, x: Params, y: Params, draw: Draw) -> Params:
@@ -59,6 +87,18 @@ class Oracle(Protocol):
         """H v. Cost: about two gradients."""
         ...
 
+    def directional(self, x: Params, y: Params, dx: Params, dy: Params, draw: Draw) -> Params:
+        """J' dx + H dy: how grad_y g changes along (dx, dy). Cost: about two gradients."""
+        ...
+
+    def prox_inner(self, x: Params, y: Params, size: float) -> Params:
+        """argmin_z r(x, z) + |z - y|^2 / (2 size), r being the non-smooth part of g; else y."""
+        ...
+
+    def nonsmooth_grad(self, x: Params, y: Params) -> Params:
+        """grad_x r(x, y); zero for a problem without non-smooth part."""
+        ...
+
     def inner_value(self, x: Params, y: Params, draw: Draw) -> Tensor:
         """g, shape (); differentiable in a local oracle."""
         ...
@@ -79,6 +119,7 @@ class AutogradOracle:
         compile: compile each derivative with torch.compile, once per problem and shape; where
             no compiler works, a warning is given and the derivatives run uncompiled.
         eager: use torch.autograd where it is faster; not under the transforms of torch.func.
+        step: the outer step; other steps have other draws.
     """
 
     def __init__(
@@ -89,6 +130,7 @@ class AutogradOracle:
         seed: int = 0,
         compile: bool = False,
         eager: bool = False,
+        step: int = 0,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be >= 1 or None for whole sets, got {batch_size}")
@@ -101,26 +143,61 @@ class AutogradOracle:
         self._task = task
         self._batch_size = batch_size
         self._seed = seed
+        self._step = step
         self._num_draws = 0
 
-    def _draw(self, source: Literal["support", "query"]) -> Draw:
+    @property
+    def step(self) -> int:
+        return self._step
+
+    def _count(self) -> int:
         self._num_draws += 1
-        return Draw(source, self._num_draws - 1)
+        return self._num_draws - 1
 
     def draw_inner(self) -> Draw:
-        return self._draw("support")
+        return Draw("support", self._count())
 
     def draw_outer(self) -> Draw:
-        return self._draw("query")
+        return Draw("query", self._count())
+
+    def parts(self, source: Source) -> list[Draw]:
+        num_examples = self._set(source).index.shape[0]
+        num_parts = math.ceil(num_examples / (self._batch_size or num_examples))
+        return [Draw(source, number, is_part=True) for number in range(num_parts)]
+
+    def uniform(self) -> float:
+        return random.Random(f"{self._seed} {self._step} {self._count()}").random()
+
+    def random_like(self, tree: Params, kind: Literal["normal", "rademacher"]) -> Params:
+        leaf = next(iter(tree.values()))
+        places = torch.arange(num_elements(tree), device=leaf.device)
+        seeds = (self._seed, self._step, self._task.id, self._count())
+        keys = random_keys(places, *seeds)
+        if kind == "rademacher":
+            return unflatten((1 - 2 * ((keys >> 40) & 1)).to(leaf.dtype), tree)
+        # Box and Muller's transform; + 0.5 keeps the logarithm finite.
+        radius, angle = (
+            (((bits >> 11) & 0x1FFFFFFFFFFFFF).double() + 0.5) / 2**53
+            for bits in (keys, random_keys(keys, 1))
+        )
+        normal = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
+        return unflatten(normal.to(leaf.dtype), tree)
 
     def batch(self, draw: Draw) -> Batch:
-        """The examples of `draw`: a uniform choice without replacement."""
-        full = self._task.support if draw.source == "support" else self._task.query
+        """The examples of `draw`: a uniform choice without replacement, or a fixed part."""
+        full = self._set(draw.source)
         num_examples = full.index.shape[0]
-        if self._batch_size is None or self._batch_size >= num_examples:
+        size = self._batch_size
+        if size is None or size >= num_examples:
             return full
-        keys = random_keys(full.index, self._seed, self._task.id, draw.counter)
-        return full.take(keys.argsort()[: self._batch_size])
+        if draw.is_part:
+            order = random_keys(full.index, self._seed, self._task.id).argsort()
+            return full.take(order[draw.counter * size : (draw.counter + 1) * size])
+        keys = random_keys(full.index, self._seed, self._step, self._task.id, draw.counter)
+        return full.take(keys.argsort()[:size])
+
+    def _set(self, source: Source) -> Batch:
+        return self._task.support if source == "support" else self._task.query
 
     def inner_grad(self, x: Params, y: Params, draw: Draw) -> Params:
         return self._derivatives.inner_grad(x, y, self.batch(draw))
@@ -137,6 +214,17 @@ class AutogradOracle:
     def hvp(self, x: Params, y: Params, v: Params, draw: Draw) -> Params:
         return self._derivatives.hvp(x, y, v, self.batch(draw))
 
+    def directional(self, x: Params, y: Params, dx: Params, dy: Params, draw: Draw) -> Params:
+        return self._derivatives.directional(x, y, dx, dy, self.batch(draw))
+
+    def prox_inner(self, x: Params, y: Params, size: float) -> Params:
+        return self._problem.prox_inner(x, y, size) if is_nonsmooth(self._problem) else y
+
+    def nonsmooth_grad(self, x: Params, y: Params) -> Params:
+        if not is_nonsmooth(self._problem):
+            return zeros_like(x)
+        return torch.func.grad(self._problem.nonsmooth_loss)(x, y)
+
     def inner_value(self, x: Params, y: Params, draw: Draw) -> Tensor:
         return self._problem.inner_loss(x, y, self.batch(draw))
 
@@ -148,7 +236,8 @@ class CountingOracle:
     """Another oracle, with `counts` of what it was asked.
 
     Keys: `inner_grad` (grad_y g), `inner_grad_x` (grad_x g), `outer_grads` (joint), `hvp` (H v),
-    `jvp` (J v). Under vmap over B tasks one call is counted once.
+    `jvp` (J v), `directional` (J' dx + H dy), `inner_value`, `outer_value`. Under vmap over B
+    tasks one call is counted once.
     """
 
     def __init__(self, oracle: Oracle) -> None:
@@ -160,6 +249,19 @@ class CountingOracle:
 
     def draw_outer(self) -> Draw:
         return self._oracle.draw_outer()
+
+    @property
+    def step(self) -> int:
+        return self._oracle.step
+
+    def parts(self, source: Source) -> list[Draw]:
+        return self._oracle.parts(source)
+
+    def uniform(self) -> float:
+        return self._oracle.uniform()
+
+    def random_like(self, tree: Params, kind: Literal["normal", "rademacher"]) -> Params:
+        return self._oracle.random_like(tree, kind)
 
     def inner_grad(self, x: Params, y: Params, draw: Draw) -> Params:
         self.counts["inner_grad"] += 1
@@ -180,6 +282,16 @@ class CountingOracle:
     def hvp(self, x: Params, y: Params, v: Params, draw: Draw) -> Params:
         self.counts["hvp"] += 1
         return self._oracle.hvp(x, y, v, draw)
+
+    def directional(self, x: Params, y: Params, dx: Params, dy: Params, draw: Draw) -> Params:
+        self.counts["directional"] += 1
+        return self._oracle.directional(x, y, dx, dy, draw)
+
+    def prox_inner(self, x: Params, y: Params, size: float) -> Params:
+        return self._oracle.prox_inner(x, y, size)
+
+    def nonsmooth_grad(self, x: Params, y: Params) -> Params:
+        return self._oracle.nonsmooth_grad(x, y)
 
     def inner_value(self, x: Params, y: Params, draw: Draw) -> Tensor:
         self.counts["inner_value"] += 1
@@ -229,6 +341,13 @@ class _Derivatives:
         self.second_order: Callable[..., Any] = torch.func.grad(product, argnums=(0, 1))
         self.hvp: Callable[..., Any] = torch.func.grad(product, argnums=1)
 
+        def slope(x: Params, y: Params, dx: Params, dy: Params, batch: Batch) -> Tensor:
+            along_x, along_y = self.inner_grads(x, y, batch)
+            # The gradient in y of <grad_x g, dx> is J' dx.
+            return dot(along_x, dx) + dot(along_y, dy)
+
+        self.directional: Callable[..., Any] = torch.func.grad(slope, argnums=1)
+
 
 class _EagerDerivatives:
     """The same by torch.autograd, which has less overhead per call than torch.func."""
@@ -260,6 +379,13 @@ class _EagerDerivatives:
         loss = self._inner_loss(x, y, batch)
         (gradient,) = gradients([loss], [None], y, create_graph=True)
         return gradients(list(gradient.values()), list(v.values()), y)[0]
+
+    def directional(self, x: Params, y: Params, dx: Params, dy: Params, batch: Batch) -> Params:
+        x, y = leaves(x), leaves(y)
+        loss = self._inner_loss(x, y, batch)
+        along = gradients([loss], [None], x, y, create_graph=True)
+        outputs = [leaf for tree in along for leaf in tree.values()]
+        return gradients(outputs, [*dx.values(), *dy.values()], y)[0]
 
 
 class _Identity:

@@ -55,6 +55,21 @@ class Problem(Protocol):
     def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
         """f, shape (): the loss of the adapted variable on (a batch of) the query set."""
 
+    def nonsmooth_loss(self, outer: Params, inner: Params) -> Tensor:
+        """r, shape (): a part of the lower objective g + r that is not smooth in y, else 0.
+
+        Write it together with `prox_inner`; `outer` is the context, in which it is differentiable.
+        """
+        return torch.zeros(())
+
+    def prox_inner(self, outer: Params, inner: Params, size: float) -> Params:
+        """argmin_z r(outer, z) + |z - inner|^2 / (2 size), for algorithms that take a prox."""
+        return inner
+
+    def project_outer(self, outer: Params) -> Params:
+        """The point of the feasible set nearest to x, applied after every outer step."""
+        return outer
+
     def metrics(self, outer: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
         """Further figures on the query set, each of shape (), for example `accuracy`."""
         return {}
@@ -62,3 +77,18 @@ class Problem(Protocol):
     def describe(self) -> dict[str, str]:
         """What a reader of a result must know to repeat it, for example the batch-norm policy."""
         return {}
+
+
+def is_nonsmooth(problem: Problem) -> bool:
+    """Whether the problem has a non-smooth part in its lower objective."""
+    return _overrides(problem, "prox_inner")
+
+
+def is_constrained(problem: Problem) -> bool:
+    """Whether the outer variable of the problem is confined to a set."""
+    return _overrides(problem, "project_outer")
+
+
+def _overrides(problem: Problem, method: str) -> bool:
+    # Not every problem derives from Problem.
+    return getattr(type(problem), method, getattr(Problem, method)) is not getattr(Problem, method)

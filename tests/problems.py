@@ -6,10 +6,12 @@ Shape letters: S support examples, Q query examples, L size of x, P size of y.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from metadist.algorithm import Algorithm, Estimate, State
 from metadist.oracle import AutogradOracle
 from metadist.problem import Problem
 from metadist.task import Batch, Task
@@ -292,3 +294,47 @@ def plain_gradient(function: Callable[[Params], Tensor], at: Params) -> Params:
         function(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True
     )
     return dict(zip(leaves, gradients, strict=True))
+
+
+class SingleRun(NamedTuple):
+    """Where `run_single` ended."""
+
+    outer: Params
+    state: State
+    estimate: Estimate
+
+
+def run_single(
+    algorithm: Algorithm,
+    problem: Problem,
+    task: Task,
+    outer: Params,
+    num_steps: int,
+    outer_lr: float | Callable[[int], float],
+    *,
+    start: Params | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> SingleRun:
+    """`num_steps` outer steps of plain SGD on one task whose state is kept.
+
+    The problem's `encode` must be the identity; `project_outer` is applied after every step.
+    """
+    inner = problem.init_inner(outer, task) if start is None else start
+    state: State = None
+    for step in range(num_steps):
+        oracle = AutogradOracle(problem, task, batch_size, seed, eager=True, step=step)
+        if step == 0:
+            state = algorithm.init(oracle, outer, inner)
+        estimate = algorithm.estimate(oracle, outer, state)
+        state = estimate.state
+        rate = outer_lr if isinstance(outer_lr, float) else outer_lr(step)
+        outer = problem.project_outer(add(outer, estimate.hypergradient, -rate))
+    return SingleRun(outer, state, estimate)
+
+
+def true_hypergradient(problem: Quadratic, outer: Params, task: Task) -> Tensor:
+    """grad Phi(x) = rho x + B' A^-1 (y* - t) of a quadratic task."""
+    a, b, c, t = quadratic_terms(task)
+    solution = torch.linalg.solve(a, b @ outer["x"] + c)
+    return problem.rho * outer["x"] + b.T @ torch.linalg.solve(a, solution - t)
