@@ -33,7 +33,7 @@ def stepped_state(dtype):
     contributions = []
     for lease_id in (0, 2):
         lease = make_workload(problem=problem).lease(lease_id, 0)
-        result, total = make_workload(problem=problem).compute(lease, variable.params)
+        result, total, _ = make_workload(problem=problem).compute(lease, variable.params)
         contributions.append(Contribution(lease_id, 0, total, result.num_tasks))
     variable.apply(contributions)
     return variable.state()
@@ -107,11 +107,11 @@ def test_shared_memory_is_never_written_to(ray_session):
     flat = ray.put(np.arange(spec.num_elements, dtype=np.float32))
     before = ray.get(flat).copy()
     lease = make_workload().lease(0, 0)
-    meta, total = worker.compute.options(num_returns=2).remote(lease, flat)
+    meta, total = worker.compute.options(num_returns=2).remote(lease, flat, None)
     total_before = ray.get(total).copy()
     arrivals = [Arrival(0, 0, 1, 1.0)]
     ray.get(server.apply.options(num_returns=2).remote(arrivals, total))
-    ray.get(worker.compute.options(num_returns=2).remote(lease, total))
+    ray.get(worker.compute.options(num_returns=2).remote(lease, total, None))
     np.testing.assert_array_equal(ray.get(flat), before)
     np.testing.assert_array_equal(ray.get(total), total_before)
     assert ray.get(meta).num_tasks == 1

@@ -71,7 +71,7 @@ def test_training_continues_from_a_state_bit_for_bit(stop):
     continued = list(resumed.run(6))
     assert_same_bytes(resumed.outer(), whole.outer())
     assert_same_bytes(resumed.state().optimizer, whole.state().optimizer)
-    assert resumed.state()[2:] == whole.state()[2:] == (6, 12, ())
+    assert resumed.state()[2:5] == whole.state()[2:5] == (6, 12, ())
     assert [report.step for report in begun + continued] == [report.step for report in reports]
 
 

@@ -66,9 +66,9 @@ def test_tasks_together_are_tasks_in_a_loop(case):
     algorithm = ITD(inner_steps=2, inner_lr=0.1)
     loop = task_hypergradients(problem, algorithm, outer, tasks, vectorize=LOOP, report=True)
     assert loop.num_tasks == 3 and loop.dropped == ()
-    for options in ({}, {"chunk_size": 2}, {"chunk_size": 99}):
+    for chunk_size in (None, 2, 99):
         together = task_hypergradients(
-            problem, algorithm, outer, tasks, vectorize=VMAP, report=True, **options
+            problem, algorithm, outer, tasks, vectorize=VMAP, report=True, chunk_size=chunk_size
         )
         assert_close(together.total, loop.total)
         assert together.num_tasks == 3

@@ -37,10 +37,10 @@ def test_all_leases_of_the_first_and_of_every_third_step_report():
 def test_a_lease_is_the_sum_over_its_tasks(number):
     work = workload(report_every=1, seed=3, batch_size=2)
     outer = work.problem.init_outer(generator(0))
-    result, flat = work.compute(work.lease(number, 4), outer)
+    result, flat, _ = work.compute(work.lease(number, 4), outer)
     tasks = [QuadraticSampler((5,)).sample(index) for index in (2 * number, 2 * number + 1)]
     expected = task_hypergradients(
-        work.problem, work.algorithm, outer, tasks, batch_size=2, seed=3, report=True
+        work.problem, work.algorithm, outer, tasks, batch_size=2, seed=3, report=True, step=4
     )
     assert torch.equal(flat, flatten(expected.total))
     assert (result.lease_id, result.version) == (number, 4)

@@ -132,9 +132,8 @@ def test_settings_are_kept_as_text_and_as_hyperparameters(run):
     assert {info.name.tag for info in metrics} == {"test/query_accuracy", "val/query_accuracy"}
 
 
-def result(lease_id: int, num_tasks: int, metrics: dict[str, float], **changes: float):
-    values = {"sampling_s": 0.5, "compute_s": 1.5} | changes
-    return LeaseResult(lease_id, 0, num_tasks, (), metrics, **values)
+def result(lease_id: int, num_tasks: int, metrics: dict[str, float], **changes: Any):
+    return LeaseResult(lease_id, 0, num_tasks, (), metrics, 0.5, 1.5)._replace(**changes)
 
 
 def report(version: int, results: list[LeaseResult], **changes):

@@ -231,7 +231,10 @@ def test_the_schedule_of_the_learning_rate(options, expected):
         ({"lr": math.nan}, r"lr of the outer optimizer must be > 0, got nan"),
         ({"lr": math.inf}, r"lr of the outer optimizer must be > 0.*, got inf"),
         ({"clip_norm": 0.0}, r"clip_norm must be > 0, or None for no clipping, got 0.0"),
-        ({"schedule": "step"}, r"schedule must be 'constant', 'linear' or 'cosine', got 'step'"),
+        (
+            {"schedule": "step"},
+            r"schedule must be 'constant', 'linear', 'cosine' or 'power', got 'step'",
+        ),
         ({"schedule": "cosine"}, r"schedule_steps must be >= 1 with schedule='cosine', got None"),
         (
             {"schedule": "linear", "schedule_steps": 0},

@@ -1,0 +1,308 @@
+"""What an algorithm keeps: as one vector, from step to step, in checkpoints; two-point methods."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from metadist import OuterOptimizer, Trainer
+from metadist.algorithm import Algorithm, InnerState
+from metadist.algorithms import AID, ITD, MRBO, Reptile
+from metadist.executor import LocalExecutor
+from metadist.hypergradient import task_hypergradients
+from metadist.lease import Workload
+from metadist.outer import Contribution, OuterVariable, StepRules
+from metadist.problem import Problem
+from metadist.state import counters_of, flatten_state, unflatten_state
+from metadist.tasks import FixedTasks
+from metadist.trees import Params, add, flatten
+from tests.problems import (
+    DOUBLE,
+    Quadratic,
+    QuadraticSampler,
+    assert_close,
+    assert_same_bytes,
+    generator,
+    golden_quadratic,
+    oracle_of,
+    quadratic_task,
+    true_hypergradient,
+)
+
+SGD = OuterOptimizer("sgd", lr=0.1)
+WARM = AID(inner_steps=1, inner_lr=0.3, solver="fixed_point", adjoint_steps=1, warm_start=True)
+TWO_POINT = MRBO(inner_lr=0.2)
+
+
+class Nested(NamedTuple):
+    inner: Params
+    steps: int
+    deeper: InnerState
+    weight: torch.Tensor
+
+
+def nested(steps: int = 3) -> Nested:
+    inner = {"a": torch.randn(2, 3, dtype=DOUBLE), "b": torch.randn((), dtype=DOUBLE)}
+    return Nested(inner, steps, InnerState({"c": torch.randn(4, dtype=DOUBLE)}), torch.ones(1))
+
+
+def test_a_state_survives_as_a_vector():
+    state = nested(70_000)
+    flat = flatten_state(state)
+    assert flat.shape == (2 + 6 + 1 + 4 + 1,) and flat.dtype == DOUBLE
+    assert counters_of(flat) == (70_000,)
+    again = unflatten_state(flat, nested(0), counters_of(flat))
+    assert type(again) is Nested and again.steps == 70_000
+    assert_same_bytes(again.inner, state.inner)
+    assert_same_bytes(again.deeper.inner, state.deeper.inner)
+    assert torch.equal(again.weight, state.weight)
+
+
+def test_a_state_of_something_else_is_refused():
+    with pytest.raises(ValueError, match=r"state must have shape \(14,\) .* got \(3,\): it is of"):
+        unflatten_state(torch.zeros(3), nested(), (0,))
+    with pytest.raises(TypeError, match=r"a state must hold Params, .* got list"):
+        flatten_state(InnerState([torch.ones(1)]))  # type: ignore[arg-type]
+
+
+def fixed(num_tasks: int) -> FixedTasks:
+    return FixedTasks([quadratic_task(index) for index in range(num_tasks)])
+
+
+def kept(algorithm: Algorithm = WARM, num_tasks: int = 3, **options: int) -> Workload:
+    options = {"meta_batch_size": num_tasks, **options}
+    return Workload(Quadratic(2, 4), fixed(num_tasks), algorithm, keep_state=True, **options)
+
+
+def started(work: Workload, state=None, optimizer: OuterOptimizer = SGD) -> LocalExecutor:
+    executor = LocalExecutor("cpu")
+    if state is None:
+        state = OuterVariable(work.problem.init_outer(generator(0)), optimizer).state()
+    executor.start(work, optimizer, state)
+    return executor
+
+
+def test_every_step_has_the_same_tasks_and_goes_on_from_their_states():
+    executor = started(kept(tasks_per_lease=1))
+    list(executor.run(4))
+    outer = Quadratic(2, 4).init_outer(generator(0))
+    states = {}
+    for step in range(4):
+        total = None
+        for index in range(3):
+            problem, task = Quadratic(2, 4), quadratic_task(index)
+            oracle, context, start = oracle_of(problem, outer, task, step=step)
+            state = states.get(index) or WARM.init(oracle, context, start)
+            estimate = WARM.estimate(oracle, context, state)
+            states[index] = estimate.state
+            total = add(total, estimate.hypergradient) if total else estimate.hypergradient
+        outer = add(outer, total, -0.1 / 3)
+    assert_close(executor.outer(), outer, 1e-12)
+    saved = executor.state().states
+    assert sorted(saved) == [0, 1, 2]
+    assert_close({"s": saved[1]}, {"s": flatten_state(states[1])}, 1e-12)
+
+
+@pytest.mark.parametrize("algorithm", [WARM, TWO_POINT], ids=["warm", "two_point"])
+def test_states_go_through_vmap(algorithm):
+    problem = Quadratic(2, 4)
+    outer = problem.init_outer(generator(0))
+    tasks = [quadratic_task(index) for index in range(3)]
+    found: dict[bool, dict[int, torch.Tensor]] = {True: {}, False: {}}
+    totals = {}
+    for step in range(3):
+        for vectorize, states in found.items():
+            result = task_hypergradients(
+                problem, algorithm, outer, tasks, vectorize=vectorize, step=step, states=states
+            )
+            found[vectorize] = result.states
+            totals[vectorize] = result.total
+        outer = add(outer, totals[False], -0.01)
+    assert_close(totals[True], totals[False])
+    for index in range(3):
+        assert_close({"s": found[True][index]}, {"s": found[False][index]})
+
+
+def test_tasks_of_unequal_age_go_one_by_one():
+    problem = Quadratic(2, 4)
+    outer = problem.init_outer(generator(0))
+    tasks = [quadratic_task(index) for index in range(2)]
+    first = task_hypergradients(problem, TWO_POINT, outer, tasks[:1], states={}).states
+    both = task_hypergradients(problem, TWO_POINT, outer, tasks, vectorize=True, states=first)
+    alone = task_hypergradients(problem, TWO_POINT, outer, tasks, vectorize=False, states=first)
+    assert_same_bytes(both.total, alone.total)
+    assert counters_of(both.states[0]) != counters_of(both.states[1])
+
+
+def test_a_task_that_is_dropped_keeps_its_state():
+    sampler = QuadraticSampler()
+    work = Workload(Quadratic(2, 4), sampler, WARM, meta_batch_size=2, keep_state=True)
+    executor = started(work)
+    list(executor.run(2))
+    before = executor.state().states
+    sampler.broken = (1,)
+    (report,) = executor.run(3)
+    assert sum((result.dropped for result in report.results), ()) == (1,)
+    after = executor.state().states
+    assert torch.equal(after[1], before[1]) and not torch.equal(after[0], before[0])
+
+
+@pytest.mark.parametrize("algorithm", [WARM, TWO_POINT], ids=["warm", "two_point"])
+@pytest.mark.parametrize("keep_state", [True, False])
+def test_a_run_with_states_goes_on_bit_for_bit(algorithm, keep_state):
+    work = kept(algorithm) if keep_state else Workload(Quadratic(2, 4), fixed(40), algorithm, 4)
+    whole = started(work)
+    list(whole.run(5))
+    first = started(work)
+    list(first.run(2))
+    resumed = started(work, first.state())
+    list(resumed.run(5))
+    assert_same_bytes(resumed.outer(), whole.outer())
+    for name, leaf in whole.state().recursion.items():
+        assert torch.equal(leaf, resumed.state().recursion[name])
+    for index, leaf in whole.state().states.items():
+        assert torch.equal(leaf, resumed.state().states[index])
+
+
+def test_a_single_problem_is_solved_through_the_trainer(tmp_path):
+    problem, _, task = golden_quadratic()
+    algorithm = AID(inner_steps=5, inner_lr=0.2, adjoint_steps=5)
+
+    def trainer(folder):
+        return Trainer(
+            problem,
+            FixedTasks([task]),
+            algorithm,
+            outer_optimizer=OuterOptimizer("sgd", lr=1.0),
+            meta_batch_size=1,
+            keep_state=True,
+            run_dir=tmp_path / folder,
+            checkpoint_every=10,
+            quiet=True,
+            allow_equal_examples=True,
+        )
+
+    whole = trainer("whole")
+    whole.fit(120)
+    assert float(true_hypergradient(problem, whole.outer, task).norm()) < 1e-6
+    solution = whole.outer["x"] / torch.tensor([1.0, 4.0], dtype=DOUBLE)
+    assert_close(whole.inner(0), {"y": solution}, 1e-6)
+    half = trainer("half")
+    half.fit(50)
+    again = trainer("half")
+    again.restore()
+    again.fit(120)
+    assert_same_bytes(again.outer, whole.outer)
+    assert_same_bytes(again.inner(0), whole.inner(0))
+
+
+def test_messages_about_kept_states(tmp_path):
+    with pytest.raises(ValueError, match=r"keep_state must be False with Reptile, got True: it"):
+        kept(Reptile())
+    trainer = Trainer(Quadratic(2, 4), QuadraticSampler(), ITD(), quiet=True)
+    with pytest.raises(ValueError, match=r"inner needs keep_state=True and a step taken"):
+        trainer.inner(0)
+
+
+# Two-point methods on new tasks: the server keeps w and the previous x.
+
+
+def rule(weight: float) -> StepRules:
+    return StepRules(recursive_weight=lambda version: 1.0 if version == 0 else weight)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_the_outer_variable_does_the_recursion(weight):
+    variable = OuterVariable({"x": torch.zeros(2)}, OuterOptimizer("sgd", lr=1.0), rule(weight))
+    first, new, old = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 7.0]), torch.tensor([3.0, 3.0])
+    assert variable.previous is None
+    variable.apply([Contribution(0, 0, 2 * first, 2)])
+    assert variable.previous is not None and variable.previous.tolist() == [0, 0]
+    x = variable.flat.clone()
+    step = variable.apply([Contribution(1, 1, torch.cat([2 * new, 2 * old]), 2)])
+    w = new + (1 - weight) * (first - old)
+    torch.testing.assert_close(x - variable.flat, w)
+    assert step.hypergradient_norm == pytest.approx(float(w.norm()))
+    assert torch.equal(variable.previous, x)
+
+
+def test_a_step_at_weight_one_needs_one_point():
+    variable = OuterVariable({"x": torch.zeros(2)}, SGD, rule(1.0))
+    for version in range(3):
+        variable.apply([Contribution(version, version, torch.ones(2), 1)])
+    with pytest.raises(ValueError, match=r"contribution of lease 3 must have shape \(2,\), got"):
+        variable.apply([Contribution(3, 3, torch.ones(4), 1)])
+
+
+def test_new_tasks_are_seen_at_both_points_with_the_same_draws():
+    work = Workload(Quadratic(2, 4), fixed(40), TWO_POINT, meta_batch_size=4, batch_size=1)
+    assert work.is_two_point and work.must_be_synchronous and not kept(TWO_POINT).is_two_point
+    assert not work.needs_previous(0) and work.needs_previous(1)
+    outer = work.problem.init_outer(generator(0))
+    computed = work.compute(work.lease(3, 5), outer, previous=outer)
+    now, before = computed.total.chunk(2)
+    assert torch.equal(now, before) and now.any()
+    elsewhere = add(outer, outer)
+    moved = work.compute(work.lease(3, 5), outer, previous=elsewhere).total.chunk(2)
+    assert torch.equal(moved[0], now)
+    alone = work.compute(work.lease(3, 5), elsewhere)
+    assert torch.equal(moved[1], alone.total)
+    first = work.compute(work.lease(3, 0), outer, previous=outer).total
+    assert first.shape == now.shape
+
+
+def test_training_with_new_tasks_is_the_recursion_written_by_hand():
+    work = Workload(Quadratic(2, 4), fixed(40), TWO_POINT, meta_batch_size=4)
+    executor = started(work)
+    list(executor.run(3))
+    outer = previous = w = None
+    for step in range(3):
+        tasks = [quadratic_task(index) for index in range(4 * step, 4 * step + 4)]
+
+        def mean(x: Params, tasks=tasks, step=step) -> torch.Tensor:
+            found = task_hypergradients(work.problem, TWO_POINT, x, tasks, step=step)
+            return flatten(found.total) / 4
+
+        if w is None:
+            outer = work.problem.init_outer(generator(0))
+            w = mean(outer)
+        else:
+            weight = TWO_POINT.recursive_weight(step)
+            w = mean(outer) + (1 - weight) * (w - mean(previous))
+        previous, outer = outer, add(outer, {"x": w}, -0.1)
+    assert_close(executor.outer(), outer, 1e-12)
+
+
+# The feasible set of x.
+
+
+class Boxed(Quadratic):
+    def project_outer(self, outer: Params) -> Params:
+        return {"x": outer["x"].clamp(-0.5, 0.5)}
+
+
+class Bare:
+    """A problem that derives from nothing."""
+
+    def __init__(self, problem: Problem) -> None:
+        for name in ("init_outer", "encode", "init_inner", "inner_loss", "outer_loss", "metrics"):
+            setattr(self, name, getattr(problem, name))
+
+
+def test_x_is_projected_after_every_step():
+    work = Workload(Boxed(2, 4), QuadraticSampler(), ITD(learn_lr="per_tensor"), meta_batch_size=4)
+    outer = {"algorithm.inner_lr.y": torch.tensor(0.1, dtype=DOUBLE)}
+    outer = {**work.problem.init_outer(generator(0)), **outer}
+    executor = LocalExecutor("cpu")
+    optimizer = OuterOptimizer("sgd", lr=10.0)
+    executor.start(work, optimizer, OuterVariable(outer, optimizer).state())
+    list(executor.run(2))
+    assert bool((executor.outer()["x"].abs() <= 0.5).all())
+    assert list(executor.outer()) == list(outer)
+
+
+def test_a_problem_that_derives_from_nothing_is_neither_projected_nor_proximal():
+    work = Workload(Bare(Quadratic(2, 4)), QuadraticSampler(), ITD(), meta_batch_size=4)  # type: ignore[arg-type]
+    assert work.stepping_rules() == StepRules(None, None)
+    oracle, x, y = oracle_of(work.problem, {"x": torch.ones(2, dtype=DOUBLE)}, quadratic_task(0))
+    assert_same_bytes(oracle.prox_inner(x, y, 0.1), y)
