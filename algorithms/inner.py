@@ -52,7 +52,7 @@ def sgd(
 
 
 class Moments(NamedTuple):
-    """The state of Adam after `num_steps` steps: running means of the gradient and of its square."""
+    """Adam after `num_steps` steps: running means of the gradient and of its square."""
 
     first: Params
     second: Params

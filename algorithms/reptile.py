@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch.func import vjp
-
-from metadist.algorithm import Algorithm, Estimate, InnerState
+from metadist.algorithm import Algorithm, Card, Estimate, InnerState
 from metadist.algorithms.inner import check_sgd, sgd
 from metadist.oracle import Oracle
-from metadist.problem import Problem
+from metadist.problem import Problem, context_depends_on
 from metadist.task import Task
-from metadist.trees import Params, sub, tree_map, zeros_like
+from metadist.trees import Params, sub, zeros_like
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,15 @@ class Reptile(Algorithm):
     2. Differs from it in: inner SGD where the paper runs Adam with beta1 = 0.
     """
 
+    card = Card(
+        title="Reptile",
+        source="Nichol, Achiam, Schulman, 2018",
+        problems="any smooth one, adapted from a learned start",
+        cost="T G",
+        state="nothing",
+        use="a learned start of all weights, no query set and no second derivatives",
+    )
+
     trains = "start"
 
     inner_steps: int = 5
@@ -57,12 +63,7 @@ class Reptile(Algorithm):
         return Estimate(zeros_like(outer), sub(state.inner, adapted), InnerState(adapted), {})
 
     def check(self, problem: Problem, outer: Params, task: Task) -> None:
-        (context, _), pullback = vjp(  # type: ignore[misc]
-            lambda x: (problem.encode(x, task), problem.init_inner(x, task)), outer
-        )
-        start = zeros_like(problem.init_inner(outer, task))
-        (dependence,) = pullback((tree_map(torch.ones_like, context), start))
-        names = [name for name, leaf in dependence.items() if bool(leaf.any())]
+        names = sorted(context_depends_on(problem, outer, task))
         if names:
             raise ValueError(
                 "algorithm Reptile trains the start of adaptation only, but the context of this "

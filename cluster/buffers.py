@@ -76,6 +76,15 @@ class PackedState(NamedTuple):
     version: int
     applied_below: int
     applied: tuple[int, ...]
+    recursion: dict[str, Array]
+    states: dict[int, Array]
+
+
+class Kept(NamedTuple):
+    """What a lease needs beside x: the previous x of a two-point method, states by task index."""
+
+    previous: Array | None
+    states: dict[int, Array]
 
 
 def pack_state(state: OuterState) -> PackedState:
@@ -86,6 +95,8 @@ def pack_state(state: OuterState) -> PackedState:
         state.version,
         state.applied_below,
         state.applied,
+        {name: to_array(leaf) for name, leaf in state.recursion.items()},
+        {index: to_array(leaf) for index, leaf in state.states.items()},
     )
 
 
@@ -102,4 +113,6 @@ def unpack_state(packed: PackedState, spec: OuterSpec) -> OuterState:
         packed.version,
         packed.applied_below,
         packed.applied,
+        {name: to_tensor(leaf) for name, leaf in packed.recursion.items()},
+        {index: to_tensor(leaf) for index, leaf in packed.states.items()},
     )

@@ -104,6 +104,16 @@ class RayExecutor:
                 f"tasks_per_lease={workload.tasks_per_lease}), got {self._num_workers}: the "
                 "others would never work; lower tasks_per_lease"
             )
+        if workload.must_be_synchronous and not isinstance(self._policy, BSP):
+            why = (
+                "keep_state=True"
+                if workload.keep_state
+                else f"the two-point method {type(workload.algorithm).__name__}"
+            )
+            raise ValueError(
+                f"policy must be 'bsp' with {why}, got {str(self._policy)!r}: every step needs "
+                "what the step before it left"
+            )
         self._spec = OuterSpec.of(state.outer)
         payload = pickle_by_value(workload)
         if not ray.is_initialized():
@@ -116,7 +126,7 @@ class RayExecutor:
                 self._object_store_bytes,
             )
             fleet = self._start_fleet(payload)
-            self._start_server(pack_state(state), optimizer, workload.num_threads)
+            self._start_server(pack_state(state), optimizer, workload)
         except BaseException:
             self.close()
             raise
@@ -186,9 +196,10 @@ class RayExecutor:
         return actor.remote(f"worker-{number}", self._device)
 
     def _start_server(
-        self, state: PackedState, optimizer: OuterOptimizer, num_threads: int
+        self, state: PackedState, optimizer: OuterOptimizer, workload: Workload
     ) -> None:
-        arguments = (ray.put(state), self._spec, optimizer, num_threads)
+        rules = pickle_by_value(workload.stepping_rules())
+        arguments = (ray.put(state), self._spec, optimizer, workload.num_threads, rules)
         try:
             if self._server is not None:
                 ray.get(self._server.setup.remote(*arguments))

@@ -151,13 +151,16 @@ class Fleet:
         """Whether a worker waits for a lease."""
         return any(slot.alive and slot.lease is None for slot in self._slots)
 
-    def submit(self, lease: Lease, outer: ObjectRef[Any]) -> None:
+    def submit(
+        self, lease: Lease, outer: ObjectRef[Any], kept: ObjectRef[Any] | None = None
+    ) -> None:
         """Give `lease` to the worker that has been idle longest; one must be."""
         idle = [slot for slot in self._slots if slot.alive and slot.lease is None]
         slot = min(idle, key=lambda slot: slot.since)
         self._rest(slot)
         slot.lease = lease
-        slot.pending, slot.total = slot.actor.compute.options(num_returns=2).remote(lease, outer)
+        compute = slot.actor.compute.options(num_returns=2)
+        slot.pending, slot.total = compute.remote(lease, outer, kept)
 
     def forget(self) -> None:
         """Let go of all leases; what is still being computed is thrown away."""

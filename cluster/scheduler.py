@@ -89,7 +89,11 @@ class Scheduler:
                 self._lost.remove(lease_id)
                 self._reissued.append(lease_id)
             assert self._outer is not None
-            self._fleet.submit(self._workload.lease(lease_id, self._ledger.version), self._outer)
+            lease = self._workload.lease(lease_id, self._ledger.version)
+            kept = None
+            if self._workload.must_be_synchronous:
+                kept = self._server.kept.remote(lease.indices)
+            self._fleet.submit(lease, self._outer, kept)
 
     def _note(self, event: Done | Lost) -> None:
         if isinstance(event, Done):
@@ -110,7 +114,7 @@ class Scheduler:
     def _apply(self, done: list[Done], weights: dict[int, float]) -> StepResult | None:
         """What the outer step did; None if a sum was lost with its node, before it was added."""
         arrivals = [
-            Arrival(r.lease_id, r.version, r.num_tasks, weights[r.lease_id])
+            Arrival(r.lease_id, r.version, r.num_tasks, weights[r.lease_id], r.state_sizes)
             for r in (item.result for item in done)
         ]
         meta, outer = self._server.apply.options(num_returns=2).remote(

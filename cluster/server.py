@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from ray import cloudpickle
 
 from metadist.cluster.buffers import (
     Array,
+    Kept,
     OuterSpec,
     PackedState,
     pack_state,
@@ -25,6 +28,7 @@ class Arrival(NamedTuple):
     version: int
     num_tasks: int
     weight: float
+    state_sizes: Mapping[int, int] = {}  # never changed
 
 
 class Progress(NamedTuple):
@@ -39,7 +43,12 @@ class ParameterServer:
     """A shell around `OuterVariable` that speaks numpy."""
 
     def setup(
-        self, state: PackedState, spec: OuterSpec, optimizer: OuterOptimizer, num_threads: int
+        self,
+        state: PackedState,
+        spec: OuterSpec,
+        optimizer: OuterOptimizer,
+        num_threads: int,
+        rules: bytes | None = None,
     ) -> None:
         """Continue from `state`.
 
@@ -48,16 +57,16 @@ class ParameterServer:
             spec: names, shapes and dtype of x.
             optimizer: how x is stepped.
             num_threads: intra-op threads of a step; the sum in a norm may depend on it.
+            rules: the `StepRules`, if there are any, pickled by `runtime_env.pickle_by_value`.
         """
-        self._variable = OuterVariable.from_state(unpack_state(state, spec), optimizer)
+        self._variable = OuterVariable.from_state(
+            unpack_state(state, spec), optimizer, cloudpickle.loads(rules) if rules else None
+        )
         self._num_threads = num_threads
 
     def apply(self, arrivals: Sequence[Arrival], *totals: Array) -> tuple[StepResult, Array]:
         """(what one outer step with these did, a copy of x); each lease counts once."""
-        contributions = [
-            Contribution(item.lease_id, item.version, read_only(total), item.num_tasks, item.weight)
-            for item, total in zip(arrivals, totals, strict=True)
-        ]
+        contributions = [_contribution(*pair) for pair in zip(arrivals, totals, strict=True)]
         with intra_op_threads(self._num_threads):
             step = self._variable.apply(contributions)
         return step, self._copy()
@@ -65,6 +74,14 @@ class ParameterServer:
     def pull(self) -> Array:
         """A copy of x."""
         return self._copy()
+
+    def kept(self, indices: Sequence[int]) -> Kept:
+        """What a lease of these tasks needs beside x."""
+        previous, states = self._variable.previous, self._variable.states
+        return Kept(
+            None if previous is None else to_array(previous.clone()),
+            {index: to_array(states[index].clone()) for index in indices if index in states},
+        )
 
     def version(self) -> int:
         """The version of x."""
@@ -82,3 +99,17 @@ class ParameterServer:
     def _copy(self) -> Array:
         # Never the memory of x itself: who holds it could write to x, or see it change.
         return to_array(self._variable.flat.clone())
+
+
+def _contribution(item: Arrival, buffer: Array) -> Contribution:
+    flat = read_only(buffer)
+    sizes = item.state_sizes
+    total, *states = flat.split([len(flat) - sum(sizes.values()), *sizes.values()])
+    return Contribution(
+        item.lease_id,
+        item.version,
+        total,
+        item.num_tasks,
+        item.weight,
+        {index: state.clone() for index, state in zip(sizes, states, strict=True)},
+    )

@@ -10,7 +10,7 @@ import ray
 import torch
 from ray import cloudpickle
 
-from metadist.cluster.buffers import Array, OuterSpec, read_only, to_array
+from metadist.cluster.buffers import Array, Kept, OuterSpec, read_only, to_array, to_tensor
 from metadist.lease import Lease, LeaseResult, Workload, pick_device
 
 
@@ -45,15 +45,28 @@ class Worker:
         device = pick_device(worker_device(self._requested_device))
         self._workload: Workload = cloudpickle.loads(payload)
         self._flat = torch.zeros(spec.num_elements, dtype=spec.dtype, device=device)
+        self._spec = spec
         self._outer = spec.views(self._flat)
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         return WorkerInfo(self._name, hardware, socket.gethostname(), os.getpid())
 
-    def compute(self, lease: Lease, flat: Array) -> tuple[LeaseResult, Array]:
-        """(the result, the flat sum of hypergradients) of `lease` at the x in `flat`."""
+    def compute(self, lease: Lease, flat: Array, kept: Kept | None) -> tuple[LeaseResult, Array]:
+        """(the result, one buffer: sums of hypergradients, then states) of `lease`.
+
+        Args:
+            lease: which tasks.
+            flat: x.
+            kept: what else it needs, where the workload is synchronous.
+        """
         self._flat.copy_(read_only(flat))
-        result, total = self._workload.compute(lease, self._outer)
-        return result, to_array(total)
+        device = self._flat.device
+        previous, states = None, {}
+        if kept is not None:
+            states = {i: to_tensor(state).to(device) for i, state in kept.states.items()}
+            if kept.previous is not None:
+                previous = self._spec.views(to_tensor(kept.previous).to(device))
+        computed = self._workload.compute(lease, self._outer, previous, states)
+        return computed.result, to_array(torch.cat([computed.total, *computed.states.values()]))
 
 
 def worker_device(device: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -72,10 +72,15 @@ class Algorithm(ABC):
     checkpointed. Schedules go by `oracle.step`.
     """
 
-    card: ClassVar[Card | None] = None
-    trains: ClassVar[Literal["context", "start", "both"]] = "both"
-    """What gets a hypergradient: what the losses see of x, the start of adaptation, or both."""
-    takes_prox: ClassVar[bool] = False
+    # Class attributes, no fields: this class is no dataclass, and subclasses assign without
+    # annotation. Annotated with built-in names only, since jsonargparse evaluates them in the
+    # module of the subclass and would lose the types of all its fields.
+    card: tuple[str, ...] | None = None
+    """A `Card`."""
+    trains: str = "both"
+    """What gets a hypergradient: "context" (what the losses see of x), "start" (of adaptation),
+    or "both"."""
+    takes_prox: bool = False
     """Whether it can handle a lower objective with a non-smooth part (`Problem.prox_inner`)."""
 
     @abstractmethod

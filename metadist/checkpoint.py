@@ -1,6 +1,6 @@
 """Checkpoints: a folder per outer step at any fsspec URI, never half of one.
 
-    step-00000100/tensors.safetensors   outer variable and optimiser state
+    step-00000100/tensors.safetensors   outer variable, state of optimiser and algorithm
     step-00000100/state.json            everything else
     step-00000100/manifest.json         sizes and SHA-256 of the two and of itself, written last
 
@@ -15,17 +15,19 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
 import safetensors.torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from metadist.outer import OuterState
 from metadist.trees import Params
 
-FORMAT = 1
+FORMAT = 2
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
@@ -38,7 +40,8 @@ class Checkpoint:
     """What a run needs to go on exactly where it was.
 
     Args:
-        state: the outer variable, its optimiser, its version, and which leases are in it.
+        state: the outer variable, its optimiser, its version, which leases are in it, and what
+            the algorithm keeps.
         info: JSON data to go with it: seed, settings that must not change, ...
         score: of validation, larger is better; None if there was none.
     """
@@ -146,6 +149,8 @@ class CheckpointStore:
             tensors = safetensors.torch.load(data[TENSORS])
             outer: Params = {key: tensors["outer." + key] for key in state["outer"]}
             optimizer = {key: tensors["optimizer." + key] for key in state["optimizer"]}
+            recursion = {key: tensors["recursion." + key] for key in state["recursion"]}
+            states = {int(key): tensors[f"states.{key}"] for key in state["states"]}
             return Checkpoint(
                 OuterState(
                     outer,
@@ -153,6 +158,8 @@ class CheckpointStore:
                     int(state["version"]),
                     int(state["applied_below"]),
                     tuple(map(int, state["applied"])),
+                    recursion,
+                    states,
                 ),
                 state["info"],
                 manifest["score"],
@@ -272,11 +279,21 @@ def _signature(leaf: Any) -> str:
 
 
 def _tensors(checkpoint: Checkpoint) -> bytes:
-    outer, optimizer = checkpoint.state.outer, checkpoint.state.optimizer
-    tensors = {f"outer.{name}": leaf.contiguous() for name, leaf in outer.items()}
-    tensors |= {f"optimizer.{name}": leaf.contiguous() for name, leaf in optimizer.items()}
+    state = checkpoint.state
+    groups: dict[str, Mapping[Any, Tensor]] = {
+        "outer": state.outer,
+        "optimizer": state.optimizer,
+        "recursion": state.recursion,
+        "states": state.states,
+    }
     # Views of one flat vector share memory, which the format refuses.
-    return safetensors.torch.save({name: leaf.clone() for name, leaf in tensors.items()})
+    return safetensors.torch.save(
+        {
+            f"{group}.{name}": leaf.contiguous().clone()
+            for group, leaves in groups.items()
+            for name, leaf in leaves.items()
+        }
+    )
 
 
 def _state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -284,6 +301,8 @@ def _state(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "outer": list(state.outer),  # in order: safetensors keeps none
         "optimizer": list(state.optimizer),
+        "recursion": list(state.recursion),
+        "states": list(state.states),
         "version": state.version,
         "applied_below": state.applied_below,
         "applied": list(state.applied),

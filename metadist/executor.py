@@ -83,21 +83,34 @@ class LocalExecutor:
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         self._workload = workload
-        self._variable = OuterVariable.from_state(state, optimizer)
+        self._variable = OuterVariable.from_state(state, optimizer, workload.stepping_rules())
 
     def run(self, until_version: int) -> Iterator[StepReport]:
         variable = self._started()
         while variable.version < until_version:
             began = time.perf_counter()
-            outer = {name: leaf.to(self._device) for name, leaf in variable.params.items()}
+            outer = variable.unflatten(variable.flat.to(self._device, copy=True))
+            before = variable.previous
+            previous = None if before is None else variable.unflatten(before.to(self._device))
             results: list[LeaseResult] = []
             contributions: list[Contribution] = []
             for lease_id in variable.next_leases(self._workload.leases_per_step):
                 lease = self._workload.lease(lease_id, variable.version)
-                result, total = self._workload.compute(lease, outer)
-                results.append(result)
+                states = {
+                    index: variable.states[index].to(self._device)
+                    for index in lease.indices
+                    if index in variable.states
+                }
+                computed = self._workload.compute(lease, outer, previous, states)
+                results.append(computed.result)
                 contributions.append(
-                    Contribution(lease.id, lease.version, total.cpu(), result.num_tasks)
+                    Contribution(
+                        lease.id,
+                        lease.version,
+                        computed.total.cpu(),
+                        computed.result.num_tasks,
+                        states={i: state.cpu() for i, state in computed.states.items()},
+                    )
                 )
             # A norm may depend on the threads. Half a step must never be what is saved.
             with intra_op_threads(self._workload.num_threads), signals_held():

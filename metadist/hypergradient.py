@@ -5,8 +5,9 @@ encode and init_inner -> the algorithm on every task -> pull back -> sum over ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from metadist.algorithm import Algorithm, split_own
 from metadist.autodiff import gradients, leaves
 from metadist.oracle import AutogradOracle
 from metadist.problem import Problem
+from metadist.state import counters_of, flatten_state, unflatten_state
 from metadist.task import Task, shape_signature, stack_tasks
 from metadist.trees import Params, add, detach, tree_map, zeros_like
 
@@ -32,12 +34,16 @@ class HypergradientSum:
         num_tasks: how many tasks are in `total`.
         dropped: ids of the tasks left out because their hypergradient was NaN or infinite.
         metrics: sums over the tasks in `total` of the figures of each.
+        previous: the sum at the previous outer variable, of a two-point method; else None.
+        states: with `states` given, the new flat state of each task in `total`, by its id.
     """
 
     total: Params
     num_tasks: int
     dropped: tuple[int, ...]
     metrics: dict[str, float]
+    previous: Params | None = None
+    states: dict[int, Tensor] = field(default_factory=dict)
 
 
 def task_hypergradients(
@@ -51,6 +57,9 @@ def task_hypergradients(
     batch_size: int | None = None,
     seed: int = 0,
     report: bool = False,
+    step: int = 0,
+    previous: Params | None = None,
+    states: Mapping[int, Tensor] | None = None,
 ) -> HypergradientSum:
     """The sum over `tasks` of the algorithm's hypergradients at `outer`.
 
@@ -68,6 +77,11 @@ def task_hypergradients(
         seed: of the draws.
         report: also evaluate losses and metrics before and after adaptation (keys
             `query_loss`, `query_loss_before`, and so on), at the cost of three forward passes.
+        step: outer steps taken so far: for schedules, and part of the seed of the draws.
+        previous: the outer variable one step before, for the sum there on the same draws (see
+            `Algorithm.recursive_weight`); None: not wanted.
+        states: what the last step left of the algorithm's state by task id, empty at the first
+            step; None: every task is new. The start of a kept state counts as a constant.
 
     Raises:
         ValueError: vectorize=True with an algorithm or tasks that cannot be vectorized.
@@ -86,84 +100,152 @@ def task_hypergradients(
     else:
         groups = [[task] for task in tasks]
 
-    total = zeros_like(outer)
-    metrics: dict[str, float] = {}
-    num_tasks = 0
+    sums = _Sums(zeros_like(outer), None if previous is None else zeros_like(outer))
     dropped: list[int] = []
     while groups:
         group = groups.pop(0)
+        kept = None if states is None else _kept(states, group)
+        if kept is not None and len({counters for _, counters in kept}) > 1:
+            groups[:0] = [[task] for task in group]  # counters are the same for a whole group
+            continue
+        run = _Run(problem, algorithm, batch_size, seed, step, kept)
         # The fused attention kernels have no double backward, the plain one has.
         with sdpa_kernel(SDPBackend.MATH):
-            gradient, figures = _group(problem, algorithm, outer, group, batch_size, seed, report)
-        if not _is_finite(gradient):
+            found = run.hypergradients(outer, group, report)
+            before = None if previous is None else run.hypergradients(previous, group, False)
+        if not _is_finite(found.total) or (before and not _is_finite(before.total)):
             if len(group) == 1:
                 dropped.append(int(group[0].id))
             else:
                 groups[:0] = [[task] for task in group]
             continue
-        total = add(total, gradient)
-        num_tasks += len(group)
-        for name, value in figures.items():
-            metrics[name] = metrics.get(name, 0.0) + float(value)
-    return HypergradientSum(total, num_tasks, tuple(dropped), metrics)
+        sums.take(found, before, group)
+    return HypergradientSum(
+        sums.total, sums.num_tasks, tuple(dropped), sums.metrics, sums.previous, sums.states
+    )
 
 
-def _group(
-    problem: Problem,
-    algorithm: Algorithm,
-    outer: Params,
-    tasks: list[Task],
-    batch_size: int | None,
-    seed: int,
-    report: bool,
-) -> tuple[Params, dict[str, Tensor]]:
-    """(sum of hypergradients, sums of metrics) of tasks that go through together."""
-    problem_outer, own = split_own(outer)
+class _Found(NamedTuple):
+    """Sum of hypergradients and metrics of tasks that went through together, and their states."""
 
-    eager = len(tasks) == 1
+    total: Params
+    metrics: dict[str, Tensor]
+    states: Tensor | None
 
-    def one(context: Params, start: Params, task: Task) -> Any:
-        oracle = AutogradOracle(
-            problem, task, batch_size, seed, compile=algorithm.compiles, eager=eager
+
+@dataclass
+class _Sums:
+    total: Params
+    previous: Params | None
+    num_tasks: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)
+
+    def take(self, found: _Found, before: _Found | None, group: list[Task]) -> None:
+        self.total = add(self.total, found.total)
+        if before is not None and self.previous is not None:
+            self.previous = add(self.previous, before.total)
+        self.num_tasks += len(group)
+        for name, value in found.metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + float(value)
+        if found.states is not None:
+            self.states |= {
+                int(task.id): flat for task, flat in zip(group, found.states, strict=True)
+            }
+
+
+def _kept(
+    states: Mapping[int, Tensor], group: list[Task]
+) -> list[tuple[Tensor | None, tuple[int, ...]]]:
+    """(flat state, its counters) of each task; (None, ()) before its first step."""
+    flats = [states.get(int(task.id)) for task in group]
+    return [(flat, () if flat is None else counters_of(flat)) for flat in flats]
+
+
+class _Run(NamedTuple):
+    """How a group of tasks is computed."""
+
+    problem: Problem
+    algorithm: Algorithm
+    batch_size: int | None
+    seed: int
+    step: int
+    kept: list[tuple[Tensor | None, tuple[int, ...]]] | None
+
+    def hypergradients(self, outer: Params, tasks: list[Task], report: bool) -> _Found:
+        """Encode, run the algorithm, pull back."""
+        problem_outer, own = split_own(outer)
+        together = len(tasks) > 1
+
+        def one(context: Params, start: Params, task: Task, flat: Tensor | None) -> Any:
+            return self._one({**context, **own}, context, start, task, flat, together, report)
+
+        x = leaves(problem_outer)
+        with torch.enable_grad():
+            if together:
+                stacked = stack_tasks(tasks)
+                starts = vmap(self.problem.init_inner, in_dims=(None, 0))(x, stacked)
+                # vmap expands what does not depend on the task; others need memory of their own.
+                starts = tree_map(Tensor.contiguous, starts)
+                graph = self.problem.encode_tasks(x, stacked), starts
+            else:
+                graph = self.problem.encode(x, tasks[0]), self.problem.init_inner(x, tasks[0])
+        context, start = detach(graph[0]), detach(graph[1])
+        flats = [flat for flat, _ in self.kept or () if flat is not None]
+        if together:
+            flat = torch.stack(flats) if flats else None
+            in_dims = (0, 0, 0, None if flat is None else 0)
+            results = vmap(one, in_dims, randomness="error")(context, start, stacked, flat)
+            context_gradient, start_gradient, *rest, states = results
+            own_gradient, metrics = (
+                {name: leaf.sum(0) for name, leaf in tree.items()} for tree in rest
+            )
+        else:
+            context_gradient, start_gradient, own_gradient, metrics, states = one(
+                context, start, tasks[0], flats[0] if flats else None
+            )
+            states = states[None]
+        (gradient,) = gradients(
+            [*graph[0].values(), *graph[1].values()],
+            [*context_gradient.values(), *start_gradient.values()],
+            x,
         )
-        x = {**context, **own}
-        estimate = algorithm.estimate(oracle, x, algorithm.init(oracle, x, start))
+        return _Found({**gradient, **own_gradient}, metrics, None if self.kept is None else states)
+
+    def _one(
+        self,
+        x: Params,
+        context: Params,
+        start: Params,
+        task: Task,
+        flat: Tensor | None,
+        together: bool,
+        report: bool,
+    ) -> tuple[Params, Params, Params, dict[str, Tensor], Tensor]:
+        """(context, start and own gradient, metrics, flat state) of one task, or under vmap."""
+        oracle = AutogradOracle(
+            self.problem,
+            task,
+            self.batch_size,
+            self.seed,
+            compile=self.algorithm.compiles,
+            eager=not together,
+            step=self.step,
+        )
+        state = self.algorithm.init(oracle, x, start)
+        if flat is not None and self.kept is not None:
+            state = unflatten_state(flat, state, self.kept[0][1])
+        estimate = self.algorithm.estimate(oracle, x, state)
         context_gradient, own_gradient = split_own(estimate.hypergradient)
         start_gradient = estimate.start_gradient
+        if start_gradient is None or self.kept is not None:
+            start_gradient = zeros_like(start)
         metrics = dict(estimate.metrics)
         if report:
-            metrics |= adaptation_metrics(problem, context, start, estimate.state.inner, task)
-        return (
-            context_gradient,
-            zeros_like(start) if start_gradient is None else start_gradient,
-            own_gradient,
-            metrics,
-        )
-
-    x = leaves(problem_outer)
-    with torch.enable_grad():
-        if eager:
-            graph = problem.encode(x, tasks[0]), problem.init_inner(x, tasks[0])
-        else:
-            stacked = stack_tasks(tasks)
-            starts = vmap(problem.init_inner, in_dims=(None, 0))(x, stacked)
-            # vmap expands what does not depend on the task; others need memory of their own.
-            graph = problem.encode_tasks(x, stacked), tree_map(Tensor.contiguous, starts)
-    context, start = detach(graph[0]), detach(graph[1])
-    if eager:
-        context_gradient, start_gradient, own_gradient, metrics = one(context, start, tasks[0])
-    else:
-        results = vmap(one, randomness="error")(context, start, stacked)
-        context_gradient, start_gradient = results[:2]
-        own_gradient, metrics = (
-            {name: leaf.sum(0) for name, leaf in tree.items()} for tree in results[2:]
-        )
-    (gradient,) = gradients(
-        [*graph[0].values(), *graph[1].values()],
-        [*context_gradient.values(), *start_gradient.values()],
-        x,
-    )
-    return {**gradient, **own_gradient}, metrics
+            metrics |= adaptation_metrics(self.problem, context, start, estimate.state.inner, task)
+        # Under vmap every result must be a tensor, also where no state is kept.
+        kept = torch.zeros(0) if self.kept is None else flatten_state(estimate.state)
+        return context_gradient, start_gradient, own_gradient, metrics, kept
 
 
 def adaptation_metrics(

@@ -8,17 +8,19 @@ number, and a lost one is computed again from that number with the same result.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from metadist.algorithm import Algorithm
+from metadist.algorithm import Algorithm, split_own
 from metadist.hypergradient import HypergradientSum, Vectorize, task_hypergradients
-from metadist.problem import Problem
+from metadist.outer import StepRules
+from metadist.problem import Problem, is_constrained
 from metadist.task import Task, TaskSampler, to_device
 from metadist.trees import Params, flatten
 
@@ -43,6 +45,7 @@ class LeaseResult(NamedTuple):
         metrics: sums over the tasks in the sum; empty unless the lease asked for a report.
         sampling_s: seconds spent on sampling the tasks.
         compute_s: seconds spent on their hypergradients.
+        state_sizes: how many numbers the algorithm keeps of each task, by task index.
     """
 
     lease_id: int
@@ -52,6 +55,22 @@ class LeaseResult(NamedTuple):
     metrics: dict[str, float]
     sampling_s: float
     compute_s: float
+    state_sizes: Mapping[int, int] = {}  # never changed
+
+
+class Computed(NamedTuple):
+    """A computed lease.
+
+    Args:
+        result: what is small of it.
+        total: the sum of hypergradients, shape (L,); of a two-point method (2 L,), followed by
+            the sum at the previous x.
+        states: the new state of each task, by index, where states are kept.
+    """
+
+    result: LeaseResult
+    total: Tensor
+    states: dict[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,9 @@ class Workload:
         problem, sampler, algorithm: what is trained on what by which method.
         meta_batch_size: tasks per synchronous outer step; a multiple of `tasks_per_lease`.
         tasks_per_lease: tasks that travel together; the smallest piece that can be lost.
+        keep_state: every outer step has the same tasks, 0 .. meta_batch_size-1, and what the
+            algorithm keeps of each (the inner variable, an adjoint, ...) goes from step to step.
+            Otherwise every task is new. The start of adaptation gets no hypergradient then.
         report_every: outer steps between leases that report losses and metrics.
         vectorize, chunk_size, batch_size: see `task_hypergradients`.
         seed: of the mini-batch draws.
@@ -74,6 +96,7 @@ class Workload:
     algorithm: Algorithm
     meta_batch_size: int = 16
     tasks_per_lease: int = 1
+    keep_state: bool = False
     report_every: int = 10
     vectorize: Vectorize = "auto"
     chunk_size: int | None = None
@@ -94,6 +117,11 @@ class Workload:
                 "meta_batch_size must be a multiple of tasks_per_lease "
                 f"({self.tasks_per_lease}), got {self.meta_batch_size}"
             )
+        if self.keep_state and self.algorithm.trains == "start":
+            raise ValueError(
+                f"keep_state must be False with {type(self.algorithm).__name__}, got True: it "
+                "trains where adaptation starts, and a kept state starts where the last ended"
+            )
         if not callable(getattr(self.sampler, "sample", None)):
             raise ValueError(
                 "sampler must have a method sample(index) -> Task, got "
@@ -105,9 +133,32 @@ class Workload:
         """Leases in a synchronous outer step."""
         return self.meta_batch_size // self.tasks_per_lease
 
+    @property
+    def is_two_point(self) -> bool:
+        """Whether leases need the previous x too, see `Algorithm.recursive_weight`."""
+        return not self.keep_state and self.algorithm.recursive_weight(0) is not None
+
+    @property
+    def must_be_synchronous(self) -> bool:
+        """Whether a step needs what the step before it left."""
+        return self.keep_state or self.is_two_point
+
+    def needs_previous(self, version: int) -> bool:
+        """Whether the leases at this version of x are computed at the version before it too."""
+        weight = self.algorithm.recursive_weight(version)
+        return self.is_two_point and version > 0 and weight is not None and weight < 1
+
+    def stepping_rules(self) -> StepRules:
+        """What the owner of x must know of problem and algorithm."""
+        return StepRules(
+            partial(_project, self.problem) if is_constrained(self.problem) else None,
+            self.algorithm.recursive_weight if self.is_two_point else None,
+        )
+
     def lease(self, lease_id: int, version: int) -> Lease:
         """The lease of this number, to be computed at `version`."""
-        first = lease_id * self.tasks_per_lease
+        number = lease_id % self.leases_per_step if self.keep_state else lease_id
+        first = number * self.tasks_per_lease
         step = lease_id // self.leases_per_step + 1
         return Lease(
             lease_id,
@@ -118,7 +169,13 @@ class Workload:
         )
 
     def hypergradients(
-        self, outer: Params, tasks: list[Task], report: bool = False
+        self,
+        outer: Params,
+        tasks: list[Task],
+        report: bool = False,
+        step: int = 0,
+        previous: Params | None = None,
+        states: Mapping[int, Tensor] | None = None,
     ) -> HypergradientSum:
         """`task_hypergradients` of `tasks` as this workload has them computed."""
         return task_hypergradients(
@@ -131,11 +188,29 @@ class Workload:
             batch_size=self.batch_size,
             seed=self.seed,
             report=report,
+            step=step,
+            previous=previous,
+            states=states if self.keep_state else None,
         )
 
-    def compute(self, lease: Lease, outer: Params) -> tuple[LeaseResult, Tensor]:
-        """(the result, the sum of hypergradients as a flat tensor on the device of `outer`)."""
+    def compute(
+        self,
+        lease: Lease,
+        outer: Params,
+        previous: Params | None = None,
+        states: Mapping[int, Tensor] | None = None,
+    ) -> Computed:
+        """The computed lease, on the device of `outer`.
+
+        Args:
+            lease: which tasks.
+            outer: x at the version of the lease.
+            previous: x one version before; used where `needs_previous`.
+            states: by task index, of the tasks that have one; used where `keep_state`.
+        """
         leaf = next(iter(outer.values()))
+        if not self.needs_previous(lease.version):
+            previous = None
         with intra_op_threads(self.num_threads):
             began = time.perf_counter()
             tasks = [
@@ -143,20 +218,29 @@ class Workload:
                 for index in lease.indices
             ]
             sampled = time.perf_counter()
-            result = self.hypergradients(outer, tasks, lease.report)
-            flat = flatten(result.total)
-        return (
-            LeaseResult(
-                lease.id,
-                lease.version,
-                result.num_tasks,
-                result.dropped,
-                result.metrics if lease.report else {},
-                sampled - began,
-                time.perf_counter() - sampled,
-            ),
-            flat,
+            found = self.hypergradients(
+                outer, tasks, lease.report, lease.version, previous, states or {}
+            )
+            total = flatten(found.total)
+            if found.previous is not None:
+                total = torch.cat([total, flatten(found.previous)])
+        result = LeaseResult(
+            lease.id,
+            lease.version,
+            found.num_tasks,
+            found.dropped,
+            found.metrics if lease.report else {},
+            sampled - began,
+            time.perf_counter() - sampled,
+            {index: len(state) for index, state in found.states.items()},
         )
+        return Computed(result, total, found.states)
+
+
+def _project(problem: Problem, outer: Params) -> Params:
+    problem_outer, own = split_own(outer)
+    projected = {**problem.project_outer(problem_outer), **own}
+    return {name: projected[name] for name in outer}
 
 
 @contextmanager

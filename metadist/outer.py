@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -27,9 +27,10 @@ class OuterOptimizer:
         lr: the outer learning rate, > 0.
         options: further arguments of that torch.optim class, e.g. {"weight_decay": 1e-4}.
         clip_norm: the hypergradient is scaled down to this Euclidean norm; None: never.
-        schedule: of the learning rate over `schedule_steps` outer steps: "constant", or falling
-            to 0 as "linear" or "cosine".
-        schedule_steps: the length of the schedule; needed unless it is "constant".
+        schedule: of the learning rate: "constant"; falling to 0 over `schedule_steps` outer steps
+            as "linear" or "cosine"; or "power", lr * (k+1)^-schedule_power at outer step k.
+        schedule_steps: the length of "linear" and "cosine", which need it.
+        schedule_power: the exponent of "power", in (0, 1].
         warmup_steps: outer steps of linear growth of the rate from lr / warmup_steps.
     """
 
@@ -37,8 +38,9 @@ class OuterOptimizer:
     lr: float = 1e-3
     options: dict[str, Any] = field(default_factory=dict)
     clip_norm: float | None = None
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine", "power"] = "constant"
     schedule_steps: int | None = None
+    schedule_power: float = 0.5
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -50,11 +52,13 @@ class OuterOptimizer:
             raise ValueError(
                 f"clip_norm must be > 0, or None for no clipping, got {self.clip_norm}"
             )
-        if self.schedule not in ("constant", "linear", "cosine"):
+        if self.schedule not in ("constant", "linear", "cosine", "power"):
             raise ValueError(
-                f"schedule must be 'constant', 'linear' or 'cosine', got {self.schedule!r}"
+                f"schedule must be 'constant', 'linear', 'cosine' or 'power', got {self.schedule!r}"
             )
-        if self.schedule != "constant" and (self.schedule_steps or 0) < 1:
+        if not 0 < self.schedule_power <= 1:
+            raise ValueError(f"schedule_power must be in (0, 1], got {self.schedule_power}")
+        if self.schedule in ("linear", "cosine") and (self.schedule_steps or 0) < 1:
             raise ValueError(
                 f"schedule_steps must be >= 1 with schedule={self.schedule!r}, "
                 f"got {self.schedule_steps}"
@@ -73,6 +77,8 @@ class OuterOptimizer:
         warmup = min(1.0, (version + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         if self.schedule == "constant":
             return self.lr * warmup
+        if self.schedule == "power":
+            return self.lr * warmup * (version + 1) ** -self.schedule_power
         progress = min(1.0, version / (self.schedule_steps or 1))
         decay = (
             1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
@@ -95,9 +101,11 @@ class Contribution(NamedTuple):
     Args:
         lease_id: the lease; each is applied once.
         version: of x that it was computed at.
-        total: sum of task hypergradients, flat, shape (L,).
+        total: sum of task hypergradients, flat, shape (L,); of a two-point method (2 L,), followed
+            by the sum at the previous x.
         num_tasks: how many tasks are in `total`.
         weight: multiplies `total` (staleness weighting).
+        states: what the algorithm keeps of these tasks, by task index.
     """
 
     lease_id: int
@@ -105,6 +113,7 @@ class Contribution(NamedTuple):
     total: Tensor
     num_tasks: int
     weight: float = 1.0
+    states: Mapping[int, Tensor] = {}  # never changed
 
 
 class StepResult(NamedTuple):
@@ -123,13 +132,37 @@ class StepResult(NamedTuple):
 
 
 class OuterState(NamedTuple):
-    """`OuterVariable` as data: x, the optimiser's tensors, the version, which leases are in."""
+    """`OuterVariable` as data.
+
+    Args:
+        outer: x.
+        optimizer: the tensors of its optimiser.
+        version: outer steps taken.
+        applied_below, applied: the leases in x: all below a number, and some others.
+        recursion: of a two-point method, w and the previous x, each of shape (L,).
+        states: what the algorithm keeps of each task, by task index.
+    """
 
     outer: Params
     optimizer: dict[str, Tensor]
     version: int
     applied_below: int
     applied: tuple[int, ...]
+    recursion: Mapping[str, Tensor] = {}  # never changed
+    states: Mapping[int, Tensor] = {}  # never changed
+
+
+class StepRules(NamedTuple):
+    """What of a step is not the optimiser's business.
+
+    Args:
+        project: applied to x after every step, see `Problem.project_outer`; None: nothing.
+        recursive_weight: a_k of a two-point method by version, see `Algorithm.recursive_weight`;
+            None: a one-point method.
+    """
+
+    project: Callable[[Params], Params] | None = None
+    recursive_weight: Callable[[int], float | None] | None = None
 
 
 class OuterVariable:
@@ -137,9 +170,16 @@ class OuterVariable:
 
     Contributions are added in lease order whatever order they come in, so a synchronous run
     gives the same bytes with any number of workers.
+
+    Args:
+        outer: x at the start.
+        optimizer: how it is stepped.
+        rules: what else belongs to a step.
     """
 
-    def __init__(self, outer: Params, optimizer: OuterOptimizer) -> None:
+    def __init__(
+        self, outer: Params, optimizer: OuterOptimizer, rules: StepRules | None = None
+    ) -> None:
         check_flattenable(outer, "outer")
         self._like = {name: leaf.detach() for name, leaf in outer.items()}
         self._flat = torch.nn.Parameter(flatten(self._like).clone())
@@ -147,9 +187,18 @@ class OuterVariable:
         self._optimizer = OPTIMIZERS[optimizer.name](
             [self._flat], lr=optimizer.lr, **optimizer.options
         )
+        self._rules = rules or StepRules()
+        self._recursion: dict[str, Tensor] = {}
+        self.states: dict[int, Tensor] = {}
+        """What the algorithm keeps of each task, by task index."""
         self.version = 0
         self._applied_below = 0
         self._applied: set[int] = set()
+
+    @property
+    def previous(self) -> Tensor | None:
+        """x one version before, shape (L,), of a two-point method after its first step."""
+        return self._recursion.get("previous")
 
     @property
     def flat(self) -> Tensor:
@@ -159,7 +208,11 @@ class OuterVariable:
     @property
     def params(self) -> Params:
         """A copy of x by name."""
-        return unflatten(self.flat.clone(), self._like)
+        return self.unflatten(self.flat.clone())
+
+    def unflatten(self, flat: Tensor) -> Params:
+        """Views of a vector like `flat` by name."""
+        return unflatten(flat, self._like)
 
     def is_applied(self, lease_id: int) -> bool:
         """Whether this lease's contribution is in x."""
@@ -179,15 +232,17 @@ class OuterVariable:
         """
         fresh: list[Contribution] = []
         repeated: list[int] = []
+        weight = self._weight()
+        expected = len(self._flat) * (1 if weight is None or weight == 1 else 2)
         for item in sorted(contributions, key=lambda item: item.lease_id):
             known = self.is_applied(item.lease_id)
             if known or (fresh and fresh[-1].lease_id == item.lease_id):
                 repeated.append(item.lease_id)
                 continue
-            if item.total.shape != self._flat.shape:
+            if item.total.shape != (expected,):
                 raise ValueError(
-                    f"contribution of lease {item.lease_id} must have shape "
-                    f"{tuple(self._flat.shape)}, got {tuple(item.total.shape)}"
+                    f"contribution of lease {item.lease_id} must have shape ({expected},), got "
+                    f"{tuple(item.total.shape)}"
                 )
             if not 0 <= item.version <= self.version:
                 raise ValueError(
@@ -199,10 +254,12 @@ class OuterVariable:
         norm = 0.0
         num_tasks = sum(item.num_tasks for item in fresh)
         if num_tasks:
-            mean = torch.zeros_like(self._flat)
+            mean = torch.zeros(expected, dtype=self._flat.dtype, device=self._flat.device)
             for item in fresh:
                 mean.add_(item.total, alpha=item.weight)
             mean.div_(num_tasks)
+            if weight is not None:
+                mean = self._recur(mean, weight)
             norm = float(mean.norm())
             if self._config.clip_norm is not None and norm > self._config.clip_norm:
                 mean.mul_(self._config.clip_norm / norm)
@@ -211,6 +268,11 @@ class OuterVariable:
             self._flat.grad = mean
             self._optimizer.step()
             self._flat.grad = None
+            if self._rules.project is not None:
+                with torch.no_grad():
+                    self._flat.copy_(flatten(self._rules.project(self.params)))
+        for item in fresh:
+            self.states.update(item.states)
         staleness = tuple(self.version - item.version for item in fresh)
         if fresh:
             self.version += 1
@@ -227,6 +289,20 @@ class OuterVariable:
             lr,
         )
 
+    def _weight(self) -> float | None:
+        """a_k of the step to come; 1 as long as there is nothing to go back to."""
+        if self._rules.recursive_weight is None:
+            return None
+        return self._rules.recursive_weight(self.version) if self._recursion else 1.0
+
+    def _recur(self, mean: Tensor, weight: float) -> Tensor:
+        """w_k = h(x_k) + (1 - a_k) (w_{k-1} - h(x_{k-1})); keeps it, and x_k."""
+        w, *at_previous = mean.split(len(self._flat))
+        if at_previous:
+            w = w + (1 - weight) * (self._recursion["w"] - at_previous[0])
+        self._recursion = {"w": w.clone(), "previous": self.flat.clone()}
+        return w.clone()
+
     def state(self) -> OuterState:
         """A copy of everything, for a checkpoint."""
         optimizer: dict[str, Tensor] = {}
@@ -234,13 +310,23 @@ class OuterVariable:
             if value is not None:
                 optimizer[name] = torch.as_tensor(value).detach().clone()
         return OuterState(
-            self.params, optimizer, self.version, self._applied_below, tuple(sorted(self._applied))
+            self.params,
+            optimizer,
+            self.version,
+            self._applied_below,
+            tuple(sorted(self._applied)),
+            {name: leaf.clone() for name, leaf in self._recursion.items()},
+            {index: leaf.clone() for index, leaf in sorted(self.states.items())},
         )
 
     @classmethod
-    def from_state(cls, state: OuterState, optimizer: OuterOptimizer) -> OuterVariable:
+    def from_state(
+        cls, state: OuterState, optimizer: OuterOptimizer, rules: StepRules | None = None
+    ) -> OuterVariable:
         """The variable as it was when `state` was taken."""
-        variable = cls(state.outer, optimizer)
+        variable = cls(state.outer, optimizer, rules)
+        variable._recursion = {name: leaf.clone() for name, leaf in state.recursion.items()}
+        variable.states = {index: leaf.clone() for index, leaf in state.states.items()}
         if state.optimizer:
             snapshot = variable._optimizer.state_dict()
             snapshot["state"] = {0: {name: leaf.clone() for name, leaf in state.optimizer.items()}}

@@ -13,7 +13,7 @@ from metadist.algorithm import Algorithm, split_own
 from metadist.hypergradient import HypergradientSum, vectorizes
 from metadist.lease import Workload, intra_op_threads
 from metadist.oracle import AutogradOracle, CountingOracle
-from metadist.problem import Problem
+from metadist.problem import Problem, context_depends_on, is_nonsmooth
 from metadist.task import Task, TaskSampler, to_device
 from metadist.trees import Params, check_flattenable
 
@@ -39,20 +39,37 @@ def preflight(workload: Workload, outer: Params) -> None:
 
     Cost: the hypergradient of one or three tasks, and one double backward pass of g.
     """
-    tasks = [_task(workload.sampler, outer, index) for index in range(2)]
+    num_tasks = min(2, workload.meta_batch_size) if workload.keep_state else 2
+    tasks = [_task(workload.sampler, outer, index) for index in range(num_tasks)]
     algorithm = workload.algorithm
     with intra_op_threads(workload.num_threads):
         check_losses(workload.problem, workload.sampler, outer)
+        if is_nonsmooth(workload.problem) and not algorithm.takes_prox:
+            raise ValueError(
+                f"algorithm must take a prox for a problem with prox_inner, got "
+                f"{type(algorithm).__name__}, which would leave the non-smooth part out: use MEHA"
+            )
         algorithm.check(workload.problem, split_own(outer)[0], tasks[0])
         result = _hypergradient(workload, outer, tasks[:1])
         _check_twice_differentiable(workload, outer, tasks[0])
-        _check_vectorizes(workload, outer, tasks)
+        if num_tasks > 1:
+            _check_vectorizes(workload, outer, tasks)
     if 0 in result.dropped:
         raise ValueError(
             "the hypergradient of task 0 must be finite, got NaN or Inf: adaptation diverges; "
             f"try a smaller inner_lr, or look at the task ({algorithm})"
         )
     dead = [name for name, leaf in result.total.items() if not leaf.any()]
+    if algorithm.trains == "context":
+        # From a start at v = 0 the first hypergradient may be zero, and the next is not.
+        reached = context_depends_on(workload.problem, split_own(outer)[0], tasks[0])
+        dead = [name for name in dead if name not in reached]
+        if not reached:
+            raise ValueError(
+                f"algorithm must not be {type(algorithm).__name__} for this problem: it takes the "
+                "start of adaptation for a constant, and nothing else depends on the outer "
+                "variable. Give the problem a context (FewShotProblem: adapt='head'), or use ITD"
+            )
     if len(dead) == len(result.total):
         raise ValueError(
             f"the hypergradient of task 0 is zero in every outer variable ({_few(dead)}): neither "

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from metadist.autodiff import gradients, leaves
 from metadist.task import Batch, Task
 from metadist.trees import Params
 
@@ -87,6 +88,19 @@ def is_nonsmooth(problem: Problem) -> bool:
 def is_constrained(problem: Problem) -> bool:
     """Whether the outer variable of the problem is confined to a set."""
     return _overrides(problem, "project_outer")
+
+
+def context_depends_on(problem: Problem, outer: Params, task: Task) -> set[str]:
+    """Names of the outer variables that the context of `task` depends on."""
+    x = leaves(outer)
+    with torch.enable_grad():
+        context = problem.encode(x, task)
+    random = torch.Generator().manual_seed(0)
+    cotangents = [
+        torch.rand(leaf.shape, generator=random).to(leaf) for leaf in context.values()
+    ]  # not all ones, along which a normalised context does not change
+    (gradient,) = gradients(list(context.values()), cotangents, x)
+    return {name for name, leaf in gradient.items() if bool(leaf.any())}
 
 
 def _overrides(problem: Problem, method: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from metadist.algorithm import Algorithm
+from metadist.algorithm import Algorithm, split_own
 from metadist.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -22,11 +22,13 @@ from metadist.executor import Executor, LocalExecutor, StepReport
 from metadist.hypergradient import Vectorize
 from metadist.lease import Workload
 from metadist.monitor import Monitor, TerminalProgress, mean_metrics
+from metadist.oracle import AutogradOracle
 from metadist.outer import OuterOptimizer, OuterVariable
 from metadist.preflight import check_losses, check_trainable, initial_outer, preflight
 from metadist.problem import Problem
 from metadist.sampler_check import check_sampler
-from metadist.task import TaskSampler
+from metadist.state import counters_of, unflatten_state
+from metadist.task import TaskSampler, to_device
 from metadist.trees import Params
 
 
@@ -69,6 +71,9 @@ class Trainer:
         tasks_per_lease: tasks that travel together; None: a quarter of a meta-batch, or 1 where
             that is no divisor. Results depend on it by rounding, and on nothing else of the way
             the work is distributed.
+        keep_state: for problems with a fixed set of tasks, of which `meta_batch_size` is the number
+            (1: a single problem): all of them at every outer step, each with what the algorithm
+            keeps of it (inner variable, adjoint, ...). Otherwise every task is new.
         seed: of the initial outer variable and the mini-batch draws.
         executor: who computes; None: this process.
         run_dir: folder for checkpoints, TensorBoard events and results; None: keep nothing.
@@ -100,6 +105,7 @@ class Trainer:
         outer_optimizer: OuterOptimizer | None = None,
         meta_batch_size: int = 16,
         tasks_per_lease: int | None = None,
+        keep_state: bool = False,
         seed: int = 0,
         executor: Executor | None = None,
         run_dir: str | Path | None = None,
@@ -149,6 +155,7 @@ class Trainer:
             tasks_per_lease=default_tasks_per_lease(meta_batch_size)
             if tasks_per_lease is None
             else tasks_per_lease,
+            keep_state=keep_state,
             report_every=log_every,
             vectorize=vectorize,
             chunk_size=chunk_size,
@@ -181,11 +188,14 @@ class Trainer:
                 {
                     "seed": seed,
                     "tasks_per_lease": self._workload.tasks_per_lease,
+                    "keep_state": keep_state,
+                    "algorithm": repr(algorithm),
                     "outer_optimizer": asdict(self._optimizer),
                 }
             )
         )
-        self._state = OuterVariable(outer, self._optimizer).state()
+        rules = self._workload.stepping_rules()
+        self._state = OuterVariable(outer, self._optimizer, rules).state()
         self._like = outer
         self._is_new = True
         self.has_started = False
@@ -200,6 +210,23 @@ class Trainer:
     def version(self) -> int:
         """Outer steps taken so far."""
         return self._state.version
+
+    def inner(self, index: int) -> Params:
+        """With keep_state: the inner variable of the task at `index` after the last step."""
+        flat = self._state.states.get(index)
+        if flat is None:
+            raise ValueError(
+                "inner needs keep_state=True and a step taken on that task, got "
+                f"{sorted(self._state.states) or 'no states'} and index {index}"
+            )
+        leaf = next(iter(self.outer.values()))
+        task = to_device(self.sampler.sample(index), leaf.device, leaf.dtype)
+        outer, own = split_own(self.outer)
+        context, start = self.problem.encode(outer, task), self.problem.init_inner(outer, task)
+        oracle = AutogradOracle(self.problem, task, self._workload.batch_size)
+        like = self.algorithm.init(oracle, {**context, **own}, start)
+        inner: Params = unflatten_state(flat, like, counters_of(flat)).inner
+        return inner
 
     @property
     def skipped(self) -> dict[str, str]:

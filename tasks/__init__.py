@@ -9,6 +9,7 @@ from metadist.tasks.class_splits import read_splits
 from metadist.tasks.dataset import FewShotDataset
 from metadist.tasks.episodes import ClassImages, Draws, EpisodeSampler
 from metadist.tasks.few_shot import FewShotProblem
+from metadist.tasks.fixed import FixedTasks
 from metadist.tasks.folder import ImageFolder
 from metadist.tasks.glyphs import Glyphs
 from metadist.tasks.omniglot import Omniglot
@@ -22,6 +23,7 @@ __all__ = [
     "EpisodeSampler",
     "FewShotDataset",
     "FewShotProblem",
+    "FixedTasks",
     "Glyphs",
     "ImageFolder",
     "Omniglot",
