@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from metadist.algorithm import OWN, Algorithm, Estimate, InnerState, split_own
+from metadist.algorithm import OWN, Algorithm, Card, Estimate, InnerState, split_own
 from metadist.algorithms.inner import check_sgd, sgd, sgd_step
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, multiply, scale, sub, tree_map, zeros_like
@@ -48,6 +48,15 @@ class ITD(Algorithm):
     ICML 2021, ITD-BiO; Finn, Abbeel, Levine, ICML 2017 (MAML); Raghu et al., ICLR 2020 (ANIL);
     Li et al., 2017 (Meta-SGD); Shaban et al., AISTATS 2019 (truncation).
     """
+
+    card = Card(
+        title="Iterative differentiation (ITD-BiO, MAML, ANIL, FOMAML)",
+        source="Ji, Yang, Liang, ICML 2021; Finn, Abbeel, Levine, ICML 2017",
+        problems="any smooth one; T steps of SGD are the lower problem",
+        cost="T G + F + T (H + J); K (H + J) with truncate=K, none with first_order",
+        state="y",
+        use="few-shot tasks: a learned start, few inner steps, a new task every time",
+    )
 
     inner_steps: int = 5
     inner_lr: float = 0.1

@@ -31,12 +31,13 @@ class Draw(NamedTuple):
     Args:
         source: the set.
         counter: number of the draw, or of the part.
-        is_part: whether it is a part of the set's fixed partition, see `Oracle.parts`.
+        share: of a part of the set's fixed partition (see `Oracle.parts`), which share of the
+            set it is; None for a random mini-batch.
     """
 
     source: Source
     counter: int
-    is_part: bool = False
+    share: float | None = None
 
 
 class Oracle(Protocol):
@@ -56,7 +57,7 @@ class Oracle(Protocol):
         ...
 
     def parts(self, source: Source) -> list[Draw]:
-        """The set cut into fixed mini-batches, the same at every outer step."""
+        """The set cut into fixed mini-batches, the same at every outer step, the last smaller."""
         ...
 
     def uniform(self) -> float:
@@ -162,8 +163,11 @@ class AutogradOracle:
 
     def parts(self, source: Source) -> list[Draw]:
         num_examples = self._set(source).index.shape[0]
-        num_parts = math.ceil(num_examples / (self._batch_size or num_examples))
-        return [Draw(source, number, is_part=True) for number in range(num_parts)]
+        size = min(self._batch_size or num_examples, num_examples)
+        return [
+            Draw(source, number, min(size, num_examples - number * size) / num_examples)
+            for number in range(math.ceil(num_examples / size))
+        ]
 
     def uniform(self) -> float:
         return random.Random(f"{self._seed} {self._step} {self._count()}").random()
@@ -190,7 +194,7 @@ class AutogradOracle:
         size = self._batch_size
         if size is None or size >= num_examples:
             return full
-        if draw.is_part:
+        if draw.share is not None:
             order = random_keys(full.index, self._seed, self._task.id).argsort()
             return full.take(order[draw.counter * size : (draw.counter + 1) * size])
         keys = random_keys(full.index, self._seed, self._step, self._task.id, draw.counter)

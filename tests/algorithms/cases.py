@@ -11,16 +11,16 @@ class Case(NamedTuple):
     """What is expected of one algorithm.
 
     Args:
-        algorithm: hyperparameters for the tasks of `quadratic_task` (eigenvalues 0.5 to 3),
-            without noise in draws.
+        algorithm: hyperparameters for `quadratic_task` (eigenvalues of A from 0.5 to 3) and
+            `mild_task` (from 1 to 2).
         counts: of `CountingOracle`, of one estimate from the state that an estimate has left.
-        outer_lr, num_steps: with which `run_single` solves such a task.
+        outer_lr, num_steps: with which `run_single` solves the mild one.
         tolerance: below which the true hypergradient is in the end, in Euclidean norm; for a
             method with bias, as large as the bias.
     """
 
     algorithm: Algorithm
     counts: dict[str, int]
-    outer_lr: float = 0.1
-    num_steps: int = 500
+    outer_lr: float = 0.2
+    num_steps: int = 100
     tolerance: float = 1e-6

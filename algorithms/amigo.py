@@ -1,0 +1,85 @@
+"""AmIGO: amortised implicit differentiation, both loops started from the last outer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from metadist.algorithm import Card, Estimate
+from metadist.algorithms.implicit import (
+    AdjointState,
+    adjoint_rate,
+    check_adjoint_lr,
+    hessian,
+    implicit_gradient,
+)
+from metadist.algorithms.inner import InnerLoop, check_at_least, check_choice
+from metadist.algorithms.linear import conjugate_gradient, fixed_point
+from metadist.oracle import Oracle
+from metadist.trees import Params, zeros_like
+
+
+@dataclass(frozen=True)
+class AmIGO(InnerLoop):
+    """Amortised implicit gradient optimisation: warm-started SGD on y, then on v.
+
+        y <- y - inner_lr grad_y g(x, y)              inner_steps times, from the last y
+        v <- v - adjoint_lr (H v - grad_y f(x, y))    adjoint_steps times, from the last v
+        h = grad_x f - J v
+
+    Every step on y, every step on v and J have a mini-batch of their own; f has one for the
+    whole loop on v. So h is unbiased given (x, y, v).
+
+    Args:
+        solver: "gd": the steps above; "cg": as many of conjugate gradients, on one mini-batch.
+        adjoint_steps: N >= 1.
+        adjoint_lr: eta of "gd", <= 1/L; None: inner_lr.
+
+    Cost: T G + F + N H + J; with "cg" one H more, for the first residual.
+    Memory: y and v, 4 vectors more with "cg".
+    Breaks: as AID; a v of another task is no start, so nothing is amortised on new tasks.
+    Source: Arbel and Mairal, "Amortized Implicit Differentiation for Stochastic Bilevel
+    Optimization", ICLR 2022.
+    Differs from the official code in: the sign of v (there H v = -grad_y f).
+    """
+
+    card = Card(
+        title="Amortised implicit gradient optimisation",
+        source="Arbel, Mairal, ICLR 2022",
+        problems="strongly convex in y",
+        cost="T G + F + Q H + J",
+        state="y, v",
+        use="mini-batches and kept states, a few steps on y and v",
+    )
+
+    solver: Literal["gd", "cg"] = "gd"
+    adjoint_steps: int = 10
+    adjoint_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("solver", self.solver, ("gd", "cg"))
+        check_at_least("adjoint_steps", self.adjoint_steps, 1)
+        if self.solver == "gd":
+            check_adjoint_lr(self, self.adjoint_lr)
+        elif self.adjoint_lr is not None:
+            raise ValueError(
+                f"adjoint_lr must be None with solver='cg', got {self.adjoint_lr}: conjugate "
+                "gradients have no rate"
+            )
+
+    def init(self, oracle: Oracle, outer: Params, inner: Params) -> AdjointState:
+        return AdjointState(inner, zeros_like(inner))
+
+    def estimate(self, oracle: Oracle, outer: Params, state: AdjointState) -> Estimate:
+        y = self.descend(oracle, outer, state.inner)
+        outer_grads = oracle.outer_grads(outer, y, oracle.draw_outer())
+        b, steps = outer_grads[1], self.adjoint_steps
+        if self.solver == "gd":
+            eta = adjoint_rate(self, self.adjoint_lr)
+            v, metrics = fixed_point(hessian(oracle, outer, y), b, steps, eta, state.v)
+        else:
+            product = hessian(oracle, outer, y, oracle.draw_inner())
+            v, metrics = conjugate_gradient(product, b, steps, state.v)
+        h, residual = implicit_gradient(oracle, outer, y, v, outer_grads)
+        return Estimate(h, None, AdjointState(y, v), {**metrics, **residual})

@@ -1,0 +1,124 @@
+"""MEHA: single loop, first derivatives only, the lower problem replaced by its Moreau envelope."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from metadist.algorithm import Card, Estimate
+from metadist.algorithms.inner import SingleLoop, check_positive, decayed
+from metadist.oracle import Draw, Oracle
+from metadist.trees import Params, add, norm, sub
+
+
+class MEHAState(NamedTuple):
+    """y, the estimate theta of its proximal point, and the outer step of the last move (or -1)."""
+
+    inner: Params
+    theta: Params
+    moved_at: int
+
+
+@dataclass(frozen=True)
+class MEHA(SingleLoop):
+    """Moreau envelope based, Hessian-free algorithm; g may have a non-smooth part r with a prox.
+
+    The lower problem becomes the constraint  g + r - v(x, y) <= 0  with the envelope
+    v(x, y) = min_theta (g + r)(x, theta) + |theta - y|^2 / (2 gamma):
+
+        theta <- prox_r(theta - inner_lr * (grad_y g(x, theta) + (theta - y) / gamma))
+        h = grad_x f(x, y) / c_k + grad_x (g + r)(x, y) - grad_x (g + r)(x, theta)
+        y <- prox_r(y - y_lr * (grad_y f / c_k + grad_y g - (y - theta) / gamma)),  at the NEXT x
+
+    with c_k = c * (k+1)^c_power. y's step wants the x that h leads to, so it is made at the
+    beginning of the next move. Several moves (`inner_steps`) can be made at one x: a new task
+    needs them. h is an estimate of the hypergradient divided by c_k.
+
+    Args:
+        y_lr: beta, the step size of y, > 0; `inner_lr` is theta's. `inner_decay` applies to both.
+        gamma: of the envelope, > 0; below 1 / (2 rho) where g + r is rho-weakly convex.
+        c: the weight that divides f, > 0; large beside |grad_y f| over the curvature of g.
+        c_power: p, in [0, 0.5).
+
+    Cost: per move 4 G + 2 Gx + 2 F: theta's G, two joint gradients of g and F for h, G and F of
+    y at the next x (the oracle's gradients of f are joint, the method uses one half of each).
+    Memory: two more y.
+    Breaks: h = 0 where theta = y; the bias of the end point is O(1 / c_k).
+    Source: Liu, Liu, Yao, Zeng, Zhang, "Moreau Envelope for Nonconvex Bi-Level Optimization: A
+    Single-loop and Hessian-free Solution Strategy", ICML 2024; order and division by c_k are
+    those of the same group's code for the non-smooth case. Differs from the official toy code
+    in: that multiplies f by c_k, which ends at the minimiser of f alone.
+    """
+
+    card = Card(
+        title="Moreau Envelope based Hessian-free Algorithm (MEHA)",
+        source="Liu, Liu, Yao, Zeng, Zhang, ICML 2024",
+        problems="non-convex; a non-smooth part with a prox (lasso)",
+        cost="T x (4 G + 2 Gx + 2 F)",
+        state="y, theta",
+        use="non-smooth lower problems; no second derivatives",
+    )
+    takes_prox = True
+
+    y_lr: float = 0.1
+    gamma: float = 1.0
+    c: float = 10.0
+    c_power: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("y_lr", self.y_lr)
+        check_positive("gamma", self.gamma)
+        check_positive("c", self.c)
+        if not 0 <= self.c_power < 0.5:
+            raise ValueError(f"c_power must be in [0, 0.5), got {self.c_power}")
+
+    def init(self, oracle: Oracle, outer: Params, inner: Params) -> MEHAState:
+        return MEHAState(inner, inner, -1)
+
+    def move(self, oracle: Oracle, outer: Params, state: MEHAState) -> Estimate:
+        y, theta = state.inner, state.theta
+        if state.moved_at >= 0:
+            y = self._move_y(oracle, outer, state)
+        gradient = oracle.inner_grad(outer, theta, oracle.draw_inner())
+        towards_y = add(gradient, sub(theta, y), 1 / self.gamma)
+        theta = self._prox_step(oracle, outer, theta, towards_y, self.inner_lr)
+
+        draw = oracle.draw_inner()  # one for both, so that noise cancels in the difference
+        at_y, at_theta = (
+            self._lower_x(oracle, outer, y, draw),
+            self._lower_x(oracle, outer, theta, draw),
+        )
+        f_x, _ = oracle.outer_grads(outer, y, oracle.draw_outer())
+        h = add(sub(at_y, at_theta), f_x, 1 / self._weight(oracle.step))
+        metrics = {"envelope_gap": norm(sub(y, theta)) / self.gamma}
+        return Estimate(h, None, MEHAState(y, theta, oracle.step), metrics)
+
+    def _move_y(self, oracle: Oracle, outer: Params, state: MEHAState) -> Params:
+        y = state.inner
+        _, f_y = oracle.outer_grads(outer, y, oracle.draw_outer())
+        lower_y = oracle.inner_grad(outer, y, oracle.draw_inner())
+        gradient = add(lower_y, sub(y, state.theta), -1 / self.gamma)
+        gradient = add(gradient, f_y, 1 / self._weight(state.moved_at))
+        return self._prox_step(oracle, outer, y, gradient, self.y_lr)
+
+    def _lower_x(self, oracle: Oracle, outer: Params, y: Params, draw: Draw) -> Params:
+        """grad_x (g + r)."""
+        return add(oracle.inner_grads(outer, y, draw)[0], oracle.nonsmooth_grad(outer, y))
+
+    def _prox_step(
+        self, oracle: Oracle, outer: Params, y: Params, gradient: Params, lr: float
+    ) -> Params:
+        size = decayed(lr, self.inner_decay, oracle.step)
+        return oracle.prox_inner(outer, add(y, gradient, -size), size)
+
+    def _weight(self, step: int) -> float:
+        return decayed(self.c, -self.c_power, step)
+
+    def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
+        """The proximal gradient method on g + r, for as many steps."""
+        for _ in range(self.inner_steps):
+            gradient = oracle.inner_grad(outer, inner, oracle.draw_inner())
+            step = add(inner, gradient, -self.inner_lr)
+            inner = oracle.prox_inner(outer, step, self.inner_lr)
+        return inner

@@ -1,0 +1,129 @@
+"""Penalty method: the lower problem as the constraint grad_y g = 0 of an augmented Lagrangian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metadist.algorithm import Card, Estimate
+from metadist.algorithms.inner import (
+    InnerLoop,
+    InnerOptimizer,
+    check_at_least,
+    check_positive,
+    decayed,
+)
+from metadist.algorithms.linear import relative_residual
+from metadist.oracle import Oracle
+from metadist.trees import Params, add, dot, norm, scale, sub, zeros_like
+
+
+class PenaltyState(NamedTuple):
+    """y, the multipliers, and how many times the weights have been updated (shape ())."""
+
+    inner: Params
+    multipliers: Params
+    num_updates: Tensor
+
+
+@dataclass(frozen=True)
+class Penalty(InnerLoop):
+    """The penalty method: no inverse of the Hessian, its place is taken by multipliers nu.
+
+        h_up = f + <nu, grad_y g> + rho / 2 |grad_y g|^2,    h_low = h_up + lam * g
+        inner_steps of the inner optimiser on h_low in y:  grad_y f + H w + lam * grad_y g,
+        h = grad_x h_up = grad_x f + J w,    w = nu + rho * grad_y g
+
+    Where |grad_x h_up|^2 + |grad_y h_low|^2 < eps^2: nu += rho * grad_y g, then rho, lam and eps
+    are multiplied by their factors and inner_lr by lr_factor. At a solution -w is the adjoint
+    H^-1 grad_y f, so h is the hypergradient, at any rho once nu has converged. On a new task nu
+    is 0: h has a bias of O(1/rho) and O(lam): take a larger
+    rho, with inner_lr < 2 / (rho L^2) and more inner_steps.
+
+    Args:
+        inner_lr: of y on h_low, and of `adapt`.
+        rho: initial weight of the penalty, > 0. The curvature in y is of order rho * H^2.
+        lam: initial weight of g, >= 0; it pulls y to a minimum of g.
+        eps: initial tolerance, > 0; set against the size of the gradients of f.
+        rho_factor: >= 1. With 1 the multipliers do the work, at a linear rate. Above 1, steps
+            of x diverge once outer_lr * rho * |J|^2 > 2 unless the outer rate falls as well.
+        lam_factor, eps_factor, lr_factor: in (0, 1]. With "sgd" and rho_factor > 1, lr_factor
+            should be 1 / rho_factor.
+
+    Cost: T (G + F + H) + F + 2 G + J + H: the last H is a by-product of J's pass.
+    Memory: one more y and one graph.
+    Breaks: nearly singular H; far from lower minima, where grad_y g = 0 may be a saddle.
+    Source: Mehra, Hamm, "Penalty Method for Inversion-Free Deep Bilevel Optimization", ACML
+    2021. Differs from the official code in: its test squares the sums of squares once more,
+    (s^2 + t^2) < eps^2; nu starts at 0; x is stepped by the outer optimiser, whose rate no
+    update shrinks; so rho_factor and lr_factor are 1 by default where that has 1.1 and 0.9; the
+    inner optimiser is by default "sgd" where that has Adam.
+    """
+
+    card = Card(
+        title="Penalty method (augmented Lagrangian)",
+        source="Mehra, Hamm, ACML 2021",
+        problems="strongly convex near the solution",
+        cost="T (G + F + H) + F + 2 G + J + H",
+        state="y, multipliers, number of updates",
+        use="kept states, when an adjoint solve is not wanted",
+    )
+
+    rho: float = 1.0
+    lam: float = 0.01
+    eps: float = 0.01
+    rho_factor: float = 1.0
+    lam_factor: float = 0.9
+    eps_factor: float = 0.9
+    lr_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("rho", self.rho)
+        check_at_least("lam", self.lam, 0)
+        check_positive("eps", self.eps)
+        check_at_least("rho_factor", self.rho_factor, 1)
+        for field in ("lam_factor", "eps_factor", "lr_factor"):
+            value = getattr(self, field)
+            if not 0 < value <= 1:
+                raise ValueError(f"{field} must be in (0, 1], got {value}")
+
+    def init(self, oracle: Oracle, outer: Params, inner: Params) -> PenaltyState:
+        leaf = next(iter(inner.values()))
+        return PenaltyState(inner, zeros_like(inner), leaf.new_zeros(()))
+
+    def estimate(self, oracle: Oracle, outer: Params, state: PenaltyState) -> Estimate:
+        y, nu, count = state
+        rho, lam, eps = (
+            first * factor**count
+            for first, factor in (
+                (self.rho, self.rho_factor),
+                (self.lam, self.lam_factor),
+                (self.eps, self.eps_factor),
+            )
+        )
+        shrink = self.lr_factor**count
+        optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))
+        for _ in range(self.inner_steps):
+            draw = oracle.draw_inner()
+            g_y = oracle.inner_grad(outer, y, draw)
+            h_w = oracle.hvp(outer, y, add(nu, g_y, rho), draw)
+            _, f_y = oracle.outer_grads(outer, y, oracle.draw_outer())
+            moved = optimizer.step(y, add(add(f_y, h_w), g_y, lam))
+            y = add(y, sub(moved, y), shrink)
+
+        draw = oracle.draw_inner()
+        g_y = oracle.inner_grad(outer, y, draw)
+        w = add(nu, g_y, rho)
+        j_w, h_w = oracle.second_order(outer, y, w, draw)
+        f_x, f_y = oracle.outer_grads(outer, y, oracle.draw_outer())
+        h, low_y = add(f_x, j_w), add(add(f_y, h_w), g_y, lam)
+        met = dot(h, h) + dot(low_y, low_y) < eps**2
+        step = torch.where(met, rho, 0.0)
+        new = PenaltyState(y, add(nu, g_y, step), count + met)
+        residual = relative_residual(scale(h_w, -1.0), f_y)  # -w is the adjoint
+        metrics = {"inner_gradient_norm": norm(g_y), "adjoint_residual": residual}
+        return Estimate(h, None, new, metrics)

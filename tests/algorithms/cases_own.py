@@ -1,0 +1,14 @@
+"""The algorithms that differentiate the inner loop, and Reptile."""
+
+from metadist.algorithms import ITD, Reptile
+from tests.algorithms.cases import Case
+
+CASES: dict[str, Case] = {
+    "itd": Case(
+        ITD(inner_steps=20, inner_lr=0.3),
+        {"inner_grad": 20, "outer_grads": 1, "hvp": 20, "jvp": 20},
+        # The warm start counts as a constant, so the error of the unrolled map remains.
+        tolerance=0.1,
+    ),
+    "reptile": Case(Reptile(inner_steps=5, inner_lr=0.3), {"inner_grad": 5}),
+}

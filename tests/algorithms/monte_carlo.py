@@ -1,0 +1,61 @@
+"""What tests of stochastic methods share: many draws at once, and moments within their error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from metadist.algorithm import Algorithm, State
+from metadist.oracle import AutogradOracle
+from metadist.problem import Problem
+from metadist.task import Task
+from metadist.trees import Params, flatten
+from tests.problems import DOUBLE, oracle_of
+
+
+def one_estimate(
+    algorithm: Algorithm,
+    problem: Problem,
+    outer: Params,
+    task: Task,
+    state: State = None,
+    **options: int | None,
+) -> Any:
+    """An `Estimate` from `state`, by default a new one."""
+    oracle, context, start = oracle_of(problem, outer, task, **options)
+    if state is None:
+        state = algorithm.init(oracle, context, start)
+    return algorithm.estimate(oracle, context, state)
+
+
+def by_draws(
+    function: Callable[[AutogradOracle], Params],
+    problem: Problem,
+    task: Task,
+    num_draws: int,
+    batch_size: int | None = None,
+) -> Tensor:
+    """`function`, flat, with oracles of that many seeds; shape (num_draws, numbers)."""
+
+    def one(number: Tensor) -> Tensor:
+        return flatten(function(AutogradOracle(problem, task._replace(id=number), batch_size)))
+
+    return vmap(one, chunk_size=10_000)(torch.arange(num_draws))
+
+
+def assert_mean(samples: Tensor, expected: Tensor, num_errors: float = 4.0) -> None:
+    """The mean of `samples` (axis 0) is within so many standard errors of `expected`."""
+    error = samples.std(0) / len(samples) ** 0.5
+    assert bool(((samples.mean(0) - expected).abs() <= num_errors * error + 1e-12).all()), (
+        samples.mean(0),
+        expected,
+        error,
+    )
+
+
+def vector(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=DOUBLE)

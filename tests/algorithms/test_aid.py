@@ -1,0 +1,276 @@
+"""AID: the golden table, closed forms, the exact hypergradient, singular H, draws and messages."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from metadist.algorithms.aid import AID
+from metadist.algorithms.implicit import AdjointState
+from metadist.algorithms.inner import sgd
+from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.problem import Problem
+from metadist.task import Batch, Task
+from metadist.trees import flatten, unflatten
+from tests.problems import (
+    DOUBLE,
+    Quadratic,
+    Smooth,
+    assert_close,
+    central_difference,
+    generator,
+    golden_quadratic,
+    oracle_of,
+    quadratic_task,
+    quadratic_terms,
+    run_single,
+    smooth_task,
+    true_hypergradient,
+)
+
+
+def estimate(algorithm, problem, outer, task):
+    return run_single(algorithm, problem, task, outer, 1, 0.0).estimate
+
+
+def vector(*numbers):
+    return torch.tensor(numbers, dtype=DOUBLE)
+
+
+@pytest.mark.parametrize(
+    ("options", "v", "hypergradient"),
+    [
+        ({"adjoint_steps": 1}, (0.294118, -0.588235), (0.494118, -0.988235)),
+        ({"adjoint_steps": 2}, (1, -0.5), (1.2, -0.9)),
+        ({"adjoint_steps": 9}, (1, -0.5), (1.2, -0.9)),
+        ({"solver": "neumann", "adjoint_steps": 2}, (0.488, -0.496), (0.688, -0.896)),
+        ({"solver": "fixed_point", "adjoint_steps": 3}, (0.488, -0.496), (0.688, -0.896)),
+        ({"solver": "fixed_point", "adjoint_steps": 200}, (1, -0.5), (1.2, -0.9)),
+    ],
+    ids=str,
+)
+def test_the_golden_table(options, v, hypergradient):
+    problem, outer, task = golden_quadratic()
+    result = estimate(AID(200, 0.2, **options), problem, outer, task)
+    assert_close(result.state.inner, {"y": vector(2, -1)}, 1e-12)
+    # B = I, so that v = h - rho x.
+    assert_close({"v": result.hypergradient["x"] - 0.1 * outer["x"]}, {"v": vector(*v)}, 1e-6)
+    assert_close(result.hypergradient, {"x": vector(*hypergradient)}, 1e-6)
+    assert result.start_gradient is None
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_closed_forms_on_random_quadratics(index, damping):
+    problem, eta, num_inner = Quadratic(3, 5, rho=0.3), 0.2, 5
+    task, outer = quadratic_task(index, 3, num_inner), problem.init_outer(generator(index))
+    a, b, c, t = quadratic_terms(task)
+    eye = torch.eye(num_inner, dtype=DOUBLE)
+    solution = torch.linalg.solve(a, b @ outer["x"] + c)
+    y = solution - torch.linalg.matrix_power(eye - 0.15 * a, 4) @ solution
+    damped = torch.linalg.inv(a + damping * eye)
+    power = torch.linalg.matrix_power(eye - eta * (a + damping * eye), 4)
+    inexact = damped @ (eye - power) @ (y - t)
+    cases: list[tuple[dict[str, Any], torch.Tensor]] = [
+        ({"adjoint_steps": num_inner}, damped @ (y - t)),
+        ({"solver": "neumann", "adjoint_steps": 3, "adjoint_lr": eta}, inexact),
+        ({"solver": "fixed_point", "adjoint_steps": 4, "adjoint_lr": eta}, inexact),
+    ]
+    for options, v in cases:
+        result = estimate(AID(4, 0.15, damping=damping, **options), problem, outer, task)
+        assert_close(result.state.inner, {"y": y}, 1e-12)
+        assert_close(result.hypergradient, {"x": 0.3 * outer["x"] + b.T @ v}, 1e-10)
+        residual = (a @ v + damping * v - (y - t)).norm() / (y - t).norm()
+        assert float(result.metrics["adjoint_residual"]) == pytest.approx(float(residual), abs=1e-9)
+
+
+def test_an_ill_conditioned_quadratic():
+    problem, outer = Quadratic(2, 6), {"x": vector(1, -2)}
+    terms = quadratic_terms(quadratic_task(0, 2, 6))
+    a = torch.diag(torch.logspace(0, -3, 6, dtype=DOUBLE))
+    task = Task(
+        Batch.of(a[None], terms[1][None], terms[2][None] * 1e-2), Batch.of(terms[3][None]), 0
+    )
+    problem.start = torch.linalg.solve(a, terms[1] @ outer["x"] + terms[2] * 1e-2)
+    result = estimate(AID(1, 0.5, adjoint_steps=12), problem, outer, task)
+    exact = true_hypergradient(problem, outer, task)
+    assert_close({"x": result.hypergradient["x"] / exact.norm()}, {"x": exact / exact.norm()}, 1e-8)
+    slow = AID(1, 0.5, solver="fixed_point", adjoint_steps=12, adjoint_lr=1.0)
+    assert estimate(slow, problem, outer, task).metrics["adjoint_residual"] > 0.1
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_it_is_exact_at_the_lower_solution_of_a_problem_that_is_no_quadratic(optimizer):
+    problem, task = Smooth(), smooth_task(3)
+    outer = problem.init_outer(generator(3))
+    oracle, context, start = oracle_of(problem, outer, task)
+
+    def solve(context, y, num_steps=3):  # Newton's method, from near by
+        for _ in range(num_steps):
+            flat = flatten(y)
+            of_flat = lambda z: problem.inner_loss(context, unflatten(z, start), task.support)  # noqa: E731
+            slope, curvature = torch.func.grad(of_flat)(flat), torch.func.hessian(of_flat)(flat)
+            y = unflatten(flat - torch.linalg.solve(curvature, slope), start)
+        return y
+
+    rates = {name: torch.tensor(0.2, dtype=DOUBLE) for name in start}
+    solution = solve(context, sgd(oracle, context, start, 100, rates), 8)
+    algorithm = AID(1, 1e-3, inner_optimizer=optimizer, adjoint_steps=8)
+    result = algorithm.estimate(oracle, context, algorithm.init(oracle, context, solution))
+    expected = central_difference(
+        lambda x: problem.outer_loss(x, solve(x, solution), task.query), context
+    )
+    assert_close(result.hypergradient, expected, 1e-8)
+    assert result.metrics["adjoint_residual"] < 1e-9
+    assert result.metrics["negative_curvature"] == 0
+
+
+class Degenerate(Problem):
+    """g = y_1^2/2 - x y_1, f = (x - y_2)^2/2 + (y_1 - 1)^2/2: y_2 is free, H = diag(1, 0)."""
+
+    def init_outer(self, generator):
+        return {"x": vector(0.3)}
+
+    def init_inner(self, outer, task):
+        return {"y": vector(0, 0)}
+
+    def inner_loss(self, outer, inner, batch):
+        y = inner["y"][0]
+        return 0.5 * y * y - outer["x"][0] * y
+
+    def outer_loss(self, outer, inner, batch):
+        y = inner["y"]
+        return 0.5 * (outer["x"][0] - y[1]).square() + 0.5 * (y[0] - 1).square()
+
+
+@pytest.mark.parametrize("solver", ["cg", "fixed_point", "neumann"])
+def test_a_singular_lower_problem_is_reported_or_damped(solver):
+    problem, task = Degenerate(), Task(Batch.of(torch.zeros(1)), Batch.of(torch.zeros(1)), 0)
+    outer = problem.init_outer(None)
+    options = {"solver": solver, "adjoint_steps": 30, "tolerance": 0.0}
+    algorithm = AID(200, 0.3, **options)
+    result = estimate(algorithm, problem, outer, task)
+    assert result.hypergradient["x"].isfinite().all()
+    # b = (y_1 - 1, y_2 - x) = (-.7, -.3): the second part is out of reach.
+    assert result.metrics["adjoint_residual"] >= 0.3 / (0.7**2 + 0.3**2) ** 0.5 - 1e-9
+    if solver == "cg":
+        assert result.metrics["negative_curvature"] == 1
+    damped = AID(200, 0.3, damping=0.1, **{**options, "adjoint_steps": 400})
+    result = estimate(damped, problem, outer, task)
+    assert result.metrics["adjoint_residual"] < 1e-4
+    # grad_x f + v_1 with (1 + .1) v_1 = -.7
+    assert_close(result.hypergradient, {"x": vector(0.3 - 0.7 / 1.1)}, 1e-6)
+
+
+def test_indefinite_lower_problems_are_reported():
+    problem, outer, task = golden_quadratic()
+    a, b, c = task.support.tensors
+    bent = Task(Batch.of(a * vector(1, -0.25), b, c), task.query, 0)
+    for solver in ("cg", "fixed_point"):
+        algorithm = AID(3, 0.1, solver=solver, adjoint_steps=20)
+        result = estimate(algorithm, problem, outer, bent)
+        assert result.hypergradient["x"].isfinite().all()
+        assert result.metrics["adjoint_residual"] > 0.3
+        if solver == "cg":
+            assert result.metrics["negative_curvature"] == 1
+
+
+def test_at_the_optimum_of_f_everything_is_zero():
+    problem, outer, task = golden_quadratic()
+    outer = {"x": vector(1, 4)}  # y* = t
+    problem.start = vector(1, 1)
+    for solver in ("cg", "fixed_point", "neumann"):
+        result = estimate(AID(2, 0.2, solver=solver), problem, outer, task)
+        assert_close(result.hypergradient, {"x": vector(0.1, 0.4)}, 1e-14)
+        assert result.metrics["adjoint_residual"] == 0
+
+
+def test_a_warm_start_goes_on_from_the_last_v():
+    problem, outer, task = golden_quadratic()
+    problem.start = vector(2, -1)
+    for solver in ("cg", "fixed_point"):
+        algorithm = AID(1, 0.2, solver=solver, adjoint_steps=1, warm_start=True)
+        run = run_single(algorithm, problem, task, outer, 200, 0.0)
+        assert isinstance(run.state, AdjointState)
+        assert_close(run.state.v, {"y": vector(1, -0.5)}, 1e-9)
+        cold = AID(1, 0.2, solver=solver, adjoint_steps=1)
+        run = run_single(cold, problem, task, outer, 200, 0.0)
+        assert run.estimate.metrics["adjoint_residual"] > 0.1
+
+
+def counts(algorithm):
+    problem, task = Quadratic(2, 4), quadratic_task(0)
+    oracle, context, start = oracle_of(problem, problem.init_outer(generator(0)), task)
+    counting = CountingOracle(oracle)
+    state = algorithm.init(counting, context, start)
+    assert not counting.counts
+    algorithm.estimate(counting, context, state)
+    return counting.counts
+
+
+@pytest.mark.parametrize(
+    ("options", "products"),
+    [
+        ({}, 3),
+        ({"warm_start": True}, 4),
+        ({"solver": "neumann"}, 3),
+        ({"solver": "fixed_point"}, 2),
+        ({"solver": "fixed_point", "warm_start": True}, 3),
+        ({"tolerance": 1.0}, 0),
+    ],
+    ids=str,
+)
+def test_costs(options, products):
+    # The pass for J v gives one more H v.
+    found = counts(AID(inner_steps=6, adjoint_steps=3, **options))
+    assert found == {"inner_grad": 6, "outer_grads": 1, "hvp": products + 1, "jvp": 1}
+
+
+def test_one_solve_is_on_one_mini_batch_and_j_on_another():
+    problem, task = Quadratic(2, 4), quadratic_task(0, num_support=7)
+    outer = problem.init_outer(generator(0))
+    used = []
+
+    class Recording(AutogradOracle):
+        def hvp(self, x, y, v, draw):
+            used.append(draw)
+            return super().hvp(x, y, v, draw)
+
+        def second_order(self, x, y, v, draw):
+            used.append(draw)
+            return super().second_order(x, y, v, draw)
+
+    oracle = Recording(problem, task, batch_size=3)
+    algorithm = AID(inner_steps=2, adjoint_steps=3)
+    algorithm.estimate(
+        oracle, outer, algorithm.init(oracle, outer, problem.init_inner(outer, task))
+    )
+    assert len(set(used[:-1])) == 1 and len(used) == 4
+    assert used[-1] != used[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner_steps": 0}, "inner_steps must be >= 1, got 0"),
+        ({"solver": "lu"}, r"solver must be one of \('cg', 'fixed_point', 'neumann'\), got 'lu'"),
+        ({"adjoint_steps": 0}, "adjoint_steps must be >= 1, got 0"),
+        ({"damping": -0.1}, "damping must be >= 0.0 and finite, got -0.1"),
+        ({"damping": float("nan")}, "damping must be >= 0.0 and finite, got nan"),
+        ({"tolerance": 2.0}, r"tolerance must be in \[0, 1\], got 2.0"),
+        ({"adjoint_lr": 0.1}, "adjoint_lr must be None with solver='cg', got 0.1: conjugate"),
+        ({"solver": "neumann", "adjoint_lr": 0.0}, "adjoint_lr must be > 0 and finite, got 0.0"),
+        (
+            {"solver": "neumann", "inner_optimizer": "adam"},
+            "adjoint_lr must be given with inner_optimizer='adam', got None: the rate of that",
+        ),
+        (
+            {"solver": "neumann", "warm_start": True},
+            "warm_start must be False with solver='neumann', got True: its sum has no start",
+        ),
+    ],
+    ids=str,
+)
+def test_messages(options, message):
+    with pytest.raises(ValueError, match=message):
+        AID(**options)

@@ -1,0 +1,93 @@
+"""DARTS: golden value, the finite-difference product, costs, degenerate cases, messages."""
+
+import pytest
+import torch
+
+from metadist.algorithms.darts import DARTS, difference_product
+from metadist.algorithms.t1t2 import T1T2
+from metadist.trees import flatten, scale, sub, zeros_like
+from tests.algorithms.toys import assert_vmap_is_loop, counts_of, estimate, point
+from tests.problems import (
+    Quadratic,
+    Smooth,
+    assert_close,
+    generator,
+    golden_quadratic,
+    oracle_of,
+    quadratic_task,
+    random_like,
+    smooth_task,
+)
+
+
+def test_golden_value():
+    problem, outer, task = golden_quadratic()
+    result = estimate(DARTS(200, 0.2), problem, outer, task)
+    assert_close(result.hypergradient, {"x": point(1.2, -2.4)}, 1e-10)
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 1.0])
+def test_it_is_t1t2_on_quadratics_exactly(epsilon):
+    for index in range(3):
+        problem, task = Quadratic(3, 5), quadratic_task(index, num_outer=3, num_inner=5)
+        outer = problem.init_outer(generator(index))
+        expected = estimate(T1T2(5, 0.2), problem, outer, task).hypergradient
+        result = estimate(DARTS(5, 0.2, epsilon=epsilon), problem, outer, task)
+        assert_close(result.hypergradient, expected)
+
+
+def test_the_difference_has_second_order():
+    problem, task = Smooth(), smooth_task(0)
+    oracle, context, y = oracle_of(problem, problem.init_outer(generator(0)), task)
+    v, draw = random_like(y, 3), oracle.draw_inner()
+    truth, _ = oracle.second_order(context, y, v, draw)
+    errors = [
+        float(flatten(sub(difference_product(oracle, context, y, v, draw, radius), truth)).norm())
+        for radius in (0.04, 0.02, 0.01)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize("size", [1e-150, 1e-12, 1e12])
+def test_the_product_is_linear_however_long_v_is(size):
+    problem, task = Smooth(), smooth_task(0)
+    oracle, context, y = oracle_of(problem, problem.init_outer(generator(0)), task)
+    v, draw = random_like(y, 3), oracle.draw_inner()
+    one = difference_product(oracle, context, y, v, draw, 0.01)
+    scaled = difference_product(oracle, context, y, scale(v, size), draw, 0.01)
+    assert_close(scale(scaled, 1 / size), one, 1e-8)
+
+
+def test_a_zero_v_gives_zero():
+    problem, task = Smooth(), smooth_task(0)
+    oracle, context, y = oracle_of(problem, problem.init_outer(generator(0)), task)
+    product = difference_product(oracle, context, y, zeros_like(y), oracle.draw_inner(), 0.01)
+    assert_close(product, zeros_like(context))
+    golden, _, golden_task = golden_quadratic()
+    golden.rho, golden.start = 0.0, point(1, 1)
+    result = estimate(DARTS(), golden, {"x": point(1, 4)}, golden_task)
+    assert_close(result.hypergradient, {"x": torch.zeros(2, dtype=torch.float64)})
+
+
+def test_vmap_is_loop():
+    assert_vmap_is_loop(DARTS(4, 0.1))
+
+
+def test_costs():
+    problem, outer, task = golden_quadratic()
+    expected = {"inner_grad": 5 + 2, "inner_grad_x": 2, "outer_grads": 1}
+    assert counts_of(DARTS(5), problem, outer, task) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
+        ({"epsilon": 0.0}, r"epsilon must be > 0 and finite, got 0.0"),
+    ],
+    ids=str,
+)
+def test_messages(options, message):
+    with pytest.raises(ValueError, match=message):
+        DARTS(**options)

@@ -1,0 +1,120 @@
+"""(FG)2U: slopes along its directions, its mean and variance, messages."""
+
+import pytest
+import torch
+from torch.func import vmap
+
+from metadist.algorithms.fg2u import FG2U, random_pair
+from metadist.algorithms.itd import ITD
+from metadist.hypergradient import task_hypergradients
+from metadist.models import MLP
+from metadist.oracle import AutogradOracle
+from metadist.tasks.few_shot import FewShotProblem
+from metadist.trees import dot, flatten, scale
+from tests.algorithms.monte_carlo import assert_mean, by_draws, one_estimate
+from tests.problems import (
+    Quadratic,
+    Smooth,
+    assert_close,
+    generator,
+    golden_quadratic,
+    quadratic_task,
+    smooth_task,
+    vector_task,
+)
+
+
+def samples(algorithm, problem, outer, task, num_draws):
+    """Hypergradient and start gradient, one after the other, for that many seeds."""
+
+    def both(oracle):
+        context, start = problem.encode(outer, task), problem.init_inner(outer, task)
+        found = algorithm.estimate(oracle, context, algorithm.init(oracle, context, start))
+        return {
+            **found.hypergradient,
+            **{f"start {name}": leaf for name, leaf in found.start_gradient.items()},
+        }
+
+    return by_draws(both, problem, task, num_draws)
+
+
+def exact(problem, outer, task, **options):
+    found = one_estimate(ITD(**options), problem, outer, task)
+    return torch.cat([flatten(found.hypergradient), flatten(found.start_gradient)])
+
+
+def test_slopes_are_those_of_itd():
+    """With one direction the estimate is <g, v> v, g being the hypergradient of ITD."""
+    problem, task = Smooth(), smooth_task(0)
+    outer = problem.init_outer(generator(0))
+    context, start = problem.encode(outer, task), problem.init_inner(outer, task)
+    itd = one_estimate(ITD(3, 0.1), problem, outer, task)
+    v, z = random_pair(AutogradOracle(problem, task), context, start, "normal")
+    slope = dot(itd.hypergradient, v) + dot(itd.start_gradient, z)
+    algorithm = FG2U(3, 0.1, num_directions=1, directions="normal")
+    found = one_estimate(algorithm, problem, outer, task)
+    assert_close(found.hypergradient, scale(v, slope), 1e-12)
+    assert_close(found.start_gradient, scale(z, slope), 1e-12)
+    assert_close(found.state.inner, itd.state.inner, 1e-12)
+
+
+@pytest.mark.parametrize("directions", ["rademacher", "normal"])
+def test_it_is_unbiased(directions):
+    problem, outer, task = golden_quadratic()
+    algorithm = FG2U(2, 0.2, num_directions=1, directions=directions)
+    g = exact(problem, outer, task, inner_steps=2, inner_lr=0.2)
+    torch.testing.assert_close(g[:2], torch.tensor([0.0992, -0.8704], dtype=g.dtype))
+    assert_mean(samples(algorithm, problem, outer, task, 200_000), g)
+
+
+@pytest.mark.parametrize(("directions", "excess"), [("rademacher", -1), ("normal", 1)])
+@pytest.mark.parametrize("num_directions", [1, 4])
+def test_relative_variance(directions, excess, num_directions):
+    """(d - 1) / b and (d + 1) / b, d counting context and start."""
+    problem, task = Quadratic(3, 4), quadratic_task(0, num_outer=3)
+    outer = problem.init_outer(generator(0))
+    algorithm = FG2U(2, 0.2, num_directions=num_directions, directions=directions)
+    g = exact(problem, outer, task, inner_steps=2, inner_lr=0.2)
+    found = samples(algorithm, problem, outer, task, 50_000)
+    relative = (found - g).square().sum(1) / g.square().sum()
+    assert_mean(relative[:, None], torch.tensor([(7 + excess) / num_directions]))
+    # Of the context alone: the slope has the variance of the whole direction.
+    square, own = g.square().sum(), g[:3].square().sum()
+    error = (found - g)[:, :3].square().sum(1) * num_directions
+    expected = 3 * square + excess * own
+    assert_mean(error[:, None], expected)
+
+
+def test_an_empty_context_is_maml():
+    torch.manual_seed(0)
+    problem = FewShotProblem(MLP(3, 2, (4,)).double(), adapt="all", loss="mse")
+    outer = problem.init_outer(generator(0))
+    result = task_hypergradients(problem, FG2U(2), outer, [vector_task(0), vector_task(1)])
+    assert all(bool(leaf.isfinite().all()) for leaf in result.total.values())
+    assert any(bool(leaf.any()) for leaf in result.total.values())
+
+
+def test_directions_are_fresh_and_the_tasks_own():
+    problem, task = Quadratic(2, 4), quadratic_task(0)
+    x, y = problem.init_outer(generator(0)), {"y": problem.start}
+
+    def pair(number):
+        oracle = AutogradOracle(problem, task._replace(id=number))
+        return torch.cat([flatten(tree) for tree in random_pair(oracle, x, y, "normal")])
+
+    rows = vmap(pair)(torch.arange(5))
+    assert rows.shape == (5, 6) and len(rows.unique()) == 30
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_directions": 0}, r"num_directions must be >= 1, got 0"),
+        ({"directions": "uniform"}, r"directions must be one of .*, got 'uniform'"),
+        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
+    ],
+    ids=str,
+)
+def test_messages(options, message):
+    with pytest.raises(ValueError, match=message):
+        FG2U(**options)

@@ -1,0 +1,253 @@
+"""LancBiO: conjugate gradients on a frozen system, windows, and its synthetic problem."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from metadist.algorithms.aid import AID
+from metadist.algorithms.lancbio import LancBiO
+from metadist.algorithms.linear import conjugate_gradient
+from metadist.algorithms.subbio import SubBiO
+from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.problem import Problem
+from metadist.task import Batch, Task
+from metadist.trees import add
+from tests.problems import (
+    DOUBLE,
+    Quadratic,
+    assert_close,
+    generator,
+    golden_quadratic,
+    oracle_of,
+    quadratic_task,
+    quadratic_terms,
+    randn,
+    run_single,
+    true_hypergradient,
+)
+
+
+def frozen(index, size=12):
+    """A quadratic at its lower solution, where nothing but v moves; (.., product, b)."""
+    problem, task = Quadratic(3, size, rho=0.2), quadratic_task(index, 3, size)
+    outer = problem.init_outer(generator(index))
+    a, b, c, t = quadratic_terms(task)
+    problem.start = torch.linalg.solve(a, b @ outer["x"] + c)
+    return problem, outer, task, lambda v: {"y": a @ v["y"]}, {"y": problem.start - t}
+
+
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("num_steps", range(1, 9))
+def test_it_is_conjugate_gradients_on_a_frozen_system(index, num_steps):
+    problem, outer, task, product, b = frozen(index)
+    expected = conjugate_gradient(product, b, num_steps).v
+    # One vector per estimate, or all in one.
+    slow = LancBiO(1, 0.1, adjoint_steps=1, subspace_start=8, subspace_cap=8)
+    run = run_single(slow, problem, task, outer, num_steps, 0.0)
+    assert_close(run.state.v, expected, 1e-10)
+    fast = LancBiO(1, 0.1, adjoint_steps=num_steps)
+    assert_close(run_single(fast, problem, task, outer, 1, 0.0).state.v, expected, 1e-10)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_a_new_window_is_conjugate_gradients_from_the_last_v(m):
+    problem, outer, task, product, b = frozen(1)
+    expected: Any = None
+    for _ in range(4):
+        expected = conjugate_gradient(product, b, m, expected).v
+    algorithm = LancBiO(1, 0.1, adjoint_steps=1, subspace_start=m, subspace_growth=1.0)
+    run = run_single(algorithm, problem, task, outer, 4 * m, 0.0)
+    assert_close(run.state.v, expected, 1e-10)
+    per_window = LancBiO(1, 0.1, adjoint_steps=m, subspace_start=m, subspace_growth=1.0)
+    assert_close(run_single(per_window, problem, task, outer, 4, 0.0).state.v, expected, 1e-10)
+
+
+def test_the_golden_table():
+    problem, outer, task = golden_quadratic()
+    problem.start = torch.tensor([2.0, -1.0], dtype=DOUBLE)
+    for num_steps, v, h in (
+        (1, (0.294118, -0.588235), (0.494118, -0.988235)),
+        (2, (1.0, -0.5), (1.2, -0.9)),
+    ):
+        algorithm = LancBiO(1, 0.2, adjoint_steps=num_steps)
+        result = run_single(algorithm, problem, task, outer, 1, 0.0).estimate
+        assert_close(result.state.v, {"y": torch.tensor(v, dtype=DOUBLE)}, 1e-6)
+        assert_close(result.hypergradient, {"x": torch.tensor(h, dtype=DOUBLE)}, 1e-6)
+        assert result.start_gradient is None
+
+
+@pytest.mark.parametrize("adjoint_steps", [1, 3, 40])
+def test_more_room_than_dimensions_and_windows_that_begin_at_the_solution(adjoint_steps):
+    problem, outer, task, _, _ = frozen(0, size=4)
+    algorithm = LancBiO(1, 0.1, adjoint_steps=adjoint_steps, subspace_start=7, subspace_cap=40)
+    run = run_single(algorithm, problem, task, outer, 23, 0.0)
+    expected = {"x": true_hypergradient(problem, outer, task)}
+    assert_close(run.estimate.hypergradient, expected, 1e-10)
+    assert run.state.krylov.basis.shape == (4, 4)
+    # Once solved it goes on when b moves.
+    algorithm = replace(algorithm, inner_steps=20, inner_lr=0.3)
+    run = run_single(algorithm, problem, task, add(outer, outer), 100, 0.02)
+    assert run.estimate.metrics["adjoint_residual"] < 5e-3
+
+
+def test_nothing_to_solve_and_then_something():
+    problem, _, task = golden_quadratic()
+    algorithm = LancBiO(50, 0.2, adjoint_steps=1, subspace_start=8, subspace_cap=8)
+    problem.start = torch.ones(2, dtype=DOUBLE)
+    outer = {"x": torch.tensor([1.0, 4.0], dtype=DOUBLE)}  # y* = t, b = 0
+    state = algorithm.init(AutogradOracle(problem, task), outer, {"y": problem.start})
+    for step in range(8):
+        if step == 3:
+            outer = {"x": torch.tensor([2.0, -4.0], dtype=DOUBLE)}
+        result = algorithm.estimate(AutogradOracle(problem, task, step=step), outer, state)
+        state = result.state
+        assert result.hypergradient["x"].isfinite().all()
+        if step < 3:
+            assert result.metrics["adjoint_residual"] == 0
+    assert_close(result.hypergradient, {"x": torch.tensor([1.2, -0.9], dtype=DOUBLE)}, 1e-6)
+
+
+def test_indefinite_and_singular_lower_problems_are_reported():
+    problem, outer, task = golden_quadratic()
+    a, b, c = task.support.tensors
+    for last in (0.0, -0.1):
+        factor = torch.tensor([1.0, last], dtype=DOUBLE)
+        bent = Task(Batch.of(a * factor, b, c), task.query, 0)
+        result = run_single(LancBiO(2, 0.2), problem, bent, outer, 5, 0.0).estimate
+        assert result.hypergradient["x"].isfinite().all()
+        assert result.metrics["negative_curvature"] == 1 or result.metrics["adjoint_residual"] > 0.1
+
+
+def test_the_schedule_of_the_dimension():
+    paper = LancBiO(adjoint_steps=1, subspace_cap=80)
+    assert [paper.dimension(step) for step in (0, 19, 20, 40, 199)] == [1, 1, 2, 3, 10]
+    # From 10 on 1.1 m is more than m + 1.
+    assert [paper.dimension(step) for step in (200, 220, 10**6)] == [11, 13, 80]
+    images = LancBiO(adjoint_steps=1, subspace_growth=1.3, subspace_every=50, subspace_cap=10)
+    assert [images.dimension(step) for step in (0, 50, 100, 150, 200, 250, 300)] == [
+        1, 2, 3, 4, 6, 8, 10,
+    ]  # fmt: skip
+    assert LancBiO(adjoint_steps=4).dimension(0) == 4
+    assert LancBiO(adjoint_steps=1, subspace_growth=1.0).dimension(10**9) == 1
+
+
+class Synthetic(Problem):
+    """The synthetic problem of the paper; o is the elementwise product, p = softmax(x o y).
+
+    f = .1 cos(x'(c o y)) + |d o x - y|^2 / 2
+    g = gamma sum sin(x + y) + log sum exp(x o y) + y'(e o y) / 2 + y'Gy / 2
+    """
+
+    def __init__(self, size, gamma=0.5, condition=100.0, seed=0):
+        random = generator(seed, size)
+
+        def uniform(low, high):
+            return low + (high - low) * torch.rand(size, generator=random, dtype=DOUBLE)
+
+        self.size, self.gamma = size, gamma
+        self.c, self.d, self.e = uniform(-5, 5), uniform(0.1, 1.1), uniform(0, gamma)
+        basis = torch.linalg.qr(torch.randn(size, size, generator=random, dtype=DOUBLE))[0]
+        spectrum = torch.linspace(1, condition, size, dtype=DOUBLE)
+        self.g = basis @ torch.diag(spectrum) @ basis.T
+
+    def init_outer(self, random):
+        return {"x": torch.randn(self.size, generator=random, dtype=DOUBLE)}
+
+    def init_inner(self, outer, task):
+        return {"y": torch.zeros(self.size, dtype=DOUBLE)}
+
+    def outer_loss(self, outer, inner, batch):
+        x, y = outer["x"], inner["y"]
+        return 0.1 * (x @ (self.c * y)).cos() + 0.5 * (self.d * x - y).square().sum()
+
+    def inner_loss(self, outer, inner, batch):
+        x, y = outer["x"], inner["y"]
+        curved = self.gamma * (x + y).sin().sum() + (x * y).logsumexp(0)
+        return curved + 0.5 * y @ (self.e * y) + 0.5 * y @ self.g @ y
+
+
+NOTHING = Task(Batch.of(torch.zeros(1)), Batch.of(torch.zeros(1)), 0)
+
+
+def test_the_derivatives_of_the_synthetic_problem():
+    problem = Synthetic(20)
+    x, y, v = randn(1, 20), randn(2, 20), randn(3, 20)
+    oracle = AutogradOracle(problem, NOTHING)
+    outer, inner, draw = {"x": x}, {"y": y}, oracle.draw_inner()
+    c, d, e, gamma = problem.c, problem.d, problem.e, problem.gamma
+    p, wave = (x * y).softmax(0), -0.1 * (x @ (c * y)).sin()
+    xp = x * p
+    grad_x, grad_y = oracle.outer_grads(outer, inner, oracle.draw_outer())
+    assert_close(grad_x, {"x": wave * (c * y) + d * (d * x - y)}, 1e-12)
+    assert_close(grad_y, {"y": wave * (c * x) - (d * x - y)}, 1e-12)
+    grad_x, grad_y = oracle.inner_grads(outer, inner, draw)
+    assert_close(grad_x, {"x": gamma * (x + y).cos() + y * p}, 1e-12)
+    assert_close(grad_y, {"y": gamma * (x + y).cos() + xp + e * y + problem.g @ y}, 1e-12)
+    j_v, h_v = oracle.second_order(outer, inner, {"y": v}, draw)
+    bend = -gamma * (x + y).sin() * v
+    expected = bend + x * xp * v - (xp @ v) * xp + e * v + problem.g @ v
+    assert_close(h_v, {"y": expected}, 1e-12)
+    assert_close(j_v, {"x": bend + (1 + x * y) * p * v - (xp @ v) * (y * p)}, 1e-12)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_lancbio_has_the_smallest_residual_on_the_synthetic_problem(seed):
+    problem = Synthetic(40, seed=seed)
+    rate, num_steps = 1 / 110, 60
+    inner: dict[str, Any] = {"inner_steps": 5, "inner_lr": rate}
+    algorithms = {
+        "lancbio": LancBiO(adjoint_steps=2, subspace_start=10, **inner),
+        "subbio": SubBiO(adjoint_lr=rate, **inner),
+        "neumann": AID(solver="neumann", adjoint_steps=3, adjoint_lr=rate, **inner),
+    }
+    residuals, products = {}, {}
+    for name, algorithm in algorithms.items():
+        x = problem.init_outer(generator(seed))
+        history, products[name] = [], 0
+        state = algorithm.init(AutogradOracle(problem, NOTHING), x, problem.init_inner(x, NOTHING))
+        for step in range(num_steps):
+            oracle = CountingOracle(AutogradOracle(problem, NOTHING, eager=True, step=step))
+            result = algorithm.estimate(oracle, x, state)
+            state, x = result.state, add(x, result.hypergradient, -0.1)
+            history.append(float(result.metrics["adjoint_residual"]))
+            products[name] += oracle.counts["hvp"] - 1
+        residuals[name] = sum(history[-20:]) / 20
+    assert products["lancbio"] < products["subbio"] == products["neumann"] == 3 * num_steps
+    assert 1.5 * residuals["lancbio"] < residuals["subbio"] < residuals["neumann"], residuals
+
+
+@pytest.mark.parametrize(
+    ("adjoint_steps", "cap", "products"), [(1, 3, [1, 1, 1, 2, 1, 1, 2]), (2, 4, [2, 2, 3, 2, 3])]
+)
+def test_costs(adjoint_steps, cap, products):
+    problem, task = Quadratic(2, 6), quadratic_task(0, 2, 6)
+    oracle, context, start = oracle_of(problem, problem.init_outer(generator(0)), task)
+    counting = CountingOracle(oracle)
+    algorithm = LancBiO(6, adjoint_steps=adjoint_steps, subspace_start=cap, subspace_cap=cap)
+    state = algorithm.init(counting, context, start)
+    assert not counting.counts
+    for expected in products:
+        counting.counts.clear()
+        state = algorithm.estimate(counting, context, state).state
+        # The pass for J v gives one more H v.
+        expected_counts = {"inner_grad": 6, "outer_grads": 1, "hvp": expected + 1, "jvp": 1}
+        assert counting.counts == expected_counts
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adjoint_steps": 0}, "adjoint_steps must be >= 1, got 0"),
+        ({"subspace_start": 0}, "subspace_start must be >= 1, got 0"),
+        ({"subspace_growth": 0.9}, "subspace_growth must be >= 1.0 and finite, got 0.9"),
+        ({"subspace_every": 0}, "subspace_every must be >= 1, got 0"),
+        ({"subspace_start": 11}, r"subspace_cap must be >= subspace_start \(11\), got 10"),
+        ({"adjoint_steps": 12}, r"subspace_cap must be >= adjoint_steps \(12\), got 10"),
+    ],
+    ids=str,
+)
+def test_messages(options, message):
+    with pytest.raises(ValueError, match=message):
+        LancBiO(**options)

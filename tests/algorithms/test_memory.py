@@ -1,0 +1,70 @@
+"""What is alive at once: first-order methods keep no graph from one inner step to the next.
+
+Every graph of a step of `Smooth` on 500 examples holds vectors of 500 numbers; y has 5.
+"""
+
+import pytest
+
+from metadist.algorithms.aid import AID
+from metadist.algorithms.bome import BOME
+from metadist.algorithms.darts import DARTS
+from metadist.algorithms.f2sa import F2SA
+from metadist.algorithms.itd import ITD
+from metadist.algorithms.meha import MEHA
+from metadist.algorithms.penalty import Penalty
+from metadist.algorithms.sama import SAMA
+from metadist.algorithms.t1t2 import T1T2
+from metadist.algorithms.vpbgd import VPBGD
+from metadist.trees import num_elements
+from tests.algorithms.test_itd import PeakMemory
+from tests.problems import Smooth, generator, oracle_of, smooth_task
+
+EXAMPLES = 500
+FEW, MANY = 4, 16
+
+
+def bytes_per_step(make, eager):
+    """How much the peak of live tensors grows with each inner step of one estimate."""
+    problem, task = Smooth(), smooth_task(0, num_support=EXAMPLES, num_query=EXAMPLES)
+    outer = problem.init_outer(generator(0))
+    peaks = []
+    for num_steps in (FEW, MANY):
+        oracle, context, start = oracle_of(problem, outer, task, eager=eager)
+        algorithm = make(num_steps)
+        with PeakMemory() as memory:
+            algorithm.estimate(oracle, context, algorithm.init(oracle, context, start))
+        peaks.append(memory.peak_bytes)
+    assert peaks[0] > 8 * EXAMPLES, "the measure sees the graph of a step"
+    return (peaks[1] - peaks[0]) / (MANY - FEW)
+
+
+CONSTANT = {
+    "AID": lambda steps: AID(steps, 0.01),
+    "BOME": lambda steps: BOME(steps, 0.01),
+    "BOME, rounds": lambda steps: BOME(2, 0.01, rounds=steps),
+    "MEHA": lambda steps: MEHA(steps, 0.01),
+    "F2SA": lambda steps: F2SA(steps, 0.01),
+    "F2SA-2": lambda steps: F2SA(steps, 0.01, order=2, inner_optimizer="adam"),
+    "V-PBGD": lambda steps: VPBGD(steps, 0.01),
+    "penalty": lambda steps: Penalty(steps, 0.01),
+    "T1-T2": lambda steps: T1T2(steps, 0.01),
+    "DARTS": lambda steps: DARTS(steps, 0.01),
+    "SAMA": lambda steps: SAMA(steps, 0.01, inner_optimizer="adam"),
+}
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("name", CONSTANT)
+def test_memory_does_not_grow_with_inner_steps(name, eager):
+    assert bytes_per_step(CONSTANT[name], eager) <= 0
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_itd_keeps_one_inner_variable_per_step_or_one_graph(eager):
+    y_bytes = 8 * num_elements(
+        Smooth().init_inner(Smooth().init_outer(generator(0)), smooth_task(0))
+    )
+    growth = bytes_per_step(lambda steps: ITD(steps, 0.01), eager)
+    assert 0 < growth <= 2 * y_bytes
+    unrolled = bytes_per_step(lambda steps: ITD(steps, 0.01, engine="unrolled"), eager=False)
+    assert unrolled >= 8 * EXAMPLES

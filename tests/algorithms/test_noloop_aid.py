@@ -1,0 +1,82 @@
+"""NoLoopAID: one step by hand, the limit, schedules, costs and messages."""
+
+import pytest
+import torch
+
+from metadist.algorithms.noloop_aid import NoLoopAID
+from metadist.oracle import AutogradOracle, CountingOracle
+from tests.problems import (
+    DOUBLE,
+    Quadratic,
+    assert_close,
+    generator,
+    golden_quadratic,
+    oracle_of,
+    quadratic_task,
+    quadratic_terms,
+    randn,
+    run_single,
+    true_hypergradient,
+)
+
+
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("step", [0, 3])
+def test_two_steps_are_the_formula(index, step):
+    problem, task = Quadratic(3, 5, rho=0.2), quadratic_task(index, 3, 5)
+    problem.start = randn(index, 5)
+    outer = problem.init_outer(generator(index))
+    a, b, c, t = quadratic_terms(task)
+    algorithm = NoLoopAID(inner_lr=0.2, adjoint_lr=0.1, inner_decay=0.5, inner_steps=2)
+    oracle = AutogradOracle(problem, task, step=step)
+    state = algorithm.init(oracle, outer, problem.init_inner(outer, task))
+    result = algorithm.estimate(oracle, outer, state)
+    alpha, eta = 0.2 * (step + 1) ** -0.5, 0.1 * (step + 1) ** -0.5
+    y, v = problem.start, torch.zeros(5, dtype=DOUBLE)
+    for _ in range(2):
+        y = y - alpha * (a @ y - b @ outer["x"] - c)
+        v = v - eta * (a @ v - (y - t))
+    assert_close(result.state.inner, {"y": y}, 1e-12)
+    assert_close(result.state.v, {"y": v}, 1e-12)
+    assert_close(result.hypergradient, {"x": 0.2 * outer["x"] + b.T @ v}, 1e-12)
+    residual = (a @ v - (y - t)).norm() / (y - t).norm()
+    assert float(result.metrics["adjoint_residual"]) == pytest.approx(float(residual))
+
+
+def test_at_rest_it_reaches_the_golden_hypergradient():
+    problem, outer, task = golden_quadratic()
+    run = run_single(NoLoopAID(inner_lr=0.2), problem, task, outer, 250, 0.0)
+    assert_close(run.state.inner, {"y": torch.tensor([2.0, -1.0], dtype=DOUBLE)}, 1e-12)
+    assert_close(run.state.v, {"y": torch.tensor([1.0, -0.5], dtype=DOUBLE)}, 1e-12)
+    assert_close(run.estimate.hypergradient, {"x": torch.tensor([1.2, -0.9], dtype=DOUBLE)}, 1e-12)
+
+
+def test_it_finds_the_solution_where_x_follows_slowly():
+    problem, outer, task = golden_quadratic()
+    run = run_single(NoLoopAID(inner_lr=0.2), problem, task, outer, 450, 0.25)
+    assert true_hypergradient(problem, run.outer, task).norm() < 1e-6
+
+
+def test_costs():
+    problem, task = Quadratic(2, 4), quadratic_task(0)
+    oracle, context, start = oracle_of(problem, problem.init_outer(generator(0)), task)
+    counting = CountingOracle(oracle)
+    algorithm = NoLoopAID()
+    state = algorithm.init(counting, context, start)
+    assert not counting.counts
+    algorithm.estimate(counting, context, state)
+    # The pass for J v gives a second H v, at the new v.
+    assert counting.counts == {"inner_grad": 1, "outer_grads": 1, "hvp": 2, "jvp": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner_steps": 0}, "inner_steps must be >= 1, got 0"),
+        ({"adjoint_lr": -1.0}, "adjoint_lr must be > 0 and finite, got -1.0"),
+    ],
+    ids=str,
+)
+def test_messages(options, message):
+    with pytest.raises(ValueError, match=message):
+        NoLoopAID(**options)

@@ -1,0 +1,105 @@
+"""PZOBO: its differences by hand, unbiased where the inner loop is affine, messages."""
+
+import pytest
+import torch
+
+from metadist.algorithms.fg2u import random_pair
+from metadist.algorithms.itd import ITD
+from metadist.algorithms.pzobo import PZOBO
+from metadist.oracle import AutogradOracle
+from metadist.trees import add, dot, scale, sub
+from tests.algorithms.monte_carlo import assert_mean, one_estimate
+from tests.algorithms.test_fg2u import exact, samples
+from tests.problems import (
+    Quadratic,
+    Smooth,
+    assert_close,
+    generator,
+    golden_quadratic,
+    quadratic_task,
+    smooth_task,
+)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5}, {"inner_optimizer": "adam"}], ids=str)
+def test_one_direction_by_hand(options):
+    problem, task, mu = Smooth(), smooth_task(0), 0.05
+    outer = problem.init_outer(generator(0))
+    algorithm = PZOBO(3, 0.1, mu=mu, num_directions=1, **options)
+    x, start = problem.encode(outer, task), problem.init_inner(outer, task)
+    oracle = AutogradOracle(problem, task)
+    for _ in range(4):
+        oracle.draw_inner()  # three for the loop, one for f
+    u, s = random_pair(oracle, x, start, "normal")
+    y = algorithm.adapt(oracle, x, start)
+    moved = algorithm.adapt(oracle, add(x, u, mu), add(start, s, mu))
+    direct, right = oracle.outer_grads(x, y, oracle.draw_outer())
+    slope = dot(scale(sub(moved, y), 1 / mu), right)
+    found = one_estimate(algorithm, problem, outer, task)
+    assert_close(found.hypergradient, add(direct, u, slope), 1e-10)
+    assert_close(found.start_gradient, scale(s, slope), 1e-10)
+    assert_close(found.state.inner, y, 1e-12)
+
+
+def test_small_differences_are_slopes_of_itd():
+    problem, task = Smooth(), smooth_task(0)
+    outer = problem.init_outer(generator(0))
+    found = one_estimate(PZOBO(3, 0.1, mu=1e-6, num_directions=1), problem, outer, task)
+    x, start = problem.encode(outer, task), problem.init_inner(outer, task)
+    oracle = AutogradOracle(problem, task)
+    for _ in range(4):
+        oracle.draw_inner()
+    u, s = random_pair(oracle, x, start, "normal")
+    itd = one_estimate(ITD(3, 0.1), problem, outer, task)
+    direct, _ = oracle.outer_grads(x, itd.state.inner, oracle.draw_outer())
+    slope = dot(sub(itd.hypergradient, direct), u) + dot(itd.start_gradient, s)
+    assert_close(found.start_gradient, scale(s, slope), 1e-4)
+
+
+@pytest.mark.parametrize("mu", [0.01, 3.0])
+def test_it_is_unbiased_where_the_inner_loop_is_affine(mu):
+    problem, outer, task = golden_quadratic()
+    algorithm = PZOBO(2, 0.2, mu=mu, num_directions=1)
+    g = exact(problem, outer, task, inner_steps=2, inner_lr=0.2)
+    assert_mean(samples(algorithm, problem, outer, task, 200_000), g)
+
+
+def test_all_runs_are_on_the_same_draws():
+    """On other draws for each run the difference over a tiny mu would be huge."""
+    problem, task = Quadratic(2, 4), quadratic_task(0, noise=1.0)
+    outer = problem.init_outer(generator(0))
+    tiny, small = (
+        one_estimate(PZOBO(3, 0.1, mu=mu), problem, outer, task, batch_size=1).hypergradient
+        for mu in (1e-6, 1e-2)
+    )
+    assert_close(tiny, small, 1e-6)
+
+
+def test_more_directions_less_noise():
+    problem, outer, task = golden_quadratic()
+    few, many = (
+        samples(PZOBO(2, 0.2, num_directions=b), problem, outer, task, 20_000).var(0)
+        for b in (1, 8)
+    )
+    assert bool((few / many - 8).abs().max() < 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mu": 0.0}, r"mu must be > 0 and finite, got 0.0"),
+        ({"num_directions": 0}, r"num_directions must be >= 1, got 0"),
+        ({"inner_optimizer": "adam", "momentum": 0.5}, r"momentum must be 0 with"),
+    ],
+    ids=str,
+)
+def test_messages(options, message):
+    with pytest.raises(ValueError, match=message):
+        PZOBO(**options)
+
+
+def test_parts_of_the_estimate_have_shapes_of_their_own():
+    problem, task = Quadratic(3, 4), quadratic_task(0, num_outer=3)
+    found = one_estimate(PZOBO(), problem, problem.init_outer(generator(0)), task)
+    assert found.hypergradient["x"].shape == torch.Size([3])
+    assert found.start_gradient["y"].shape == torch.Size([4])

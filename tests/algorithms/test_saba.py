@@ -1,0 +1,126 @@
+"""SABA: tables by hand, unbiased directions, no floor of noise, messages."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from metadist.algorithms import saba
+from metadist.algorithms.saba import SABA
+from metadist.algorithms.soba import SOBA
+from metadist.oracle import AutogradOracle, CountingOracle, Draw
+from metadist.task import Batch, Task
+from tests.algorithms.monte_carlo import one_estimate, vector
+from tests.problems import (
+    DOUBLE,
+    Quadratic,
+    assert_close,
+    generator,
+    golden_quadratic,
+    quadratic_task,
+    randn,
+    run_single,
+    true_hypergradient,
+)
+
+
+def noisy_task(index):
+    return quadratic_task(index, num_support=6, num_query=4, noise=0.4)
+
+
+def test_one_part_is_soba():
+    problem, task = Quadratic(2, 4), quadratic_task(0)
+    outer = problem.init_outer(generator(0))
+    one, two = None, None
+    for step in range(4):
+        found = one_estimate(SABA(inner_lr=0.2), problem, outer, task, one, step=step)
+        plain = one_estimate(SOBA(inner_lr=0.2), problem, outer, task, two, step=step)
+        one, two = found.state, plain.state
+        assert_close(found.hypergradient, plain.hypergradient, 1e-12)
+        assert_close(one.inner, two.inner, 1e-12)
+        assert_close(one.adjoint, two.v, 1e-12)
+
+
+def test_the_golden_steps():
+    problem, outer, task = golden_quadratic()
+    found = one_estimate(SABA(inner_lr=0.2, adjoint_lr=0.2), problem, outer, task)
+    assert_close(found.state.inner, {"y": vector(0.4, -0.8)}, 1e-12)
+    assert_close(found.state.adjoint, {"y": vector(-0.2, -0.2)}, 1e-12)
+    assert_close(found.hypergradient, {"x": vector(0.2, -0.4)}, 1e-12)
+
+
+def test_tables_hold_the_last_derivatives_of_each_part():
+    problem, task, x = Quadratic(2, 4), noisy_task(0), {"x": randn(1, 2)}
+    state: Any = None
+    last = {}
+    for step in range(12):
+        oracle = AutogradOracle(problem, task, 2, step=step)
+        y = {"y": problem.start} if state is None else state.inner
+        i, j = int(oracle.uniform() * 3), int(oracle.uniform() * 2)
+        last["support", i] = oracle.inner_grad(x, y, oracle.parts("support")[i])["y"]
+        last["query", j] = oracle.outer_grads(x, y, oracle.parts("query")[j])[1]["y"]
+        state = one_estimate(SABA(), problem, x, task, state, batch_size=2, step=step).state
+        for (source, part), value in last.items():
+            table = state.gradients if source == "support" else state.rights
+            assert_close({"y": table["y"][part]}, {"y": value}, 1e-12)
+    assert len(last) == 5 and state.age == 12
+
+
+def test_directions_are_unbiased_with_parts_of_unequal_size():
+    weights = [0.4, 0.4, 0.2]
+    table, values = {"y": randn(0, 3, 2)}, randn(1, 3, 2)
+    parts = [Draw("support", i, share) for i, share in enumerate(weights)]
+    directions = [saba.saga({"y": values[i]}, table, parts, i)[0]["y"] for i in range(3)]
+    expected = torch.tensor(weights, dtype=DOUBLE) @ values
+    assert_close({"y": torch.stack(directions).mean(0)}, {"y": expected}, 1e-12)
+
+
+def test_full_pass_starts_from_exact_directions():
+    problem, task = Quadratic(2, 4), noisy_task(0)
+    outer = problem.init_outer(generator(0))
+    found = one_estimate(SABA(full_pass=True), problem, outer, task, batch_size=2)
+    exact = one_estimate(SOBA(), problem, outer, task)
+    assert_close(found.hypergradient, exact.hypergradient, 1e-12)
+    assert_close(found.state.inner, exact.state.inner, 1e-12)
+    assert_close(found.state.adjoint, exact.state.v, 1e-12)
+    algorithm = SABA(full_pass=True, inner_steps=2)
+    counting = CountingOracle(AutogradOracle(problem, task, batch_size=2))
+    algorithm.estimate(counting, outer, algorithm.init(counting, outer, {"y": problem.start}))
+    assert counting.counts == {"inner_grad": 5, "outer_grads": 4, "hvp": 2, "jvp": 2}
+
+
+def test_it_converges_with_constant_rates_where_soba_stops_at_a_floor():
+    noise = randn(1, 6, 2, 2)
+    eye = torch.eye(2, dtype=DOUBLE)
+    support = Batch.of(
+        torch.diag(vector(1, 2)) + 0.2 * (noise + noise.mT),
+        eye + 0.4 * randn(2, 6, 2, 2),
+        0.4 * randn(3, 6, 2),
+    )
+    problem, task = Quadratic(2, 2, rho=1.0), Task(support, Batch.of(1 + randn(4, 4, 2)), 0)
+    outer, ends = problem.init_outer(generator(1)), {}
+    for algorithm in (SABA(inner_lr=0.2, adjoint_lr=0.2), SOBA(inner_lr=0.2, adjoint_lr=0.2)):
+        run = run_single(algorithm, problem, task, outer, 500, 0.05, batch_size=2)
+        ends[type(algorithm)] = float(true_hypergradient(problem, run.outer, task).norm())
+    assert ends[SABA] < 1e-6, ends
+    assert ends[SOBA] > 1e-2, ends
+
+
+def test_it_converges_without_noise():
+    problem, outer, task = golden_quadratic()
+    run = run_single(SABA(inner_lr=0.4, adjoint_lr=0.4), problem, task, outer, 700, 0.2)
+    assert float(true_hypergradient(problem, run.outer, task).norm()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adjoint_lr": float("nan")}, r"adjoint_lr must be > 0 and finite, got nan"),
+        ({"adjoint_decay": 2.0}, r"adjoint_decay must be in \[0, 1\], got 2.0"),
+        ({"inner_lr": 0.0}, r"inner_lr must be > 0 and finite, got 0.0"),
+    ],
+    ids=str,
+)
+def test_messages(options, message):
+    with pytest.raises(ValueError, match=message):
+        SABA(**options)

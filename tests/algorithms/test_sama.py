@@ -1,0 +1,132 @@
+"""SAMA: golden values, the derivative of Adam's update, costs, degenerate cases, messages."""
+
+import pytest
+import torch
+
+from metadist.algorithms.darts import DARTS
+from metadist.algorithms.inner import InnerLoop, Moments, adam_step
+from metadist.algorithms.sama import SAMA, adam_slope
+from metadist.trees import add, multiply, scale
+from tests.algorithms.toys import assert_vmap_is_loop, counts_of, estimate, point
+from tests.problems import (
+    Quadratic,
+    Smooth,
+    assert_close,
+    generator,
+    golden_quadratic,
+    oracle_of,
+    quadratic_task,
+    quadratic_terms,
+    randn,
+    smooth_task,
+)
+
+
+def test_golden_value_with_sgd():
+    problem, outer, task = golden_quadratic()
+    result = estimate(SAMA(200, 0.2), problem, outer, task)
+    assert_close(result.hypergradient, {"x": point(1.2, -2.4)}, 1e-10)
+
+
+def test_with_sgd_it_is_darts():
+    problem, task = Smooth(), smooth_task(0)
+    outer = problem.init_outer(generator(0))
+    expected = estimate(DARTS(4, 0.1, momentum=0.5), problem, outer, task)
+    result = estimate(SAMA(4, 0.1, momentum=0.5), problem, outer, task)
+    assert_close(result.hypergradient, expected.hypergradient, 1e-13)
+
+
+def test_golden_slope_of_adam():
+    one = {"y": point(1)}
+    moments = Moments(scale(one, 0.3), scale(one, 0.2), 10**6)  # no bias left to correct
+    assert_close(adam_slope(moments, scale(one, 0.7), 1.0), {"y": point(0.220790)}, 1e-6)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 100])
+def test_the_slope_is_the_derivative_of_the_step_of_adam(num_steps):
+    inner, lr = {"y": randn(0, 6)}, 0.3
+    moments = Moments({"y": randn(1, 6)}, {"y": randn(2, 6).square()}, num_steps)
+    gradient, eps = {"y": randn(3, 6)}, {"y": torch.full((6,), 1e-6, dtype=torch.float64)}
+    above, below = (
+        adam_step(inner, moments, add(gradient, eps, sign), lr)[0]["y"] for sign in (1, -1)
+    )
+    # The step is y - u(gradient).
+    expected = {"y": -(above - below) / 2e-6}
+    assert_close(adam_slope(moments, gradient, lr), expected, 1e-6)
+
+
+def test_the_slope_is_zero_at_the_first_step_and_where_no_gradient_ever_was():
+    zero = {"y": point(0, 0)}
+    slope = adam_slope(Moments(zero, zero, 0), {"y": point(2.0, 0.0)}, 0.1)
+    assert_close(slope, zero, 0.0)
+    assert_close(adam_slope(Moments(zero, zero, 50), zero, 0.1), zero, 0.0)
+
+
+def test_with_adam_v_is_the_slope_times_the_query_gradient():
+    problem, task = Quadratic(2, 4), quadratic_task(0)
+    outer = problem.init_outer(generator(0))
+    _, b, _, t = quadratic_terms(task)
+    oracle, context, y = oracle_of(problem, outer, task)
+    moments = None
+    for _ in range(6):
+        gradient, before = oracle.inner_grad(context, y, oracle.draw_inner()), moments
+        y, moments = adam_step(y, moments, gradient, 0.05)
+    assert before is not None
+    v = multiply(adam_slope(before, gradient, 0.05), {"y": y["y"] - t})["y"]
+    result = estimate(SAMA(6, 0.05, inner_optimizer="adam"), problem, outer, task)
+    assert_close(result.hypergradient, {"x": problem.rho * outer["x"] + b.T @ v})
+    assert_close(result.state.inner, y, 1e-13)
+
+
+def test_adam_goes_on_from_one_estimate_to_the_next():
+    problem, task = Smooth(), smooth_task(0)
+    outer = problem.init_outer(generator(0))
+    algorithm = SAMA(2, 0.05, inner_optimizer="adam")
+    state = estimate(algorithm, problem, outer, task).state
+    twice = estimate(algorithm, problem, outer, task, state)
+    once = estimate(SAMA(4, 0.05, inner_optimizer="adam"), problem, outer, task)
+    assert twice.state.moments.num_steps == 4
+    assert_close(twice.state.inner, once.state.inner, 1e-13)
+    assert_close(twice.hypergradient, once.hypergradient, 1e-12)
+    # Adaptation alone is the plain loop of Adam.
+    oracle, context, start = oracle_of(problem, outer, task)
+    expected = InnerLoop.adapt(SAMA(4, 0.05, inner_optimizer="adam"), oracle, context, start)
+    assert_close(once.state.inner, expected, 1e-13)
+
+
+def test_zero_gradients_give_zero():
+    problem, _, task = golden_quadratic()
+    problem.rho, problem.start = 0.0, point(1, 1)
+    for optimizer in ("sgd", "adam"):
+        algorithm = SAMA(inner_optimizer=optimizer)
+        result = estimate(algorithm, problem, {"x": point(1, 4)}, task)
+        assert_close(result.hypergradient, {"x": point(0, 0)})
+
+
+def test_vmap_is_loop():
+    assert_vmap_is_loop(SAMA(4, 0.1))
+    assert_vmap_is_loop(SAMA(4, 0.02, inner_optimizer="adam"))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_costs(optimizer):
+    problem, outer, task = golden_quadratic()
+    expected = {"inner_grad": 5 + 2, "inner_grad_x": 2, "outer_grads": 1}
+    assert counts_of(SAMA(5, inner_optimizer=optimizer), problem, outer, task) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
+        ({"epsilon": -0.1}, r"epsilon must be > 0 and finite, got -0.1"),
+        (
+            {"inner_optimizer": "rmsprop"},
+            r"inner_optimizer must be one of \('sgd', 'adam'\), got 'rmsprop'",
+        ),
+    ],
+    ids=str,
+)
+def test_messages(options, message):
+    with pytest.raises(ValueError, match=message):
+        SAMA(**options)

@@ -1,0 +1,90 @@
+"""SOBA: golden steps, one point for all directions, convergence, messages."""
+
+import pytest
+import torch
+
+from metadist.algorithms.soba import SOBA
+from metadist.trees import add
+from tests.algorithms.monte_carlo import one_estimate, vector
+from tests.problems import (
+    Quadratic,
+    assert_close,
+    generator,
+    golden_quadratic,
+    quadratic_task,
+    quadratic_terms,
+    randn,
+    run_single,
+    true_hypergradient,
+)
+
+
+def test_the_golden_steps():
+    problem, outer, task = golden_quadratic()
+    algorithm, state = SOBA(inner_lr=0.2, adjoint_lr=0.2), None
+    for step, (y, v, x) in enumerate(
+        [
+            ((0.4, -0.8), (-0.2, -0.2), (1.98, -3.96)),
+            ((0.716, -0.952), (-0.28, -0.4), (1.9802, -3.9004)),
+        ]
+    ):
+        found = one_estimate(algorithm, problem, outer, task, state, step=step)
+        state, outer = found.state, add(outer, found.hypergradient, -0.1)
+        assert_close(state.inner, {"y": vector(*y)}, 1e-12)
+        assert_close(state.v, {"y": vector(*v)}, 1e-12)
+        assert_close(outer, {"x": vector(*x)}, 1e-12)
+
+
+def test_all_directions_are_at_the_old_point():
+    problem, task = Quadratic(3, 4), quadratic_task(2, num_outer=3)
+    x, y, v = randn(1, 3), randn(2, 4), randn(3, 4)
+    a, b, c, t = quadratic_terms(task)
+    algorithm = SOBA(inner_lr=0.2, inner_decay=0.5, adjoint_lr=0.3, adjoint_decay=1.0)
+    state = one_estimate(algorithm, problem, {"x": x}, task).state
+    state = state._replace(inner={"y": y}, v={"y": v})
+    found = one_estimate(algorithm, problem, {"x": x}, task, state, step=3)
+    assert_close(found.hypergradient, {"x": 0.1 * x + b.T @ v}, 1e-12)
+    assert_close(found.state.inner, {"y": y - 0.1 * (a @ y - b @ x - c)}, 1e-12)
+    assert_close(found.state.v, {"y": v - 0.075 * (a @ v - (y - t))}, 1e-12)
+    residual = (a @ v - (y - t)).norm() / (y - t).norm()
+    assert float(found.metrics["adjoint_residual"]) == pytest.approx(float(residual))
+
+
+def test_many_steps_on_a_new_task_are_the_hypergradient():
+    problem, outer, task = golden_quadratic()
+    algorithm = SOBA(inner_steps=150, inner_lr=0.4, adjoint_lr=0.4)
+    found = one_estimate(algorithm, problem, outer, task)
+    assert_close(found.hypergradient, {"x": vector(1.2, -0.9)}, 1e-10)
+    assert found.start_gradient is None
+
+
+@pytest.mark.parametrize("index", range(2))
+def test_it_converges_on_quadratics(index):
+    problem, outer, task = golden_quadratic()
+    if index:
+        problem, task = Quadratic(2, 4), quadratic_task(1)
+        outer = problem.init_outer(generator(1))
+    algorithm = SOBA(inner_lr=0.4, adjoint_lr=0.4)
+    run = run_single(algorithm, problem, task, outer, 800, 0.2 if index == 0 else 0.03)
+    assert float(true_hypergradient(problem, run.outer, task).norm()) < 1e-6
+
+
+def test_state_of_a_new_task_has_no_adjoint():
+    _, outer, _ = golden_quadratic()
+    state = SOBA().init(None, outer, {"y": torch.ones(2)})  # type: ignore[arg-type]
+    assert not state.v["y"].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adjoint_lr": 0.0}, r"adjoint_lr must be > 0 and finite, got 0.0"),
+        ({"adjoint_decay": -0.5}, r"adjoint_decay must be in \[0, 1\], got -0.5"),
+        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
+        ({"inner_decay": 1.5}, r"inner_decay must be in \[0, 1\], got 1.5"),
+    ],
+    ids=str,
+)
+def test_messages(options, message):
+    with pytest.raises(ValueError, match=message):
+        SOBA(**options)

@@ -1,0 +1,203 @@
+"""Every algorithm against every promise that all of them make; the cases are in cases_*.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+
+from metadist.algorithm import Card
+from metadist.algorithms import ALGORITHMS
+from metadist.hypergradient import task_hypergradients
+from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.problem import Problem
+from metadist.state import counters_of, flatten_state, unflatten_state
+from metadist.task import Batch, Task
+from metadist.trees import Params, add
+from tests.algorithms import cases_first_order, cases_implicit, cases_own, cases_stochastic
+from tests.algorithms.cases import Case
+from tests.problems import (
+    DOUBLE,
+    Quadratic,
+    assert_close,
+    assert_same_bytes,
+    generator,
+    oracle_of,
+    quadratic_task,
+    randn,
+    run_single,
+    true_hypergradient,
+)
+
+CASES: dict[str, Case] = {
+    **cases_own.CASES,
+    **cases_implicit.CASES,
+    **cases_stochastic.CASES,
+    **cases_first_order.CASES,
+}
+
+of_each = pytest.mark.parametrize(("name", "case"), CASES.items(), ids=list(CASES))
+
+
+def test_no_algorithm_is_left_out():
+    assert CASES.keys() == ALGORITHMS.keys()
+    for name, case in CASES.items():
+        assert type(case.algorithm) is ALGORITHMS[name]
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (4, 3)], ids=["wide", "tall"])
+@pytest.mark.parametrize(
+    ("name", "case"),
+    # Reptile moves the start of adaptation, which this problem does not have.
+    [(name, case) for name, case in CASES.items() if case.algorithm.trains != "start"],
+    ids=[name for name, case in CASES.items() if case.algorithm.trains != "start"],
+)
+def test_it_solves_quadratics(name, case, shape):
+    num_outer, num_inner = shape
+    problem = Quadratic(num_outer, num_inner, rho=1.0)
+    task = mild_task(num_outer, num_inner)
+    outer = outer_of(case, problem, task)
+    before = float(true_hypergradient(problem, outer, task).norm())
+    run = run_single(case.algorithm, problem, task, outer, case.num_steps, case.outer_lr)
+    after = float(true_hypergradient(problem, run.outer, task).norm())
+    assert after < case.tolerance, (before, after)
+    assert after < 0.5 * before
+
+
+def outer_of(case: Case, problem: Problem, task: Task) -> Params:
+    """An outer variable to start from, the algorithm's own included."""
+    outer = problem.init_outer(generator(1))
+    return {**outer, **case.algorithm.init_own(problem.init_inner(outer, task))}
+
+
+def mild_task(num_outer: int, num_inner: int) -> Task:
+    """A with eigenvalues from 1 to 2, not diagonal; B with singular values 1."""
+    basis = torch.linalg.qr(randn(1, num_inner, num_inner))[0]
+    a = basis @ torch.diag(torch.linspace(1, 2, num_inner, dtype=DOUBLE)) @ basis.T
+    size = max(num_outer, num_inner)
+    b = torch.linalg.qr(randn(2, size, size))[0][:num_inner, :num_outer]
+    support = Batch.of(a[None], b[None], randn(3, 1, num_inner))
+    return Task(support, Batch.of(randn(4, 1, num_inner)), 1)
+
+
+@of_each
+def test_one_estimate_costs_what_is_said(name, case):
+    problem, task = Quadratic(2, 4), quadratic_task(0)
+    outer = outer_of(case, problem, task)
+    oracle, context, start = oracle_of(problem, outer, task)
+    state = case.algorithm.init(oracle, context, start)
+    state = case.algorithm.estimate(oracle, context, state).state
+    counting = CountingOracle(AutogradOracle(problem, task, step=1))
+    case.algorithm.estimate(counting, context, state)
+    assert dict(counting.counts) == case.counts
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["new", "kept"])
+@of_each
+def test_tasks_together_are_tasks_in_a_loop(name, case, kept):
+    problem = Quadratic(2, 4)
+    tasks = [quadratic_task(index) for index in range(3)]
+    outer = outer_of(case, problem, tasks[0])
+    found = {}
+    for vectorize in (True, False):
+        states: dict[int, Tensor] | None = {} if kept else None
+        for step in range(3):
+            result = task_hypergradients(
+                problem,
+                case.algorithm,
+                outer,
+                tasks,
+                vectorize=vectorize,
+                batch_size=2,
+                step=step,
+                states=states,
+            )
+            states = result.states if kept else None
+        assert result.num_tasks == 3
+        found[vectorize] = result
+    assert_close(found[True].total, found[False].total)
+    for index, state in found[False].states.items():
+        assert_close({"state": found[True].states[index]}, {"state": state})
+
+
+@of_each
+def test_a_state_that_was_sent_goes_on_bit_for_bit(name, case):
+    problem, task = Quadratic(2, 4), quadratic_task(0)
+    outer = outer_of(case, problem, task)
+    fresh = state = sent = None
+    for step in range(4):
+        oracle, context, start = oracle_of(problem, outer, task, step=step)
+        if step == 0:
+            fresh = state = sent = case.algorithm.init(oracle, context, start)
+        here = case.algorithm.estimate(oracle, context, state)
+        oracle, _, _ = oracle_of(problem, outer, task, step=step)
+        there = case.algorithm.estimate(oracle, context, sent)
+        assert_same_bytes(there.hypergradient, here.hypergradient)
+        state = here.state
+        flat = flatten_state(there.state)
+        sent = unflatten_state(flat, fresh, counters_of(flat))
+        outer = add(outer, here.hypergradient, -0.01)
+
+
+@of_each
+def test_the_same_call_gives_the_same_bytes_and_changes_no_argument(name, case):
+    problem, task = Quadratic(2, 4), quadratic_task(0)
+    outer = outer_of(case, problem, task)
+    oracle, context, start = oracle_of(problem, outer, task, batch_size=2)
+    state = case.algorithm.init(oracle, context, start)
+    before = flatten_state(state).clone(), context["x"].clone()
+    first = case.algorithm.estimate(oracle, context, state)
+    assert torch.equal(flatten_state(state), before[0]) and torch.equal(context["x"], before[1])
+    oracle, _, _ = oracle_of(problem, outer, task, batch_size=2)
+    second = case.algorithm.estimate(oracle, context, state)
+    assert_same_bytes(second.hypergradient, first.hypergradient)
+    assert torch.equal(flatten_state(second.state), flatten_state(first.state))
+    for leaf in (*first.hypergradient.values(), flatten_state(first.state)):
+        assert not leaf.requires_grad and leaf.dtype == DOUBLE
+    for metric in first.metrics.values():
+        assert metric.shape == () and bool(metric.isfinite())
+
+
+@of_each
+def test_nothing_to_do_gives_finite_numbers(name, case):
+    """At the solution, where the residual of every system is 0 from the start."""
+    problem = Quadratic(2, 2, rho=0.0)
+    support = Batch.of(*(torch.zeros(1, *shape, dtype=DOUBLE) for shape in ((2, 2), (2, 2), (2,))))
+    support.tensors[0][0] = torch.eye(2, dtype=DOUBLE)
+    task = Task(support, Batch.of(torch.zeros(1, 2, dtype=DOUBLE)), 0)
+    outer = {**outer_of(case, problem, task), "x": torch.zeros(2, dtype=DOUBLE)}
+    run = run_single(case.algorithm, problem, task, outer, 3, 0.1)
+    assert_close({"x": run.outer["x"]}, {"x": outer["x"]})
+    assert bool(flatten_state(run.state).isfinite().all())
+    assert all(bool(metric.isfinite()) for metric in run.estimate.metrics.values())
+
+
+@of_each
+def test_it_adapts_to_the_lower_problem(name, case):
+    problem, task = Quadratic(2, 4), quadratic_task(0)
+    outer = outer_of(case, problem, task)
+    oracle, context, start = oracle_of(problem, outer, task)
+    adapted = case.algorithm.adapt(oracle, context, start)
+    loss = [float(problem.inner_loss(context, y, task.support)) for y in (start, adapted)]
+    assert loss[1] < loss[0]
+
+
+@of_each
+def test_it_has_a_card_and_a_docstring(name, case):
+    cls = type(case.algorithm)
+    assert isinstance(cls.card, Card) and all(cls.card)
+    doc = inspect.getdoc(cls) or ""
+    for part in ("Cost:", "Memory:", "Breaks:", "Source:"):
+        assert part in doc, part
+    own = {f.name for f in dataclasses.fields(cls)}
+    inherited = {
+        f.name
+        for base in cls.__mro__[1:]
+        if dataclasses.is_dataclass(base)
+        for f in dataclasses.fields(base)
+    }
+    missing = [field for field in own - inherited if f"{field}" not in doc]
+    assert not missing
