@@ -7,6 +7,7 @@ from metadist.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from metadist.evaluation import EvaluationResult, Interval, evaluate
 from metadist.executor import Executor, LocalExecutor, StepReport
 from metadist.hypergradient import HypergradientSum, task_hypergradients
+from metadist.hypergradient_check import HypergradientReport, check_hypergradient
 from metadist.oracle import AutogradOracle, CountingOracle, Draw, Oracle
 from metadist.outer import OuterOptimizer
 from metadist.problem import Problem
@@ -28,6 +29,7 @@ __all__ = [
     "Estimate",
     "EvaluationResult",
     "Executor",
+    "HypergradientReport",
     "HypergradientSum",
     "InnerState",
     "Interval",
@@ -42,6 +44,7 @@ __all__ = [
     "Trainer",
     "TrainingDiverged",
     "TrainingResult",
+    "check_hypergradient",
     "evaluate",
     "task_hypergradients",
 ]

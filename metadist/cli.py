@@ -1,15 +1,16 @@
-"""The command line: `metadist train | resume | evaluate | inspect`.
+"""The command line: `metadist train | resume | evaluate | inspect | check-hypergradient | list`.
 
 The one module that knows all layers. Everything that is trained is named by class path and built
 by jsonargparse from YAML and flags; the config is kept in the run folder.
 
-Exit codes: 0 done; 1 the run failed; 2 the input was refused, nothing was started; 130 stopped by
-Ctrl-C and 143 by SIGTERM, with a checkpoint written.
+Exit codes: 0 done; 1 the run or the check failed; 2 the input was refused, nothing was started;
+130 stopped by Ctrl-C and 143 by SIGTERM, with a checkpoint written.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import os
 import re
@@ -32,9 +33,11 @@ from rich.table import Table
 from metadist import __version__
 from metadist.algorithm import Algorithm
 from metadist.algorithms import ALGORITHMS
+from metadist.catalogue import cards, classes
 from metadist.checkpoint import CheckpointError, CheckpointStore, check_same_model
 from metadist.cluster import ClusterError
 from metadist.evaluation import EvaluationResult, evaluate
+from metadist.hypergradient_check import check_hypergradient
 from metadist.lease import Workload
 from metadist.outer import OuterOptimizer
 from metadist.preflight import check_losses, initial_outer
@@ -77,6 +80,15 @@ def _any_with(*methods: str) -> type:
 SamplerBase: Any = _any_with("sample")
 ProblemBase: Any = _any_with("init_outer", "init_inner", "inner_loss", "outer_loss")
 ExecutorBase: Any = _any_with("start", "run", "state", "close")
+
+KINDS: dict[str, tuple[type, str]] = {
+    "algorithms": (Algorithm, "--algorithm"),
+    "problems": (ProblemBase, "--problem"),
+    "models": (torch.nn.Module, "--problem.model"),
+    "samplers": (SamplerBase, "--sampler"),
+    "executors": (ExecutorBase, "--executor"),
+}
+"""What has short names: its base class and its option."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,9 +135,7 @@ def train_parser() -> ArgumentParser:
     parser.add_argument("--run_dir", type=str, help="new folder for everything the run writes")
     parser.add_argument("--num_steps", type=int, default=1000, help="outer steps")
     parser.add_argument("--seed", type=int, default=0, help="of model, tasks' draws and order")
-    parser.add_subclass_arguments(
-        SamplerBase, "sampler", required=True, help="training tasks: a class with sample(index)"
-    )
+    _add_workload(parser)
     for split in ("val", "test"):
         parser.add_subclass_arguments(
             SamplerBase, f"{split}_sampler", required=False, help=f"{split} tasks"
@@ -135,15 +145,6 @@ def train_parser() -> ArgumentParser:
             type=str | None,
             help=f"instead of {split}_sampler: `sampler` with this value of its argument split",
         )
-    parser.add_subclass_arguments(
-        ProblemBase,
-        "problem",
-        default={"class_path": NAMES["few_shot"], "init_args": {"model": NAMES["conv4"]}},
-        help="what is solved",
-    )
-    parser.add_subclass_arguments(
-        Algorithm, "algorithm", default={"class_path": NAMES["itd"]}, help="by which method"
-    )
     parser.add_class_arguments(OuterOptimizer, "outer_optimizer")
     parser.add_subclass_arguments(
         ExecutorBase, "executor", default={"class_path": NAMES["local"]}, help="where it runs"
@@ -157,6 +158,22 @@ def train_parser() -> ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--test_tasks", type=int, default=600, help="tasks of the final test")
     return parser
+
+
+def _add_workload(parser: ArgumentParser) -> None:
+    """Options of what is solved, on what tasks, by which method."""
+    parser.add_subclass_arguments(
+        SamplerBase, "sampler", required=True, help="training tasks: a class with sample(index)"
+    )
+    parser.add_subclass_arguments(
+        ProblemBase,
+        "problem",
+        default={"class_path": NAMES["few_shot"], "init_args": {"model": NAMES["conv4"]}},
+        help="what is solved",
+    )
+    parser.add_subclass_arguments(
+        Algorithm, "algorithm", default={"class_path": NAMES["itd"]}, help="by which method"
+    )
 
 
 def run_parser(command: str, description: str) -> ArgumentParser:
@@ -196,6 +213,35 @@ def evaluate_parser() -> ArgumentParser:
 def inspect_parser() -> ArgumentParser:
     """Options of `metadist inspect`."""
     return run_parser("inspect", "Show the checkpoints of a run and what is in one of them.")
+
+
+def check_parser() -> ArgumentParser:
+    """Options of `metadist check-hypergradient`."""
+    parser = _Parser(
+        prog="metadist check-hypergradient",
+        allow_abbrev=False,
+        description="Compare an algorithm's hypergradient with exact derivatives, on one task.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    _add_workload(parser)
+    parser.add_function_arguments(
+        check_hypergradient, skip={"problem", "tasks", "algorithm", "outer"}
+    )
+    parser.add_argument(
+        "--max_error", type=float | None, help="exit with 1 if the smallest error is larger"
+    )
+    return parser
+
+
+def list_parser() -> ArgumentParser:
+    """Options of `metadist list`."""
+    parser = _Parser(
+        prog="metadist list",
+        allow_abbrev=False,
+        description="Show what has a short name; of algorithms also the paper, cost and use.",
+    )
+    parser.add_argument("kind", nargs="?", choices=list(KINDS), help="what to show in full")
+    return parser
 
 
 def train(config: Namespace, parser: ArgumentParser) -> int:
@@ -290,11 +336,60 @@ def inspect_run(config: Namespace, parser: ArgumentParser) -> int:
     return 1 if damaged else 0
 
 
+def check(config: Namespace, parser: ArgumentParser) -> int:
+    """Run `metadist check-hypergradient`; exit code 1 if --max_error is exceeded."""
+    if config.max_error is not None and not config.max_error >= 0:
+        raise ValueError(f"max_error must be >= 0, got {config.max_error}")
+    objects = _instantiate(config, check_parser())
+    options = inspect.signature(check_hypergradient).parameters
+    report = check_hypergradient(
+        tasks=objects.sampler, **{key: value for key, value in objects.items() if key in options}
+    )
+    Console().print(report)
+    if config.max_error is not None and not report.error <= config.max_error:
+        print(
+            "metadist check-hypergradient: failed: the smallest error must be <= max_error = "
+            f"{config.max_error:g}, got {report.error:.3g}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def list_names(config: Namespace, parser: ArgumentParser) -> int:
+    """Run `metadist list`."""
+    console = Console()
+    if config.kind == "algorithms":
+        console.print(cards(ALGORITHMS, console.width))
+    elif config.kind is not None:
+        console.print(classes(_named(config.kind)))
+    else:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for kind, (_, option) in KINDS.items():
+            table.add_row(kind, option, ", ".join(_named(kind)))
+        console.print(table)
+        console.print("`metadist list KIND` tells more.", highlight=False)
+    return 0
+
+
+def _named(kind: str) -> dict[str, type]:
+    """The classes of a kind by short name."""
+    found: dict[str, type] = {}
+    for name, path in NAMES.items():
+        module, _, cls = path.rpartition(".")
+        named = getattr(importlib.import_module(module), cls)
+        if issubclass(named, KINDS[kind][0]):
+            found[name] = named
+    return found
+
+
 COMMANDS: dict[str, Any] = {
     "train": (train_parser, train),
     "resume": (resume_parser, resume),
     "evaluate": (evaluate_parser, evaluate_run),
     "inspect": (inspect_parser, inspect_run),
+    "check-hypergradient": (check_parser, check),
+    "list": (list_parser, list_names),
 }
 
 

@@ -17,7 +17,8 @@ import yaml
 
 from metadist import CheckpointStore, __version__, evaluate
 from metadist.algorithms import ALGORITHMS
-from metadist.cli import NAMES, main
+from metadist.catalogue import card_of
+from metadist.cli import COMMANDS, NAMES, main
 from tests.core.helpers import (
     CURVES,
     Outcome,
@@ -318,16 +319,103 @@ def test_inspect_fails_if_a_checkpoint_is_damaged(cli, run):
     assert code == 2 and "run must be a folder with checkpoints, got '.'" in err
 
 
+# What there is, and whether it is right
+
+
+SMALL = words(
+    "check-hypergradient --sampler sinusoid --sampler.k_shot 5 --problem.model mlp "
+    "--problem.model.hidden [4] --problem.loss mse --algorithm.inner_lr 0.01"
+)
+"""A check of ITD that takes milliseconds."""
+
+
+def test_a_hypergradient_is_checked_with_the_options_of_train(cli):
+    out = flat(cli.good(*SMALL, "--algorithm.inner_steps", 3, "--max_error", "1e-6"))
+    assert "ITD(inner_steps=3, inner_lr=0.01" in out
+    assert "the unrolled map x -> f(x, A(x))" in out
+    assert "3 inner_grad, 1 outer_grads, 3 hvp, 3 jvp" in out
+    assert "13 and 13 numbers in float64" in out
+    assert "the Hessian of g is not positive definite" in out
+
+
+def test_a_check_may_be_a_yaml_file(cli):
+    printed = cli.good(*SMALL, "--print_config")
+    Path("check.yaml").write_text(printed)
+    out = cli.good("check-hypergradient", "--config", "check.yaml", "--algorithm.inner_steps", 3)
+    assert out == cli.good(*SMALL, "--algorithm.inner_steps", 3)
+    settings = yaml.safe_load(printed)
+    assert settings["sampler"]["class_path"] == "metadist.tasks.Sinusoid"
+    assert settings["num_directions"] == 20 and list(settings["repeats"]) == [1, 10, 100]
+
+
+def test_a_check_fails_where_max_error_is_exceeded(cli):
+    code, out, err = cli(*SMALL, "--algorithm.first_order", "true", "--max_error", "0.01")
+    assert code == 1 and "the unrolled map" in out
+    assert re.search(
+        r"metadist check-hypergradient: failed: the smallest error must be <= max_error = 0.01, "
+        r"got 1\.\d+$",
+        err,
+    )
+    cli.good(*SMALL, "--algorithm.first_order", "true")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_directions", 0], "num_directions must be >= 1, got 0"),
+        (["--max_error", -1], "max_error must be >= 0, got -1.0"),
+        (["--algorithm.inner_steps", 0], "inner_steps must be >= 1, got 0"),
+        (["--algorithm.inner_lr", 1e300], "the hypergradient of task 0 must be finite, got NaN"),
+        (["--algorithm", "newton"], "newton"),
+        (["--sampler.k_shot", 0], "k_shot must be an integer >= 1"),
+        (["--problem.model.in_features", 2], "inner_loss must be computable on task 0 of sampler"),
+    ],
+)
+def test_a_check_refuses_what_it_cannot_do(cli, flags, message):
+    code, out, err = cli(*SMALL, *flags)
+    assert code == 2 and out == ""
+    assert "metadist check-hypergradient: error: " in err and message in err
+
+
+def test_list_names_everything_that_has_a_short_name(cli):
+    out = flat(cli.good("list"))
+    for name in NAMES:
+        assert re.search(rf"\b{name}\b", out), name
+    assert re.search(r"algorithms --algorithm itd, .* problems --problem few_shot models", out)
+    assert "glyphs A sampler of N-way K-shot tasks" in flat(cli.good("list", "samplers"))
+    assert "conv4 Four blocks" in flat(cli.good("list", "models"))
+    assert "local " in cli.good("list", "executors")
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_list_algorithms_shows_all_cards_at_any_width(cli, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = cli.good("list", "algorithms")
+    assert max(map(len, out.splitlines())) <= width
+    assert "G = grad_y g" in out
+    # Every word of every card; in a table the lines of a cell are not one after another.
+    found = set(flat(out).split())
+    for name, cls in ALGORITHMS.items():
+        assert name in found
+        assert set(" ".join(card_of(cls)).split()) <= found, name
+
+
+def test_an_unknown_kind_is_refused(cli):
+    code, out, err = cli("list", "optimisers")
+    assert code == 2 and out == ""
+    assert "metadist list: error: argument kind: invalid choice: 'optimisers'" in err
+
+
 # Exit codes
 
 
 def test_help_and_version_are_told(cli):
-    for command in ([], ["train"], ["resume"], ["evaluate"], ["inspect"]):
+    for command in ([], *([name] for name in COMMANDS)):
         assert "usage: metadist" in cli.good(*command, "--help")
     assert cli.good("--version") == f"metadist {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["train", "resume", "evaluate", "inspect"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_an_unknown_option_is_refused_without_pages_of_usage(cli, command):
     code, out, err = cli(command, "--run", "x", "--colour", "red")
     assert code == 2 and out == ""

@@ -1,6 +1,6 @@
 """What an algorithm keeps: as one vector, from step to step, in checkpoints; two-point methods."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def fixed(num_tasks: int) -> FixedTasks:
     return FixedTasks([quadratic_task(index) for index in range(num_tasks)])
 
 
-def kept(algorithm: Algorithm = WARM, num_tasks: int = 3, **options: int) -> Workload:
+def kept(algorithm: Algorithm = WARM, num_tasks: int = 3, **options: Any) -> Workload:
     options = {"meta_batch_size": num_tasks, **options}
     return Workload(Quadratic(2, 4), fixed(num_tasks), algorithm, keep_state=True, **options)
 
@@ -86,9 +86,9 @@ def test_every_step_has_the_same_tasks_and_goes_on_from_their_states():
     executor = started(kept(tasks_per_lease=1))
     list(executor.run(4))
     outer = Quadratic(2, 4).init_outer(generator(0))
-    states = {}
+    states: dict[int, Any] = {}
     for step in range(4):
-        total = None
+        total: Params = {}
         for index in range(3):
             problem, task = Quadratic(2, 4), quadratic_task(index)
             oracle, context, start = oracle_of(problem, outer, task, step=step)
@@ -215,15 +215,16 @@ def rule(weight: float) -> StepRules:
 def test_the_outer_variable_does_the_recursion(weight):
     variable = OuterVariable({"x": torch.zeros(2)}, OuterOptimizer("sgd", lr=1.0), rule(weight))
     first, new, old = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 7.0]), torch.tensor([3.0, 3.0])
-    assert variable.previous is None
+    assert "previous" not in variable.state().recursion
     variable.apply([Contribution(0, 0, 2 * first, 2)])
-    assert variable.previous is not None and variable.previous.tolist() == [0, 0]
+    assert variable.state().recursion["previous"].tolist() == [0, 0]
     x = variable.flat.clone()
     step = variable.apply([Contribution(1, 1, torch.cat([2 * new, 2 * old]), 2)])
     w = new + (1 - weight) * (first - old)
     torch.testing.assert_close(x - variable.flat, w)
     assert step.hypergradient_norm == pytest.approx(float(w.norm()))
-    assert torch.equal(variable.previous, x)
+    previous = variable.previous
+    assert previous is not None and torch.equal(previous, x)
 
 
 def test_a_step_at_weight_one_needs_one_point():
@@ -255,7 +256,8 @@ def test_training_with_new_tasks_is_the_recursion_written_by_hand():
     work = Workload(Quadratic(2, 4), fixed(40), TWO_POINT, meta_batch_size=4)
     executor = started(work)
     list(executor.run(3))
-    outer = previous = w = None
+    outer = previous = work.problem.init_outer(generator(0))
+    w = torch.empty(0)
     for step in range(3):
         tasks = [quadratic_task(index) for index in range(4 * step, 4 * step + 4)]
 
@@ -263,12 +265,8 @@ def test_training_with_new_tasks_is_the_recursion_written_by_hand():
             found = task_hypergradients(work.problem, TWO_POINT, x, tasks, step=step)
             return flatten(found.total) / 4
 
-        if w is None:
-            outer = work.problem.init_outer(generator(0))
-            w = mean(outer)
-        else:
-            weight = TWO_POINT.recursive_weight(step)
-            w = mean(outer) + (1 - weight) * (w - mean(previous))
+        weight = TWO_POINT.recursive_weight(step)
+        w = mean(outer) + (1 - weight) * (w - mean(previous)) if step else mean(outer)
         previous, outer = outer, add(outer, {"x": w}, -0.1)
     assert_close(executor.outer(), outer, 1e-12)
 

@@ -1,0 +1,541 @@
+"""`check_hypergradient`: an algorithm's hypergradient beside the derivatives it stands for.
+
+In float64, on one task, at one x:
+
+    unrolled   d f(x, A(x)) / dx,  A being the algorithm's own adaptation: what methods that
+               differentiate through the inner loop compute; here by central differences
+    solution   d f(x, y*(x)) / dx = grad_x f - J H^-1 grad_y f at the minimiser y* of g: what
+               implicit, penalty and value-function methods approach; here with a dense Hessian
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metadist.algorithm import Algorithm, split_own
+from metadist.autodiff import gradients, leaves
+from metadist.hypergradient import task_hypergradients
+from metadist.lease import Workload
+from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.preflight import check_losses, check_trainable, initial_outer, preflight
+from metadist.problem import Problem, is_nonsmooth
+from metadist.task import Task, TaskSampler, to_device
+from metadist.trees import (
+    Params,
+    add,
+    check_flattenable,
+    detach,
+    dot,
+    flatten,
+    norm,
+    num_elements,
+    scale,
+    tree_map,
+    unflatten,
+    zeros_like,
+)
+
+WHOLE_GRADIENT = 100
+"""Up to so many numbers in x, central differences are taken in each of them."""
+NEWTON_STEPS = 10
+HOW_TO_READ = (
+    "Methods through the inner loop are right if they agree with the unrolled map; implicit, "
+    "penalty and value-function methods come near the solution's as their steps and weights grow. "
+    "A cosine near 1 beside a large error: the right direction, another length.\n"
+)
+
+
+class Comparison(NamedTuple):
+    """The hypergradient beside one reference.
+
+    Args:
+        reference: what it is compared with, in words.
+        error: |hypergradient - reference| / |reference|; where x is large, of the slopes along
+            random directions.
+        cosine: of the angle between the two, or between their slopes.
+        uncertainty: relative error of the reference itself, from two step sizes; 0 if exact.
+    """
+
+    reference: str
+    error: float
+    cosine: float
+    uncertainty: float
+
+
+class Repetition(NamedTuple):
+    """The error after several estimates at the same x.
+
+    Args:
+        what: which estimate against which reference, in words.
+        errors: relative error by number of estimates.
+    """
+
+    what: str
+    errors: dict[int, float]
+
+
+@dataclass(frozen=True)
+class HypergradientReport:
+    """What `check_hypergradient` found; printed as tables.
+
+    Args:
+        algorithm: with its hyperparameters.
+        setting: sizes and precision.
+        comparisons: of the first estimate, with every reference that exists.
+        repetitions: of more estimates at the same x: with the state kept from one to the next,
+            and, for an algorithm that draws random numbers, their mean with new states.
+        figures: norms, residuals and the algorithm's own metrics.
+        counts: what one estimate asked of the oracle, see `CountingOracle`.
+        notes: what could not be compared, and why.
+    """
+
+    algorithm: str
+    setting: dict[str, str]
+    comparisons: tuple[Comparison, ...]
+    repetitions: tuple[Repetition, ...]
+    figures: dict[str, float]
+    counts: dict[str, int]
+    notes: tuple[str, ...]
+
+    @property
+    def error(self) -> float:
+        """The smallest error in the report: of the best estimate against the nearest reference."""
+        errors = [comparison.error for comparison in self.comparisons]
+        errors += [error for found in self.repetitions for error in found.errors.values()]
+        return min(errors, default=float("inf"))
+
+    def __rich__(self) -> Group:
+        compared = Table("hypergradient beside", "relative error", "cosine")
+        for reference, error, cosine, uncertainty in self.comparisons:
+            doubt = f" (+- {uncertainty:.0e})" if uncertainty > 0.1 * error else ""
+            compared.add_row(reference, f"{error:.2e}{doubt}", f"{cosine:.6f}")
+        parts: list[Table | Text] = [Text(self.algorithm), compared, Text(HOW_TO_READ)]
+        if self.repetitions:
+            numbers = list(self.repetitions[0].errors)
+            repeated = Table("relative error after several estimates", *map(str, numbers))
+            for what, errors in self.repetitions:
+                repeated.add_row(what, *(f"{errors[n]:.2e}" for n in numbers))
+            parts.append(repeated)
+        asked = ", ".join(f"{count} {name}" for name, count in self.counts.items())
+        facts = Table(show_header=False, box=None)
+        for name, text in (
+            *self.setting.items(),
+            *((name, f"{value:.3g}") for name, value in self.figures.items()),
+            ("one estimate asks for", asked or "no derivative"),
+            *(("note", note) for note in self.notes),
+        ):
+            facts.add_row(Text(f"{name}:"), Text(text))
+        return Group(*parts, facts)
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=100)
+        console.print(self)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def check_hypergradient(
+    problem: Problem,
+    tasks: TaskSampler | Task,
+    algorithm: Algorithm,
+    outer: Params | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int | None = None,
+    num_directions: int = 20,
+    repeats: Sequence[int] = (1, 10, 100),
+    max_dense: int = 2000,
+) -> HypergradientReport:
+    """The hypergradient of `algorithm` on one task beside exact derivatives.
+
+    Runs on the CPU in float64, or, where the problem's constants do not allow that, in the
+    problem's own precision, which the report says.
+
+    Args:
+        problem: the problem.
+        tasks: a task, or a sampler, of which task 0 is taken.
+        algorithm: its `estimate` goes the way it goes in training.
+        outer: x, the algorithm's own variables included; None: the start of training.
+        seed: of the problem's start, of draws and of directions.
+        batch_size: examples per draw, as in training; None: whole sets. The references are
+            always those of the whole sets.
+        num_directions: random directions of central differences; where x has 100 numbers or
+            fewer, all of the gradient is compared instead.
+        repeats: numbers of estimates to report the error after; empty: none.
+        max_dense: sizes of y up to which a dense Hessian is formed.
+
+    Raises:
+        ValueError: an argument out of range, or what training would refuse too.
+
+    Cost: `max(repeats)` estimates (twice if the algorithm is random), 4 adaptations per direction,
+    dy Hessian-vector products per Newton step, and what L-BFGS needs.
+    """
+    for field, value in (("num_directions", num_directions), ("max_dense", max_dense)):
+        if value < 1:
+            raise ValueError(f"{field} must be >= 1, got {value}")
+    if any(number < 1 for number in repeats):
+        raise ValueError(f"repeats must hold numbers >= 1, got {list(repeats)}")
+    check_trainable(problem, algorithm)
+    sampler = _Always(tasks) if isinstance(tasks, Task) else tasks
+    workload = Workload(
+        problem, sampler, algorithm, vectorize=False, batch_size=batch_size, seed=seed
+    )
+    if outer is None:
+        outer = initial_outer(problem, workload, seed)
+    outer, notes = _in_double(workload, outer)
+    preflight(workload, outer)
+    # The fused attention kernels have no double backward, the plain one has.
+    with sdpa_kernel(SDPBackend.MATH):
+        return _Check(workload, outer, notes).report(num_directions, repeats, max_dense)
+
+
+class _Always:
+    """A sampler of one task."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def sample(self, index: int) -> Task:
+        return self._task
+
+
+def _in_double(workload: Workload, outer: Params) -> tuple[Params, list[str]]:
+    """(x in float64 if the problem can be computed there, notes)."""
+    dtype = check_flattenable(outer, "outer")
+    outer = {name: leaf.detach().cpu() for name, leaf in outer.items()}
+    if dtype == torch.float64:
+        return outer, []
+    double = {name: leaf.double() for name, leaf in outer.items()}
+    try:
+        check_losses(workload.problem, workload.sampler, double)
+        return double, []
+    except ValueError as error:
+        check_losses(workload.problem, workload.sampler, outer)  # its own fault is told as such
+        reason = str(error).partition("got ")[2].partition("\n")[0]
+        return outer, [
+            f"computed in {str(dtype).removeprefix('torch.')}, since the problem cannot be "
+            f"computed in float64 (cast its constants with .double()): {reason}"
+        ]
+
+
+class _Reference(NamedTuple):
+    """A derivative to compare with, known along `directions` (None: whole)."""
+
+    words: str
+    short: str
+    value: Tensor
+    directions: list[Params] | None = None
+    uncertainty: float = 0.0
+
+    def error(self, hypergradient: Params) -> float:
+        return _relative(self._of(hypergradient) - self.value, self.value)
+
+    def compare(self, hypergradient: Params) -> Comparison:
+        found = self._of(hypergradient)
+        size = float(found.norm() * self.value.norm())
+        cosine = float(found @ self.value) / size if size else 0.0
+        return Comparison(self.words, self.error(hypergradient), cosine, self.uncertainty)
+
+    def _of(self, hypergradient: Params) -> Tensor:
+        if self.directions is None:
+            # The algorithm's own variables do not enter the solution.
+            return flatten(split_own(hypergradient)[0])
+        return torch.stack([dot(hypergradient, direction) for direction in self.directions])
+
+
+class _Check:
+    """One problem on one task at one x, and everything that is computed there."""
+
+    def __init__(self, workload: Workload, outer: Params, notes: list[str]) -> None:
+        self.workload = workload
+        self.problem, self.algorithm = workload.problem, workload.algorithm
+        self.outer = outer
+        self.notes = notes
+        self.dtype = next(iter(outer.values())).dtype
+        self.task = to_device(workload.sampler.sample(0), "cpu", self.dtype)
+        problem_outer, self.own = split_own(outer)
+        with torch.no_grad():
+            self.context = detach(self.problem.encode(problem_outer, self.task))
+            self.start = detach(self.problem.init_inner(problem_outer, self.task))
+
+    def report(
+        self, num_directions: int, repeats: Sequence[int], max_dense: int
+    ) -> HypergradientReport:
+        drawn = CountingOracle(self._oracle(self.workload.batch_size))
+        x = {**self.context, **self.own}
+        estimate = self.algorithm.estimate(drawn, x, self.algorithm.init(drawn, x, self.start))
+        adapted = detach(estimate.state.inner)
+        first, other = self._estimates(2)
+        figures = {
+            "|grad_y g| at the start": self._inner_gradient(self.start),
+            "|grad_y g| after adaptation": self._inner_gradient(adapted),
+            **{name: float(value) for name, value in estimate.metrics.items()},
+        }
+        references = [self._unrolled(num_directions)]
+        solution = self._solution(adapted, max_dense)
+        if isinstance(solution, str):
+            self.notes.append(f"no exact hypergradient of the solution y*(x): {solution}")
+        else:
+            references.append(solution.reference)
+            figures |= solution.figures
+        outer_size, inner_size = num_elements(self.outer), num_elements(self.start)
+        return HypergradientReport(
+            repr(self.algorithm),
+            {
+                "x, y": f"{outer_size:,} and {inner_size:,} numbers in "
+                + str(self.dtype).removeprefix("torch.")
+            },
+            tuple(reference.compare(first) for reference in references),
+            tuple(self._repetitions(references, repeats, is_random=not _equal(first, other))),
+            figures,
+            dict(drawn.counts),
+            tuple(self.notes),
+        )
+
+    def _oracle(self, batch_size: int | None = None) -> AutogradOracle:
+        return AutogradOracle(self.problem, self.task, batch_size, self.workload.seed, eager=True)
+
+    def _inner_gradient(self, y: Params) -> float:
+        oracle = self._oracle()
+        return float(norm(oracle.inner_grad(self.context, y, oracle.draw_inner())))
+
+    def _estimates(self, number: int, *, keep: bool = False) -> list[Params]:
+        """Hypergradients at x by the path of training, with other draws each."""
+        found = []
+        states: dict[int, Tensor] | None = {} if keep else None
+        for step in range(number):
+            result = task_hypergradients(
+                self.problem,
+                self.algorithm,
+                self.outer,
+                [self.task],
+                vectorize=False,
+                batch_size=self.workload.batch_size,
+                # Schedules go by the step; without a kept state there is none.
+                seed=self.workload.seed + (0 if keep else step),
+                step=step if keep else 0,
+                states=states,
+            )
+            if result.dropped:
+                raise ValueError(
+                    f"the hypergradient must be finite, got NaN or Inf in estimate {step + 1} "
+                    f"at the same x: the kept state diverges ({self.algorithm})"
+                )
+            states = result.states if keep else None
+            found.append(result.total)
+        return found
+
+    def _repetitions(
+        self, references: list[_Reference], repeats: Sequence[int], *, is_random: bool
+    ) -> list[Repetition]:
+        if not repeats:
+            return []
+        repeats = sorted(set(repeats))
+        found = []
+        for reference in references[1:]:  # a kept state leaves the unrolled map
+            kept = self._estimates(repeats[-1], keep=True)
+            found.append(
+                Repetition(
+                    f"state kept: the last, of {reference.short}",
+                    {number: reference.error(kept[number - 1]) for number in repeats},
+                )
+            )
+        if is_random:
+            drawn = self._estimates(repeats[-1])
+            means = {number: _mean(drawn[:number]) for number in repeats}
+            found += [
+                Repetition(
+                    f"state new, other draws: their mean, of {reference.short}",
+                    {number: reference.error(mean) for number, mean in means.items()},
+                )
+                for reference in references
+            ]
+        return found
+
+    def _unrolled(self, num_directions: int) -> _Reference:
+        """Central differences of x -> f(x, A(x)), extrapolated from two step sizes."""
+        whole = num_elements(self.outer) <= WHOLE_GRADIENT
+        directions = _axes(self.outer) if whole else self._random_directions(num_directions)
+        size = torch.finfo(self.dtype).eps ** (1 / 3) * max(
+            1.0, *(float(leaf.abs().max()) for leaf in self.outer.values() if leaf.numel())
+        )
+        slopes, halved = (
+            torch.stack([self._slope(direction, step) for direction in directions])
+            for step in (size, size / 2)
+        )
+        held = {"context": ", its start held constant", "start": ", the context held constant"}
+        along = "" if whole else f", along {num_directions} random directions"
+        return _Reference(
+            "the unrolled map x -> f(x, A(x))" + held.get(self.algorithm.trains, "") + along,
+            "the unrolled map",
+            (4 * halved - slopes) / 3,
+            directions,
+            _relative(halved - slopes, halved),
+        )
+
+    def _random_directions(self, number: int) -> list[Params]:
+        generator = torch.Generator().manual_seed(self.workload.seed)
+        drawn = [
+            tree_map(
+                lambda leaf: torch.randn(leaf.shape, generator=generator, dtype=self.dtype),
+                self.outer,
+            )
+            for _ in range(number)
+        ]
+        return [scale(direction, 1 / norm(direction)) for direction in drawn]
+
+    def _slope(self, direction: Params, size: float) -> Tensor:
+        above, below = (
+            self._adapted_loss(add(self.outer, direction, sign * size)) for sign in (1, -1)
+        )
+        return (above - below) / (2 * size)
+
+    def _adapted_loss(self, outer: Params) -> Tensor:
+        """f(x, A(x)) on the whole sets."""
+        problem_outer, own = split_own(outer)
+        trains = self.algorithm.trains
+        with torch.no_grad():
+            context, start = self.context, self.start
+            if trains != "start":
+                context = self.problem.encode(problem_outer, self.task)
+            if trains != "context":
+                start = self.problem.init_inner(problem_outer, self.task)
+        adapted = self.algorithm.adapt(self._oracle(), {**context, **own}, start)
+        return self.problem.outer_loss(context, adapted, self.task.query).detach()
+
+    def _solution(self, adapted: Params, max_dense: int) -> _Solution | str:
+        """The exact hypergradient of x -> f(x, y*(x)), or why there is none."""
+        size = num_elements(adapted)
+        if self.algorithm.trains == "start":
+            return "the algorithm trains the start of adaptation, which y*(x) does not depend on"
+        if is_nonsmooth(self.problem):
+            return "the lower objective has a non-smooth part"
+        if size > max_dense:
+            return f"y has {size:,} numbers, more than max_dense = {max_dense:,}"
+        y = _lbfgs(self._lower_loss, adapted)
+        tiny = torch.finfo(self.dtype).eps ** 0.6
+        for _ in range(NEWTON_STEPS):
+            gradient, hessian = self._lower_gradient(y), self._hessian(y)
+            if not bool(hessian.isfinite().all()):
+                return "the Hessian of g is not finite where minimising g has led"
+            eigenvalues = torch.linalg.eigvalsh(hessian)
+            low, high = float(eigenvalues[0]), float(eigenvalues[-1])
+            if low <= tiny * abs(high):
+                return (
+                    "the Hessian of g is not positive definite where minimising g has led, its "
+                    f"eigenvalues go from {low:.2g} to {high:.2g}: g has no strict minimum there"
+                )
+            step = torch.linalg.solve(hessian, gradient)
+            if float(step.norm()) <= tiny * (1 + float(norm(y))):
+                return self._implicit(y, hessian, adapted, (low, high))
+            y = unflatten(flatten(y) - step, y)
+        return (
+            "no stationary point of g was reached, |grad_y g| is still "
+            f"{self._inner_gradient(y):.2g} after L-BFGS and {NEWTON_STEPS} Newton steps"
+        )
+
+    def _lower_loss(self, y: Params) -> Tensor:
+        return self.problem.inner_loss(self.context, y, self.task.support)
+
+    def _lower_gradient(self, y: Params) -> Tensor:
+        oracle = self._oracle()
+        return flatten(oracle.inner_grad(self.context, y, oracle.draw_inner()))
+
+    def _hessian(self, y: Params) -> Tensor:
+        oracle = self._oracle()
+        draw = oracle.draw_inner()
+        columns = [flatten(oracle.hvp(self.context, y, axis, draw)) for axis in _axes(y)]
+        hessian = torch.stack(columns)
+        return (hessian + hessian.mT) / 2
+
+    def _implicit(
+        self, y: Params, hessian: Tensor, adapted: Params, eigenvalues: tuple[float, float]
+    ) -> _Solution:
+        """grad_x f - J H^-1 grad_y f at y, through `encode`."""
+        oracle = self._oracle()
+        along_x, along_y = oracle.outer_grads(self.context, y, oracle.draw_outer())
+        v = unflatten(torch.linalg.solve(hessian, flatten(along_y)), y)
+        j_v, _ = oracle.second_order(self.context, y, v, oracle.draw_inner())
+        x = leaves(split_own(self.outer)[0])
+        with torch.enable_grad():
+            context = self.problem.encode(x, self.task)
+        (exact,) = gradients(list(context.values()), list(add(along_x, j_v, -1.0).values()), x)
+        distance = _relative(flatten(adapted) - flatten(y), flatten(y))
+        low, high = eigenvalues
+        return _Solution(
+            _Reference("the solution x -> f(x, y*(x))", "the solution", flatten(exact)),
+            {
+                "|y - y*| / |y*| after adaptation": distance,
+                "smallest eigenvalue of H at y*": low,
+                "largest eigenvalue of H at y*": high,
+            },
+        )
+
+
+class _Solution(NamedTuple):
+    reference: _Reference
+    figures: dict[str, float]
+
+
+def _lbfgs(loss: Callable[[Params], Tensor], y: Params) -> Params:
+    """A point near `y` with a small gradient of `loss`, if L-BFGS finds one."""
+    flat = flatten(y).detach().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [flat],
+        max_iter=1000,
+        history_size=50,
+        tolerance_grad=torch.finfo(flat.dtype).eps,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            value = loss(unflatten(flat, y))
+            value.backward()
+        return value
+
+    optimizer.step(closure)
+    found = unflatten(flat.detach(), y)
+    return found if all(bool(leaf.isfinite().all()) for leaf in found.values()) else y
+
+
+def _axes(tree: Params) -> list[Params]:
+    """The unit vectors of the space of `tree`."""
+    size = num_elements(tree)
+    flat = flatten(zeros_like(tree))
+    axes = []
+    for i in range(size):
+        axis = flat.clone()
+        axis[i] = 1
+        axes.append(unflatten(axis, tree))
+    return axes
+
+
+def _equal(first: Params, second: Params) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _mean(trees: list[Params]) -> Params:
+    total = trees[0]
+    for tree in trees[1:]:
+        total = add(total, tree)
+    return scale(total, 1 / len(trees))
+
+
+def _relative(difference: Tensor, reference: Tensor) -> float:
+    """|difference| / |reference|; 0 if both are 0."""
+    size, base = float(difference.norm()), float(reference.norm())
+    if size == 0:
+        return 0.0
+    return size / base if base else float("inf")

@@ -1,0 +1,62 @@
+"""Every algorithm on Ray: the bytes of one process, from a checkpoint in the middle on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from metadist.algorithms import ALGORITHMS
+from metadist.cluster import RayExecutor
+from tests.algorithms.directions import NEW_TASKS, trainer
+from tests.problems import assert_same_bytes
+
+
+class Lasting(RayExecutor):
+    """Keeps its processes from one run to the next."""
+
+    def close(self) -> None:
+        pass
+
+    def end(self) -> None:
+        super().close()
+
+
+@pytest.fixture(scope="module")
+def workers(ray_session: None) -> Iterator[Lasting]:
+    executor = Lasting(num_workers=2)
+    yield executor
+    executor.end()
+
+
+@pytest.mark.parametrize("keep_state", [False, True], ids=["new", "kept"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_ray_goes_on_from_a_checkpoint_to_the_bytes_of_one_process(
+    workers, name, keep_state, tmp_path
+):
+    if keep_state and ALGORITHMS[name].trains == "start":
+        pytest.skip("trains where adaptation starts")
+    algorithm = NEW_TASKS[name]
+    whole = trainer(algorithm, keep_state)
+    whole.fit(4)
+    half = trainer(algorithm, keep_state, run_dir=tmp_path / "run")
+    half.fit(2)
+    again = trainer(algorithm, keep_state, run_dir=tmp_path / "run", executor=workers)
+    again.restore()
+    again.fit(4)
+    assert_same_bytes(again.outer, whole.outer)
+    if keep_state:
+        for index in range(2):
+            assert_same_bytes(again.inner(index), whole.inner(index))
+
+
+@pytest.mark.parametrize(
+    ("name", "keep_state", "why"),
+    [("aid", True, "keep_state=True"), ("mrbo", False, "the two-point method MRBO")],
+)
+def test_a_policy_that_is_not_synchronous_is_refused(ray_session, name, keep_state, why):
+    executor = RayExecutor(num_workers=2, policy="asp")
+    training = trainer(NEW_TASKS[name], keep_state, executor=executor)
+    message = rf"policy must be 'bsp' with {why}, got .*asp.*: every step needs what the step"
+    with pytest.raises(ValueError, match=message):
+        training.fit(1)
