@@ -34,7 +34,17 @@ def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().mean()
 
 
-LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "mse": mean_squared_error}
+def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """`F.cross_entropy` for classes; real numbers, which it takes for probabilities, are refused."""
+    if target.is_floating_point():
+        raise ValueError(
+            "targets must be integers (classes) with loss='cross_entropy', got "
+            f"{target.dtype}: pass loss='mse', or for probabilities torch's own function"
+        )
+    return F.cross_entropy(output, target)
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mean_squared_error}
 
 SUPPORT, QUERY = "features.support", "features.query"
 INPUTS = "inputs.support"

@@ -11,7 +11,7 @@ from metadist.algorithms import ITD
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP, Conv4, ResNet12, TaskBatchNorm, with_task_batch_norm
 from metadist.task import Batch, Task, stack_tasks, to_device
-from metadist.tasks.few_shot import FewShotProblem, head_name
+from metadist.tasks.few_shot import LOSSES, FewShotProblem, head_name
 from metadist.trees import add, select
 from tests.problems import (
     assert_close,
@@ -574,6 +574,17 @@ def test_mse_is_that_of_torch_and_reports_no_accuracy():
         assert set(result.metrics) == {"support_loss", "query_loss", "query_loss_before"}
     assert_close(results[0].total, results[1].total, 1e-12)
     assert results[0].metrics == pytest.approx(results[1].metrics, rel=1e-12)
+
+
+def test_cross_entropy_refuses_real_numbers_which_torch_takes_for_probabilities():
+    loss = LOSSES["cross_entropy"]
+    labels = torch.tensor([0, 2])
+    output = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
+    assert float(loss(output, labels)) == float(F.cross_entropy(output, labels))
+    with pytest.raises(
+        ValueError, match=r"targets must be integers .* got torch.float32: pass los"
+    ):
+        loss(output, torch.ones(2, 3))
 
 
 def test_mse_refuses_targets_that_would_be_broadcast():
