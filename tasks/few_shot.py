@@ -35,7 +35,7 @@ def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """`F.cross_entropy` for classes; real numbers, which it takes for probabilities, are refused."""
+    """`F.cross_entropy` for classes; it would take real numbers for probabilities."""
     if target.is_floating_point():
         raise ValueError(
             "targets must be integers (classes) with loss='cross_entropy', got "

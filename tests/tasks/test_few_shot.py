@@ -582,7 +582,7 @@ def test_cross_entropy_refuses_real_numbers_which_torch_takes_for_probabilities(
     output = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
     assert float(loss(output, labels)) == float(F.cross_entropy(output, labels))
     with pytest.raises(
-        ValueError, match=r"targets must be integers .* got torch.float32: pass los"
+        ValueError, match=r"targets must be integers .* got torch.float32: pass"
     ):
         loss(output, torch.ones(2, 3))
 
