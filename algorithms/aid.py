@@ -13,12 +13,7 @@ from metadist.algorithms.implicit import (
     hessian,
     implicit_gradient,
 )
-from metadist.algorithms.inner import (
-    InnerLoop,
-    check_at_least,
-    check_choice,
-    check_within,
-)
+from metadist.algorithms.inner import InnerLoop, check_at_least, check_choice, check_within
 from metadist.algorithms.linear import Product, Solution, conjugate_gradient, fixed_point, neumann
 from metadist.oracle import Oracle
 from metadist.trees import Params, zeros_like
@@ -47,9 +42,11 @@ class AID(InnerLoop):
 
     Cost: T G + F + N H + J; with warm-started "cg" one H more, for the first residual.
     Memory: 5 vectors like y.
-    Breaks: singular H without damping: the metric `adjoint_residual` stays large; indefinite H:
-    "cg" stops there (`negative_curvature` is 1), the others diverge. Far from the lower solution h
-    is the gradient of nothing.
+    Breaks: singular H without damping, as of a head with more numbers than support examples: where
+    b leaves the range of H, "cg" gives a v that is thousands or millions of times too large
+    (`adjoint_residual` is far above 1). Then regularise g, set damping, or take IMAML. Indefinite
+    H: "cg" stops there (`negative_curvature` is 1), the others diverge. Far from the lower
+    solution h is the gradient of nothing.
     Source: Ji, Yang, Liang, "Bilevel Optimization: Convergence Analysis and Enhanced Design",
     ICML 2021, AID-BiO; of it the updates. That the paper starts v from the last v was not
     checked against its text, hence the option.
@@ -79,13 +76,7 @@ class AID(InnerLoop):
         check_at_least("adjoint_steps", self.adjoint_steps, 1)
         check_at_least("damping", self.damping, 0.0)
         check_within("tolerance", self.tolerance, 0, 1)
-        if self.solver != "cg":
-            check_adjoint_lr(self, self.adjoint_lr)
-        elif self.adjoint_lr is not None:
-            raise ValueError(
-                f"adjoint_lr must be None with solver='cg', got {self.adjoint_lr}: conjugate "
-                "gradients have no rate"
-            )
+        check_adjoint_lr(self, self.adjoint_lr, self.solver)
         if self.warm_start and self.solver == "neumann":
             raise ValueError(
                 "warm_start must be False with solver='neumann', got True: its sum has no start; "

@@ -28,7 +28,7 @@ class AmIGO(InnerLoop):
         h = grad_x f - J v
 
     Every step on y, every step on v and J have a mini-batch of their own; f has one for the
-    whole loop on v. So h is unbiased given (x, y, v).
+    whole loop on v. So with "gd" the mean of h, given x, y and the last v, is what whole sets give.
 
     Args:
         solver: "gd": the steps above; "cg": as many of conjugate gradients, on one mini-batch.
@@ -37,7 +37,7 @@ class AmIGO(InnerLoop):
 
     Cost: T G + F + N H + J; with "cg" one H more, for the first residual.
     Memory: y and v, 4 vectors more with "cg".
-    Breaks: as AID; a v of another task is no start, so nothing is amortised on new tasks.
+    Breaks: as AID, and has no damping; on new tasks v starts from 0, so nothing is amortised.
     Source: Arbel and Mairal, "Amortized Implicit Differentiation for Stochastic Bilevel
     Optimization", ICLR 2022.
     Differs from the official code in: the sign of v (there H v = -grad_y f).
@@ -60,13 +60,7 @@ class AmIGO(InnerLoop):
         super().__post_init__()
         check_choice("solver", self.solver, ("gd", "cg"))
         check_at_least("adjoint_steps", self.adjoint_steps, 1)
-        if self.solver == "gd":
-            check_adjoint_lr(self, self.adjoint_lr)
-        elif self.adjoint_lr is not None:
-            raise ValueError(
-                f"adjoint_lr must be None with solver='cg', got {self.adjoint_lr}: conjugate "
-                "gradients have no rate"
-            )
+        check_adjoint_lr(self, self.adjoint_lr, self.solver)
 
     def init(self, oracle: Oracle, outer: Params, inner: Params) -> AdjointState:
         return AdjointState(inner, zeros_like(inner))

@@ -16,6 +16,7 @@ from metadist.algorithms.inner import (
     check_choice,
     check_positive,
     decayed,
+    repeat,
 )
 from metadist.oracle import Oracle
 from metadist.problem import Problem
@@ -31,9 +32,8 @@ class BOME(InnerLoop):
         lam = max(0, (phi - <grad f, grad q>) / (|grad q|^2 + epsilon)),   grad = (d/dx, d/dy)
         y <- y - y_lr * (grad_y f + lam * grad_y q);    h = grad_x f + lam * grad_x q
 
-    x and y are moved by one combined direction, along which q falls at a rate of phi at least. On
-    a new task one move of y says little: give it `rounds`. At one x they end where f + lam * g
-    is stationary in y, so h has the bias of a finite lam.
+    x and y are moved by one combined direction, along which q falls at a rate of phi at least. At
+    one x, many `rounds` end where f + lam * g is stationary in y: h has the bias of a finite lam.
 
     Args:
         y_lr: xi, the step size of y, > 0; `inner_decay` applies to it too.
@@ -45,7 +45,9 @@ class BOME(InnerLoop):
 
     Cost: per round T G + F + 2 (G + Gx); two values of g with phi="value".
     Memory: one more y.
-    Breaks: a fixed y_lr leaves a gap q > 0 of order y_lr^2; refused where g is flat in y.
+    Breaks: on a new task with rounds = 1: grad_y f has moved no y yet, so h can point away from
+    the hypergradient; give it `rounds`, or keep states. A fixed y_lr leaves a gap q > 0 of
+    order y_lr^2. Refused where g is flat in y.
     Source: Liu, Ye, Wright, Stone, Liu, "BOME! Bilevel Optimization Made Easy: A Simple
     First-Order Approach", NeurIPS 2022, algorithm 1. Differs from the official code in: x is
     stepped by the outer optimiser; no momentum on the step of y.
@@ -75,10 +77,7 @@ class BOME(InnerLoop):
         check_at_least("rounds", self.rounds, 1)
 
     def estimate(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
-        estimate = self._move(oracle, outer, state)
-        for _ in range(self.rounds - 1):
-            estimate = self._move(oracle, outer, estimate.state)
-        return estimate
+        return repeat(self._move, self.rounds, oracle, outer, state)
 
     def _move(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
         y = state.inner

@@ -42,8 +42,9 @@ class F2SA(InnerLoop):
     Args:
         inner_lr: of z, > 0; `inner_decay` applies to y too (the paper's k^-4/7 for z and k^-5/7
             for y are one exponent here, as lam_k grows with k^1/7).
-        y_lr: of y, > 0. None: what moves y along grad_y g as fast as z (or y along -nu as along
-            nu), so that a few steps from a common start make a sensible difference.
+        y_lr: of y, > 0. None: what moves y along grad_y g as fast as z, so that a few steps from a
+            common start make a sensible difference; stable where
+            inner_lr < 2 / (L_g + L_f / lam).
         lam: of the first outer step, > 0.
         lam_growth: lam_k = lam * (k+1)^lam_growth, in [0, 1].
         order: 1: bias O(1/lam), 2: O(1/lam^2).

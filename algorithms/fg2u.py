@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from metadist.algorithm import Algorithm, Card, Estimate, InnerState
-from metadist.algorithms.inner import check_at_least, check_choice, check_sgd, sgd
+from metadist.algorithm import Card, Estimate, InnerState
+from metadist.algorithms.inner import GradientDescent, check_at_least, check_choice
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, dot, scale, zeros_like
 
@@ -14,7 +14,7 @@ CONTEXT, START = "context.", "start."
 
 
 @dataclass(frozen=True)
-class FG2U(Algorithm):
+class FG2U(GradientDescent):
     """Forward gradient unrolling with forward gradient: no backward pass through the inner loop.
 
     For random directions (v, z_0) in the space of context and start of adaptation:
@@ -26,8 +26,6 @@ class FG2U(Algorithm):
     ITD, for the context and for the start.
 
     Args:
-        inner_steps: T, >= 1.
-        inner_lr: alpha, > 0.
         num_directions: b, >= 1.
         directions: "rademacher", entries +1 or -1, or "normal".
 
@@ -35,9 +33,9 @@ class FG2U(Algorithm):
     Memory: b vectors like (x, y), independent of T.
     Breaks: E|h - E h|^2 / |E h|^2 = (d - 1) / b, or (d + 1) / b with "normal", d being the size
     of context and start together: for a context of many numbers (features) noise rules.
-    Source: Shen, Wang, Yao, Yang, Ying, Liu, Shi, "Memory-Efficient Gradient Unrolling for
-    Large-Scale Bi-level Optimization", NeurIPS 2024. Differs from it in: the start of
-    adaptation counts as part of the direction, where the paper has x alone.
+    Source: Shen, Wang, Yang, Li, Wang, Zhang, Scarlett, Zhu, Kawaguchi, "Memory-Efficient Gradient
+    Unrolling for Large-Scale Bi-level Optimization", NeurIPS 2024. Differs from it in: the
+    start of adaptation counts as part of the direction, where the paper has x alone.
     """
 
     card = Card(
@@ -49,22 +47,13 @@ class FG2U(Algorithm):
         use="few outer numbers, long inner loops, no room for iterates",
     )
 
-    inner_steps: int = 5
-    inner_lr: float = 0.1
     num_directions: int = 8
     directions: Literal["rademacher", "normal"] = "rademacher"
 
     def __post_init__(self) -> None:
-        check_sgd(self.inner_steps, self.inner_lr, 0.0)
+        super().__post_init__()
         check_at_least("num_directions", self.num_directions, 1)
         check_choice("directions", self.directions, ("rademacher", "normal"))
-
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> InnerState:
-        return InnerState(inner)
-
-    def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
-        rates = {name: leaf.new_tensor(self.inner_lr) for name, leaf in inner.items()}
-        return sgd(oracle, outer, inner, self.inner_steps, rates)
 
     def estimate(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
         y = state.inner
@@ -78,7 +67,7 @@ class FG2U(Algorithm):
                 add(z, oracle.directional(outer, y, v, z, draw), -self.inner_lr)
                 for (v, _), z in zip(directions, tangents, strict=True)
             ]
-            y = add(y, oracle.inner_grad(outer, y, draw), -self.inner_lr)
+            y = self.next_inner(oracle, outer, y, draw)
         direct, right = oracle.outer_grads(outer, y, oracle.draw_outer())
         h, start_gradient = zeros_like(outer), zeros_like(y)
         for (v, z_0), z in zip(directions, tangents, strict=True):

@@ -19,7 +19,7 @@ class FSLAState(NamedTuple):
     """y, v, the x of the last estimate, its w (like x), and how many estimates there were."""
 
     inner: Params
-    adjoint: Params
+    v: Params
     previous_outer: Params
     outer_direction: Params
     age: int
@@ -49,10 +49,12 @@ class FSLA(SingleLoop):
 
     Cost: T (1 gradient, 1 outer gradient, 1 product) + 2 (1 outer gradient, 1 product).
     Memory: the state, 2 vectors like y and 2 like x.
-    Breaks: as SOBA, v starts at 0; as MRBO where x jumps between steps.
+    Breaks: as SOBA: outer_lr must be well below inner_lr and adjoint_lr, and v starts at 0; as
+    MRBO where x jumps between steps.
     Source: Li, Gu, Huang, "A Fully Single Loop Algorithm for Bilevel Optimization without Hessian
     Inverse", AAAI 2022, the update as in the public benchmark of bilevel solvers. Differs from it
-    in: inner_steps > 1 moves y and v several times at one x.
+    in: a_k has a rate and an exponent of its own, where there it is the step size; inner_steps > 1
+    moves y and v several times at one x.
     """
 
     card = Card(
@@ -85,20 +87,20 @@ class FSLA(SingleLoop):
     def estimate(self, oracle: Oracle, outer: Params, state: FSLAState) -> Estimate:
         moved: FSLAState = super().estimate(oracle, outer, state).state
         draws = oracle.draw_outer(), oracle.draw_inner()
-        w, residual = direction(oracle, outer, moved.inner, moved.adjoint, *draws)
+        w, residual = direction(oracle, outer, moved.inner, moved.v, *draws)
         if state.age:
-            old, _ = direction(oracle, state.previous_outer, state.inner, state.adjoint, *draws)
+            old, _ = direction(oracle, state.previous_outer, state.inner, state.v, *draws)
             w = recursion(w, old, state.outer_direction, self.recursive_weight(state.age))
-        moved = FSLAState(moved.inner, moved.adjoint, outer, w, state.age + 1)
+        moved = FSLAState(moved.inner, moved.v, outer, w, state.age + 1)
         return Estimate(w, None, moved, {"adjoint_residual": residual})
 
     def move(self, oracle: Oracle, outer: Params, state: FSLAState) -> Estimate:
-        y, v = state.inner, state.adjoint
+        y, v = state.inner, state.v
         y = self.descend_once(oracle, y, oracle.inner_grad(outer, y, oracle.draw_inner()))
         product = oracle.hvp(outer, y, v, oracle.draw_inner())
         _, right = oracle.outer_grads(outer, y, oracle.draw_outer())
         rate = decayed(self.adjoint_lr, self.adjoint_decay, oracle.step)
-        moved = state._replace(inner=y, adjoint=add(v, sub(product, right), -rate))
+        moved = state._replace(inner=y, v=add(v, sub(product, right), -rate))
         return Estimate(state.outer_direction, None, moved, {})
 
 

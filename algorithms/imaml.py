@@ -52,7 +52,7 @@ class IMAML(InnerLoop):
     theorem for what else g depends on.
     Differs from the official code in: the proximal term is in every inner step, and the system is
     the one of the paper (there (2 I + H / (lam + 10)) with the defaults); adaptation of a
-    kept state goes on from the last y, held near the first start.
+    kept state goes on from the last y, held near the first start, which is not trained then.
     """
 
     trains = "both"

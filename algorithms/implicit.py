@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from metadist.algorithms.inner import InnerLoop, check_positive
+from metadist.algorithms.inner import InnerLoop, SingleLoop, check_positive
 from metadist.algorithms.linear import Product, relative_residual
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, sub
@@ -57,14 +57,20 @@ def implicit_gradient(
     return sub(along_x, j_v), {"adjoint_residual": residual}
 
 
-def adjoint_rate(loop: InnerLoop, adjoint_lr: float | None) -> float:
+def adjoint_rate(loop: InnerLoop | SingleLoop, adjoint_lr: float | None) -> float:
     """`adjoint_lr`, by default the rate of the inner loop (both should be 1/L)."""
     return loop.inner_lr if adjoint_lr is None else adjoint_lr
 
 
-def check_adjoint_lr(loop: InnerLoop, adjoint_lr: float | None) -> None:
-    """Raise ValueError unless there is a positive rate of SGD for steps on v."""
-    if adjoint_lr is not None:
+def check_adjoint_lr(loop: InnerLoop, adjoint_lr: float | None, solver: str = "") -> None:
+    """Raise ValueError unless `solver` has the rate for its steps on v that it needs."""
+    if solver == "cg":
+        if adjoint_lr is not None:
+            raise ValueError(
+                f"adjoint_lr must be None with solver='cg', got {adjoint_lr}: conjugate "
+                "gradients have no rate"
+            )
+    elif adjoint_lr is not None:
         check_positive("adjoint_lr", adjoint_lr)
     elif loop.inner_optimizer != "sgd":
         raise ValueError(

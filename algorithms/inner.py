@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from metadist.algorithm import Algorithm, Estimate, InnerState, State
-from metadist.oracle import Oracle
+from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, multiply, sub, tree_map, zeros_like
 
 
@@ -87,6 +88,48 @@ def decayed(rate: float, exponent: float, step: int) -> float:
     return rate * (step + 1) ** -exponent
 
 
+def repeat(
+    move: Callable[[Oracle, Params, Any], Estimate],
+    number: int,
+    oracle: Oracle,
+    outer: Params,
+    state: State,
+) -> Estimate:
+    """The last of `number` moves at one x, each from the state that the one before it has left."""
+    estimate = move(oracle, outer, state)
+    for _ in range(number - 1):
+        estimate = move(oracle, outer, estimate.state)
+    return estimate
+
+
+@dataclass(frozen=True)
+class GradientDescent(Algorithm):
+    """What algorithms share whose lower problem is plain gradient descent on g.
+
+    Args:
+        inner_steps: T, >= 1.
+        inner_lr: alpha, > 0.
+    """
+
+    inner_steps: int = 5
+    inner_lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_sgd(self.inner_steps, self.inner_lr, 0.0)
+
+    def next_inner(self, oracle: Oracle, outer: Params, inner: Params, draw: Draw) -> Params:
+        """y - inner_lr * grad_y g. Cost: one gradient."""
+        return add(inner, oracle.inner_grad(outer, inner, draw), -self.inner_lr)
+
+    def init(self, oracle: Oracle, outer: Params, inner: Params) -> InnerState:
+        return InnerState(inner)
+
+    def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
+        for _ in range(self.inner_steps):
+            inner = self.next_inner(oracle, outer, inner, oracle.draw_inner())
+        return inner
+
+
 @dataclass(frozen=True)
 class InnerLoop(Algorithm):
     """What algorithms share that run `inner_steps` steps on g at every outer step.
@@ -95,7 +138,7 @@ class InnerLoop(Algorithm):
         inner_steps: T, >= 1.
         inner_lr: alpha, > 0.
         inner_decay: the rate at outer step k is inner_lr * (k+1)^-inner_decay, in [0, 1].
-            Evaluation, which knows no outer step, adapts with inner_lr.
+            Evaluation is at k = 0: it adapts with inner_lr.
         inner_optimizer: "sgd" or "adam" (with torch's defaults); as in torch.optim, started
             anew at every outer step.
         momentum: of "sgd", in [0, 1).
@@ -119,11 +162,15 @@ class InnerLoop(Algorithm):
                 "momentum of 'sgd'"
             )
 
-    def descend(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
-        """y after the inner loop. Cost: inner_steps gradients grad_y g."""
+    def descend(
+        self, oracle: Oracle, outer: Params, inner: Params, draws: Iterable[Draw] | None = None
+    ) -> Params:
+        """y after the inner loop, on `draws` or, if None, fresh ones. Cost: T gradients."""
         optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))
-        for _ in range(self.inner_steps):
-            inner = optimizer.step(inner, oracle.inner_grad(outer, inner, oracle.draw_inner()))
+        if draws is None:
+            draws = (oracle.draw_inner() for _ in range(self.inner_steps))
+        for draw in draws:
+            inner = optimizer.step(inner, oracle.inner_grad(outer, inner, draw))
         return inner
 
     def init(self, oracle: Oracle, outer: Params, inner: Params) -> State:
@@ -163,7 +210,7 @@ class SingleLoop(Algorithm):
     Args:
         inner_steps: steps of y (and of what else moves) per outer step; the papers have 1.
         inner_lr: alpha, > 0.
-        inner_decay: the rate at outer step k is inner_lr * (k+1)^-inner_decay, in [0, 1].
+        inner_decay: as in `InnerLoop`.
     """
 
     trains = "context"
@@ -181,14 +228,13 @@ class SingleLoop(Algorithm):
         """One step of everything, and the hypergradient that goes with it."""
 
     def estimate(self, oracle: Oracle, outer: Params, state: State) -> Estimate:
-        estimate = self.move(oracle, outer, state)
-        for _ in range(self.inner_steps - 1):
-            estimate = self.move(oracle, outer, estimate.state)
-        return estimate
+        return repeat(self.move, self.inner_steps, oracle, outer, state)
 
     def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
-        rates = {name: leaf.new_tensor(self.inner_lr) for name, leaf in inner.items()}
-        return sgd(oracle, outer, inner, self.inner_steps, rates)
+        for _ in range(self.inner_steps):
+            gradient = oracle.inner_grad(outer, inner, oracle.draw_inner())
+            inner = self.descend_once(oracle, inner, gradient)
+        return inner
 
     def descend_once(self, oracle: Oracle, inner: Params, gradient: Params) -> Params:
         """y - alpha_k * gradient."""

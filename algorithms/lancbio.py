@@ -45,23 +45,25 @@ class LancBiO(InnerLoop):
             begins at 0, it is the dimension of the whole space.
         subspace_start, subspace_growth, subspace_every, subspace_cap: the schedule of m.
 
-    Cost: T G + F + N (1 + 1/m) H + J with N = adjoint_steps. Memory: subspace_cap vectors like y.
-    Breaks: x or y that move too fast for T to be Q'HQ (lower subspace_cap); indefinite T
-    (`negative_curvature` is 1).
+    Cost: T G + F + N H + J with N = adjoint_steps, one H more where a window begins.
+    Memory: subspace_cap vectors like y.
+    Breaks: x or y that move so fast that T is not Q'HQ: as long as they do, v can be worse than
+    SubBiO's, which costs three times as many products (lower subspace_cap, or the outer rate);
+    indefinite T (`negative_curvature` is 1); singular H, as AID.
     Source: Yang, Gao, Yuan, "LancBiO: Dynamic Lanczos-aided Bilevel Optimization via Krylov
     Subspace", ICLR 2025; of it the update as its synthetic code has it.
     Differs from the official code in: the basis is orthogonalised again at every step; where a
-    step gives no new vector, the next is the residual the basis leaves; the first vector of a
-    window is of the current b; m counts vectors, so a window of many per estimate is shorter.
+    step gives no new vector, the next is the residual the basis leaves; m is at most the size of
+    y; the first vector of a window is of the current b, not of the last one.
     """
 
     card = Card(
         title="Dynamic Lanczos-aided bilevel optimisation",
         source="Yang, Gao, Yuan, ICLR 2025",
         problems="strongly convex in y",
-        cost="T G + F + (1 + 1/m) H + J",
+        cost="T G + F + Q (1 + 1/m) H + J",
         state="y, v, m vectors like y",
-        use="kept states, deterministic, accurate v at about one product per step",
+        use="kept states, whole sets, x that moves slowly: accurate v at one product per step",
     )
 
     adjoint_steps: int = 5

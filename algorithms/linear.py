@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metadist.trees import Params, add, flatten, norm, sub, unflatten
+from metadist.trees import Params, flatten, norm, sub, unflatten
 
 Product = Callable[[Params], Params]
 FlatProduct = Callable[[Tensor], Tensor]
@@ -178,6 +178,7 @@ def extend(krylov: Krylov, product: Product, residual: Params) -> Krylov:
 
     Where the last step ended in nothing (and at the very first), the next vector is the part of
     `residual` that the basis leaves; where that is nothing too, it is 0, and so is its row.
+    Lanczos, 1950; on one matrix the projections are the iterates of `conjugate_gradient`.
     """
     r_P, basis = _in_order(residual, residual), krylov.basis
     eps = torch.finfo(r_P.dtype).eps
@@ -205,25 +206,6 @@ def project(krylov: Krylov, residual: Params) -> Solution:
     weights_K, negative = solve_symmetric(matrix, krylov.basis @ r_P)
     v_P = krylov.basis.mT @ weights_K.to(r_P.dtype)
     return Solution(unflatten(v_P, residual), {"negative_curvature": negative.to(r_P.dtype)})
-
-
-def lanczos(product: Product, b: Params, num_steps: int, start: Params | None = None) -> Solution:
-    """The same v as `conjugate_gradient`, through an orthonormal basis of the Krylov space.
-
-    Also for indefinite H (reported), where conjugate gradients stop.
-
-    Args:
-        product: v -> H v, the same matrix at every call.
-        b: the right-hand side.
-        num_steps: products, and vectors that are kept.
-        start: where to start, at the cost of one more product; None: 0, which costs none.
-    """
-    residual = b if start is None else sub(b, product(start))
-    krylov = empty_krylov(b, num_steps)
-    for _ in range(krylov.basis.shape[0]):
-        krylov = extend(krylov, product, residual)
-    v, metrics = project(krylov, residual)
-    return Solution(v if start is None else add(start, v), metrics)
 
 
 def in_span(product: Product, b: Params, vectors: list[Params]) -> Solution:

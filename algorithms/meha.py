@@ -31,11 +31,12 @@ class MEHA(SingleLoop):
         y <- prox_r(y - y_lr * (grad_y f / c_k + grad_y g - (y - theta) / gamma)),  at the NEXT x
 
     with c_k = c * (k+1)^c_power. y's step wants the x that h leads to, so it is made at the
-    beginning of the next move. Several moves (`inner_steps`) can be made at one x: a new task
-    needs them. h is an estimate of the hypergradient divided by c_k.
+    beginning of the next move. Several moves (`inner_steps`) can be made at one x. h is an estimate
+    of the hypergradient divided by c_k.
 
     Args:
-        y_lr: beta, the step size of y, > 0; `inner_lr` is theta's. `inner_decay` applies to both.
+        y_lr: beta, the step size of y, > 0; `inner_lr` is theta's and that of `adapt`, the
+            proximal gradient method on g + r. `inner_decay` applies to both.
         gamma: of the envelope, > 0; below 1 / (2 rho) where g + r is rho-weakly convex.
         c: the weight that divides f, > 0; large beside |grad_y f| over the curvature of g.
         c_power: p, in [0, 0.5).
@@ -43,7 +44,9 @@ class MEHA(SingleLoop):
     Cost: per move 4 G + 2 Gx + 2 F: theta's G, two joint gradients of g and F for h, G and F of
     y at the next x (the oracle's gradients of f are joint, the method uses one half of each).
     Memory: two more y.
-    Breaks: h = 0 where theta = y; the bias of the end point is O(1 / c_k).
+    Breaks: on a new task with inner_steps = 1: grad_y f does not enter h yet, which can point away
+    from the hypergradient; take many, or keep states. Where theta = y, as both are 0 under a large
+    l1 weight, h has no lower part. The bias of the end point is O(1 / c_k).
     Source: Liu, Liu, Yao, Zeng, Zhang, "Moreau Envelope for Nonconvex Bi-Level Optimization: A
     Single-loop and Hessian-free Solution Strategy", ICML 2024; order and division by c_k are
     those of the same group's code for the non-smooth case. Differs from the official toy code
@@ -82,13 +85,10 @@ class MEHA(SingleLoop):
             y = self._move_y(oracle, outer, state)
         gradient = oracle.inner_grad(outer, theta, oracle.draw_inner())
         towards_y = add(gradient, sub(theta, y), 1 / self.gamma)
-        theta = self._prox_step(oracle, outer, theta, towards_y, self.inner_lr)
+        theta = self._prox_step(oracle, outer, theta, towards_y, self.inner_lr, oracle.step)
 
         draw = oracle.draw_inner()  # one for both, so that noise cancels in the difference
-        at_y, at_theta = (
-            self._lower_x(oracle, outer, y, draw),
-            self._lower_x(oracle, outer, theta, draw),
-        )
+        at_y, at_theta = (self._lower_x(oracle, outer, point, draw) for point in (y, theta))
         f_x, _ = oracle.outer_grads(outer, y, oracle.draw_outer())
         h = add(sub(at_y, at_theta), f_x, 1 / self._weight(oracle.step))
         metrics = {"envelope_gap": norm(sub(y, theta)) / self.gamma}
@@ -100,25 +100,23 @@ class MEHA(SingleLoop):
         lower_y = oracle.inner_grad(outer, y, oracle.draw_inner())
         gradient = add(lower_y, sub(y, state.theta), -1 / self.gamma)
         gradient = add(gradient, f_y, 1 / self._weight(state.moved_at))
-        return self._prox_step(oracle, outer, y, gradient, self.y_lr)
+        return self._prox_step(oracle, outer, y, gradient, self.y_lr, state.moved_at)
 
     def _lower_x(self, oracle: Oracle, outer: Params, y: Params, draw: Draw) -> Params:
         """grad_x (g + r)."""
         return add(oracle.inner_grads(outer, y, draw)[0], oracle.nonsmooth_grad(outer, y))
 
     def _prox_step(
-        self, oracle: Oracle, outer: Params, y: Params, gradient: Params, lr: float
+        self, oracle: Oracle, outer: Params, y: Params, gradient: Params, lr: float, step: int
     ) -> Params:
-        size = decayed(lr, self.inner_decay, oracle.step)
+        size = decayed(lr, self.inner_decay, step)
         return oracle.prox_inner(outer, add(y, gradient, -size), size)
 
     def _weight(self, step: int) -> float:
         return decayed(self.c, -self.c_power, step)
 
     def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
-        """The proximal gradient method on g + r, for as many steps."""
         for _ in range(self.inner_steps):
             gradient = oracle.inner_grad(outer, inner, oracle.draw_inner())
-            step = add(inner, gradient, -self.inner_lr)
-            inner = oracle.prox_inner(outer, step, self.inner_lr)
+            inner = self._prox_step(oracle, outer, inner, gradient, self.inner_lr, oracle.step)
         return inner

@@ -39,8 +39,9 @@ class MRBO(SingleLoop):
     noise cancels as steps get short, and u and w need no large batch. a_0 = b_0 = 1, then
     a_k = min(1, outer_weight * k^-weight_decay), and b_k likewise with inner_weight.
 
-    k is the age of the state, so a state that is new starts with plain estimates. On new tasks
-    w lives where x does, see `recursive_weight`, and y and u take `inner_steps` steps on each.
+    k is the age of the state (of u, in steps of y), so a state that is new starts with plain
+    estimates. On new tasks w lives where x does, see `recursive_weight`, and y and u take
+    `inner_steps` steps on each: more than 1, since w is at the last point that y moves from.
 
     Args:
         adjoint_steps: Q, Hessian products of h, >= 0.
@@ -58,8 +59,7 @@ class MRBO(SingleLoop):
     carry more noise than they cancel.
     Source: Yang, Ji, Liang, "Provably Faster Algorithms for Bilevel Optimization", NeurIPS 2021,
     algorithm 1; its e_k = d / (m + k)^(1/3) with m = 1 and d inside rates and weights. Differs
-    from the official code in: schedules act, y steps once. With inner_steps > 1, our addition,
-    w is evaluated once, at the last of the points that y moves from.
+    from the official code in: schedules act, y steps once. inner_steps > 1 is our addition.
     """
 
     card = Card(

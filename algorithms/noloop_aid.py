@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.implicit import AdjointState, hessian, implicit_gradient
+from metadist.algorithms.implicit import (
+    AdjointState,
+    adjoint_rate,
+    hessian,
+    implicit_gradient,
+)
 from metadist.algorithms.inner import SingleLoop, check_positive, decayed
 from metadist.algorithms.linear import fixed_point
 from metadist.oracle import Oracle
@@ -27,8 +32,8 @@ class NoLoopAID(SingleLoop):
         adjoint_lr: eta, > 0 and <= 1/L; decays like inner_lr. None: inner_lr.
 
     Cost: G + F + H + J per step. Memory: y and v.
-    Breaks: indefinite H, or rates > 2/L: v diverges; outer steps that are too large for y and
-    v to follow.
+    Breaks: indefinite H, or rates > 2/L: v diverges; an outer_lr that is not well below inner_lr
+    and adjoint_lr (see SOBA): y and v cannot follow.
     Source: Ji, Liu, Liang, Ying, "Will Bilevel Optimizers Benefit from Loops", NeurIPS 2022, the
     no-loop variant of AID; of it the updates, not the rates. No official code was found.
     """
@@ -37,7 +42,7 @@ class NoLoopAID(SingleLoop):
         title="AID without loops",
         source="Ji, Liu, Liang, Ying, NeurIPS 2022",
         problems="strongly convex in y",
-        cost="G + F + H + J",
+        cost="T (G + F + H + J)",
         state="y, v",
         use="the cheapest implicit step, for tasks whose state is kept",
     )
@@ -56,8 +61,7 @@ class NoLoopAID(SingleLoop):
         gradient = oracle.inner_grad(outer, state.inner, oracle.draw_inner())
         y = self.descend_once(oracle, state.inner, gradient)
         outer_grads = oracle.outer_grads(outer, y, oracle.draw_outer())
-        rate = self.inner_lr if self.adjoint_lr is None else self.adjoint_lr
-        eta = decayed(rate, self.inner_decay, oracle.step)
+        eta = decayed(adjoint_rate(self, self.adjoint_lr), self.inner_decay, oracle.step)
         v = fixed_point(hessian(oracle, outer, y), outer_grads[1], 1, eta, state.v).v
         h, metrics = implicit_gradient(oracle, outer, y, v, outer_grads)
         return Estimate(h, None, AdjointState(y, v), metrics)

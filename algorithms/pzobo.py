@@ -6,14 +6,8 @@ from dataclasses import dataclass
 
 from metadist.algorithm import Card, Estimate, InnerState
 from metadist.algorithms.fg2u import random_pair
-from metadist.algorithms.inner import (
-    InnerLoop,
-    InnerOptimizer,
-    check_at_least,
-    check_positive,
-    decayed,
-)
-from metadist.oracle import Draw, Oracle
+from metadist.algorithms.inner import InnerLoop, check_at_least, check_positive
+from metadist.oracle import Oracle
 from metadist.trees import Params, add, dot, scale, sub, zeros_like
 
 
@@ -61,18 +55,12 @@ class PZOBO(InnerLoop):
 
     def estimate(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
         start, draws = state.inner, [oracle.draw_inner() for _ in range(self.inner_steps)]
-        y = self._solve(oracle, outer, start, draws)
+        y = self.descend(oracle, outer, start, draws)
         direct, right = oracle.outer_grads(outer, y, oracle.draw_outer())
         h, start_gradient = direct, zeros_like(y)
         for _ in range(self.num_directions):
             u, s = random_pair(oracle, outer, start, "normal")
-            moved = self._solve(oracle, add(outer, u, self.mu), add(start, s, self.mu), draws)
+            moved = self.descend(oracle, add(outer, u, self.mu), add(start, s, self.mu), draws)
             slope = dot(sub(moved, y), right) / (self.mu * self.num_directions)
             h, start_gradient = add(h, scale(u, slope)), add(start_gradient, scale(s, slope))
         return Estimate(h, start_gradient, InnerState(y), {})
-
-    def _solve(self, oracle: Oracle, x: Params, y: Params, draws: list[Draw]) -> Params:
-        optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))
-        for draw in draws:
-            y = optimizer.step(y, oracle.inner_grad(x, y, draw))
-        return y

@@ -63,7 +63,8 @@ class Reptile(Algorithm):
         return Estimate(zeros_like(outer), sub(state.inner, adapted), InnerState(adapted), {})
 
     def check(self, problem: Problem, outer: Params, task: Task) -> None:
-        names = sorted(context_depends_on(problem, outer, task))
+        depends = context_depends_on(problem, outer, task)
+        names = [name for name in outer if name in depends]
         if names:
             raise ValueError(
                 "algorithm Reptile trains the start of adaptation only, but the context of this "

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.inner import SingleLoop, check_positive, check_within, decayed
+from metadist.algorithms.inner import decayed
 from metadist.algorithms.linear import relative_residual
+from metadist.algorithms.soba import SOBA
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, norm, stack, sub, tree_map, zeros_like
 
@@ -19,8 +20,7 @@ class SABAState(NamedTuple):
     """y, v, and per part the last derivatives seen, with a leading axis over parts.
 
     Args:
-        inner: y.
-        adjoint: v.
+        inner, v: y and its adjoint.
         gradients: grad_y g, by parts of the support set.
         products: H v, likewise.
         crosses: J v, likewise.
@@ -30,7 +30,7 @@ class SABAState(NamedTuple):
     """
 
     inner: Params
-    adjoint: Params
+    v: Params
     gradients: Params
     products: Params
     crosses: Params
@@ -40,7 +40,7 @@ class SABAState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SABA(SingleLoop):
+class SABA(SOBA):
     """Stochastic average bilevel algorithm: the directions of SOBA by SAGA.
 
         d = n share_i (new_i - table_i) + sum_j share_j table_j,    table_i <- new_i
@@ -50,14 +50,13 @@ class SABA(SingleLoop):
     its variance goes to 0 at the solution, so constant rates converge.
 
     Args:
-        adjoint_lr: step of v, > 0.
-        adjoint_decay: the rate at outer step k is adjoint_lr * (k+1)^-adjoint_decay, in [0, 1].
         full_pass: fill the tables at the first step of a state, where they are zero otherwise.
 
     Cost: 1 gradient, 1 outer gradient, 1 product (H v and J v together) per step of y, and the
     mean of the tables; with full_pass one more pass over both sets at the first step.
     Memory: n parts of support, m of query: tables of n (2 y + x) + m (y + x) numbers. The state.
-    Breaks: sets that change between steps, hence new tasks, where SOBA costs less.
+    Breaks: as SOBA, outer_lr must be well below inner_lr and adjoint_lr; sets that change between
+    steps, hence new tasks, where the tables are of no use.
     Source: Dagréou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables
     stochastic and global variance reduction algorithms", NeurIPS 2022. Differs from it in: tables
     by part, not by example.
@@ -72,14 +71,7 @@ class SABA(SingleLoop):
         use="kept states and mini-batches: converges with constant rates",
     )
 
-    adjoint_lr: float = 0.1
-    adjoint_decay: float = 0.0
     full_pass: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("adjoint_lr", self.adjoint_lr)
-        check_within("adjoint_decay", self.adjoint_decay, 0, 1)
 
     def init(self, oracle: Oracle, outer: Params, inner: Params) -> SABAState:
         n, m = len(oracle.parts("support")), len(oracle.parts("query"))
@@ -93,7 +85,7 @@ class SABA(SingleLoop):
     def move(self, oracle: Oracle, outer: Params, state: SABAState) -> Estimate:
         if self.full_pass and state.age == 0:
             state = self._fill(oracle, outer, state)
-        y, v = state.inner, state.adjoint
+        y, v = state.inner, state.v
         support, query = oracle.parts("support"), oracle.parts("query")
         i, j = (int(oracle.uniform() * len(parts)) for parts in (support, query))
         j_v, h_v = oracle.second_order(outer, y, v, support[i])

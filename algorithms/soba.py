@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metadist.algorithm import Card, Estimate
+from metadist.algorithm import Card, Estimate, State
 from metadist.algorithms.implicit import AdjointState
 from metadist.algorithms.inner import SingleLoop, check_positive, check_within, decayed
 from metadist.algorithms.linear import relative_residual
@@ -32,8 +32,10 @@ class SOBA(SingleLoop):
 
     Cost: 1 gradient, 1 outer gradient, 1 product (H v and J v together) per step of y.
     Memory: one vector like y. State: y, v.
-    Breaks: v starts at 0, so on new tasks take inner_steps of about 1 / (adjoint_lr * mu), mu the
-    smallest eigenvalue of H; constant rates stop at a floor of noise (see SABA).
+    Breaks: an outer_lr that is not well below inner_lr and adjoint_lr: x, y and v then spiral away
+    together (with both rates equal and |y - t|^2 / 2 for f, beyond 2 inner_lr mu^3 / |J|^2, mu
+    the smallest eigenvalue of H). v starts at 0, so on new tasks take inner_steps of several
+    1 / (adjoint_lr mu). Constant rates stop at a floor of noise (see SABA).
     Source: Dagréou, Ablin, Vaiter, Moreau, "A framework for bilevel optimization that enables
     stochastic and global variance reduction algorithms", NeurIPS 2022; their v has the other
     sign. Differs from it in: inner_steps > 1 moves y and v several times at one x.
@@ -56,10 +58,10 @@ class SOBA(SingleLoop):
         check_positive("adjoint_lr", self.adjoint_lr)
         check_within("adjoint_decay", self.adjoint_decay, 0, 1)
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> AdjointState:
+    def init(self, oracle: Oracle, outer: Params, inner: Params) -> State:
         return AdjointState(inner, zeros_like(inner))
 
-    def move(self, oracle: Oracle, outer: Params, state: AdjointState) -> Estimate:
+    def move(self, oracle: Oracle, outer: Params, state: State) -> Estimate:
         y, v = state
         draw = oracle.draw_inner()
         gradient = oracle.inner_grad(outer, y, draw)

@@ -48,7 +48,7 @@ class SubBiO(InnerLoop):
         problems="strongly convex in y",
         cost="T G + F + 3 H + J",
         state="y, v",
-        use="kept states; no rate of v to tune",
+        use="kept states; the rate of v matters little",
     )
 
     adjoint_lr: float | None = None

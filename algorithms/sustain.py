@@ -29,8 +29,8 @@ class SUSTAIN(MRBO):
     Memory: as MRBO. Breaks: as MRBO; with Q * adjoint_lr large and few tasks the scatter of p
     outweighs the draws' noise.
     Source: Khanduri, Zeng, Hong, Wai, Wang, Yang, "A Near-Optimal Algorithm for Stochastic
-    Bilevel Optimization via Double-Momentum", NeurIPS 2021, as benchmarked elsewhere; the
-    estimate is that of Ghadimi and Wang, 2018.
+    Bilevel Optimization via Double-Momentum", NeurIPS 2021, in the form of the public benchmark of
+    bilevel solvers; the estimate is that of Ghadimi and Wang, 2018.
     """
 
     card = Card(

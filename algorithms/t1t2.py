@@ -21,8 +21,8 @@ class T1T2(InnerLoop):
     It is the adjoint solve of AID stopped after one fixed-point step from 0.
 
     Args:
-        adjoint_lr: what replaces H^-1, > 0. The paper has 1, or inner_lr, which makes h the
-            hypergradient through the last inner step alone (ITD with truncate=1, plain SGD).
+        adjoint_lr: what replaces H^-1, > 0. The paper has 1, or inner_lr, which makes h that of ITD
+            with truncate=1 (plain SGD), but for J, here at y_T and there one step before.
 
     Cost: T G + F + J (with H v as a by-product, for the metric `adjoint_residual`).
     Memory: one graph.

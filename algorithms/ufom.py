@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from metadist.algorithm import Algorithm, Card, Estimate, InnerState
-from metadist.algorithms.inner import check_sgd, sgd
+from metadist.algorithm import Card, Estimate, InnerState
+from metadist.algorithms.inner import GradientDescent
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, norm, sub
 
 
 @dataclass(frozen=True)
-class UFOM(Algorithm):
+class UFOM(GradientDescent):
     """Unbiased first-order MAML: with probability q the error of the first-order part, over q.
 
         h_FOM = (grad_x f, grad_y f) at y_T  for (context, start), as if y_T were start + const
@@ -23,8 +23,6 @@ class UFOM(Algorithm):
     the hypergradient of ITD. One coin xi per step, for all tasks.
 
     Args:
-        inner_steps: T, >= 1.
-        inner_lr: alpha, > 0.
         exact_probability: q, in (0, 1]; 1 is ITD. The variance grows like 1/q.
         recompute: find each y_t again from the start instead of keeping all: memory that does
             not grow with T, for T^2 / 2 more gradients in an exact step.
@@ -46,25 +44,16 @@ class UFOM(Algorithm):
         use="long inner loops on a budget, where FOMAML is biased",
     )
 
-    inner_steps: int = 5
-    inner_lr: float = 0.1
     exact_probability: float = 0.2
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        check_sgd(self.inner_steps, self.inner_lr, 0.0)
+        super().__post_init__()
         if not 0 < self.exact_probability <= 1:
             raise ValueError(
                 f"exact_probability must be in (0, 1], got {self.exact_probability}: for first "
                 "order alone use ITD with first_order=True"
             )
-
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> InnerState:
-        return InnerState(inner)
-
-    def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
-        rates = {name: leaf.new_tensor(self.inner_lr) for name, leaf in inner.items()}
-        return sgd(oracle, outer, inner, self.inner_steps, rates)
 
     def estimate(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
         exact = oracle.uniform() < self.exact_probability
@@ -74,7 +63,7 @@ class UFOM(Algorithm):
         for draw in draws:
             if exact and not self.recompute:
                 iterates.append(y)
-            y = self._step(oracle, outer, y, draw)
+            y = self.next_inner(oracle, outer, y, draw)
         first_x, first_y = h, w = oracle.outer_grads(outer, y, oracle.draw_outer())
         if exact:
             for t in reversed(range(self.inner_steps)):
@@ -86,9 +75,6 @@ class UFOM(Algorithm):
         metrics = {"exact_steps": torch.ones_like(norm(w)) * float(exact)}
         return Estimate(h, w, InnerState(y), metrics)
 
-    def _step(self, oracle: Oracle, x: Params, y: Params, draw: Draw) -> Params:
-        return add(y, oracle.inner_grad(x, y, draw), -self.inner_lr)
-
     def _replay(
         self, oracle: Oracle, x: Params, y: Params, draws: list[Draw], iterates: list[Params]
     ) -> Params:
@@ -96,5 +82,5 @@ class UFOM(Algorithm):
         if not self.recompute:
             return iterates[len(draws)]
         for draw in draws:
-            y = self._step(oracle, x, y, draw)
+            y = self.next_inner(oracle, x, y, draw)
         return y

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.inner import InnerLoop, check_at_least, check_positive, decayed
+from metadist.algorithms.inner import InnerLoop, check_at_least, check_positive, decayed, repeat
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, norm, scale, sub
 
@@ -28,19 +28,21 @@ class VPBGD(InnerLoop):
 
     with s = min(1 / gamma, 1), which keeps steps stable as gamma grows; so where gamma > 1, h is
     an estimate of the hypergradient divided by gamma. gamma rises linearly over outer steps. x and
-    y move together; on a new task one move of y says little: give it `rounds`. `adapt` and
-    `inner_lr` are omega's; the adapted inner variable of training is y, as in the paper.
+    y move together. `adapt` and `inner_lr` are omega's; the adapted inner variable of training is
+    y, as in the paper.
 
     Args:
         inner_lr: of omega, > 0; `inner_decay` applies to y too.
         y_lr: of y, > 0.
-        gamma_init: gamma at outer step 0, >= 0.
+        gamma_init: gamma at outer step 0, >= 0; needs gamma_steps.
         gamma_max: gamma from outer step gamma_steps on, > 0 and >= gamma_init.
-        gamma_steps: >= 0; with 0, gamma is gamma_max throughout.
+        gamma_steps: of the rise, >= 0; with 0, gamma is gamma_max throughout.
         rounds: moves of y (each after a loop of omega) at one x, >= 1; the paper has 1.
 
     Cost: per round T G + F + 2 (G + Gx). Memory: one more y.
-    Breaks: the end point has a bias of O(1/gamma_max); a rise too fast stalls x.
+    Breaks: on a new task with rounds = 1: grad_y f does not enter h yet, which can point away from
+    the hypergradient; give it `rounds`, or keep states. The end point has a bias of
+    O(1/gamma_max); a rise too fast stalls x.
     Source: Shen, Chen, "On Penalty-based Bilevel Gradient Descent Method", ICML 2023,
     algorithm 1 and the scaled steps of its official code.
     """
@@ -70,6 +72,11 @@ class VPBGD(InnerLoop):
                 f"gamma_init must be <= gamma_max ({self.gamma_max}), got {self.gamma_init}"
             )
         check_at_least("gamma_steps", self.gamma_steps, 0)
+        if self.gamma_init and not self.gamma_steps:
+            raise ValueError(
+                f"gamma_init must be 0 with gamma_steps=0, got {self.gamma_init}: without a rise, "
+                "gamma is gamma_max throughout"
+            )
         check_at_least("rounds", self.rounds, 1)
 
     def init(self, oracle: Oracle, outer: Params, inner: Params) -> VPBGDState:
@@ -81,10 +88,7 @@ class VPBGD(InnerLoop):
         return self.gamma_init + done * (self.gamma_max - self.gamma_init)
 
     def estimate(self, oracle: Oracle, outer: Params, state: VPBGDState) -> Estimate:
-        estimate = self._move(oracle, outer, state)
-        for _ in range(self.rounds - 1):
-            estimate = self._move(oracle, outer, estimate.state)
-        return estimate
+        return repeat(self._move, self.rounds, oracle, outer, state)
 
     def _move(self, oracle: Oracle, outer: Params, state: VPBGDState) -> Estimate:
         gamma = self.penalty(oracle.step)

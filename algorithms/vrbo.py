@@ -45,9 +45,9 @@ class VRBO(SingleLoop):
     Memory: the state, 3 vectors like y and 2 like x.
     Breaks: as MRBO; errors of u and w live until the next restart.
     Source: Yang, Ji, Liang, "Provably Faster Algorithms for Bilevel Optimization", NeurIPS 2021,
-    algorithm 2. Differs from it in: the large batch is the whole sets, in parts of batch_size;
-    after a restart the first difference starts from the restart's point; the first y takes its
-    steps too. Differs from the official code in: "previous x" is the x before.
+    algorithm 2. Here the large batch is the whole sets, in parts of batch_size; w is at the last
+    point that y moves from (after a restart at the one it ends at); the first y takes its steps
+    too. Differs from the official code in: "previous x" is the x before.
     """
 
     card = Card(

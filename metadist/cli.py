@@ -65,8 +65,11 @@ RESULT = "result.json"
 """In the run folder: what a finished run came to."""
 
 
-def _any_with(*methods: str) -> type:
-    """A base class of every class with these methods: users need not derive from ours."""
+def _any_with(title: str, *methods: str) -> type:
+    """A base class of every class with these methods: users need not derive from ours.
+
+    `title` is the heading of its options in the help.
+    """
 
     class Base(ABC):  # noqa: B024  # it is its subclass hook
         @classmethod
@@ -74,12 +77,13 @@ def _any_with(*methods: str) -> type:
             return all(callable(getattr(other, name, None)) for name in methods)
 
     Base.__name__ = " ".join(methods)  # for the message of `_readable`
+    Base.__doc__ = title
     return Base
 
 
-SamplerBase: Any = _any_with("sample")
-ProblemBase: Any = _any_with("init_outer", "init_inner", "inner_loss", "outer_loss")
-ExecutorBase: Any = _any_with("start", "run", "state", "close")
+SamplerBase: Any = _any_with("Tasks", "sample")
+ProblemBase: Any = _any_with("Problem", "init_outer", "init_inner", "inner_loss", "outer_loss")
+ExecutorBase: Any = _any_with("Executor", "start", "run", "state", "close")
 
 KINDS: dict[str, tuple[type, str]] = {
     "algorithms": (Algorithm, "--algorithm"),
@@ -124,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def train_parser() -> ArgumentParser:
+def train_parser() -> _Parser:
     """Options of `metadist train`."""
     parser = _Parser(
         prog="metadist train",
@@ -147,8 +151,9 @@ def train_parser() -> ArgumentParser:
         )
     parser.add_class_arguments(OuterOptimizer, "outer_optimizer")
     parser.add_subclass_arguments(
-        ExecutorBase, "executor", default={"class_path": NAMES["local"]}, help="where it runs"
+        ExecutorBase, "executor", required=True, help="where it runs; this process by default"
     )
+    parser.first += ["--executor", NAMES["local"]]
     parser.add_class_arguments(
         Trainer,
         skip={
@@ -160,20 +165,19 @@ def train_parser() -> ArgumentParser:
     return parser
 
 
-def _add_workload(parser: ArgumentParser) -> None:
+def _add_workload(parser: _Parser) -> None:
     """Options of what is solved, on what tasks, by which method."""
     parser.add_subclass_arguments(
         SamplerBase, "sampler", required=True, help="training tasks: a class with sample(index)"
     )
     parser.add_subclass_arguments(
-        ProblemBase,
-        "problem",
-        default={"class_path": NAMES["few_shot"], "init_args": {"model": NAMES["conv4"]}},
-        help="what is solved",
+        ProblemBase, "problem", required=True, help="what is solved; few_shot with conv4 by default"
     )
     parser.add_subclass_arguments(
-        Algorithm, "algorithm", default={"class_path": NAMES["itd"]}, help="by which method"
+        Algorithm, "algorithm", required=True, help="by which method; itd by default"
     )
+    parser.first += ["--problem", NAMES["few_shot"], "--problem.model", NAMES["conv4"]]
+    parser.first += ["--algorithm", NAMES["itd"]]
 
 
 def run_parser(command: str, description: str) -> ArgumentParser:
@@ -228,7 +232,10 @@ def check_parser() -> ArgumentParser:
         check_hypergradient, skip={"problem", "tasks", "algorithm", "outer"}
     )
     parser.add_argument(
-        "--max_error", type=float | None, help="exit with 1 if the smallest error is larger"
+        "--max_error",
+        type=float | None,
+        help="exit with 1 if the error is larger, against the unrolled map for an algorithm that "
+        "trains the start of adaptation, else against the solution",
     )
     return parser
 
@@ -347,9 +354,11 @@ def check(config: Namespace, parser: ArgumentParser) -> int:
     )
     Console().print(report)
     if config.max_error is not None and not report.error <= config.max_error:
+        judged = any(comparison.judged for comparison in report.comparisons)
         print(
-            "metadist check-hypergradient: failed: the smallest error must be <= max_error = "
-            f"{config.max_error:g}, got {report.error:.3g}",
+            f"metadist check-hypergradient: failed: the error against {report.measure} must be <= "
+            f"max_error = {config.max_error:g}, got {report.error:.3g}"
+            + ("" if judged else ": that reference is not known here, see the note"),
             file=sys.stderr,
         )
         return 1
@@ -394,7 +403,19 @@ COMMANDS: dict[str, Any] = {
 
 
 class _Parser(ArgumentParser):
-    """Says what is wrong, without two screens of usage before it."""
+    """Says what is wrong, without two screens of usage before it; `first` come before all flags.
+
+    So classes are named by default. A default in the usual sense would fill in the values of its
+    class, of which those that another class knows too would stay when that one is named.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.first: list[str] = []
+
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
+        args = sys.argv[1:] if args is None else args
+        return super().parse_args([*self.first, *args], *rest, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         if not self.exit_on_error:  # a parser of nested arguments: the outermost one tells

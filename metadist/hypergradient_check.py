@@ -2,10 +2,11 @@
 
 In float64, on one task, at one x:
 
-    unrolled   d f(x, A(x)) / dx,  A being the algorithm's own adaptation: what methods that
-               differentiate through the inner loop compute; here by central differences
+    unrolled   d f(x, A(x)) / dx,  A being the algorithm's own adaptation: what methods stand for
+               that train the start of adaptation; here by central differences
     solution   d f(x, y*(x)) / dx = grad_x f - J H^-1 grad_y f at the minimiser y* of g: what
-               implicit, penalty and value-function methods approach; here with a dense Hessian
+               methods stand for that hold the start constant (implicit ones, penalties,
+               value functions); here with a dense Hessian
 """
 
 from __future__ import annotations
@@ -48,11 +49,15 @@ from metadist.trees import (
 WHOLE_GRADIENT = 100
 """Up to so many numbers in x, central differences are taken in each of them."""
 NEWTON_STEPS = 10
-HOW_TO_READ = (
-    "Methods through the inner loop are right if they agree with the unrolled map; implicit, "
-    "penalty and value-function methods come near the solution's as their steps and weights grow. "
-    "A cosine near 1 beside a large error: the right direction, another length.\n"
-)
+UNROLLED, SOLUTION = "the unrolled map", "the solution"
+HOW_TO_READ = {
+    UNROLLED: "This algorithm trains the start of adaptation, so the unrolled map is the measure: "
+    "a method that is exact for any number of steps agrees with it.",
+    SOLUTION: "This algorithm holds the start of adaptation constant, so the solution is the "
+    "measure: a good method comes near it as its steps and weights grow, or its state is kept.",
+}
+LENGTH = "A cosine near 1 beside a large error: the right direction, another length.\n"
+LARGE_RESIDUAL = 0.1
 
 
 class Comparison(NamedTuple):
@@ -64,12 +69,14 @@ class Comparison(NamedTuple):
             random directions.
         cosine: of the angle between the two, or between their slopes.
         uncertainty: relative error of the reference itself, from two step sizes; 0 if exact.
+        judged: whether the algorithm stands for this reference.
     """
 
     reference: str
     error: float
     cosine: float
     uncertainty: float
+    judged: bool
 
 
 class Repetition(NamedTuple):
@@ -77,11 +84,13 @@ class Repetition(NamedTuple):
 
     Args:
         what: which estimate against which reference, in words.
-        errors: relative error by number of estimates.
+        errors: relative error by number of estimates, ascending.
+        judged: whether the algorithm stands for this reference.
     """
 
     what: str
     errors: dict[int, float]
+    judged: bool
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,7 @@ class HypergradientReport:
 
     Args:
         algorithm: with its hyperparameters.
+        measure: the reference that the algorithm stands for, in words.
         setting: sizes and precision.
         comparisons: of the first estimate, with every reference that exists.
         repetitions: of more estimates at the same x: with the state kept from one to the next,
@@ -100,6 +110,7 @@ class HypergradientReport:
     """
 
     algorithm: str
+    measure: str
     setting: dict[str, str]
     comparisons: tuple[Comparison, ...]
     repetitions: tuple[Repetition, ...]
@@ -109,22 +120,29 @@ class HypergradientReport:
 
     @property
     def error(self) -> float:
-        """The smallest error in the report: of the best estimate against the nearest reference."""
-        errors = [comparison.error for comparison in self.comparisons]
-        errors += [error for found in self.repetitions for error in found.errors.values()]
+        """Against the reference that the algorithm stands for; infinite where that is not known.
+
+        Of the first estimate or, if nearer, of the last of the repeated ones.
+        """
+        errors = [comparison.error for comparison in self.comparisons if comparison.judged]
+        errors += [list(found.errors.values())[-1] for found in self.repetitions if found.judged]
         return min(errors, default=float("inf"))
 
     def __rich__(self) -> Group:
         compared = Table("hypergradient beside", "relative error", "cosine")
-        for reference, error, cosine, uncertainty in self.comparisons:
+        for reference, error, cosine, uncertainty, judged in self.comparisons:
             doubt = f" (+- {uncertainty:.0e})" if uncertainty > 0.1 * error else ""
-            compared.add_row(reference, f"{error:.2e}{doubt}", f"{cosine:.6f}")
-        parts: list[Table | Text] = [Text(self.algorithm), compared, Text(HOW_TO_READ)]
+            compared.add_row(
+                reference, f"{error:.2e}{doubt}", f"{cosine:.6f}", style="bold" if judged else ""
+            )
+        how_to_read = Text(f"{HOW_TO_READ[self.measure]} {LENGTH}")
+        parts: list[Table | Text] = [Text(self.algorithm), compared, how_to_read]
         if self.repetitions:
             numbers = list(self.repetitions[0].errors)
             repeated = Table("relative error after several estimates", *map(str, numbers))
-            for what, errors in self.repetitions:
-                repeated.add_row(what, *(f"{errors[n]:.2e}" for n in numbers))
+            for what, errors, judged in self.repetitions:
+                figures = (f"{errors[n]:.2e}" for n in numbers)
+                repeated.add_row(what, *figures, style="bold" if judged else "")
             parts.append(repeated)
         asked = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         facts = Table(show_header=False, box=None)
@@ -232,6 +250,7 @@ class _Reference(NamedTuple):
 
     words: str
     short: str
+    judged: bool
     value: Tensor
     directions: list[Params] | None = None
     uncertainty: float = 0.0
@@ -243,7 +262,8 @@ class _Reference(NamedTuple):
         found = self._of(hypergradient)
         size = float(found.norm() * self.value.norm())
         cosine = float(found @ self.value) / size if size else 0.0
-        return Comparison(self.words, self.error(hypergradient), cosine, self.uncertainty)
+        error = self.error(hypergradient)
+        return Comparison(self.words, error, cosine, self.uncertainty, self.judged)
 
     def _of(self, hypergradient: Params) -> Tensor:
         if self.directions is None:
@@ -260,6 +280,7 @@ class _Check:
         self.problem, self.algorithm = workload.problem, workload.algorithm
         self.outer = outer
         self.notes = notes
+        self.measure = SOLUTION if self.algorithm.trains == "context" else UNROLLED
         self.dtype = next(iter(outer.values())).dtype
         self.task = to_device(workload.sampler.sample(0), "cpu", self.dtype)
         problem_outer, self.own = split_own(outer)
@@ -287,9 +308,15 @@ class _Check:
         else:
             references.append(solution.reference)
             figures |= solution.figures
+        if figures.get("adjoint_residual", 0.0) > LARGE_RESIDUAL:
+            self.notes.append(
+                "v does not solve H v = grad_y f, see adjoint_residual: it may want more steps, "
+                "damping, or a kept state"
+            )
         outer_size, inner_size = num_elements(self.outer), num_elements(self.start)
         return HypergradientReport(
             repr(self.algorithm),
+            self.measure,
             {
                 "x, y": f"{outer_size:,} and {inner_size:,} numbers in "
                 + str(self.dtype).removeprefix("torch.")
@@ -347,6 +374,7 @@ class _Check:
                 Repetition(
                     f"state kept: the last, of {reference.short}",
                     {number: reference.error(kept[number - 1]) for number in repeats},
+                    reference.judged,
                 )
             )
         if is_random:
@@ -356,6 +384,7 @@ class _Check:
                 Repetition(
                     f"state new, other draws: their mean, of {reference.short}",
                     {number: reference.error(mean) for number, mean in means.items()},
+                    reference.judged,
                 )
                 for reference in references
             ]
@@ -375,8 +404,9 @@ class _Check:
         held = {"context": ", its start held constant", "start": ", the context held constant"}
         along = "" if whole else f", along {num_directions} random directions"
         return _Reference(
-            "the unrolled map x -> f(x, A(x))" + held.get(self.algorithm.trains, "") + along,
-            "the unrolled map",
+            f"{UNROLLED} x -> f(x, A(x))" + held.get(self.algorithm.trains, "") + along,
+            UNROLLED,
+            self.measure == UNROLLED,
             (4 * halved - slopes) / 3,
             directions,
             _relative(halved - slopes, halved),
@@ -432,7 +462,8 @@ class _Check:
             if low <= tiny * abs(high):
                 return (
                     "the Hessian of g is not positive definite where minimising g has led, its "
-                    f"eigenvalues go from {low:.2g} to {high:.2g}: g has no strict minimum there"
+                    f"eigenvalues go from {low:.2g} to {high:.2g}: g has no strict minimum there; "
+                    "a weight decay would give it one"
                 )
             step = torch.linalg.solve(hessian, gradient)
             if float(step.norm()) <= tiny * (1 + float(norm(y))):
@@ -472,7 +503,9 @@ class _Check:
         distance = _relative(flatten(adapted) - flatten(y), flatten(y))
         low, high = eigenvalues
         return _Solution(
-            _Reference("the solution x -> f(x, y*(x))", "the solution", flatten(exact)),
+            _Reference(
+                f"{SOLUTION} x -> f(x, y*(x))", SOLUTION, self.measure == SOLUTION, flatten(exact)
+            ),
             {
                 "|y - y*| / |y*| after adaptation": distance,
                 "smallest eigenvalue of H at y*": low,

@@ -319,9 +319,7 @@ FAMILIES: dict[str, dict[str, Run]] = {
         ),
         "F2SA, lam = 100": kept(lambda a: F2SA(10, a, lam=LARGE)),
         "F2SA-2, lam = 100": kept(lambda a: F2SA(10, a, lam=LARGE, order=2)),
-        "VPBGD, gamma = 100": kept(
-            lambda a: VPBGD(2, a, y_lr=a, gamma_init=LARGE, gamma_max=LARGE), LARGE
-        ),
+        "VPBGD, gamma = 100": kept(lambda a: VPBGD(2, a, y_lr=a, gamma_max=LARGE), LARGE),
         # It updates its multipliers where all gradients are small; here always, as x stands still.
         "Penalty, rho = 10": kept(
             lambda a: Penalty(

@@ -60,7 +60,7 @@ def test_sdist_holds_every_folder_once(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]
-    folders = ["metadist", *LINKED, "tests", "scripts"]
+    folders = ["metadist", *LINKED, "tests", "scripts", "docs"]
     expected = [path for folder in folders for path in sources(folder)]
     assert sorted(name for name in names if "/" in name) == sorted(expected)
     assert {"LICENSE", "pyproject.toml"} <= {name for name in names if "/" not in name}

@@ -23,6 +23,7 @@ from tests.problems import (
     oracle_of,
     quadratic_task,
     quadratic_terms,
+    randn,
     run_single,
     smooth_task,
     true_hypergradient,
@@ -160,6 +161,32 @@ def test_a_singular_lower_problem_is_reported_or_damped(solver):
     assert result.metrics["adjoint_residual"] < 1e-4
     # grad_x f + v_1 with (1 + .1) v_1 = -.7
     assert_close(result.hypergradient, {"x": vector(0.3 - 0.7 / 1.1)}, 1e-6)
+
+
+def test_a_head_with_more_numbers_than_examples_needs_damping():
+    """g = |F y - x|^2 / 2 on 5 examples for 20 numbers: H = F'F has rank 5, b has more."""
+    features, b = randn(1, 5, 20), randn(2, 20)
+    problem, outer = Quadratic(5, 20), {"x": randn(3, 5)}
+    a, cross = features.T @ features, features.T
+    support = Batch.of(a[None], cross[None], torch.zeros(1, 20, dtype=DOUBLE))
+    task = Task(support, Batch.of(-b[None]), 0)
+    best = problem.rho * outer["x"] + cross.T @ torch.linalg.pinv(a, rtol=1e-9) @ b
+    result = estimate(AID(1, 1e-12), problem, outer, task)
+    assert result.metrics["adjoint_residual"] > 10
+    assert result.hypergradient["x"].norm() > 100 * best.norm()
+    damped = estimate(AID(1, 1e-12, damping=1e-2), problem, outer, task)
+    assert damped.metrics["adjoint_residual"] < 1e-6
+    assert_close(damped.hypergradient, {"x": best}, 1e-2)
+
+
+def test_it_finds_the_golden_solution():
+    problem, outer, task = golden_quadratic()
+    for algorithm in (
+        AID(6, 0.4, adjoint_steps=2),
+        AID(6, 0.4, solver="fixed_point", adjoint_steps=6, warm_start=True),
+    ):
+        run = run_single(algorithm, problem, task, outer, 60, 1.5)
+        assert true_hypergradient(problem, run.outer, task).norm() < 1e-6
 
 
 def test_indefinite_lower_problems_are_reported():

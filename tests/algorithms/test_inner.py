@@ -17,6 +17,8 @@ from metadist.algorithms.inner import (
     decayed,
     sgd_step,
 )
+from metadist.algorithms.meha import MEHA
+from metadist.algorithms.ufom import UFOM
 from metadist.trees import select, stack, zeros_like
 from tests.problems import (
     Smooth,
@@ -142,6 +144,7 @@ def test_the_loop_is_torch_optim_on_a_problem(options, make):
     state = algorithm.init(oracle, context, start)
     assert_close(algorithm.estimate(oracle, context, state).state.inner, expected, 1e-12)
     if not options:
+        assert_close(UFOM(40, 0.05).adapt(oracle, context, start), expected, 1e-12)
         single = Single(inner_steps=40, inner_lr=0.05)
         assert_close(single.adapt(oracle, context, start), expected, 1e-12)
         result = single.estimate(oracle, context, single.init(oracle, context, start))
@@ -155,15 +158,16 @@ def test_decayed_is_a_power_of_the_step():
     assert decayed(2.0, -0.5, 8) == pytest.approx(6.0)
 
 
-@pytest.mark.parametrize("kind", [Loop, Single])
-def test_training_decays_the_rate_and_adaptation_does_not(kind):
+@pytest.mark.parametrize("kind", [Loop, Single, MEHA])
+def test_rates_decay_with_the_outer_step_which_is_0_in_evaluation(kind):
     problem, outer, task = golden_quadratic()
     algorithm = kind(inner_steps=1, inner_lr=0.2, inner_decay=0.5)
-    oracle, context, start = oracle_of(problem, outer, task, step=3)
-    result = algorithm.estimate(oracle, context, algorithm.init(oracle, context, start))
-    assert_close(result.state.inner, {"y": 0.1 * outer["x"]}, 1e-14)
-    oracle, context, start = oracle_of(problem, outer, task)  # that of evaluation
-    assert_close(algorithm.adapt(oracle, context, start), {"y": 0.2 * outer["x"]}, 1e-14)
+    for step, rate in ((3, 0.1), (0, 0.2)):
+        oracle, context, start = oracle_of(problem, outer, task, step=step)
+        assert_close(algorithm.adapt(oracle, context, start), {"y": rate * outer["x"]}, 1e-14)
+        state = algorithm.estimate(oracle, context, algorithm.init(oracle, context, start)).state
+        moved = state.theta if kind is MEHA else state.inner
+        assert_close(moved, {"y": rate * outer["x"]}, 1e-14)
 
 
 COMMON = [

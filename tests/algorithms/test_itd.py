@@ -1,12 +1,9 @@
-"""ITD: closed forms, the three engines, central differences, costs, memory and messages."""
+"""ITD: closed forms, the three engines, central differences, costs and messages."""
 
 from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from metadist.algorithm import OWN, Algorithm
 from metadist.algorithms import ALGORITHMS, ITD
@@ -15,7 +12,7 @@ from metadist.models import Conv4
 from metadist.oracle import CountingOracle
 from metadist.task import Batch, Task
 from metadist.tasks.few_shot import FewShotProblem
-from metadist.trees import add, num_elements, scale
+from metadist.trees import add, scale
 from tests.problems import (
     DOUBLE,
     Quadratic,
@@ -325,46 +322,6 @@ def test_costs(options, second_order):
     counting.counts.clear()
     algorithm.adapt(counting, context, start)
     assert dict(counting.counts) == {"inner_grad": 5}
-
-
-class PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors made within the block held at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.peak_bytes = 0
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self._live = {key: item for key, item in self._live.items() if not item[0].expired()}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                reference = StorageWeakRef(leaf.untyped_storage())
-                self._live[reference.cdata] = (reference, leaf.untyped_storage().nbytes())
-        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self._live.values()))
-        return result
-
-
-def test_the_adjoint_keeps_the_iterates_and_no_graph_of_the_steps():
-    problem = Smooth()
-    outer = problem.init_outer(generator(0))
-    task = smooth_task(0, num_support=500)  # every graph of a step holds vectors of 500 numbers
-
-    def growth_per_step(engine):
-        peaks = []
-        for num_steps in (4, 12):
-            oracle, context, start = oracle_of(problem, outer, task)
-            algorithm = ITD(num_steps, 0.01, engine=engine)
-            with PeakMemory() as memory:
-                algorithm.estimate(oracle, context, algorithm.init(oracle, context, start))
-            peaks.append(memory.peak_bytes)
-        return (peaks[1] - peaks[0]) / 8
-
-    iterate_bytes = 8 * num_elements(problem.init_inner(outer, task))
-    assert growth_per_step("adjoint") <= 2 * iterate_bytes
-    assert growth_per_step("unrolled") >= 500 * 8
-    assert growth_per_step("higher") >= 500 * 8
 
 
 def test_results_carry_no_graph():

@@ -218,6 +218,68 @@ def test_lancbio_has_the_smallest_residual_on_the_synthetic_problem(seed):
     assert 1.5 * residuals["lancbio"] < residuals["subbio"] < residuals["neumann"], residuals
 
 
+def three_term_recursion(problem, x, num_steps, rate, dimension):
+    """The residual after each outer step of the paper's recursion: nothing orthogonalised again."""
+    outer, y = {"x": x}, torch.zeros_like(x)
+    v = anchor = image = y
+    basis: list[Any] = []
+    diagonal: list[Any] = []
+    beside: list[Any] = []
+    residuals = []
+    for step in range(num_steps):
+        oracle = AutogradOracle(problem, NOTHING, eager=True)
+        draw = oracle.draw_inner()
+        for _ in range(5):
+            y = y - rate * oracle.inner_grad(outer, {"y": y}, draw)["y"]
+        direct, b = (
+            tree[key]
+            for tree, key in zip(
+                oracle.outer_grads(outer, {"y": y}, oracle.draw_outer()), "xy", strict=True
+            )
+        )
+
+        def second_order(u, oracle=oracle, outer=outer, y=y, draw=draw):
+            j_u, h_u = oracle.second_order(outer, {"y": y}, {"y": u}, draw)
+            return j_u["x"], h_u["y"]
+
+        if not basis or len(diagonal) == dimension(step):
+            anchor, image = v, second_order(v)[1]
+            basis, diagonal, beside = [(b - image) / (b - image).norm()], [], []
+        u = second_order(basis[-1])[1] - (beside[-1] * basis[-2] if beside else 0)
+        diagonal.append(basis[-1] @ u)
+        t = torch.diag(torch.stack(diagonal))
+        for i, beta in enumerate(beside):
+            t[i, i + 1] = t[i + 1, i] = beta
+        q = torch.stack(basis)
+        v = anchor + q.T @ torch.linalg.solve(t, q @ (b - image))
+        rest = u - diagonal[-1] * basis[-1]
+        beside.append(rest.norm())
+        basis.append(rest / rest.norm())
+        j_v, h_v = second_order(v)
+        outer = {"x": outer["x"] - direct + j_v}
+        residuals.append(float((h_v - b).norm() / b.norm()))
+    return residuals
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4])
+def test_it_is_the_recursion_of_the_paper(condition):
+    problem, rate, num_steps = Synthetic(60, condition=condition), 1 / condition, 160
+    algorithm = LancBiO(5, rate, adjoint_steps=1, subspace_cap=80)
+    outer = problem.init_outer(generator(0))
+    expected = three_term_recursion(problem, outer["x"], num_steps, rate, algorithm.dimension)
+    state = algorithm.init(
+        AutogradOracle(problem, NOTHING), outer, problem.init_inner(outer, NOTHING)
+    )
+    found = []
+    for step in range(num_steps):
+        result = algorithm.estimate(
+            AutogradOracle(problem, NOTHING, eager=True, step=step), outer, state
+        )
+        state, outer = result.state, add(outer, result.hypergradient, -1.0)
+        found.append(float(result.metrics["adjoint_residual"]))
+    assert found == pytest.approx(expected, rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("adjoint_steps", "cap", "products"), [(1, 3, [1, 1, 1, 2, 1, 1, 2]), (2, 4, [2, 2, 3, 2, 3])]
 )

@@ -9,18 +9,18 @@ import torch
 from torch.func import vmap
 
 from metadist.algorithms.linear import (
+    Solution,
     conjugate_gradient,
     empty_krylov,
     extend,
     fixed_point,
     in_span,
-    lanczos,
     neumann,
     nystrom,
     project,
     solve_symmetric,
 )
-from metadist.trees import flatten, scale, unflatten
+from metadist.trees import add, flatten, scale, sub, unflatten
 from tests.problems import DOUBLE, assert_close, randn, random_like
 
 N = 12
@@ -45,6 +45,16 @@ def product_of(matrix, count=None, like=LIKE):
 
 def tree(vector):
     return unflatten(torch.as_tensor(vector, dtype=DOUBLE), LIKE)
+
+
+def lanczos(product, b, num_steps, start=None):
+    """What `extend` and `project` find in the Krylov space of the residual at `start`."""
+    residual = b if start is None else sub(b, product(start))
+    krylov = empty_krylov(b, num_steps)
+    for _ in range(krylov.basis.shape[0]):
+        krylov = extend(krylov, product, residual)
+    v, metrics = project(krylov, residual)
+    return Solution(v if start is None else add(start, v), metrics)
 
 
 def residual_of(matrix, v, b):

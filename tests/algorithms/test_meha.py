@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from metadist.algorithms.meha import MEHA
+from metadist.algorithms.meha import MEHA, MEHAState
 from metadist.trees import add
 from tests.algorithms.toys import (
     SINE_SOLUTION,
@@ -47,6 +47,18 @@ def test_one_golden_step():
     second = estimate(GOLDEN, problem, outer, task, first.state, step=1)
     assert_close(second.state.inner, {"y": point(0.256, -0.212)}, 1e-12)
     assert second.state.moved_at == 1
+
+
+def test_the_step_of_y_has_the_rate_of_the_outer_step_it_belongs_to():
+    problem, outer, task = golden_quadratic()
+    algorithm = MEHA(inner_lr=0.1, y_lr=0.2, inner_decay=1.0, gamma=0.5, c=1.0, c_power=0.0)
+    # Of step 1 are both its theta and its y, rates 0.05 and 0.1, though y is moved at step 2.
+    state = MEHAState({"y": point(0, 0)}, {"y": point(0, 0)}, -1)
+    first = estimate(algorithm, problem, outer, task, state, step=1)
+    assert_close(first.state.theta, {"y": point(0.1, -0.2)}, 1e-12)
+    second = estimate(algorithm, problem, outer, task, first.state, step=2)
+    # -0.1 * ((-1, -1) + (-2, 4) - (0 - (0.1, -0.2)) / 0.5)
+    assert_close(second.state.inner, {"y": point(0.28, -0.26)}, 1e-12)
 
 
 def test_theta_is_the_proximal_point_and_gives_the_gradients_of_the_envelope():
@@ -117,7 +129,7 @@ def test_on_a_new_task_moves_give_a_useful_hypergradient():
 
 def test_sine_from_every_start_ends_at_the_bilevel_solution():
     # Four starts at once, as copies.
-    problem = Sine(copies=4)
+    problem = Sine(4)
     algorithm = MEHA(1, 0.1, y_lr=0.1, gamma=0.4, c=1.0, c_power=0.49)
     outer, start = {"x": point(0, 2, -6, 1)}, {"y": point(0, 3, 0, 5)}
     run = run_single(algorithm, problem, toy_task(), outer, 1500, 0.1, start=start)
@@ -125,6 +137,14 @@ def test_sine_from_every_start_ends_at_the_bilevel_solution():
     assert (x + y - 2).sin().max() < -0.995
     assert_close({"x": x}, {"x": torch.full_like(x, SINE_SOLUTION[0])}, 0.04)
     assert_close({"y": y}, {"y": torch.full_like(y, SINE_SOLUTION[1])}, 0.04)
+
+
+def test_sine_with_one_x_for_several_y():
+    algorithm = MEHA(1, 0.1, y_lr=0.1, gamma=0.4, c=1.0, c_power=0.49)
+    start = {"y": point(0, 0)}
+    run = run_single(algorithm, Sine(1, 2), toy_task(), {"x": point(0)}, 800, 0.1, start=start)
+    assert_close(run.outer, {"x": point(2.474926)}, 0.05)
+    assert_close(run.state.inner, {"y": point(4.237463, 4.237463)}, 0.05)
 
 
 @pytest.mark.slow

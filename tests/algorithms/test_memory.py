@@ -4,23 +4,48 @@ Every graph of a step of `Smooth` on 500 examples holds vectors of 500 numbers; 
 """
 
 import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from metadist.algorithms.aid import AID
 from metadist.algorithms.bome import BOME
 from metadist.algorithms.darts import DARTS
 from metadist.algorithms.f2sa import F2SA
+from metadist.algorithms.fg2u import FG2U
 from metadist.algorithms.itd import ITD
 from metadist.algorithms.meha import MEHA
 from metadist.algorithms.penalty import Penalty
+from metadist.algorithms.pzobo import PZOBO
 from metadist.algorithms.sama import SAMA
 from metadist.algorithms.t1t2 import T1T2
+from metadist.algorithms.ufom import UFOM
 from metadist.algorithms.vpbgd import VPBGD
 from metadist.trees import num_elements
-from tests.algorithms.test_itd import PeakMemory
 from tests.problems import Smooth, generator, oracle_of, smooth_task
 
 EXAMPLES = 500
 FEW, MANY = 4, 16
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made within the block held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak_bytes = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self._live = {key: item for key, item in self._live.items() if not item[0].expired()}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                reference = StorageWeakRef(leaf.untyped_storage())
+                self._live[reference.cdata] = (reference, leaf.untyped_storage().nbytes())
+        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self._live.values()))
+        return result
 
 
 def bytes_per_step(make, eager):
@@ -59,12 +84,24 @@ def test_memory_does_not_grow_with_inner_steps(name, eager):
     assert bytes_per_step(CONSTANT[name], eager) <= 0
 
 
+Y_BYTES = 8 * num_elements(Smooth().init_inner(Smooth().init_outer(generator(0)), smooth_task(0)))
+
+
 @pytest.mark.parametrize("eager", [False, True])
-def test_itd_keeps_one_inner_variable_per_step_or_one_graph(eager):
-    y_bytes = 8 * num_elements(
-        Smooth().init_inner(Smooth().init_outer(generator(0)), smooth_task(0))
-    )
-    growth = bytes_per_step(lambda steps: ITD(steps, 0.01), eager)
-    assert 0 < growth <= 2 * y_bytes
-    unrolled = bytes_per_step(lambda steps: ITD(steps, 0.01, engine="unrolled"), eager=False)
-    assert unrolled >= 8 * EXAMPLES
+def test_the_adjoint_of_itd_keeps_one_inner_variable_per_step(eager):
+    assert 0 < bytes_per_step(lambda steps: ITD(steps, 0.01), eager) <= 2 * Y_BYTES
+
+
+@pytest.mark.parametrize("engine", ["unrolled", "higher"])
+def test_other_engines_of_itd_keep_one_graph_per_step(engine):
+    growth = bytes_per_step(lambda steps: ITD(steps, 0.01, engine=engine), eager=False)
+    assert growth >= 8 * EXAMPLES
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_forward_mode_and_differences_keep_nothing_per_step(eager):
+    """Unlike ITD, whose hypergradient they estimate; UFOM as well, where it recomputes."""
+    assert bytes_per_step(lambda steps: FG2U(steps, 0.01, num_directions=2), eager) <= 0
+    assert bytes_per_step(lambda steps: PZOBO(steps, 0.01, num_directions=2), eager) <= 0
+    again = bytes_per_step(lambda steps: UFOM(steps, 0.01, 1.0, recompute=True), eager)
+    assert again <= 0 < bytes_per_step(lambda steps: UFOM(steps, 0.01, 1.0), eager) <= 2 * Y_BYTES

@@ -107,12 +107,14 @@ def test_its_direction_has_less_noise_than_that_of_stocbio():
         StocBiO(1, 0.3, adjoint_steps=2, adjoint_lr=0.3),
     ):
         state, x, squares = None, outer, []
-        for k in range(150):
-            found = one_estimate(algorithm, problem, x, task, state, batch_size=1, step=k)
+        for k in range(100):
+            found = one_estimate(
+                algorithm, problem, x, task, state, batch_size=1, step=k, eager=True
+            )
             exact = neumann_gradient(problem, x, task, 2, 0.3)
             squares.append(float((found.hypergradient["x"] - exact).square().sum()))
             state, x = found.state, add(x, found.hypergradient, -0.05 * (k + 1) ** (-1 / 3))
-        errors[type(algorithm)] = sum(squares[-100:]) / 100
+        errors[type(algorithm)] = sum(squares[-60:]) / 60
     assert errors[MRBO] < 0.5 * errors[StocBiO], errors
 
 
@@ -127,7 +129,7 @@ def neumann_gradient(problem, x, task, num_steps, rate):
 def test_it_solves_the_golden_quadratic():
     problem, outer, task = golden_quadratic()
     algorithm = MRBO(inner_lr=0.4, adjoint_steps=25, adjoint_lr=0.4)
-    run = run_single(algorithm, problem, task, outer, 100, 0.6)
+    run = run_single(algorithm, problem, task, outer, 70, 0.6)
     assert float(true_hypergradient(problem, run.outer, task).norm()) < 1e-3
 
 

@@ -69,6 +69,16 @@ def test_it_converges_on_quadratics(index):
     assert float(true_hypergradient(problem, run.outer, task).norm()) < 1e-6
 
 
+@pytest.mark.parametrize(("share", "converges"), [(0.5, True), (2.0, False)])
+def test_x_must_be_slower_than_y_and_v(share, converges):
+    """They spiral away beyond outer_lr = 2 inner_lr mu^3 / |J|^2, here with mu = |J| = 1."""
+    problem, outer, task = golden_quadratic()
+    rate = 2 * 0.2 * share
+    run = run_single(SOBA(inner_lr=0.2, adjoint_lr=0.2), problem, task, outer, 300, rate)
+    end = float(true_hypergradient(problem, run.outer, task).norm())
+    assert end < 1e-2 if converges else end > 1e2
+
+
 def test_state_of_a_new_task_has_no_adjoint():
     _, outer, _ = golden_quadratic()
     state = SOBA().init(None, outer, {"y": torch.ones(2)})  # type: ignore[arg-type]

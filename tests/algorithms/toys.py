@@ -71,23 +71,24 @@ class Toy(Problem):
 
 
 class Sine(Toy):
-    """`copies` times the sine toy of MEHA, whose lower minima are many and all global.
+    """The sine toy of MEHA, whose lower minima are many and all global.
 
-    Per copy
+        f = |x - 2|^2 + |y - 4|^2,    g = sum of sin(x + y - 2)
 
-        f = (x - 2)^2 + (y - 4)^2,    g = sin(x + y - 2)
-
-    x + y = 2 - pi/2 + 2 pi k at them; the best is x = 3 pi/4, y = 2 + 3 pi/4, f = 0.253749.
+    For x and y of one size these are copies of a problem of one number each; there x + y =
+    2 - pi/2 + 2 pi k at the minima, and the best is x = 3 pi/4, y = 2 + 3 pi/4, f = 0.253749. For
+    x of size 1 and y of size n: x = (2 (1 - n) + 3 pi n / 2) / (1 + n), y = 2 + 3 pi / 2 - x.
     """
 
-    def __init__(self, copies: int = 1) -> None:
-        self.num_outer = self.num_inner = copies
+    def __init__(self, num_outer: int = 1, num_inner: int | None = None) -> None:
+        self.num_outer = num_outer
+        self.num_inner = num_outer if num_inner is None else num_inner
 
     def lower(self, x: Tensor, y: Tensor) -> Tensor:
         return (x + y - 2).sin().sum()
 
     def upper(self, x: Tensor, y: Tensor) -> Tensor:
-        return ((x - 2).square() + (y - 4).square()).sum()
+        return (x - 2).square().sum() + (y - 4).square().sum()
 
 
 class Coreset(Toy):

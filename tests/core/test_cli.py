@@ -18,7 +18,7 @@ import yaml
 from metadist import CheckpointStore, __version__, evaluate
 from metadist.algorithms import ALGORITHMS
 from metadist.catalogue import card_of
-from metadist.cli import COMMANDS, NAMES, main
+from metadist.cli import COMMANDS, NAMES, main, train_parser
 from tests.core.helpers import (
     CURVES,
     Outcome,
@@ -352,10 +352,15 @@ def test_a_check_fails_where_max_error_is_exceeded(cli):
     code, out, err = cli(*SMALL, "--algorithm.first_order", "true", "--max_error", "0.01")
     assert code == 1 and "the unrolled map" in out
     assert re.search(
-        r"metadist check-hypergradient: failed: the smallest error must be <= max_error = 0.01, "
-        r"got 1\.\d+$",
+        r"metadist check-hypergradient: failed: the error against the unrolled map must be <= "
+        r"max_error = 0.01, got 1\.\d+$",
         err,
     )
+    implicit = ["--problem.adapt", "head", "--algorithm", "t1t2", "--algorithm.inner_lr", 0.01]
+    with pytest.warns(RuntimeWarning, match=r"head\.weight, head\.bias"):
+        code, _, err = cli(*SMALL, *implicit, "--max_error", "0.01")
+    assert code == 1 and "against the solution must be" in err
+    assert "got inf: that reference is not known here, see the note" in err
     cli.good(*SMALL, "--algorithm.first_order", "true")
 
 
@@ -519,3 +524,11 @@ def test_the_state_of_the_process_is_left_as_it_was(cli):
     cli.good("train", *CURVES, "--run_dir", "run", "--num_steps", 1)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_named_algorithm_has_its_own_defaults(name):
+    """And not those of the class that would have been the default."""
+    config = train_parser().parse_args(["--sampler", NAMES["sinusoid"], "--algorithm", NAMES[name]])
+    found = ALGORITHMS[name](**vars(config.algorithm.init_args))
+    assert found == ALGORITHMS[name]()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from metadist import HypergradientReport, Task, check_hypergradient
-from metadist.algorithms import ITD, Reptile
+from metadist.algorithms import AID, ITD, Reptile
 from metadist.algorithms.noloop_aid import NoLoopAID
 from metadist.trees import add, scale
 from tests.core.helpers import curves, regression
@@ -131,7 +131,29 @@ def test_a_kept_state_comes_nearer_to_the_solution():
     assert list(found.errors) == [1, 10, 100]
     assert first == pytest.approx(report.comparisons[1].error)
     assert first > tenth > last and last < 1e-2
-    assert report.error <= last
+    assert report.error == last
+
+
+def test_an_algorithm_is_judged_by_the_reference_it_stands_for():
+    """One implicit step from v = 0 is one step unrolled, which is not what it stands for."""
+    problem, task = Quadratic(2, 4), quadratic_task(0)
+    report = check(problem, task, NoLoopAID(inner_lr=0.3))
+    assert report.measure == "the solution"
+    assert [comparison.judged for comparison in report.comparisons] == [False, True]
+    unrolled, solution = report.comparisons
+    assert unrolled.error < 1e-6 < 0.1 < report.error == solution.error
+    assert "holds the start of adaptation constant" in str(report)
+    report = check(problem, task, ITD(inner_steps=3))
+    assert report.measure == "the unrolled map"
+    assert report.error == report.comparisons[0].error < 1e-6
+    assert "trains the start of adaptation" in str(report)
+
+
+def test_where_v_does_not_solve_its_system_a_note_says_so():
+    problem, outer, task = golden_quadratic()
+    message = "v does not solve H v = grad_y f"
+    assert message in only_note(check(problem, task, AID(50, 0.2, adjoint_steps=1), outer))
+    assert check(problem, task, AID(50, 0.2, adjoint_steps=2), outer).notes == ()
 
 
 @dataclass(frozen=True)
@@ -203,6 +225,8 @@ def test_a_lower_problem_without_strict_minimum_has_no_exact_hypergradient(name)
     outer = {"x": torch.tensor([1.0, 2.0], dtype=torch.float64)}
     report = check(Lower(loss), golden_quadratic()[2], ITD(), outer, repeats=(1, 10))
     assert list(errors(report)) == [UNROLLED] and report.error < 1e-6
+    implicit = check(Lower(loss), golden_quadratic()[2], AID(damping=5.0), outer)
+    assert implicit.error == float("inf")
     note = only_note(report)
     assert note.startswith("no exact hypergradient of the solution y*(x): ")
     assert re.search(message, note), note
@@ -326,7 +350,8 @@ def test_the_report_is_readable():
 
 
 def test_what_the_algorithm_reports_is_not_taken_for_markup():
-    strange = HypergradientReport("A(['b'])", {}, (), (), {"[red] x": 0.5}, {}, ("[/] y",))
+    figures, notes = {"[red] x": 0.5}, ("[/] y",)
+    strange = HypergradientReport("A(['b'])", "the solution", {}, (), (), figures, {}, notes)
     assert "A(['b'])" in str(strange) and "[red] x:" in str(strange) and "[/] y" in str(strange)
     assert "no derivative" in str(strange) and strange.error == float("inf")
 
