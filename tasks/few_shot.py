@@ -6,6 +6,7 @@ Shape letters: B tasks, S support examples, Q query examples, C channels, F feat
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -19,7 +20,7 @@ from torch.func import functional_call, vjp
 from metadist.models import TaskBatchNorm, rows
 from metadist.problem import Problem
 from metadist.task import Batch, Task
-from metadist.trees import Params
+from metadist.trees import Params, dot
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -72,6 +73,8 @@ class FewShotProblem(Problem):
             (output, target) that returns the mean over examples, shape ().
         batch_encode: run the part before the head for all tasks in one call ("auto": on a GPU;
             on a CPU one task at a time is faster). With batch norm this needs `TaskBatchNorm`.
+        weight_decay: adds weight_decay / 2 * |y|^2 to the inner loss, >= 0. Implicit methods need
+            it: the loss of a head alone has no strict minimum, and often none at all.
 
     Raises:
         ValueError: a pattern that matches nothing; a layer that the inner loop cannot replay
@@ -84,10 +87,14 @@ class FewShotProblem(Problem):
         adapt: str | Sequence[str] = "all",
         loss: Literal["cross_entropy", "mse"] | Loss = "cross_entropy",
         batch_encode: Literal["auto"] | bool = "auto",
+        weight_decay: float = 0.0,
     ) -> None:
         if isinstance(loss, str) and loss not in LOSSES:
             raise ValueError(f"loss must be one of {sorted(LOSSES)} or a function, got {loss!r}")
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be >= 0 and finite, got {weight_decay}")
         check_model(model)
+        self.weight_decay = weight_decay
         self.loss = loss
         self.adapt = adapt
         self.batch_encode = batch_encode
@@ -152,7 +159,8 @@ class FewShotProblem(Problem):
         return {**head, SUPPORT: support, QUERY: query}
 
     def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        return self._loss(self.predict(outer, inner, batch, SUPPORT), batch.tensors[1])
+        loss = self._loss(self.predict(outer, inner, batch, SUPPORT), batch.tensors[1])
+        return loss + self.weight_decay / 2 * dot(inner, inner) if self.weight_decay else loss
 
     def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
         return self._loss(self.predict(outer, inner, batch, QUERY), batch.tensors[1])
@@ -201,6 +209,7 @@ class FewShotProblem(Problem):
             "loss": self.loss
             if isinstance(self.loss, str)
             else getattr(self.loss, "__name__", type(self.loss).__name__),
+            **({"weight_decay": str(self.weight_decay)} if self.weight_decay else {}),
         }
 
     def _call(self, module: nn.Module, params: Params, inputs: Tensor) -> Tensor:

@@ -576,14 +576,28 @@ def test_mse_is_that_of_torch_and_reports_no_accuracy():
     assert results[0].metrics == pytest.approx(results[1].metrics, rel=1e-12)
 
 
+def test_weight_decay_is_in_the_inner_loss_alone():
+    model = MLP(3, 2, (4,)).double()
+    task = vector_task(0)
+    plain, decayed = (FewShotProblem(model, "head", "mse", weight_decay=w) for w in (0.0, 0.3))
+    outer = plain.init_outer(generator(0))
+    context, inner = plain.encode(outer, task), plain.init_inner(outer, task)
+    loss = [p.inner_loss(context, inner, task.support) for p in (plain, decayed)]
+    square = sum(leaf.square().sum() for leaf in inner.values())
+    torch.testing.assert_close(loss[1], loss[0] + 0.15 * square)
+    outer_loss = [p.outer_loss(context, inner, task.query) for p in (plain, decayed)]
+    assert torch.equal(outer_loss[0], outer_loss[1])
+    assert decayed.describe()["weight_decay"] == "0.3"
+    with pytest.raises(ValueError, match=r"weight_decay must be >= 0 and finite, got -1"):
+        FewShotProblem(model, weight_decay=-1)
+
+
 def test_cross_entropy_refuses_real_numbers_which_torch_takes_for_probabilities():
     loss = LOSSES["cross_entropy"]
     labels = torch.tensor([0, 2])
     output = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
     assert float(loss(output, labels)) == float(F.cross_entropy(output, labels))
-    with pytest.raises(
-        ValueError, match=r"targets must be integers .* got torch.float32: pass"
-    ):
+    with pytest.raises(ValueError, match=r"targets must be integers .* got torch.float32: pass"):
         loss(output, torch.ones(2, 3))
 
 
