@@ -5,7 +5,8 @@
     step-00000100/manifest.json         sizes and SHA-256 of the two and of itself, written last
 
 A folder whose manifest is missing, or does not fit the files, is not a checkpoint. Nothing is
-ever unpickled.
+ever unpickled, no file is read that is longer than the manifest says, and no name in a checkpoint
+is used as a path.
 """
 
 from __future__ import annotations
@@ -13,22 +14,30 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
+import operator
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-import fsspec
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from metadist.outer import OuterState
+from metadist.storage import Folder
 from metadist.trees import Params
 
 FORMAT = 2
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 16
+
+Malformed = (
+    *(SafetensorError, ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
+"""What looking into forged data raises; a RecursionError is a RuntimeError."""
 
 
 class CheckpointError(ValueError):
@@ -64,51 +73,60 @@ class CheckpointStore:
         if keep_last < 1:
             raise ValueError(f"keep_last must be >= 1, got {keep_last}")
         self.uri = uri
-        self._fs, self._root = fsspec.core.url_to_fs(uri)
+        self.folder = Folder(uri)
         self._keep_last = keep_last
         self._keep_best = keep_best
         self.skipped: dict[str, str] = {}
         """Damaged checkpoints that the last `load` passed over, and why."""
 
     def names(self) -> list[str]:
-        """The checkpoint folders, oldest first, damaged ones included."""
-        if not self._fs.isdir(self._root):
-            return []
-        found = (
-            str(path).rstrip("/").rpartition("/")[2]
-            for path in self._fs.ls(self._root, detail=False)
-        )
-        return sorted(name for name in found if re.fullmatch(r"step-\d{8,}", name))
+        """The checkpoint folders, oldest first, damaged ones included.
+
+        Raises:
+            OSError: the folder cannot be listed.
+        """
+        names = self.folder.names(links=False)
+        return sorted((n for n in names if re.fullmatch(r"step-\d{8,}", n, re.ASCII)), key=_step)
 
     def best(self) -> str | None:
         """The name of the good checkpoint with the highest score; None if none has a score."""
-        scores = {name: manifest["score"] for name, manifest in self._manifests().items()}
-        scored = [(score, name) for name, score in scores.items() if score is not None]
-        return max(scored)[1] if scored else None
+        return _best(self._manifests())
 
     def save(self, checkpoint: Checkpoint) -> str:
         """The name of the checkpoint, which is complete when this returns.
 
-        A good checkpoint of the same step is left as it is.
+        A good checkpoint of the same step is left as it is. Older ones are removed only after
+        this one was read back.
+
+        Raises:
+            OSError: the storage failed; what was there before is there still.
+            CheckpointError: what was read back is not what was written.
         """
         name = f"step-{checkpoint.state.version:08d}"
-        if name in self.names():
-            if self._damage(name) is None:
-                return name
-            self._remove(name)
+        if self._is_good(name):
+            return name
+        # First, so that at no time it stands beside files that it does not belong to.
+        self.folder.remove(f"{name}/{MANIFEST}")
         files = {TENSORS: _tensors(checkpoint), STATE: _json(_state(checkpoint))}
-        self._fs.makedirs(self._path(name), exist_ok=True)
-        for file, data in files.items():
-            self._write(self._path(name, file), data)
         manifest = {
             "format": FORMAT,
             "score": checkpoint.score,
             "files": {
-                file: {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                file: {"size_bytes": len(data), "sha256": _sha256(data)}
                 for file, data in files.items()
             },
         }
-        self._write(self._path(name, MANIFEST), _json({**manifest, "sha256": _digest(manifest)}))
+        try:
+            for file, data in files.items():
+                self.folder.write(f"{name}/{file}", data)
+            signed = _json({**manifest, "sha256": _digest(manifest)})
+            self.folder.write(f"{name}/{MANIFEST}", signed)
+        except BaseException:
+            # What is half there is of no use, and there may be no space.
+            with suppress(OSError):
+                self._remove(name)
+            raise
+        del files, data
         self._prune(name)
         return name
 
@@ -142,10 +160,16 @@ class CheckpointStore:
         raise CheckpointError(f"no good checkpoint in {self.uri}{damaged or ': it holds none'}")
 
     def _load(self, name: str) -> Checkpoint:
-        data = {file: self._read(name, file) for file in (MANIFEST, TENSORS, STATE)}
-        manifest = self._check(name, data)
-        state = json.loads(data[STATE])
+        manifest = self._manifest(name)
+        data = {file: self._file(name, file, manifest) for file in (TENSORS, STATE)}
         try:
+            state = json.loads(data[STATE])
+            if name != f"step-{state['version']:08d}":
+                raise ValueError(f"it holds step {state['version']}")
+            if not isinstance(state["info"], dict):
+                raise TypeError(f"info is {state['info']!r}")
+            if min([state["applied_below"], *state["applied"]]) < 0:
+                raise ValueError("a lease has a negative number")
             tensors = safetensors.torch.load(data[TENSORS])
             outer: Params = {key: tensors["outer." + key] for key in state["outer"]}
             optimizer = {key: tensors["optimizer." + key] for key in state["optimizer"]}
@@ -162,24 +186,21 @@ class CheckpointStore:
                     states,
                 ),
                 state["info"],
-                manifest["score"],
+                manifest.score,
             )
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except Malformed as error:
             raise CheckpointError(
-                f"checkpoint {self._path(name)} is of another format: {error!r}"
+                f"checkpoint {self.folder.path(name)} is of another format: {error!r}"
             ) from error
 
-    def _check(self, name: str, data: dict[str, bytes]) -> dict[str, Any]:
-        """The manifest, if `data` are the files it lists."""
-        where = self._path(name)
+    def _manifest(self, name: str) -> _Manifest:
+        where = self.folder.path(name)
+        data = self._read(name, MANIFEST, MAX_MANIFEST_BYTES)
         try:
-            manifest = json.loads(data[MANIFEST])
-            version, listed, digest = manifest["format"], manifest["files"], manifest["sha256"]
-            expected = {
-                file: (listed[file]["size_bytes"], listed[file]["sha256"]) for file in listed
-            }
-            manifest["score"] = None if manifest["score"] is None else float(manifest["score"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            tree = json.loads(data)
+            version, digest, found = tree["format"], tree["sha256"], _digest(tree)
+            manifest = _Manifest.of(tree) if (version, digest) == (FORMAT, found) else None
+        except Malformed as error:
             raise CheckpointError(
                 f"checkpoint {where} is damaged: {MANIFEST}: {error!r}"
             ) from error
@@ -188,76 +209,103 @@ class CheckpointStore:
                 f"checkpoint {where} must be of format {FORMAT}, got {version!r}: "
                 "load it with the version of metadist that wrote it"
             )
-        if digest != _digest(manifest):
+        if manifest is None:
             raise CheckpointError(
-                f"checkpoint {where} is damaged: {MANIFEST} must have SHA-256 {digest}, got "
-                f"{_digest(manifest)}"
+                f"checkpoint {where} is damaged: {MANIFEST} must have SHA-256 {digest}, got {found}"
             )
-        for file in (TENSORS, STATE):
-            found = (len(data[file]), hashlib.sha256(data[file]).hexdigest())
-            if expected.get(file) != found:
-                raise CheckpointError(
-                    f"checkpoint {where} is damaged: {file} must have (bytes, SHA-256) "
-                    f"{expected.get(file)}, got {found}"
-                )
         return manifest
 
-    def _damage(self, name: str) -> CheckpointError | None:
+    def _file(self, name: str, file: str, manifest: _Manifest) -> bytes:
+        """A file of a checkpoint, if it is what the manifest says."""
+        expected = manifest.files[file]
+        data = self._read(name, file, expected[0])
+        found = (len(data), _sha256(data))
+        if found != expected:
+            raise CheckpointError(
+                f"checkpoint {self.folder.path(name)} is damaged: {file} must have (bytes, "
+                f"SHA-256) {expected}, got {found}"
+            )
+        return data
+
+    def _is_good(self, name: str) -> bool:
+        """Raises OSError if that cannot be told."""
         try:
             self._load(name)
         except CheckpointError as error:
-            return error
-        return None
+            cause = error.__cause__
+            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                raise cause from error
+            return False
+        return True
 
-    def _manifests(self) -> dict[str, dict[str, Any]]:
-        """Of the checkpoints that have one; their files are not read."""
-        found = {}
+    def _manifests(self) -> dict[str, _Manifest | None]:
+        """Of the checkpoints that have a good one, or None for those that have none at all.
+
+        Their other files are not looked at.
+        """
+        found: dict[str, _Manifest | None] = {}
         for name in self.names():
             try:
-                manifest = json.loads(self._read(name, MANIFEST))
-                if manifest["sha256"] != _digest(manifest):
-                    continue
-                score = manifest["score"]
-                manifest["score"] = None if score is None or math.isnan(score) else float(score)
-            except (CheckpointError, KeyError, TypeError, ValueError):
-                continue
-            found[name] = manifest
+                found[name] = self._manifest(name)
+            except CheckpointError as error:
+                if isinstance(error.__cause__, FileNotFoundError):
+                    found[name] = None
         return found
 
     def _prune(self, saved: str) -> None:
-        whole = list(self._manifests())
+        manifests = self._manifests()
+        whole = [name for name, manifest in manifests.items() if manifest]
         # The one just saved too, which is not the newest after going back to an earlier one: of
         # the others only the manifests were looked at.
         keep = {saved, *whole[-self._keep_last :]}
+        oldest = min(map(_step, keep))
         if self._keep_best:
-            keep.add(self.best() or "")
-        for name in whole:
-            if name not in keep:
-                self._remove(name)
+            keep.add(_best(manifests) or saved)
+        doomed = [
+            name
+            for name, manifest in manifests.items()
+            # Without a manifest: what an interrupted removal has left.
+            if name not in keep and (manifest or _step(name) < oldest)
+        ]
+        if not doomed:
+            return
+        manifest = self._manifest(saved)
+        for file in (TENSORS, STATE):  # one at a time, for the sake of memory
+            self._file(saved, file, manifest)
+        for name in doomed:
+            self._remove(name)
 
     def _remove(self, name: str) -> None:
         # The manifest first: an interrupted removal must not leave what looks like a checkpoint.
-        if self._fs.exists(self._path(name, MANIFEST)):
-            self._fs.rm(self._path(name, MANIFEST))
-        self._fs.rm(self._path(name), recursive=True)
+        self.folder.remove(f"{name}/{MANIFEST}")
+        self.folder.remove(name)
 
-    def _read(self, name: str, file: str) -> bytes:
+    def _read(self, name: str, file: str, at_most: int) -> bytes:
         try:
-            return bytes(self._fs.cat_file(self._path(name, file)))
-        except OSError as error:
+            return self.folder.read(f"{name}/{file}", at_most)
+        except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"checkpoint {self._path(name)} is damaged: {file} cannot be read: {error}"
+                f"checkpoint {self.folder.path(name)} is damaged: {file} cannot be read: {error}"
             ) from error
 
-    def _write(self, path: str, data: bytes) -> None:
-        with self._fs.open(path, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            if "file" in self._fs.protocol:
-                os.fsync(stream.fileno())
 
-    def _path(self, *parts: str) -> str:
-        return "/".join((self._root.rstrip("/"), *parts))
+class _Manifest(NamedTuple):
+    """What of a manifest matters: of each file the (bytes, SHA-256), and the score."""
+
+    files: dict[str, tuple[int, str]]
+    score: float | None
+
+    @classmethod
+    def of(cls, tree: Any) -> _Manifest:
+        """Of its JSON; raises one of `Malformed` if it is none."""
+        listed, score = tree["files"], tree["score"]
+        return cls(
+            {
+                file: (operator.index(listed[file]["size_bytes"]), str(listed[file]["sha256"]))
+                for file in (TENSORS, STATE)
+            },
+            None if score is None else float(score),
+        )
 
 
 def check_same_model(found: Params, expected: Params, where: str) -> None:
@@ -308,6 +356,24 @@ def _state(checkpoint: Checkpoint) -> dict[str, Any]:
         "applied": list(state.applied),
         "info": checkpoint.info,
     }
+
+
+def _best(manifests: Mapping[str, _Manifest | None]) -> str | None:
+    scores = {name: manifest.score for name, manifest in manifests.items() if manifest}
+    scored = [
+        (score, _step(name), name)
+        for name, score in scores.items()
+        if score is not None and not math.isnan(score)
+    ]
+    return max(scored)[2] if scored else None
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _digest(manifest: dict[str, Any]) -> str:

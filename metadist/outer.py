@@ -229,29 +229,26 @@ class OuterVariable:
         A lease that was applied before is left out and reported as repeated; if nothing is left,
         or no task of what is left was finite, x stays as it is. The version goes up by one for
         every call that holds a new lease.
+
+        Raises:
+            ValueError: a contribution is not one of this variable, or not finite; nothing changed.
         """
         fresh: list[Contribution] = []
         repeated: list[int] = []
         weight = self._weight()
         expected = len(self._flat) * (1 if weight is None or weight == 1 else 2)
+        for item in contributions:
+            _check_number("lease_id", item.lease_id, item)
         for item in sorted(contributions, key=lambda item: item.lease_id):
             known = self.is_applied(item.lease_id)
             if known or (fresh and fresh[-1].lease_id == item.lease_id):
                 repeated.append(item.lease_id)
                 continue
-            if item.total.shape != (expected,):
-                raise ValueError(
-                    f"contribution of lease {item.lease_id} must have shape ({expected},), got "
-                    f"{tuple(item.total.shape)}"
-                )
-            if not 0 <= item.version <= self.version:
-                raise ValueError(
-                    f"contribution of lease {item.lease_id} must have a version between 0 and "
-                    f"{self.version}, got {item.version}"
-                )
+            self._check(item, expected)
             fresh.append(item)
         lr = self._config.lr_at(self.version)
         norm = 0.0
+        recursion = self._recursion
         num_tasks = sum(item.num_tasks for item in fresh)
         if num_tasks:
             mean = torch.zeros(expected, dtype=self._flat.dtype, device=self._flat.device)
@@ -259,8 +256,15 @@ class OuterVariable:
                 mean.add_(item.total, alpha=item.weight)
             mean.div_(num_tasks)
             if weight is not None:
-                mean = self._recur(mean, weight)
+                recursion = self._recur(mean, weight)
+                mean = recursion["w"].clone()
             norm = float(mean.norm())
+            # Huge but finite numbers may have no finite norm.
+            if not math.isfinite(norm) and not bool(mean.isfinite().all()):
+                raise ValueError(
+                    "contributions must have a finite mean, got NaN or Inf from leases "
+                    f"{[item.lease_id for item in fresh]}"
+                )
             if self._config.clip_norm is not None and norm > self._config.clip_norm:
                 mean.mul_(self._config.clip_norm / norm)
             for group in self._optimizer.param_groups:
@@ -268,6 +272,7 @@ class OuterVariable:
             self._flat.grad = mean
             self._optimizer.step()
             self._flat.grad = None
+            self._recursion = recursion
             if self._rules.project is not None:
                 with torch.no_grad():
                     self._flat.copy_(flatten(self._rules.project(self.params)))
@@ -295,13 +300,33 @@ class OuterVariable:
             return None
         return self._rules.recursive_weight(self.version) if self._recursion else 1.0
 
-    def _recur(self, mean: Tensor, weight: float) -> Tensor:
-        """w_k = h(x_k) + (1 - a_k) (w_{k-1} - h(x_{k-1})); keeps it, and x_k."""
+    def _recur(self, mean: Tensor, weight: float) -> dict[str, Tensor]:
+        """w_k = h(x_k) + (1 - a_k) (w_{k-1} - h(x_{k-1})), and x_k."""
         w, *at_previous = mean.split(len(self._flat))
         if at_previous:
             w = w + (1 - weight) * (self._recursion["w"] - at_previous[0])
-        self._recursion = {"w": w.clone(), "previous": self.flat.clone()}
-        return w.clone()
+        return {"w": w.clone(), "previous": self.flat.clone()}
+
+    def _check(self, item: Contribution, expected: int) -> None:
+        """Raise ValueError unless `item` can be added."""
+        what = f"contribution of lease {item.lease_id}"
+        if item.total.shape != (expected,) or not item.total.is_floating_point():
+            raise ValueError(
+                f"{what} must have shape ({expected},), got {tuple(item.total.shape)}"
+                + ("" if item.total.is_floating_point() else f" of {item.total.dtype}")
+            )
+        _check_number("version", item.version, item, most=self.version)
+        _check_number("num_tasks", item.num_tasks, item)
+        if not 0 <= item.weight < math.inf:
+            raise ValueError(f"{what} must have a finite weight >= 0, got {item.weight}")
+        for index, state in item.states.items():
+            _check_number("task index", index, item)
+            like = self.states.get(index, state)
+            if state.shape != like.shape or state.ndim != 1 or state.dtype != like.dtype:
+                raise ValueError(
+                    f"{what} must have a state of task {index} of shape {tuple(like.shape)} and "
+                    f"{like.dtype}, got {tuple(state.shape)} and {state.dtype}"
+                )
 
     def state(self) -> OuterState:
         """A copy of everything, for a checkpoint."""
@@ -323,7 +348,12 @@ class OuterVariable:
     def from_state(
         cls, state: OuterState, optimizer: OuterOptimizer, rules: StepRules | None = None
     ) -> OuterVariable:
-        """The variable as it was when `state` was taken."""
+        """The variable as it was when `state` was taken.
+
+        Raises:
+            ValueError: see `check_state`.
+        """
+        check_state(state, optimizer)
         variable = cls(state.outer, optimizer, rules)
         variable._recursion = {name: leaf.clone() for name, leaf in state.recursion.items()}
         variable.states = {index: leaf.clone() for index, leaf in state.states.items()}
@@ -335,3 +365,37 @@ class OuterVariable:
         variable._applied_below = state.applied_below
         variable._applied = set(state.applied)
         return variable
+
+
+def check_state(state: OuterState, optimizer: OuterOptimizer) -> None:
+    """Raise ValueError unless the parts of `state` belong together and to the optimiser."""
+    length = sum(leaf.numel() for leaf in state.outer.values())
+    like = torch.nn.Parameter(torch.zeros(1))
+    like.grad = torch.zeros(1)
+    stepped = OPTIMIZERS[optimizer.name]([like], lr=optimizer.lr, **optimizer.options)
+    stepped.step()
+    known = {name: leaf for name, leaf in stepped.state[like].items() if leaf is not None}
+    shapes = {
+        name: () if torch.as_tensor(leaf).ndim == 0 else (length,) for name, leaf in known.items()
+    }
+    recursion = {"w": (length,), "previous": (length,)}
+    for group, leaves, expected in (
+        ("optimizer", state.optimizer, shapes),
+        ("recursion", state.recursion, recursion),
+    ):
+        found = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+        if found not in ({}, expected):
+            raise ValueError(
+                f"{group} of a state must have the shapes {expected}, or be empty, got {found}"
+            )
+    if min([state.version, state.applied_below, *state.applied]) < 0:
+        raise ValueError("version and leases of a state must be >= 0")
+
+
+def _check_number(name: str, value: Any, item: Contribution, most: int | None = None) -> None:
+    """Raise ValueError unless `value` is an integer from 0 to `most`."""
+    if not isinstance(value, int) or value < 0 or (most is not None and value > most):
+        rule = ">= 0" if most is None else f"between 0 and {most}"
+        raise ValueError(
+            f"contribution of lease {item.lease_id} must have a {name} {rule}, got {value}"
+        )
