@@ -1,0 +1,279 @@
+"""`simulate`: the scheduler's loop in simulated time, to see how a cluster would scale.
+
+The policy and the ledger are those that schedule on Ray; what workers, links, the server and the
+driver take is a sum of stated costs. The driver hands out leases, waits, and is blocked while the
+server applies a step, as in `Scheduler`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metadist.cluster.ledger import Ledger
+from metadist.cluster.policies import Policy
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What everything but the computation takes.
+
+    Args:
+        size_bytes: of x, and of the sum of a lease.
+        driver_s: the driver's time per lease, for handing it out and noting that it is done.
+        worker_s: what a lease takes beside its computation, on the way and at the worker.
+        worker_byte_s: the same per byte of x.
+        step_s: the driver's and the server's time per step, whatever its size.
+        add_byte_s: the server's time per byte and lease, for reading and adding.
+        step_byte_s: the server's time per byte and step, for the optimiser and a copy of x.
+        link_bytes_per_s: what a node's link takes in, and at the same time gives out.
+        workers_per_node: they share what their node has read of x.
+        num_shards: servers that hold an equal part of x each, on nodes of their own.
+        shard_s: the driver's time per step and shard after the first.
+    """
+
+    size_bytes: float = 0.0
+    driver_s: float = 0.0
+    worker_s: float = 0.0
+    worker_byte_s: float = 0.0
+    step_s: float = 0.0
+    add_byte_s: float = 0.0
+    step_byte_s: float = 0.0
+    link_bytes_per_s: float = math.inf
+    workers_per_node: int = 1
+    num_shards: int = 1
+    shard_s: float = 0.0
+
+    @property
+    def transfer_s(self) -> float:
+        """x, or a sum, through the link of a server; shards have one each."""
+        return self.size_bytes / self.num_shards / self.link_bytes_per_s
+
+    def apply_s(self, num_leases: int) -> float:
+        """A step with so many leases, from the call to its answer."""
+        per_byte = num_leases * self.add_byte_s + self.step_byte_s
+        calls = self.step_s + (self.num_shards - 1) * self.shard_s
+        return calls + num_leases * self.transfer_s + per_byte * self.size_bytes / self.num_shards
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who computes.
+
+    Args:
+        num: workers.
+        compute_s: seconds that a lease computes in the mean.
+        spread: of the logarithm of these seconds from lease to lease; a lease takes the same on
+            every worker, and when it is computed again.
+        slow_share: of the workers, those that always take `slow_factor` times as long.
+        slow_factor: see there.
+        failure_s: mean time of computing until a worker is lost; inf: never.
+        replace_s: until another is in its place.
+    """
+
+    num: int
+    compute_s: float
+    spread: float = 0.0
+    slow_share: float = 0.0
+    slow_factor: float = 1.0
+    failure_s: float = math.inf
+    replace_s: float = 0.0
+
+    def durations(self, num_leases: int, seed: int) -> Floats:
+        """Of the first leases; the mean of many is `compute_s`."""
+        normal = np.random.default_rng(seed).standard_normal(num_leases)
+        scaled: Floats = self.compute_s * np.exp(self.spread * normal - self.spread**2 / 2)
+        return scaled
+
+
+class Step(NamedTuple):
+    """An outer step that ended at `end_s`, and how many versions old its leases were."""
+
+    end_s: float
+    leases: tuple[int, ...]
+    staleness: tuple[int, ...]
+
+
+@dataclass
+class Outcome:
+    """What a simulated run did.
+
+    `computing_s` and `server_s` are seconds in which workers computed what went into x, and in
+    which the server was at work; `num_losses` counts lost workers.
+    """
+
+    num_workers: int
+    steps: list[Step] = field(default_factory=list)
+    computing_s: float = 0.0
+    server_s: float = 0.0
+    num_losses: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return self.steps[-1].end_s
+
+    @property
+    def leases_per_s(self) -> float:
+        """Applied leases per second, without the first fifth and the end of the run.
+
+        Near the end some workers have nothing left to do.
+        """
+        counts = np.cumsum([len(step.leases) for step in self.steps])
+        ends = [step.end_s for step in self.steps]
+        first = int(np.searchsorted(counts, counts[-1] / 5))
+        last = int(np.searchsorted(counts, counts[-1] - self.num_workers, side="right")) - 1
+        if last <= first:
+            return float(counts[-1]) / ends[-1]
+        return float(counts[last] - counts[first]) / (ends[last] - ends[first])
+
+    @property
+    def staleness(self) -> NDArray[np.int64]:
+        """Of all leases, without those of the first fifth of the steps."""
+        steps = self.steps[len(self.steps) // 5 :]
+        return np.array([age for step in steps for age in step.staleness], dtype=np.int64)
+
+    @property
+    def server_share(self) -> float:
+        """Of the time, the server's work."""
+        return self.server_s / self.seconds
+
+
+def simulate(
+    policy: Policy,
+    leases_per_step: int,
+    workers: Workers,
+    costs: Costs,
+    num_leases: int,
+    seed: int = 0,
+) -> Outcome:
+    """A run of at least `num_leases` leases.
+
+    Args:
+        policy: when to step.
+        leases_per_step: leases in a meta-batch.
+        workers: who computes.
+        costs: what everything else takes.
+        num_leases: leases in the whole run; rounded up to whole steps.
+        seed: of durations, slow workers and failures.
+    """
+    return _Simulation(policy, leases_per_step, workers, costs, num_leases, seed).run()
+
+
+class _Event(NamedTuple):
+    """The order of events of the same time is that of the workers, as in `Fleet.wait`."""
+
+    time_s: float
+    worker: int
+    what: str
+    lease: int
+
+
+class _Simulation:
+    def __init__(
+        self,
+        policy: Policy,
+        leases_per_step: int,
+        workers: Workers,
+        costs: Costs,
+        num_leases: int,
+        seed: int,
+    ) -> None:
+        if min(leases_per_step, workers.num, num_leases, costs.num_shards) < 1:
+            raise ValueError(
+                "leases_per_step, workers.num, num_leases and costs.num_shards must be >= 1, got "
+                f"{leases_per_step}, {workers.num}, {num_leases} and {costs.num_shards}"
+            )
+        self._workers, self._costs = workers, costs
+        self._until = math.ceil(num_leases / policy.leases_per_step(leases_per_step))
+        self._ledger = Ledger(policy, leases_per_step, 0, 0, (), self._until)
+        self._durations = workers.durations(4096, seed)
+        self._random = np.random.default_rng([seed, 1])
+        num_slow = round(workers.slow_share * workers.num)
+        slow = self._random.permutation(workers.num) < num_slow
+        self._factors = np.where(slow, workers.slow_factor, 1.0)
+        self._now = 0.0
+        self._idle = deque(range(workers.num))
+        self._events: list[_Event] = []
+        self._link_free_at = 0.0
+        self._held: dict[int, tuple[int, float]] = {}  # node -> (version of x, when it is there)
+        self._computing: dict[int, float] = {}
+        self._outcome = Outcome(workers.num)
+
+    def run(self) -> Outcome:
+        while self._ledger.version < self._until:
+            if weights := self._ledger.next_step():
+                self._apply(tuple(weights))
+                self._hand_out()
+            else:
+                self._hand_out()
+                self._wait()
+        return self._outcome
+
+    def _apply(self, leases: tuple[int, ...]) -> None:
+        ledger = self._ledger
+        staleness = tuple(ledger.version - ledger.arrived[lease] for lease in leases)
+        seconds = self._costs.apply_s(len(leases))
+        self._now += seconds
+        ledger.apply(leases, ledger.version + 1)
+        self._outcome.server_s += seconds
+        self._outcome.computing_s += sum(self._computing.pop(lease) for lease in leases)
+        self._outcome.steps.append(Step(self._now, leases, staleness))
+
+    def _hand_out(self) -> None:
+        while self._idle and (lease := self._ledger.issue()) is not None:
+            self._now += self._costs.driver_s
+            self._start(self._idle.popleft(), lease)
+
+    def _start(self, worker: int, lease: int) -> None:
+        """Let `worker` compute `lease` as soon as it has x."""
+        costs, workers = self._costs, self._workers
+        begin = self._pull(worker // costs.workers_per_node)
+        duration = float(self._durations[lease % len(self._durations)] * self._factors[worker])
+        whole = duration + costs.worker_s + costs.worker_byte_s * costs.size_bytes
+        lost_after = (
+            self._random.exponential(workers.failure_s)
+            if workers.failure_s < math.inf
+            else math.inf
+        )
+        if lost_after < whole:
+            self._add(begin + lost_after, worker, "lost", lease)
+        else:
+            self._computing[lease] = duration
+            self._add(begin + whole, worker, "done", lease)
+
+    def _pull(self, node: int) -> float:
+        """When the node has the current x; it comes through the server's link, one at a time."""
+        version = self._ledger.version
+        if node not in self._held or self._held[node][0] != version:
+            self._link_free_at = max(self._link_free_at, self._now) + self._costs.transfer_s
+            self._held[node] = version, self._link_free_at
+        return max(self._now, self._held[node][1])
+
+    def _wait(self) -> None:
+        """Go on to the next event, and note all that have happened by then."""
+        self._now = max(self._now, self._events[0].time_s)
+        ready = []
+        while self._events and self._events[0].time_s <= self._now:
+            ready.append(heapq.heappop(self._events))
+        for event in sorted(ready, key=lambda event: event.worker):
+            if event.what == "done":
+                self._ledger.arrive(event.lease)
+                self._idle.append(event.worker)
+            elif event.what == "lost":
+                self._ledger.lose(event.lease)
+                self._outcome.num_losses += 1
+                self._add(event.time_s + self._workers.replace_s, event.worker, "back", -1)
+            else:
+                self._idle.append(event.worker)
+
+    def _add(self, time_s: float, worker: int, what: str, lease: int) -> None:
+        heapq.heappush(self._events, _Event(time_s, worker, what, lease))

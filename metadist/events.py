@@ -1,0 +1,146 @@
+"""`EventLog`: one line for every event of a run that matters, in the run folder and the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from metadist.executor import StepReport
+from metadist.storage import Folder
+
+EVENTS = "events.jsonl"
+"""The name of the file in a run folder."""
+
+log = logging.getLogger("metadist.run")
+# Who wants these lines configures logging; on the terminal a failure is told by its exception.
+log.addHandler(logging.NullHandler())
+
+LEVELS = {
+    "worker_lost": logging.WARNING,
+    "server_recovered": logging.WARNING,
+    "contribution_repeated": logging.WARNING,
+    "task_dropped": logging.WARNING,
+    "checkpoint_skipped": logging.WARNING,
+    "run_interrupted": logging.WARNING,
+    "run_failed": logging.ERROR,
+}
+"""Levels in the log; those of the other events are INFO."""
+
+
+class EventLog:
+    """Appends events to a file of JSON lines, and tells the logger `metadist.run` of them.
+
+    Each has `time` (UTC), `event`, `step` (outer steps taken) and what belongs to it:
+
+        run_started            until_step, and what `Executor.describe` tells
+        run_finished
+        run_interrupted        by Ctrl-C or SIGTERM
+        run_failed             error
+        worker_lost            num_lost, num_workers (alive now)
+        server_recovered       num_lost; x went back to an earlier state where it had to
+        lease_reissued         leases
+        contribution_repeated  leases, which were in x before and are not added again
+        task_dropped           tasks, whose hypergradient was not finite
+        checkpoint_written     checkpoint, score
+        checkpoint_skipped     checkpoint, reason
+
+    Records of the logger carry the object as their attribute `run_event`.
+
+    Args:
+        path: the file; what it holds stays. None: only the logger is told.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.step = 0
+        """Outer steps taken, as the next event tells it."""
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Add one event."""
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        line = {"time": now, "event": event, "step": self.step}
+        line |= {name: _finite(value) for name, value in fields.items()}
+        text = json.dumps(line)
+        log.log(LEVELS.get(event, logging.INFO), "%s", text, extra={"run_event": line})
+        if self._path is None:
+            return
+        try:
+            _append(self._path, text)
+        except OSError:
+            # A week of training must not end for want of a line about it.
+            log.exception("cannot write to %s", self._path)
+
+    def report(self, report: StepReport) -> None:
+        """Add what happened during an outer step."""
+        self.step = report.step.version
+        if report.lost_workers:
+            self.write("worker_lost", num_lost=report.lost_workers, num_workers=report.num_workers)
+        if report.lost_servers:
+            self.write("server_recovered", num_lost=report.lost_servers)
+        dropped = [task for result in report.results for task in result.dropped]
+        for event, name, ids in (
+            ("lease_reissued", "leases", report.reissued),
+            ("contribution_repeated", "leases", report.step.repeated),
+            ("task_dropped", "tasks", dropped),
+        ):
+            if ids:
+                self.write(event, **{name: list(ids)})
+
+    @contextmanager
+    def run(self, step: int, **fields: Any) -> Iterator[None]:
+        """Within the block a run goes on from `step`; adds its begin and how it ended."""
+        self.step = step
+        self.write("run_started", **fields)
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.write("run_interrupted")
+            raise
+        except BaseException as error:
+            self.write("run_failed", error=f"{type(error).__name__}: {error}")
+            raise
+        self.write("run_finished")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a+b") as stream:
+        # A process that was killed may have left half a line.
+        if stream.tell() and not _ends_line(stream):
+            text = "\n" + text
+        stream.write(text.encode() + b"\n")
+
+
+def _ends_line(stream: Any) -> bool:
+    stream.seek(-1, 2)
+    return bool(stream.read(1) == b"\n")
+
+
+def read_events(folder: Folder) -> list[dict[str, Any]]:
+    """The events of a run folder, oldest first.
+
+    Half a line, as a process leaves it that is killed or still writes, is no event.
+    """
+    try:
+        lines = folder.read(EVENTS, at_most=1 << 30).splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+            datetime.fromisoformat(event["time"])
+            found.append({**event, "event": str(event["event"]), "step": int(event["step"])})
+        except (ValueError, TypeError, KeyError):
+            continue
+    return found

@@ -1,0 +1,372 @@
+"""`run_status`: a running or finished run at a glance, read from nothing but its folder."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+
+from metadist.checkpoint import CheckpointError, CheckpointStore
+from metadist.events import read_events
+from metadist.storage import Folder
+
+RESULT = "result.json"
+"""In the run folder: what a finished run came to."""
+
+State = Literal["running", "stale", "finished", "interrupted", "failed"]
+
+NUM_RECORDS = 100_000
+"""TensorBoard records that are looked at, from the newest back."""
+NUM_EVENTS = 6
+"""Events that are shown, the newest."""
+NUM_WORKERS = 8
+"""Workers that are shown one by one."""
+
+
+class Scalar(NamedTuple):
+    """The newest value of a TensorBoard scalar; `time` in seconds since 1970."""
+
+    value: float
+    step: int
+    time: float
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What the folder of a run tells; print it with rich.
+
+    Args:
+        run: the folder.
+        state: "stale" is a run that has not ended and has written nothing for long: its process
+            was killed, its machine is gone, or one outer step takes longer than that.
+        age_s: seconds since it last wrote something.
+        step: outer steps taken.
+        until_step: where it ends; None if the folder does not say.
+        left_s: the rest at the speed since its last start, while it is running.
+        scalars: by TensorBoard tag.
+        events: all of them, oldest first, see `EventLog`.
+        checkpoints: their names, oldest first, damaged ones included.
+        newest: the newest good checkpoint.
+        best: the good one with the best validation.
+        damaged: newer than `newest`, and damaged or just being written.
+        result: of a finished run, what the command line wrote at its end.
+    """
+
+    run: str
+    state: State
+    age_s: float
+    step: int
+    until_step: int | None
+    left_s: float | None
+    scalars: Mapping[str, Scalar]
+    events: Sequence[Mapping[str, Any]]
+    checkpoints: Sequence[str]
+    newest: str | None
+    best: str | None
+    damaged: Sequence[str]
+    result: Mapping[str, Any]
+
+    @property
+    def is_well(self) -> bool:
+        """Whether it goes on, or has come to its end."""
+        return self.state in ("running", "finished")
+
+    def __rich__(self) -> Table:
+        table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
+        table.add_column(no_wrap=True)
+        # A path or an error without spaces is folded, and nothing is cut off.
+        table.add_column(overflow="fold")
+        for name, text in self._rows():
+            table.add_row(name, Text(text))
+        return table
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        last = f"last wrote {_duration(self.age_s)} ago"
+        yield "run", self.run
+        yield "state", f"{self.state}, {last}"
+        if error := self._last("run_failed").get("error"):
+            yield "error", _short(str(error), 500)
+        of = f" of {self.until_step}" if self.until_step else ""
+        left = "" if self.left_s is None else f", about {_duration(self.left_s)} left"
+        yield "step", f"{self.step}{of}{left}"
+        about = self._last("run_started")
+        if about.get("executor"):
+            names = [about["executor"], about.get("policy"), about.get("device")]
+            yield "executor", ", ".join(str(name) for name in names if name)
+        if self.result:
+            tasks, dropped = self.result.get("num_tasks"), self.result.get("num_dropped")
+            took = _duration(float(self.result.get("seconds", 0)))
+            yield "result", f"{tasks} tasks in {took}, {dropped} dropped"
+        yield from self._figures()
+        yield from self._kept()
+        counts = Counter(
+            {
+                label: sum(_size(event, field) for event in self.events if event["event"] == name)
+                for name, field, label in (
+                    ("worker_lost", "num_lost", "workers lost"),
+                    ("server_recovered", "num_lost", "servers lost"),
+                    ("lease_reissued", "leases", "leases re-issued"),
+                    ("contribution_repeated", "leases", "results repeated"),
+                    ("task_dropped", "tasks", "tasks dropped"),
+                )
+            }
+        )
+        if told := [f"{number} {label}" for label, number in counts.items() if number]:
+            yield "losses", ", ".join(told)
+        shown = self.events[-NUM_EVENTS:]
+        days = {event["time"][:10] for event in shown}
+        for number, event in enumerate(shown):
+            day = f"{event['time'][:10]} " if len(days) > 1 else ""
+            yield ("events" if number == 0 else ""), day + _event(event)
+
+    def _figures(self) -> Iterator[tuple[str, str]]:
+        if speed := self.scalars.get("tasks_per_second/all"):
+            waiting = self.scalars.get("cluster/waiting_share")
+            share = f", workers waited {waiting.value:.1%} of the time" if waiting else ""
+            yield "speed", f"{speed.value:.3g} tasks/s{share}, at step {speed.step}"
+        if workers := self.scalars.get("cluster/workers"):
+            speeds = {
+                tag.partition("/")[2]: scalar.value
+                for tag, scalar in self.scalars.items()
+                if tag.startswith("tasks_per_second/") and scalar.step == workers.step
+            }
+            speeds.pop("all", None)
+            shown = [f"{name} {value:.3g}" for name, value in sorted(speeds.items(), key=_by_name)]
+            more = len(shown) - NUM_WORKERS
+            listed = ", ".join(shown[:NUM_WORKERS]) + (f", and {more} more" if more > 0 else "")
+            tasks = f" (tasks/s: {listed})" if shown else ""
+            yield "workers", f"{workers.value:.0f}{tasks}"
+        for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
+            if text := self._losses(split):
+                yield name, text
+
+    def _losses(self, split: str) -> str:
+        """The newest loss and accuracy of a split."""
+        parts = []
+        at = None
+        for metric in ("loss", "accuracy"):
+            found = self.scalars.get(f"{split}/query_{metric}")
+            if found is None:
+                continue
+            at = found.step
+            width = self.scalars.get(f"{split}/query_{metric}_half_width")
+            before = self.scalars.get(f"{split}/query_{metric}_before")
+            parts.append(
+                f"{metric} {found.value:.4g}"
+                + (f" +- {width.value:.2g}" if width else "")
+                + (f" (before {before.value:.4g})" if before else "")
+            )
+        return f"{', '.join(parts)}, at step {at}" if parts else ""
+
+    def _kept(self) -> Iterator[tuple[str, str]]:
+        scores = {
+            event.get("checkpoint"): event.get("score")
+            for event in self.events
+            if event["event"] == "checkpoint_written"
+        }
+
+        def named(name: str | None) -> str:
+            score = scores.get(name)
+            return f"{name}" + ("" if score is None else f" (score {score:.4g})")
+
+        if self.newest is None:
+            yield "checkpoints", "no good one yet"
+        elif self.newest == self.best:
+            yield "checkpoints", f"newest good and best: {named(self.newest)}"
+        else:
+            yield "checkpoints", f"newest good: {named(self.newest)}"
+            if self.best:
+                yield "", f"best: {named(self.best)}"
+        if self.damaged:
+            what = "being written or damaged" if self.state == "running" else "damaged"
+            yield "", f"{what}: {', '.join(self.damaged)}"
+
+    def _last(self, name: str) -> Mapping[str, Any]:
+        """The last event of that name since the run was last started; empty if none."""
+        for event in reversed(self.events):
+            if event["event"] == name:
+                return event
+            if event["event"] == "run_started":
+                break
+        return {}
+
+
+def run_status(run: str | Path, stale_s: float = 300.0, now: float | None = None) -> RunStatus:
+    """What the folder of a run tells; reads only, and may be called while the run goes on.
+
+    Cost: the newest good checkpoint is read and verified.
+
+    Args:
+        run: its folder, a local path or any fsspec URI.
+        stale_s: seconds without a sign of life after which a run that has not ended is "stale".
+        now: seconds since 1970; None: by the clock.
+
+    Raises:
+        ValueError: there is no run in that folder.
+    """
+    if not stale_s > 0:
+        raise ValueError(f"stale_s must be > 0, got {stale_s}")
+    folder = Folder(run)
+    store = CheckpointStore((folder / "checkpoints").uri)
+    try:
+        events, names = read_events(folder), store.names()
+        scalars = latest_scalars(folder / "tensorboard")
+    except NotADirectoryError:
+        events, names, scalars = [], [], {}
+    if not (events or scalars or names):
+        raise ValueError(
+            f"run must be the folder of a run that has begun to train, got {str(run)!r}: give the "
+            "run_dir of `metadist train`"
+        )
+    newest, damaged = _newest(store)
+    result = _read_json(folder, RESULT)
+    starts = [event for event in events if event["event"] == "run_started"]
+    state = _state([event["event"] for event in events], bool(result))
+    written = [_seconds(event) for event in events[-1:]]
+    written += [scalar.time for scalar in scalars.values()]
+    age_s = max(0.0, (time.time() if now is None else now) - max(written, default=0.0))
+    if state == "running" and age_s > stale_s:
+        state = "stale"
+    steps = [scalar.step for scalar in scalars.values()] + [event["step"] for event in events[-1:]]
+    steps += [int(newest.rpartition("-")[2])] if newest else []
+    step = max(steps, default=0)
+    until = starts[-1].get("until_step") if starts else result.get("num_steps")
+    left_s = None
+    if state == "running" and starts and until:
+        taken, took_s = step - starts[-1]["step"], max(written) - _seconds(starts[-1])
+        left_s = (until - step) * took_s / taken if taken > 0 else None
+    return RunStatus(
+        str(run), state, age_s, step, until, left_s, scalars, events, names, newest, store.best(),
+        damaged, result if state == "finished" else {},
+    )  # fmt: skip
+
+
+def _state(names: Sequence[str], has_result: bool) -> State:
+    """How a run stands that has written events of these names; "running" if it has not ended."""
+    for name in reversed(names):
+        if name == "run_finished":
+            return "finished"
+        if name == "run_interrupted":
+            return "interrupted"
+        if name == "run_failed":
+            return "failed"
+        if name == "run_started":
+            return "running"
+    return "finished" if has_result else "running"
+
+
+def _newest(store: CheckpointStore) -> tuple[str | None, list[str]]:
+    """(the newest good checkpoint, newer ones that are not good)."""
+    try:
+        name: str | None = store.load()[0]
+    except CheckpointError:
+        name = None
+    # A run that goes on may have removed some while they were read.
+    there = set(store.names())
+    return name, [other for other in store.skipped if other in there]
+
+
+def latest_scalars(folder: Folder) -> dict[str, Scalar]:
+    """The newest value of every scalar in the TensorBoard events of a folder, by tag.
+
+    Values of steps that an interrupted run had taken and its continuation takes again are left
+    out, as TensorBoard does it.
+    """
+    # Late: it takes long to import, and no worker needs it.
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    found: dict[str, Scalar] = {}
+    end: float = float("inf")
+    for number, data in enumerate(_records(folder)):
+        event = Event.FromString(data)
+        if event.HasField("session_log") and event.session_log.status == SessionLog.START:
+            end = min(end, event.step)
+        elif event.HasField("summary") and event.step < end:
+            for value in event.summary.value:
+                if value.WhichOneof("value") == "simple_value":
+                    scalar = Scalar(value.simple_value, event.step, event.wall_time)
+                    found.setdefault(value.tag, scalar)
+        if number >= NUM_RECORDS:
+            break
+    return found
+
+
+def _records(folder: Folder) -> Iterator[bytes]:
+    """The records of all event files, newest first; what is being written now is left out.
+
+    A record is its length (8 bytes), a checksum of that (4), the data and a checksum (4).
+    """
+    files = [name for name in folder.names() if name.startswith("events.out.tfevents.")]
+    for name in reversed(files):
+        data = folder.read(name, at_most=1 << 32)
+        places = []
+        begin = 12
+        while begin <= len(data):
+            (size,) = struct.unpack("<Q", data[begin - 12 : begin - 4])
+            if begin + size + 4 > len(data):
+                break
+            places.append((begin, begin + size))
+            begin += size + 16
+        for first, last in reversed(places):
+            yield data[first:last]
+
+
+def _read_json(folder: Folder, name: str) -> dict[str, Any]:
+    """The object in a file; empty if there is none."""
+    try:
+        found = json.loads(folder.read(name, at_most=1 << 24))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _seconds(event: Mapping[str, Any]) -> float:
+    return datetime.fromisoformat(event["time"]).timestamp()
+
+
+def _size(event: Mapping[str, Any], field: str) -> int:
+    """How many things an event tells of: a number, or a list of them."""
+    value = event.get(field, 0)
+    return len(value) if isinstance(value, list) else int(value)
+
+
+def _by_name(item: tuple[str, float]) -> tuple[int, str]:
+    return len(item[0]), item[0]  # worker-10 after worker-9
+
+
+def _event(event: Mapping[str, Any]) -> str:
+    """A line for an event."""
+    if event["event"] == "run_started":
+        names: Sequence[str] = ("until_step", "executor", "num_workers")
+    else:
+        names = [name for name in event if name not in ("time", "event", "step", "checkpoint")]
+    about = [f"{name}={_short(_plain(event[name]), 30)}" for name in names if name in event]
+    # A checkpoint is named after its step, which is told anyway.
+    return " ".join([event["time"][11:19], f"step {event['step']}", event["event"], *about])
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _short(text: str, width: int = 60) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
