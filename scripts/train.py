@@ -1,14 +1,14 @@
 """The script to submit: `ray submit cluster.yaml scripts/train.py -- --config ... --executor ray`.
 
-Takes the options of `metadist train` and needs nothing but the installed package. Under
-`ray submit` it runs on the head node, so Ray is taken to be there.
+Takes the options of `metadist train` and needs nothing but the installed package. `ray submit`
+runs it on the head node, where it hands the run to Ray as a job and follows it. The run outlives
+the connection; submitted again with the same --run_dir, this follows it, continues it where it was
+interrupted, or says that it is done. See docs/cluster.md.
 """
 
-import os
 import sys
 
 from metadist.cli import main
 
 if __name__ == "__main__":
-    os.environ.setdefault("RAY_ADDRESS", "auto")
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(main(["submit", "--working_dir", "null", "--", *sys.argv[1:]]))
