@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,8 @@ def connect(
     if ray.is_initialized():
         return False
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    # What is thrown away after a loss may have failed, and nobody has to be told.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     options: dict[str, Any] = {
         "address": address,
         "logging_level": logging.WARNING,
@@ -39,7 +43,7 @@ def connect(
     if address == "local":
         token = _token_path()
         is_new = not token.exists()
-        with _quiet("ray._private.authentication.authentication_token_setup"):
+        with _quiet("ray._private.authentication.authentication_token_setup"), _sigterm_kept():
             ray.init(
                 num_cpus=max(_num_cores(), math.ceil(num_cpus)),
                 include_dashboard=False,
@@ -51,7 +55,8 @@ def connect(
         return True
     try:
         _check_listening(address)
-        ray.init(**options)
+        with _sigterm_kept():
+            ray.init(**options)
     except (OSError, RuntimeError) as error:
         raise ConnectError(
             f"address must name a running Ray cluster, got {address!r}: {error}. Is it up "
@@ -66,6 +71,17 @@ def _check_listening(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=5).close()
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Within the block the handler of SIGTERM stays: Ray's would end a run without checkpoint."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
@@ -89,8 +105,15 @@ def _token_path() -> Path:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
-def reserve(bundles: Sequence[dict[str, float]], timeout_s: float) -> PlacementGroup:
+def reserve(
+    bundles: Sequence[dict[str, float]], timeout_s: float, option: str = "num_workers"
+) -> PlacementGroup:
     """A reservation of `bundles`, each on one node; on few nodes where possible.
+
+    Args:
+        bundles: resources, one bundle for each worker.
+        timeout_s: how long to wait for them.
+        option: that says how many, for the error.
 
     Raises:
         ResourcesError: they are not free within `timeout_s`; nothing is left reserved.
@@ -108,9 +131,14 @@ def reserve(bundles: Sequence[dict[str, float]], timeout_s: float) -> PlacementG
     shortage = _shortage(bundles)
     remove_placement_group(group)
     raise ResourcesError(
-        f"num_workers={len(bundles)} must be free within start_timeout_s={timeout_s:g}, "
-        f"got {shortage}: lower num_workers, cpus_per_worker or gpus_per_worker, or add nodes"
+        f"{option}={len(bundles)} must be free within start_timeout_s={timeout_s:g}, "
+        f"got {shortage}: lower {option}, cpus_per_worker or gpus_per_worker, or add nodes"
     )
+
+
+def demand(bundle: dict[str, float]) -> PlacementGroup:
+    """A reservation that is waited for; until then Ray's autoscaler sees it as demand."""
+    return placement_group([bundle])
 
 
 def _shortage(bundles: Sequence[dict[str, float]]) -> str:

@@ -6,7 +6,7 @@ RuntimeError
     ResourcesError     it has too few CPUs or GPUs
     LeaseError         the user's own code raised an exception on a worker
     WorkerLostError    workers die again and again
-    ServerLostError    the parameter server died
+    ServerLostError    the parameter server dies again and again, or cannot start
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class WorkerLostError(ClusterError):
 
 
 class ServerLostError(ClusterError):
-    """The parameter server died."""
+    """The parameter server dies again and again without a new version of x, or cannot start."""
 
 
 _LOST = (

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray import exceptions
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
@@ -17,9 +16,10 @@ from ray.util.scheduling_strategies import (
 )
 
 from metadist.cluster.buffers import OuterSpec, PackedState, pack_state, to_tensor, unpack_state
-from metadist.cluster.errors import ServerLostError
+from metadist.cluster.connection import connect, demand, reserve
 from metadist.cluster.fleet import Fleet, Retry
-from metadist.cluster.launch import connect, reserve
+from metadist.cluster.keeper import Keeper
+from metadist.cluster.metrics import RunMetrics
 from metadist.cluster.policies import BSP, Policy, make_policy
 from metadist.cluster.runtime_env import pickle_by_value
 from metadist.cluster.scheduler import Scheduler
@@ -38,21 +38,46 @@ class RayExecutor:
 
     Uses the Ray connection that this process has; otherwise see `address`.
 
+    What happens when something dies:
+
+        a worker, its node   its lease goes to another worker; it is replaced as soon as there are
+                             resources for it, on any node
+        a worker hangs       the same after `lease_timeout_s`; or see `backup_factor`
+        the server           another goes on from an earlier state, see `snapshot_every`, never one
+                             older than the last checkpoint; the steps since are taken and
+                             reported again
+        the driver, the head the run ends, and Ray with all it started; `metadist resume` (or
+                             `Trainer.restore`) goes on from the last checkpoint
+
+    Under "bsp" the result has the same bytes in each case. Under the other policies every lease
+    is in x once.
+
     Args:
         num_workers: workers, each one process that computes one lease at a time.
+        min_workers: workers that make a start, the others join when their resources appear; None:
+            `num_workers`. Ray's autoscaler sees those that lack as demand.
         policy: "bsp", "ssp", "asp" or "buffered", or a `Policy`.
         staleness, buffer_size, staleness_weight, staleness_exponent: see `make_policy`.
         cpus_per_worker: CPUs reserved per worker, > 0.
         gpus_per_worker: GPUs reserved per worker, also a fraction. None: one where the cluster
-            has one for each worker at the start, an equal share of one where it has fewer, none
-            where it has none or device="cpu". Give a number if nodes with GPUs join later.
+            has one for each of `min_workers` at the start, an equal share of one where it has
+            fewer, none where it has none or device="cpu". Give a number if nodes with GPUs join
+            later.
         device: "auto" (a GPU if one is reserved, else the CPU), "cpu" or "cuda".
         address: of a running cluster, for example "auto" or "10.0.0.1:6379". None: the variable
             RAY_ADDRESS, which Ray sets in a submitted job, and without it (or with "local") a
             cluster of our own on this machine, with at least the CPUs the workers need.
         start_timeout_s: how long to wait for free resources, and again for the workers.
-        max_losses: a worker or a lease that is lost so often in a row ends the run.
+        max_losses: a worker or a lease that is lost so often in a row ends the run, and so does
+            the parameter server without a new version of x in between.
         lease_timeout_s: a worker that computes one lease for longer is replaced; None: never.
+        backup_factor: a lease that takes so many times as long as the median one goes to an idle
+            worker too, and the first answer counts; None: never. Try 2 where some machines are
+            slow at times.
+        snapshot_every: versions of x between the states that the driver keeps in shared memory
+            for the case that the server is lost; what was stepped since is computed again. One
+            takes the server about half the time of a step, and the driver's node the memory of
+            two checkpoints.
         show_worker_output: print what workers print, with Ray's own messages. Errors of user
             code come with their traceback in any case.
         object_store_bytes: shared memory of a cluster of our own; None: Ray's choice.
@@ -73,15 +98,29 @@ class RayExecutor:
         start_timeout_s: float = 60.0,
         max_losses: int = 5,
         lease_timeout_s: float | None = None,
+        min_workers: int | None = None,
+        backup_factor: float | None = None,
+        snapshot_every: int = 10,
         show_worker_output: bool = False,
         object_store_bytes: int | None = None,
     ) -> None:
         _check(num_workers, cpus_per_worker, gpus_per_worker, device, start_timeout_s)
+        if min_workers is not None and not 1 <= min_workers <= num_workers:
+            raise ValueError(
+                f"min_workers must be >= 1 and <= num_workers={num_workers}, or None for all of "
+                f"them, got {min_workers}"
+            )
+        if snapshot_every < 1:
+            raise ValueError(f"snapshot_every must be >= 1, got {snapshot_every}")
         self._policy = make_policy(
             policy, staleness, buffer_size, staleness_weight, staleness_exponent
         )
-        self._retry = Retry(max_losses=max_losses, lease_s=lease_timeout_s)
+        self._retry = Retry(
+            max_losses=max_losses, lease_s=lease_timeout_s, backup_factor=backup_factor
+        )
+        self._snapshot_every = snapshot_every
         self._num_workers = num_workers
+        self._min_workers = num_workers if min_workers is None else min_workers
         self._cpus_per_worker = cpus_per_worker
         self._gpus_per_worker = gpus_per_worker
         self._device = device
@@ -90,9 +129,9 @@ class RayExecutor:
         self._show_worker_output = show_worker_output
         self._object_store_bytes = object_store_bytes
         self._is_connection_ours = False
-        self._reservation: PlacementGroup | None = None
+        self._places: list[tuple[PlacementGroup, int]] = []
         self._fleet: Fleet | None = None
-        self._server: Any = None
+        self._keeper: Keeper | None = None
         self._scheduler: Scheduler | None = None
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
@@ -126,15 +165,17 @@ class RayExecutor:
                 self._object_store_bytes,
             )
             fleet = self._start_fleet(payload)
-            self._start_server(pack_state(state), optimizer, workload)
+            keeper = self._start_server(pack_state(state), optimizer, workload)
         except BaseException:
             self.close()
             raise
-        self._scheduler = Scheduler(workload, self._policy, self._server, fleet)
+        self._scheduler = Scheduler(workload, self._policy, keeper, fleet)
+        self._metrics = RunMetrics(ray.get_runtime_context().get_job_id())
         log.info("%s", self.describe())
 
     def run(self, until_version: int) -> Iterator[StepReport]:
-        return self._started().run(until_version)
+        reports = self._started().run(until_version)
+        return self._metrics.watch(reports)
 
     def outer(self) -> Params:
         return self._spec.views(to_tensor(self._started().pull()))
@@ -148,7 +189,9 @@ class RayExecutor:
         return {
             "executor": "ray",
             "policy": str(self._policy),
-            "num_workers": str(self._num_workers),
+            "num_workers": str(self._num_workers)
+            if self._min_workers == self._num_workers
+            else f"{self._min_workers} to {self._num_workers}",
             "device": ", ".join(f"{count} x {name}" for name, count in sorted(devices.items()))
             or self._device,
         }
@@ -157,35 +200,45 @@ class RayExecutor:
         if ray.is_initialized():
             if self._fleet is not None:
                 self._fleet.stop()
-            if self._server is not None:
-                ray.kill(self._server)
-            if self._reservation is not None:
-                remove_placement_group(self._reservation)
+            if self._keeper is not None:
+                self._keeper.stop()
+            for group in {group.id: group for group, _ in self._places}.values():
+                remove_placement_group(group)
             if self._is_connection_ours:
                 ray.shutdown()
         self._forget_actors()
 
     def _forget_actors(self) -> None:
-        self._fleet = self._server = self._reservation = self._scheduler = None
+        self._places = []
+        self._fleet = self._keeper = self._scheduler = None
         self._is_connection_ours = False
 
     def _start_fleet(self, payload: bytes) -> Fleet:
-        if self._reservation is None:
-            num_gpus = self._num_gpus()
-            bundle = {"CPU": float(self._cpus_per_worker)} | ({"GPU": num_gpus} if num_gpus else {})
-            self._reservation = reserve([bundle] * self._num_workers, self._start_timeout_s)
+        if not self._places:
+            self._reserve_places()
         if self._fleet is None:
-            self._fleet = Fleet(self._make_worker, self._num_workers, self._retry)
+            self._fleet = Fleet(
+                self._make_worker, self._num_workers, self._retry, self._min_workers
+            )
         # Put once, owned by the driver: workers that start later, anywhere, read it too.
         self._fleet.start(self._start_timeout_s, ray.put(payload), self._spec)
         return self._fleet
 
+    def _reserve_places(self) -> None:
+        """Wait for the places of `min_workers`, and ask for those of the others."""
+        num_gpus = self._num_gpus()
+        bundle = {"CPU": float(self._cpus_per_worker)} | ({"GPU": num_gpus} if num_gpus else {})
+        is_elastic = self._min_workers < self._num_workers
+        option = "min_workers" if is_elastic else "num_workers"
+        group = reserve([bundle] * self._min_workers, self._start_timeout_s, option)
+        self._places = [(group, index) for index in range(self._min_workers)]
+        for _ in range(self._num_workers - self._min_workers):
+            self._places.append((demand(bundle), 0))
+
     def _make_worker(self, number: int) -> Any:
-        assert self._reservation is not None
-        bundle = self._reservation.bundle_specs[number]
-        place = PlacementGroupSchedulingStrategy(
-            self._reservation, placement_group_bundle_index=number
-        )
+        group, index = self._places[number]
+        bundle = group.bundle_specs[index]
+        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
         actor = ray.remote(Worker).options(
             num_cpus=bundle["CPU"],
             num_gpus=bundle.get("GPU", 0),
@@ -197,23 +250,14 @@ class RayExecutor:
 
     def _start_server(
         self, state: PackedState, optimizer: OuterOptimizer, workload: Workload
-    ) -> None:
+    ) -> Keeper:
+        if self._keeper is None:
+            self._keeper = Keeper(
+                _make_server, self._retry, self._snapshot_every, self._start_timeout_s
+            )
         rules = pickle_by_value(workload.stepping_rules())
-        arguments = (ray.put(state), self._spec, optimizer, workload.num_threads, rules)
-        try:
-            if self._server is not None:
-                ray.get(self._server.setup.remote(*arguments))
-                return
-        except exceptions.RayActorError:
-            log.info("the parameter server of the last run is gone, starting another")
-        # Beside the driver: the run ends with that node anyway.
-        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        actor = ray.remote(ParameterServer).options(num_cpus=0, scheduling_strategy=node)
-        self._server = actor.remote()
-        try:
-            ray.get(self._server.setup.remote(*arguments), timeout=self._start_timeout_s)
-        except (exceptions.RayActorError, exceptions.GetTimeoutError) as error:
-            raise ServerLostError(f"the parameter server could not start: {error}") from error
+        self._keeper.start(state, self._spec, optimizer, workload.num_threads, rules)
+        return self._keeper
 
     def _num_gpus(self) -> float:
         """GPUs per worker."""
@@ -225,12 +269,18 @@ class RayExecutor:
         if num_in_cluster == 0:
             # Nodes with GPUs may still join.
             return 1.0
-        return 1.0 / math.ceil(self._num_workers / num_in_cluster)
+        return 1.0 / math.ceil(self._min_workers / num_in_cluster)
 
     def _started(self) -> Scheduler:
         if self._scheduler is None:
             raise RuntimeError("the executor must be started with start(...) before it is used")
         return self._scheduler
+
+
+def _make_server() -> Any:
+    # Beside the driver: the run ends with that node anyway.
+    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(ParameterServer).options(num_cpus=0, scheduling_strategy=node).remote()
 
 
 def _check(

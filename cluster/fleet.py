@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,17 +25,21 @@ from metadist.cluster.errors import (
 from metadist.cluster.worker import WorkerInfo
 from metadist.lease import Lease, LeaseResult
 
+log = logging.getLogger("metadist.cluster")
+
 
 @dataclass(frozen=True)
 class Retry:
     """How often and how soon lost workers and leases are tried again.
 
     Args:
-        max_losses: a worker that is lost so often in a row, or a lease, ends the run.
+        max_losses: a worker, a lease or the server that is lost so often in a row ends the run.
         backoff_s: pause before a lost worker is tried again; doubles with every loss in a row.
         max_backoff_s: the longest pause.
         all_lost_s: the run ends when no worker has been alive for so long.
         lease_s: a worker that computes one lease for longer is taken for lost; None: never.
+        backup_factor: a lease that takes so many times as long as is usual is given to an idle
+            worker too; None: never.
     """
 
     max_losses: int = 5
@@ -41,6 +47,7 @@ class Retry:
     max_backoff_s: float = 10.0
     all_lost_s: float = 300.0
     lease_s: float | None = None
+    backup_factor: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_losses < 1:
@@ -51,6 +58,10 @@ class Retry:
         if self.lease_s is not None and self.lease_s <= 0:
             raise ValueError(
                 f"lease_timeout_s must be > 0 or None for no limit, got {self.lease_s}"
+            )
+        if self.backup_factor is not None and not self.backup_factor >= 1:
+            raise ValueError(
+                f"backup_factor must be >= 1 or None for no backup leases, got {self.backup_factor}"
             )
 
     def pause_s(self, num_losses: int) -> float:
@@ -78,7 +89,8 @@ class _Slot:
     """One worker's place, kept by whichever actor fills it.
 
     `pending` is what is waited for: the result of `lease`, or while not alive the end of setup.
-    `since` is when it last began or ended something.
+    `since` is when it last began or ended something. `inputs` are those of `lease` beside it;
+    `is_redundant` says that another worker has answered it.
     """
 
     name: str
@@ -89,6 +101,8 @@ class _Slot:
     lease: Lease | None = None
     pending: ObjectRef[Any] | None = None
     total: ObjectRef[Any] | None = None
+    inputs: tuple[ObjectRef[Any] | None, ...] = ()
+    is_redundant: bool = False
     num_losses: int = 0
     resume_at: float = 0.0
 
@@ -101,33 +115,42 @@ class Fleet:
 
     Args:
         make_worker: creates the actor of that number.
-        num_workers: how many.
+        num_workers: how many at the most.
         retry: see `Retry`.
+        min_workers: how many make a start; the others join when there are resources for them.
     """
 
-    def __init__(self, make_worker: Callable[[int], Any], num_workers: int, retry: Retry) -> None:
+    def __init__(
+        self, make_worker: Callable[[int], Any], num_workers: int, retry: Retry, min_workers: int
+    ) -> None:
         self._make_worker = make_worker
         self._retry = retry
+        self._min_workers = min_workers
         self._slots = [_Slot(f"worker-{number}") for number in range(num_workers)]
         self._setup: tuple[Any, ...] = ()
         self._lease_losses: Counter[int] = Counter()
+        self._lease_seconds: deque[float] = deque(maxlen=100)
         self._num_lost = 0
         self._waiting_s = 0.0
         self._none_alive_since: float | None = None
 
     def start(self, timeout_s: float, *setup: Any) -> None:
-        """Set all workers up with these arguments of `Worker.setup`, creating those that lack."""
+        """Set all workers up with these arguments of `Worker.setup`, creating those that lack.
+
+        Returns when `min_workers` are ready.
+        """
         self._setup = setup
+        self._lease_seconds.clear()
         self._num_lost, self._none_alive_since = 0, None
         self.forget()
         for slot in self._slots:
             slot.alive, slot.pending, slot.resume_at = False, None, 0.0
         deadline = time.perf_counter() + timeout_s
-        while self.num_alive < len(self._slots):
+        while self.num_alive < self._min_workers:
             self.wait(timeout_s=0.5)
             if time.perf_counter() > deadline:
                 raise ResourcesError(
-                    f"the {len(self._slots)} workers must be ready within start_timeout_s="
+                    f"{self._min_workers} workers must be ready within start_timeout_s="
                     f"{timeout_s:g}, got {self.num_alive}: raise it, or see the logs of the nodes"
                 )
 
@@ -158,9 +181,18 @@ class Fleet:
         idle = [slot for slot in self._slots if slot.alive and slot.lease is None]
         slot = min(idle, key=lambda slot: slot.since)
         self._rest(slot)
-        slot.lease = lease
+        slot.lease, slot.inputs = lease, (outer, kept)
         compute = slot.actor.compute.options(num_returns=2)
         slot.pending, slot.total = compute.remote(lease, outer, kept)
+
+    def back_up(self) -> None:
+        """Give leases that take long to idle workers too; the first answer counts."""
+        while (overdue := self._next_backup()) is not None and overdue[0] <= time.perf_counter():
+            slot = overdue[1]
+            assert slot.lease is not None
+            outer, kept = slot.inputs
+            assert outer is not None
+            self.submit(slot.lease, outer, kept)
 
     def forget(self) -> None:
         """Let go of all leases; what is still being computed is thrown away."""
@@ -189,7 +221,7 @@ class Fleet:
     def take_waiting_s(self) -> float:
         """Seconds x workers without computing, since this was last called."""
         for slot in self._slots:
-            if slot.lease is None:
+            if slot.alive and slot.lease is None:
                 self._rest(slot)
         waiting, self._waiting_s = self._waiting_s, 0.0
         return waiting
@@ -207,6 +239,7 @@ class Fleet:
 
     def _release(self, slot: _Slot) -> None:
         slot.lease = slot.pending = slot.total = None
+        slot.inputs, slot.is_redundant = (), False
         slot.since = time.perf_counter()
 
     def _discard(self, slot: _Slot) -> None:
@@ -225,29 +258,63 @@ class Fleet:
             return self._failed(slot, error)
         if slot.lease is None:
             slot.alive, slot.pending, slot.info = True, None, answer
+            slot.since = time.perf_counter()
+            log.info("%s is ready: %s on %s", *answer[:3])
             return []
         assert slot.total is not None
-        done = Done(answer, slot.total, slot.name)
+        events: list[Done | Lost] = []
+        if not slot.is_redundant:
+            events.append(Done(answer, slot.total, slot.name))
+            for other in self._others(slot):
+                other.is_redundant = True
+        self._lease_seconds.append(time.perf_counter() - slot.since)
         self._rest(slot, answer.sampling_s + answer.compute_s)
         self._release(slot)
         self._lease_losses.pop(answer.lease_id, None)
         slot.num_losses = 0
-        return [done]
+        return events
+
+    def _others(self, slot: _Slot) -> list[_Slot]:
+        """Those that compute the same lease, which nobody has answered yet."""
+        return [
+            other
+            for other in self._slots
+            if other is not slot and other.lease == slot.lease and not other.is_redundant
+        ]
+
+    def _next_backup(self) -> tuple[float, _Slot] | None:
+        """(when, the worker) of the next lease to go to a second one; None while none may."""
+        factor = self._retry.backup_factor
+        if factor is None or not self._lease_seconds or not self.has_idle:
+            return None
+        slow = [
+            slot
+            for slot in self._slots
+            if slot.lease is not None and not slot.is_redundant and not self._others(slot)
+        ]
+        if not slow:
+            return None
+        slowest = min(slow, key=lambda slot: slot.since)
+        return slowest.since + factor * statistics.median(self._lease_seconds), slowest
 
     def _failed(self, slot: _Slot, error: exceptions.RayError) -> list[Done | Lost]:
         """The lease that is lost with the call of `slot`; raises if it was no loss but a bug."""
         if not is_loss(error):
             raise _user_error(slot, error) from getattr(error, "cause", None)
         lease = slot.lease
+        if slot.is_redundant:
+            lease = None
+        is_shared = bool(self._others(slot))
         self._release(slot)
         # An error of the task means that the worker lives, and could not read what it was sent.
         answered = isinstance(error, exceptions.RayTaskError)
         if not answered:
             self._num_lost += 1
+            log.info("%s was lost: %s", slot.name, message(error).partition("\n")[0])
             self._discard(slot)
         self._count_loss(slot, lease, error)
         slot.resume_at = time.perf_counter() + self._retry.pause_s(slot.num_losses)
-        return [] if lease is None else [Lost(lease, lost_data=answered)]
+        return [] if lease is None or is_shared else [Lost(lease, lost_data=answered)]
 
     def _count_loss(self, slot: _Slot, lease: Lease | None, error: exceptions.RayError) -> None:
         """One more loss in a row of this worker and this lease; raises at the limit."""
@@ -304,6 +371,8 @@ class Fleet:
         times = [slot.resume_at for slot in self._slots if not slot.alive and slot.pending is None]
         if self._retry.lease_s is not None:
             times += [slot.since + self._retry.lease_s for slot in self._slots if slot.lease]
+        if (backup := self._next_backup()) is not None:
+            times.append(backup[0])
         if not self.num_alive:
             times.append(now + 1.0)
         return max(0.0, min(times, default=math.inf) - now)

@@ -71,6 +71,8 @@ def _is_users(module: ModuleType) -> bool:
     if not isinstance(file, str) or module.__name__.partition(".")[0] in ("metadist", "__main__"):
         return False
     path = Path(file).resolve()
+    if {"site-packages", "dist-packages"} & set(path.parts):
+        return False  # of another environment, through a .pth file
     return not any(path.is_relative_to(folder) for folder in _installed_folders())
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
-import ray
 from ray import ObjectRef, exceptions
 
 from metadist.cluster.buffers import Array, PackedState
-from metadist.cluster.errors import ServerLostError, is_loss, message
+from metadist.cluster.errors import is_loss
 from metadist.cluster.fleet import Done, Fleet, Lost
+from metadist.cluster.keeper import Keeper, ServerGone
 from metadist.cluster.ledger import Ledger
 from metadist.cluster.policies import Policy
 from metadist.cluster.server import Arrival, Progress
 from metadist.executor import StepReport
 from metadist.lease import Workload
 from metadist.outer import StepResult
+
+T = TypeVar("T")
 
 
 class Scheduler:
@@ -26,112 +28,143 @@ class Scheduler:
     Args:
         workload: what the leases are cut from.
         policy: when to step.
-        server: the actor of a `ParameterServer`.
+        keeper: of a started server.
         fleet: started workers.
     """
 
-    def __init__(self, workload: Workload, policy: Policy, server: Any, fleet: Fleet) -> None:
+    def __init__(self, workload: Workload, policy: Policy, keeper: Keeper, fleet: Fleet) -> None:
         self._workload = workload
         self._policy = policy
-        self._server = server
+        self._keeper = keeper
         self._fleet = fleet
-        self._version = 0
+        self._ledger: Ledger | None = None
         self._outer: ObjectRef[Any] | None = None
 
     def run(self, until_version: int) -> Iterator[StepReport]:
         """Train until x has that version; yields after every outer step."""
-        # Whatever an interrupted run left in flight is not in x: it is computed again.
-        self._fleet.forget()
-        self._ledger = self._open_ledger(until_version)
-        self._outer = self._server.pull.remote()
-        self._done: dict[int, Done] = {}
-        self._lost: set[int] = set()
+        self._ledger = None
+        self._until_version = until_version
+        self._handed_out_below = 0
         self._reissued: list[int] = []
         self._fleet.take_waiting_s()
-        ended = time.perf_counter()
-        self._hand_out()
-        while self._ledger.version < until_version:
-            for event in self._fleet.wait():
-                self._note(event)
-            while weights := self._ledger.next_step():
-                done = [self._done[lease_id] for lease_id in sorted(weights)]
-                step = self._apply(done, weights)
-                if step is None:
-                    break
-                now = time.perf_counter()
-                # The workers go on while the caller looks at the report.
-                self._hand_out()
-                yield self._report(step, done, now - ended)
-                ended = now
-            self._hand_out()
+        self._keeper.take_num_lost()
+        self._ended = time.perf_counter()
+        while not self._is_done:
+            report = self._with_server(self._advance)
+            if report is not None:
+                yield report
+
+    @property
+    def _is_done(self) -> bool:
+        # No ledger: the server was lost, perhaps when the caller asked for the state after a step.
+        return self._ledger is not None and self._ledger.version >= self._until_version
 
     def pull(self) -> Array:
         """The current x."""
-        return self._ask(self._server.pull.remote())
+        return self._with_server(lambda: self._keeper.ask(self._keeper.server.pull.remote()))
 
     def state(self) -> PackedState:
         """Everything that must persist."""
-        return self._ask(self._server.state.remote())
+        return self._with_server(self._keeper.state)
 
-    def _open_ledger(self, until_version: int) -> Ledger:
-        progress: Progress = self._ask(self._server.progress.remote())
-        self._version = progress.version
+    def _with_server(self, action: Callable[[], T]) -> T:
+        """What `action` returns, after as many servers as it takes."""
+        while True:
+            try:
+                return action()
+            except ServerGone as error:
+                self._keeper.replace(error)
+                self._ledger = None
+
+    def _advance(self) -> StepReport | None:
+        """An outer step, if one can be taken; None after waiting for something to happen."""
+        if self._ledger is None:
+            self._ledger = self._open_ledger()
+        ledger = self._ledger
+        if ledger.version >= self._until_version:
+            return None
+        weights = ledger.next_step()
+        if not weights:
+            self._hand_out(ledger)
+            for event in self._fleet.wait():
+                self._note(event, ledger)
+            return None
+        done = [self._done[lease_id] for lease_id in sorted(weights)]
+        step = self._apply(done, weights, ledger)
+        if step is None:
+            return None
+        now = time.perf_counter()
+        # The workers go on while the caller looks at the report.
+        self._hand_out(ledger)
+        seconds, self._ended = now - self._ended, now
+        return self._report(step, done, seconds)
+
+    def _open_ledger(self) -> Ledger:
+        """A ledger of what is in x; whatever else was handed out is computed again."""
+        self._fleet.forget()
+        self._done: dict[int, Done] = {}
+        progress: Progress = self._keeper.ask(self._keeper.server.progress.remote())
+        self._outer = self._keeper.server.pull.remote()
         return Ledger(
             self._policy,
             self._workload.leases_per_step,
             *progress,
-            until_version=until_version,
+            until_version=self._until_version,
         )
 
-    def _hand_out(self) -> None:
-        while self._fleet.has_idle and (lease_id := self._ledger.issue()) is not None:
-            if lease_id in self._lost:
-                self._lost.remove(lease_id)
+    def _hand_out(self, ledger: Ledger) -> None:
+        while self._fleet.has_idle and (lease_id := ledger.issue()) is not None:
+            # Fresh ones come in the order of their numbers.
+            if lease_id < self._handed_out_below:
                 self._reissued.append(lease_id)
+            self._handed_out_below = max(self._handed_out_below, lease_id + 1)
             assert self._outer is not None
-            lease = self._workload.lease(lease_id, self._ledger.version)
+            lease = self._workload.lease(lease_id, ledger.version)
             kept = None
             if self._workload.must_be_synchronous:
-                kept = self._server.kept.remote(lease.indices)
+                kept = self._keeper.server.kept.remote(lease.indices)
             self._fleet.submit(lease, self._outer, kept)
+        self._fleet.back_up()
 
-    def _note(self, event: Done | Lost) -> None:
+    def _note(self, event: Done | Lost, ledger: Ledger) -> None:
         if isinstance(event, Done):
-            self._ledger.arrive(event.result.lease_id)
+            ledger.arrive(event.result.lease_id)
             self._done[event.result.lease_id] = event
             return
-        self._lose(event.lease.id)
+        self._lose(event.lease.id, ledger)
         if event.lost_data:
             # The server may have died with it: find out here, and not as the death of workers.
-            self._ask(self._server.version.remote())
-            self._outer = self._server.pull.remote()
+            self._keeper.ask(self._keeper.server.version.remote())
+            self._outer = self._keeper.server.pull.remote()
 
-    def _lose(self, lease_id: int) -> None:
-        self._ledger.lose(lease_id)
-        self._lost.add(lease_id)
+    def _lose(self, lease_id: int, ledger: Ledger) -> None:
+        ledger.lose(lease_id)
         self._done.pop(lease_id, None)
 
-    def _apply(self, done: list[Done], weights: dict[int, float]) -> StepResult | None:
+    def _apply(
+        self, done: list[Done], weights: dict[int, float], ledger: Ledger
+    ) -> StepResult | None:
         """What the outer step did; None if a sum was lost with its node, before it was added."""
         arrivals = [
             Arrival(r.lease_id, r.version, r.num_tasks, weights[r.lease_id], r.state_sizes)
             for r in (item.result for item in done)
         ]
-        meta, outer = self._server.apply.options(num_returns=2).remote(
+        meta, outer = self._keeper.server.apply.options(num_returns=2).remote(
             arrivals, *(item.total for item in done)
         )
         try:
-            step: StepResult = self._ask(meta)
+            step: StepResult = self._keeper.ask(meta)
         except exceptions.RayTaskError as error:
             if not is_loss(error):
                 raise
             for item in done:
-                self._lose(item.result.lease_id)
+                self._lose(item.result.lease_id, ledger)
             return None
-        self._outer, self._version = outer, step.version
-        self._ledger.apply(weights, step.version)
+        self._outer = outer
+        ledger.apply(weights, step.version)
         for lease_id in weights:
             del self._done[lease_id]
+        self._keeper.stepped(step.version)
         return step
 
     def _report(self, step: StepResult, done: list[Done], seconds: float) -> StepReport:
@@ -145,14 +178,5 @@ class Scheduler:
             self._fleet.num_alive,
             self._fleet.take_num_lost(),
             reissued,
+            self._keeper.take_num_lost(),
         )
-
-    def _ask(self, ref: ObjectRef[Any]) -> Any:
-        """The answer of the server to a call."""
-        try:
-            return ray.get(ref)
-        except exceptions.RayActorError as error:
-            raise ServerLostError(
-                f"the parameter server died at version {self._version} of x: the last checkpoint "
-                f"holds, resume from it. The cause: {message(error)}"
-            ) from error

@@ -1,4 +1,4 @@
-"""The command line: `metadist train | resume | evaluate | inspect | check-hypergradient | list`.
+"""`metadist train | submit | resume | evaluate | inspect | status | check-hypergradient | list`.
 
 The one module that knows all layers. Everything that is trained is named by class path and built
 by jsonargparse from YAML and flags; the config is kept in the run folder.
@@ -20,9 +20,8 @@ import traceback
 from abc import ABC
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -36,13 +35,16 @@ from metadist.algorithms import ALGORITHMS
 from metadist.catalogue import cards, classes
 from metadist.checkpoint import CheckpointError, CheckpointStore, check_same_model
 from metadist.cluster import ClusterError
+from metadist.cluster.submit import submit as submit_job
 from metadist.evaluation import EvaluationResult, evaluate
 from metadist.hypergradient_check import check_hypergradient
 from metadist.lease import Workload
 from metadist.outer import OuterOptimizer
 from metadist.preflight import check_losses, initial_outer
 from metadist.sampler_check import check_sampler
-from metadist.trainer import Trainer, TrainingDiverged, headline, write_json
+from metadist.status import RESULT, run_status
+from metadist.storage import Folder, write_json
+from metadist.trainer import CONFIG, Trainer, TrainingDiverged, headline
 
 NAMES = {
     **{name: f"metadist.algorithms.{cls.__name__}" for name, cls in ALGORITHMS.items()},
@@ -61,8 +63,7 @@ NAMES = {
 }
 """Short names of class paths."""
 
-RESULT = "result.json"
-"""In the run folder: what a finished run came to."""
+MAX_CONFIG_BYTES = 1 << 20
 
 
 def _any_with(title: str, *methods: str) -> type:
@@ -162,6 +163,13 @@ def train_parser() -> _Parser:
         },
     )  # fmt: skip
     parser.add_argument("--test_tasks", type=int, default=600, help="tasks of the final test")
+    parser.add_argument(
+        "--if_exists",
+        type=Literal["refuse", "continue"],
+        default="refuse",
+        help="what to do if run_dir holds a run: continue it from its newest good checkpoint with "
+        "these options, or, if it is finished, say so",
+    )
     return parser
 
 
@@ -219,6 +227,25 @@ def inspect_parser() -> ArgumentParser:
     return run_parser("inspect", "Show the checkpoints of a run and what is in one of them.")
 
 
+def status_parser() -> ArgumentParser:
+    """Options of `metadist status`."""
+    parser = _Parser(
+        prog="metadist status",
+        allow_abbrev=False,
+        description="Show a running or finished run at a glance. Only its folder is read, wherever "
+        "it runs. Exit codes: 0 it is running or finished; 1 it was interrupted, has failed, or "
+        "has been silent for too long; 2 there is no run.",
+    )
+    parser.add_argument("run", type=str, help="the run folder")
+    parser.add_argument(
+        "--stale_s",
+        type=float,
+        default=300.0,
+        help="seconds without a sign of life after which a run that has not ended is stale",
+    )
+    return parser
+
+
 def check_parser() -> ArgumentParser:
     """Options of `metadist check-hypergradient`."""
     parser = _Parser(
@@ -240,6 +267,25 @@ def check_parser() -> ArgumentParser:
     return parser
 
 
+def submit_parser() -> ArgumentParser:
+    """Options of `metadist submit`."""
+    parser = _Parser(
+        prog="metadist submit",
+        allow_abbrev=False,
+        description="Run `metadist train` as a job of a Ray cluster and follow it; with a run_dir "
+        "that a job is at work on, follow that one. Its exit code is that of the run.",
+    )
+    parser.add_argument(
+        "--address", type=str, default="http://127.0.0.1:8265", help="of Ray's dashboard"
+    )
+    parser.add_function_arguments(
+        submit_job, skip={"arguments", "run_dir", "address"}, fail_untyped=False
+    )
+    parser.add_argument("--follow", type=bool, default=True, help="print what the run prints")
+    parser.add_argument("flags", nargs="+", help="after --, the options of `metadist train`")
+    return parser
+
+
 def list_parser() -> ArgumentParser:
     """Options of `metadist list`."""
     parser = _Parser(
@@ -256,6 +302,8 @@ def train(config: Namespace, parser: ArgumentParser) -> int:
     if not config.run_dir:
         raise ValueError("run_dir must name a new folder, got none: pass --run_dir runs/NAME")
     trainer, samplers = _build(config, parser)
+    if config.if_exists == "continue" and CONFIG in Folder(config.run_dir).names():
+        return _continue(config, trainer, samplers)
     return _fit(config, trainer, samplers)
 
 
@@ -267,10 +315,16 @@ def resume(config: Namespace, parser: ArgumentParser) -> int:
     if config.executor is not None:
         run.executor = config.executor
     trainer, samplers = _build(run, parser)
-    name = trainer.restore(config.checkpoint)
+    return _continue(run, trainer, samplers, config.checkpoint)
+
+
+def _continue(
+    run: Namespace, trainer: Trainer, samplers: dict[str, Any], checkpoint: str | None = None
+) -> int:
+    name = trainer.restore(checkpoint)
     _say_skipped(trainer.skipped)
-    print(f"continuing {config.run} from {name}")
-    if trainer.version >= run.num_steps and (Path(config.run) / RESULT).is_file():
+    print(f"continuing {run.run_dir} from {name}")
+    if trainer.version >= run.num_steps and RESULT in Folder(run.run_dir).names():
         print(f"nothing to do: {trainer.version} outer steps are taken, num_steps={run.num_steps}")
         return 0
     return _fit(run, trainer, samplers)
@@ -284,7 +338,7 @@ def evaluate_run(config: Namespace, parser: ArgumentParser) -> int:
     else:
         _set_split(run, config.split)
     objects = _instantiate(run, parser)
-    store = CheckpointStore(str(Path(config.run) / "checkpoints"))
+    store = CheckpointStore((Folder(config.run) / "checkpoints").uri)
     name, checkpoint = store.load(config.checkpoint)
     _say_skipped(store.skipped)
     expected = initial_outer(
@@ -305,19 +359,19 @@ def evaluate_run(config: Namespace, parser: ArgumentParser) -> int:
     print(f"{config.run} {name}, {checkpoint.state.version} outer steps")
     _print_evaluation(result)
     if config.output:
-        write_json(Path(config.output), {"checkpoint": name, **result.to_json()})
+        write_json(config.output, {"checkpoint": name, **result.to_json()})
     return 0
 
 
 def inspect_run(config: Namespace, parser: ArgumentParser) -> int:
     """Run `metadist inspect`; exit code 1 if a checkpoint is damaged."""
-    folder = Path(config.run)
-    uri = str(folder / "checkpoints") if (folder / "checkpoints").is_dir() else config.run
-    store = CheckpointStore(uri)
+    store = CheckpointStore((Folder(config.run) / "checkpoints").uri)
+    if not store.names():
+        store = CheckpointStore(config.run)
     if not store.names():
         raise CheckpointError(f"run must be a folder with checkpoints, got {config.run!r}")
     damaged = 0
-    table = Table("checkpoint", "score", "state", title=uri)
+    table = Table("checkpoint", "score", "state", title=store.uri)
     for name in store.names():
         try:
             _, checkpoint = store.load(name)
@@ -341,6 +395,13 @@ def inspect_run(config: Namespace, parser: ArgumentParser) -> int:
             tensors.add_row(f"{group}.{key}", str(tuple(leaf.shape)), dtype, f"{leaf.numel():,}")
     console.print(tensors)
     return 1 if damaged else 0
+
+
+def show_status(config: Namespace, parser: ArgumentParser) -> int:
+    """Run `metadist status`; exit code 1 if the run has stopped before its end."""
+    found = run_status(config.run, config.stale_s)
+    Console().print(found)
+    return 0 if found.is_well else 1
 
 
 def check(config: Namespace, parser: ArgumentParser) -> int:
@@ -381,6 +442,34 @@ def list_names(config: Namespace, parser: ArgumentParser) -> int:
     return 0
 
 
+def submit(config: Namespace, parser: ArgumentParser) -> int:
+    """Run `metadist submit`; the exit code is that of the run."""
+    run = parser.parse_args(_expand_names(config.flags))
+    if not run.run_dir:
+        raise ValueError("run_dir must name a folder on the cluster, got none: pass --run_dir")
+    if not any(flag.startswith("--if_exists") for flag in config.flags):
+        config.flags = [*config.flags, "--if_exists", "continue"]
+    options = {
+        key: value
+        for key, value in config.items()
+        if key in inspect.signature(submit_job).parameters
+    }
+    job = submit_job(["train", *config.flags], run.run_dir, **options)
+    found = "at work on this run_dir already, with the options it was started with"
+    print(f"job {job.id}: {'started' if job.is_new else found}")
+    print(f"TensorBoard, where the run folder is: tensorboard --logdir {run.run_dir}")
+    print(f"to stop it: ray job stop --address {config.address} {job.id}", flush=True)
+    if not config.follow:
+        return 0
+    try:
+        job.follow(lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        print(f"job {job.id} goes on; submit the same again to follow it", flush=True)
+        raise
+    print(f"job {job.id} {job.ending()}")
+    return job.exit_code()
+
+
 def _named(kind: str) -> dict[str, type]:
     """The classes of a kind by short name."""
     found: dict[str, type] = {}
@@ -397,7 +486,9 @@ COMMANDS: dict[str, Any] = {
     "resume": (resume_parser, resume),
     "evaluate": (evaluate_parser, evaluate_run),
     "inspect": (inspect_parser, inspect_run),
+    "status": (status_parser, show_status),
     "check-hypergradient": (check_parser, check),
+    "submit": (submit_parser, submit),
     "list": (list_parser, list_names),
 }
 
@@ -517,6 +608,9 @@ def _build(config: Namespace, parser: ArgumentParser) -> tuple[Trainer, dict[str
 
 def _instantiate(config: Namespace, parser: ArgumentParser, only: str | None = None) -> Namespace:
     torch.manual_seed(config.seed)  # the model's initial weights
+    optimizer = config.get("outer_optimizer", Namespace())
+    if not isinstance(optimizer, Namespace):  # which the parser lets pass
+        raise ValueError(f"outer_optimizer must be a mapping of its options, got {optimizer!r}")
     if only is not None:
         config = config.clone()
         for key in CLASS_OPTIONS:
@@ -561,22 +655,58 @@ def _fit_and_test(config: Namespace, trainer: Trainer, samplers: dict[str, Any])
         _print_evaluation(tested)
         trainer.record("test", tested)
         summary["test"] = {"checkpoint": name, **tested.to_json()}
-    write_json(Path(config.run_dir) / RESULT, summary)
+    write_json(f"{config.run_dir.rstrip('/')}/{RESULT}", summary)
     print(f"run folder: {config.run_dir}")
     print(f"TensorBoard: tensorboard --logdir {config.run_dir}")
     return 0
 
 
 def _saved_config(run: str, parser: ArgumentParser) -> Namespace:
-    path = Path(run) / "config.yaml"
-    if not path.is_file():
+    try:
+        text = Folder(run).read(CONFIG, MAX_CONFIG_BYTES).decode()
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"run must be a folder with a config.yaml, got {run!r}: give the run_dir of "
             "`metadist train`"
-        )
-    config = parser.parse_path(str(path))
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{CONFIG} of run {run!r} cannot be read: {error}") from error
+    exits, parser.exit_on_error = parser.exit_on_error, False
+    try:
+        _check_yaml(text)
+        config = parser.parse_string(text)
+    except Exception as error:
+        raise ValueError(
+            f"{CONFIG} of run {run!r} must be as `metadist train` wrote it, got:\n"
+            f"{_readable(str(error))}"
+        ) from error
+    finally:
+        parser.exit_on_error = exits
     config.run_dir = run
     return config
+
+
+def _check_yaml(text: str) -> None:
+    """Raise ValueError for YAML that is no mapping, or that aliases make endless or huge."""
+    sizes: dict[int, int | None] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            known = sizes[id(node)]
+            if known is None:
+                raise ValueError("it holds itself")
+            return known
+        sizes[id(node)] = None
+        pairs = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,))]
+        total = sizes[id(node)] = 1 + sum(map(size, parts))
+        return total
+
+    root = yaml.compose(text, yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError("no mapping of options to values")
+    if size(root) > MAX_CONFIG_BYTES:
+        raise ValueError("aliases that make it huge")
 
 
 def _set_split(config: Namespace, split: str) -> None:

@@ -26,6 +26,7 @@ class StepReport(NamedTuple):
         num_workers: workers alive.
         lost_workers: worker deaths noticed during this step.
         reissued: ids of leases handed out again because their worker died or they were lost.
+        lost_servers: losses of the parameter server since the step before.
     """
 
     step: StepResult
@@ -36,6 +37,7 @@ class StepReport(NamedTuple):
     num_workers: int
     lost_workers: int
     reissued: tuple[int, ...]
+    lost_servers: int = 0
 
 
 class Executor(Protocol):
@@ -47,6 +49,10 @@ class Executor(Protocol):
 
     def run(self, until_version: int) -> Iterator[StepReport]:
         """Train until x has that version; yields after every outer step.
+
+        An executor that loses x goes back to an earlier state of it, never before the last that
+        `state` returned: the steps from there on are taken and reported again, and count instead
+        of those before.
 
         Leases that are not in x (`OuterState.applied`) are handed out in the order of their
         numbers, so that continuing after an interruption loses and repeats none.

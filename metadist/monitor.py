@@ -33,7 +33,9 @@ class Monitor:
     def __init__(self, folder: Path, version: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # late: no worker needs it
 
-        self._writer = SummaryWriter(str(folder), purge_step=version + 1)
+        # Often enough for who looks at a running experiment; the default is two minutes.
+        self._writer = SummaryWriter(str(folder), purge_step=version + 1, flush_secs=5)
+        self._version = version
         self._staleness: list[int] = []
         self._since: Counter[str] = Counter()
         self._seconds = 0.0
@@ -61,8 +63,14 @@ class Monitor:
                 self._writer.add_image(f"task/{name}", _grid(images, len(images)), 0)
 
     def step(self, report: StepReport) -> dict[str, float]:
-        """Write one outer step; returns the means of its reported figures (may be empty)."""
+        """Write one outer step; returns the means of its reported figures (may be empty).
+
+        A step that comes again, because the server was lost, hides those from it on.
+        """
         step = report.step
+        if step.version <= self._version:
+            self._hide_from(step.version)
+        self._version = step.version
         self._staleness += step.staleness
         self._seconds += report.seconds
         self._waiting_s += report.waiting_s
@@ -76,6 +84,8 @@ class Monitor:
             scalars["tasks/dropped"] = dropped
         if report.lost_workers:
             scalars["cluster/lost_workers"] = report.lost_workers
+        if report.lost_servers:
+            scalars["cluster/lost_servers"] = report.lost_servers
         if report.reissued:
             scalars["cluster/reissued_leases"] = len(report.reissued)
         scalars |= {f"train/{name}": value for name, value in means.items()}
@@ -88,6 +98,14 @@ class Monitor:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step.version)
         return means
+
+    def _hide_from(self, version: int) -> None:
+        """Have TensorBoard forget the events of that step and of later ones."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        start = SessionLog(status=SessionLog.START)
+        self._writer._get_file_writer().add_event(Event(session_log=start), version)
+        self._staleness.clear()
 
     def _rates(self, num_workers: int) -> dict[str, float]:
         """Speeds since they were last asked for."""
@@ -109,6 +127,10 @@ class Monitor:
         for name, interval in result.metrics.items():
             self._writer.add_scalar(f"{split}/{name}", interval.mean, version)
             self._writer.add_scalar(f"{split}/{name}_half_width", interval.half_width, version)
+        self._writer.flush()
+
+    def flush(self) -> None:
+        """Have everything so far in the event file."""
         self._writer.flush()
 
     def close(self) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,18 +16,23 @@ from metadist.checkpoint import (
     check_same_model,
 )
 from metadist.evaluation import EvaluationResult, describe_sampler, evaluate, with_inner_steps
+from metadist.events import EVENTS, EventLog
 from metadist.executor import Executor, LocalExecutor, StepReport
 from metadist.hypergradient import Vectorize
 from metadist.lease import Workload
 from metadist.monitor import Monitor, TerminalProgress, mean_metrics
 from metadist.oracle import AutogradOracle
-from metadist.outer import OuterOptimizer, OuterVariable
+from metadist.outer import OuterOptimizer, OuterVariable, check_state
 from metadist.preflight import check_losses, check_trainable, initial_outer, preflight
 from metadist.problem import Problem
 from metadist.sampler_check import check_sampler
 from metadist.state import counters_of, unflatten_state
+from metadist.storage import Folder, Mirror
 from metadist.task import TaskSampler, to_device
 from metadist.trees import Params
+
+CONFIG = "config.yaml"
+"""The name of the file in a run folder."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -76,7 +79,9 @@ class Trainer:
             keeps of it (inner variable, adjoint, ...). Otherwise every task is new.
         seed: of the initial outer variable and the mini-batch draws.
         executor: who computes; None: this process.
-        run_dir: folder for checkpoints, TensorBoard events and results; None: keep nothing.
+        run_dir: folder for checkpoints, TensorBoard events and results, a path or any fsspec URI;
+            None: keep nothing. Events are written on this machine; where the folder is elsewhere,
+            they are copied to it with every checkpoint and at the end of `fit`.
         val_sampler: judged on every `val_every` outer steps; the best checkpoint is by it.
         val_every: outer steps; None: only at the end of `fit`.
         val_tasks: tasks per validation.
@@ -173,11 +178,18 @@ class Trainer:
         self._max_dropped = max_dropped
         self._quiet = quiet
         self._config = config
-        self.run_dir = None if run_dir is None else Path(run_dir)
+        self._folder = None if run_dir is None else Folder(run_dir)
         self._store: CheckpointStore | None = None
-        if self.run_dir is not None:
-            self._store = CheckpointStore(str(self.run_dir / "checkpoints"), keep_checkpoints)
-            check_writable(self.run_dir)
+        self._mirror: Mirror | None = None
+        self.run_dir: Path | None = None
+        """The run folder; if that is not on this machine, the local copy of its events."""
+        if self._folder is not None:
+            self._store = CheckpointStore((self._folder / "checkpoints").uri, keep_checkpoints)
+            self._folder.check_writable()
+            self._mirror = Mirror(self._folder)
+            self._mirror.fetch(EVENTS)
+            self.run_dir = self._mirror.path
+        self._events = EventLog(None if self.run_dir is None else self.run_dir / EVENTS)
         outer = initial_outer(problem, self._workload, seed)
         preflight(self._workload, outer)
         if val_sampler is not None:
@@ -243,6 +255,9 @@ class Trainer:
         if self._store is None:
             raise ValueError("restore needs a run_dir, got None")
         found, checkpoint = self._store.load(name)
+        self._events.step = checkpoint.state.version
+        for damaged, reason in self._store.skipped.items():
+            self._events.write("checkpoint_skipped", checkpoint=damaged, reason=reason)
         check_same_model(checkpoint.state.outer, self._like, f"{self._store.uri}/{found}")
         for field, value in self._fixed.items():
             if checkpoint.info.get(field) != value:
@@ -250,6 +265,12 @@ class Trainer:
                     f"{field} must be {checkpoint.info.get(field)!r} as in checkpoint "
                     f"{self._store.uri}/{found}, got {value!r}: start a new run to change it"
                 )
+        try:
+            check_state(checkpoint.state, self._optimizer)
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {self._store.uri}/{found} is of another format: {error}"
+            ) from error
         self._state = checkpoint.state
         self._is_new = False
         return found
@@ -266,9 +287,9 @@ class Trainer:
         if num_steps < 1:
             raise ValueError(f"num_steps must be >= 1, got {num_steps}")
         began = time.perf_counter()
-        if self.run_dir is not None and self._is_new and _holds_anything(self.run_dir):
+        if self._folder is not None and self._is_new and self._folder.names():
             raise ValueError(
-                f"run_dir must be a new or empty folder, got {str(self.run_dir)!r}, which holds "
+                f"run_dir must be a new or empty folder, got {self._folder.uri!r}, which holds "
                 "files: choose another, or continue that run (metadist resume --run, "
                 "Trainer.restore)"
             )
@@ -282,11 +303,14 @@ class Trainer:
                 monitor = Monitor(self.run_dir / "tensorboard", self.version)
                 monitor.start(self.settings(), self.sampler.sample(0))
             self.has_started = True
-            for report in self._executor.run(num_steps):
-                means = monitor.step(report) if monitor else mean_metrics(report)
-                run.progress.step(report, means)
-                run.count(report, self._max_dropped)
-                self._periodically(report.step.version, num_steps, monitor, run)
+            about = {"until_step": num_steps, **self._executor.describe()}
+            with self._events.run(self.version, **about):
+                for report in self._executor.run(num_steps):
+                    self._events.report(report)
+                    means = monitor.step(report) if monitor else mean_metrics(report)
+                    run.progress.step(report, means)
+                    run.count(report, self._max_dropped)
+                    self._periodically(report.step.version, num_steps, monitor, run)
         except KeyboardInterrupt:
             if self.has_started:
                 self._state = self._executor.state()
@@ -300,6 +324,7 @@ class Trainer:
             run.progress.close()
             if monitor is not None:
                 monitor.close()
+            self._upload()
         best = self._store.best() if self._store else None
         return TrainingResult(
             self.version, run.num_tasks, run.num_dropped, time.perf_counter() - began, best
@@ -326,6 +351,7 @@ class Trainer:
         monitor = Monitor(self.run_dir / "tensorboard", self.version)
         monitor.evaluation(split, result, self.version)
         monitor.close()
+        self._upload()
 
     def settings(self) -> dict[str, str | int | float]:
         """What a reader of the result must know, by name."""
@@ -352,6 +378,9 @@ class Trainer:
         if not (last or validates or version % self._checkpoint_every == 0):
             return
         self._state = self._executor.state()
+        if self.version < version:
+            return  # the server was lost: this step will be taken, and told of, once more
+        run.settle()
         score = None
         if validates:
             assert self._val_sampler is not None
@@ -361,17 +390,27 @@ class Trainer:
                 monitor.evaluation("val", result, version)
             run.progress.say(f"step {version}: validation {headline(result)}")
         self._save(score)
+        if monitor is not None:
+            monitor.flush()
+            self._upload()
 
     def _open_run_dir(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._is_new = False
-        if self._config is not None:
-            (run_dir / "config.yaml").write_text(self._config)
+        if self._folder is not None and self._config is not None:
+            self._folder.write(CONFIG, self._config.encode())
 
     def _save(self, score: float | None = None) -> str | None:
         if self._store is None:
             return None
-        return self._store.save(Checkpoint(self._state, self._fixed, score))
+        name = self._store.save(Checkpoint(self._state, self._fixed, score))
+        self._events.step = self.version
+        self._events.write("checkpoint_written", checkpoint=name, score=score)
+        return name
+
+    def _upload(self) -> None:
+        if self._mirror is not None:
+            self._mirror.upload()
 
 
 class _Run:
@@ -379,14 +418,30 @@ class _Run:
 
     def __init__(self, num_steps: int, log_every: int, quiet: bool) -> None:
         self.progress = TerminalProgress(num_steps, log_every, quiet)
-        self.num_tasks = 0
-        self.num_dropped = 0
+        self._settled = (0, 0)
+        self._recent: dict[int, tuple[int, int]] = {}
         self._in_a_row: list[int] = []
 
+    @property
+    def num_tasks(self) -> int:
+        return self._settled[0] + sum(num_tasks for num_tasks, _ in self._recent.values())
+
+    @property
+    def num_dropped(self) -> int:
+        return self._settled[1] + sum(num_dropped for _, num_dropped in self._recent.values())
+
+    def settle(self) -> None:
+        """The steps counted so far will not come again."""
+        self._settled, self._recent = (self.num_tasks, self.num_dropped), {}
+
     def count(self, report: StepReport, max_dropped: int) -> None:
+        if report.step.version in self._recent:
+            self._in_a_row = []  # the server was lost: steps come again, and replace these
+        self._recent[report.step.version] = (
+            sum(result.num_tasks for result in report.results),
+            sum(len(result.dropped) for result in report.results),
+        )
         for result in report.results:
-            self.num_tasks += result.num_tasks
-            self.num_dropped += len(result.dropped)
             self._in_a_row = [*(() if result.num_tasks else self._in_a_row), *result.dropped]
         if len(self._in_a_row) >= max_dropped:
             raise TrainingDiverged(
@@ -407,30 +462,3 @@ def headline(result: EvaluationResult) -> str:
     name = "query_accuracy" if "query_accuracy" in result.metrics else "query_loss"
     label = name.removeprefix("query_")
     return f"{label} {result.metrics[name]} (before adaptation {result.metrics[name + '_before']})"
-
-
-def check_writable(folder: Path) -> None:
-    """Raise ValueError if `folder` is not, or cannot become, one to write into; leaves nothing."""
-    existing = folder
-    # Not Path.exists, which raises where a folder above may not be entered.
-    while not os.path.exists(existing):
-        existing = existing.parent
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"run_dir must be a folder that can be written to, got {str(folder)!r}: {error}; "
-            "choose another"
-        ) from error
-
-
-def _holds_anything(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,7 +72,7 @@ class Coupled(Problem):
 
 
 EMPTY = Batch.of(torch.zeros(1, 1, dtype=DOUBLE))
-LONG = {"inner_steps": 80, "inner_lr": 0.5}
+LONG: dict[str, Any] = {"inner_steps": 80, "inner_lr": 0.5}
 
 EXACT: list[tuple[Algorithm, float]] = [
     (ITD(**LONG), 1e-6),

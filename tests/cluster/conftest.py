@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 import ray
 
@@ -12,6 +13,10 @@ from metadist.cluster import RayExecutor
 from metadist.lease import Workload
 from metadist.outer import OuterOptimizer, OuterState
 from tests.cluster.toy import ADAM, first_state, make_workload
+
+# How long an example takes is a matter of what else the machine does.
+hypothesis.settings.register_profile("metadist", deadline=None)
+hypothesis.settings.load_profile("metadist")
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +58,7 @@ def executor(ray_session: None) -> Iterator[Callable[..., RayExecutor]]:
         if last and last[0][0] != options:
             last.pop()[1].close()
         if not last:
-            last.append((options, RayExecutor(**options)))
+            last.append((options, RayExecutor(**{"start_timeout_s": 600.0, **options})))
         workload = workload or make_workload()
         state = state or first_state(workload.problem, optimizer)
         last[0][1].start(workload, optimizer, state)

@@ -156,6 +156,75 @@ def test_a_cluster_of_others_is_used_and_left_as_it_was(home):
     assert lines[2].startswith("(True, 0, 2.0, True)")
 
 
+GROWING = """
+import os, time
+os.environ |= {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+import ray
+from ray.cluster_utils import Cluster
+from metadist.cluster import RayExecutor
+from tests.cluster.toy import ADAM, first_state, local_run, make_workload, state_bytes
+node = dict(object_store_memory=100 << 20)
+cluster = Cluster(
+    initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, **node)
+)
+ray.init(address=cluster.address, logging_level="WARNING", log_to_driver=False)
+executor = RayExecutor(num_workers=3, min_workers=1, start_timeout_s=300)
+executor.start(make_workload(), ADAM, first_state())
+seen = []
+version = 0
+
+def run_until(num_workers):
+    global version
+    deadline = time.monotonic() + 300
+    while not seen or seen[-1].num_workers != num_workers:
+        assert time.monotonic() < deadline, seen[-1]
+        version += 1
+        seen.extend(executor.run(version))
+        time.sleep(0.1)
+    print("alive", num_workers, flush=True)
+
+run_until(1)
+added = cluster.add_node(num_cpus=2, **node)
+run_until(3)
+cluster.remove_node(added, allow_graceful=False)
+run_until(1)
+cluster.add_node(num_cpus=1, **node)
+run_until(2)
+state, _ = local_run(version)
+print("same bytes", state_bytes(executor.state()) == state_bytes(state), flush=True)
+print("lost", sum(report.lost_workers for report in seen), flush=True)
+executor.close()
+print("closed", flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1500)
+def test_workers_come_and_go_with_the_nodes(home):
+    script = Script(GROWING, home)
+    assert script.process.stdout is not None
+    seen: list[str] = []
+    try:
+        for line in script.process.stdout:
+            if line.startswith(("alive", "same", "lost", "closed")):
+                seen.append(line.strip())
+            if line.startswith("closed"):
+                break
+    finally:
+        script.stop()
+    assert seen == [
+        *("alive 1", "alive 3", "alive 1", "alive 2"),
+        *("same bytes True", "lost 2", "closed"),
+    ]
+
+
 def test_a_cluster_that_is_not_there_is_reported(home):
     source = """
 from metadist.cluster import ConnectError, RayExecutor

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import itertools
+import signal
 import threading
 from typing import Any
 
 import pytest
 import ray
 import torch
+from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from metadist.cluster import Buffered, LeaseError, RayExecutor, ResourcesError
+from metadist.cluster.connection import _sigterm_kept, reserve
 from metadist.outer import OuterOptimizer
 from tests.cluster.toy import (
     ADAM,
@@ -174,6 +177,36 @@ def test_too_few_cpus_are_reported_in_time(executor):
     assert wait_until(lambda: cpus_taken() == 0)
 
 
+def test_workers_join_when_their_resources_appear(executor):
+    taken = reserve([{"CPU": 1.0}] * 3, timeout_s=60)
+    try:
+        running = executor(num_workers=3, min_workers=1)
+        assert running.describe()["num_workers"] == "1 to 3"
+        reports = [*running.run(2)]
+        assert {report.num_workers for report in reports} == {1}
+        # What lacks is demand, as Ray's autoscaler sees it.
+        states = [table["state"] for table in placement_group_table().values()]
+        assert states.count("PENDING") == 2
+    finally:
+        remove_placement_group(taken)
+    version = 2
+    while reports[-1].num_workers < 3:
+        version += 2
+        reports += running.run(version)
+        running._fleet.wait(timeout_s=0.2)
+    assert [report.step.version for report in reports] == list(range(1, version + 1))
+    assert state_bytes(running.state()) == state_bytes(local_run(version)[0])
+    assert {name for report in reports[-2:] for name in report.workers} > {"worker-0"}
+
+
+def test_too_few_resources_for_a_start_are_reported(executor):
+    with pytest.raises(ResourcesError, match=r"min_workers=5 must be free within .*lower min_w"):
+        executor(
+            make_workload(meta_batch_size=8), num_workers=6, min_workers=5, start_timeout_s=1.0
+        )
+    assert wait_until(lambda: cpus_taken() == 0)
+
+
 def test_gpus_that_do_not_exist_are_reported(executor):
     with pytest.raises(ResourcesError, match=r"GPU: 1 needed \(0.5 each\), 0 in the cluster"):
         executor(num_workers=2, gpus_per_worker=0.5, start_timeout_s=1.0)
@@ -193,6 +226,10 @@ def test_gpus_that_do_not_exist_are_reported(executor):
         ({"policy": "bsp", "staleness": 1}, "staleness must be left out with policy='bsp'"),
         ({"max_losses": 0}, "max_losses must be >= 1, got 0"),
         ({"lease_timeout_s": 0.0}, "lease_timeout_s must be > 0"),
+        ({"backup_factor": 0.5}, "backup_factor must be >= 1 or None .* got 0.5"),
+        ({"snapshot_every": 0}, "snapshot_every must be >= 1, got 0"),
+        ({"num_workers": 2, "min_workers": 3}, "min_workers must be .* <= num_workers=2.* got 3"),
+        ({"min_workers": 0}, "min_workers must be >= 1 .* got 0"),
     ],
 )
 def test_errors_name_field_rule_and_value(options, message):
@@ -215,3 +252,16 @@ def test_a_workload_that_cannot_be_pickled_is_reported():
     object.__setattr__(sampler, "lock", threading.Lock())
     with pytest.raises(RuntimeError, match="problem, sampler and algorithm must be picklable"):
         RayExecutor().start(make_workload(sampler), ADAM, first_state())
+
+
+def test_ray_does_not_take_the_handler_of_sigterm_away():
+    """Its own would end a run without a checkpoint."""
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    mine = signal.getsignal(signal.SIGTERM)
+    try:
+        with _sigterm_kept():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from typing import Any
 
 import pytest
 import ray
 import torch
+from ray import exceptions
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metadist.cluster import ClusterError, RayExecutor, ServerLostError, WorkerLostError
 from metadist.cluster.fleet import Retry
+from tests.algorithms.directions import NEW_TASKS, trainer
 from tests.cluster.toy import (
     Deadly,
+    FatalStep,
+    Stuck,
     Waiting,
     cpus_taken,
     local_run,
@@ -20,6 +27,7 @@ from tests.cluster.toy import (
     state_bytes,
     wait_until,
 )
+from tests.problems import assert_same_bytes
 
 
 def total(reports, field):
@@ -77,24 +85,105 @@ def test_an_interrupt_leaves_a_state_to_save(executor, monkeypatch, tmp_path):
     assert state_bytes(running.state()) == state_bytes(local_run(4)[0])
 
 
-def test_a_dead_server_ends_the_run(executor, tmp_path):
-    gate = tmp_path / "gate"
-    running = executor(make_workload(Waiting(index=6, gate=str(gate))))
+def server_pid(running):
+    return ray.get(running._keeper.server.__ray_call__.remote(lambda _: os.getpid()))
+
+
+@pytest.mark.parametrize("how", ["ray.kill", "SIGKILL"])
+def test_a_killed_server_changes_no_byte(executor, caplog, how):
+    running = executor()
+    reports = running.run(4)
+    seen = [next(reports), next(reports)]
+    running.state()  # as for a checkpoint
+    seen.append(next(reports))
+    if how == "ray.kill":
+        ray.kill(running._keeper.server)
+    else:
+        os.kill(server_pid(running), signal.SIGKILL)
+    seen += reports
+    assert [report.step.version for report in seen] == [1, 2, 3, 3, 4]
+    assert seen[2].step == seen[3].step
+    assert state_bytes(running.state()) == state_bytes(local_run(4)[0])
+    assert (total(seen, "lost_servers"), total(seen, "lost_workers")) == (1, 0)
+    assert {8, 9, 10, 11} <= set(seen[3].reissued)
+    assert "lost at version 3 of x; another goes on from version 2: The actor" in caplog.text
+
+
+def kill_for_good(actor: Any) -> None:
+    """Kill it, and wait until it is dead: until then it may answer."""
+    ray.kill(actor)
+    with pytest.raises(exceptions.RayActorError):
+        while True:
+            ray.get(actor.version.remote())
+
+
+def test_the_state_can_be_had_when_the_server_is_dead(executor):
+    running = executor()
     reports = running.run(3)
-    next(reports)
-    ray.kill(running._server)
-    gate.touch()
-    with pytest.raises(ServerLostError, match=r"died at version 1 .* last checkpoint holds"):
-        list(reports)
-    with pytest.raises(ServerLostError):
-        running.state()
+    next(reports), next(reports)
+    kill_for_good(running._keeper.server)
+    assert running.state().version == 0
+    assert [report.step.version for report in reports] == [1, 2, 3]
+    kill_for_good(running._keeper.server)
+    # Nothing was asked for since.
+    assert running.state().version == 0
+    assert [report.step.version for report in running.run(3)] == [1, 2, 3]
+    assert state_bytes(running.state()) == state_bytes(local_run(3)[0])
 
 
 def test_a_dead_server_is_no_death_of_workers_that_miss_its_x(executor):
     running = executor()
-    ray.kill(running._server)
-    with pytest.raises(ServerLostError):
-        list(running.run(1))
+    list(running.run(2))
+    running.state()
+    ray.kill(running._keeper.server)
+    reports = list(running.run(4))
+    assert [report.step.version for report in reports] == [3, 4]
+    assert total(reports, "lost_workers") == 0
+    assert state_bytes(running.state()) == state_bytes(local_run(4)[0])
+
+
+def test_a_server_that_always_dies_ends_the_run(executor):
+    running = executor(make_workload(problem=FatalStep()), max_losses=2)
+    message = "lost 2 times in a row without a new version of x, max_losses=2.* at version 0: "
+    with pytest.raises(ServerLostError, match=message):
+        list(running.run(2))
+
+
+class Killing(RayExecutor):
+    """Kills its server after each of some versions, when x has it for the first time."""
+
+    to_come: tuple[int, ...] = (2, 5, 9)
+
+    def run(self, until_version):
+        for report in super().run(until_version):
+            yield report
+            if report.step.version in self.to_come:
+                self.to_come = self.to_come[1:]
+                assert self._keeper is not None
+                ray.kill(self._keeper.server)
+
+
+@pytest.mark.parametrize(
+    ("name", "keep_state"), [("soba", True), ("mrbo", False)], ids=["kept state", "two points"]
+)
+def test_what_a_step_left_for_the_next_survives_the_server(ray_session, tmp_path, name, keep_state):
+    def make(**options):
+        return trainer(NEW_TASKS[name], keep_state, checkpoint_every=2, log_every=1, **options)
+
+    whole = make()
+    expected = whole.fit(10)
+    killing = Killing(num_workers=2, snapshot_every=1)
+    disturbed = make(run_dir=tmp_path / "run", executor=killing)
+    found = disturbed.fit(10)
+    assert_same_bytes(disturbed.outer, whole.outer)
+    assert (found.num_steps, found.num_tasks) == (expected.num_steps, expected.num_tasks)
+    if keep_state:
+        for index in range(2):
+            assert_same_bytes(disturbed.inner(index), whole.inner(index))
+    assert killing.to_come == ()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    steps = [event.step for event in events.Scalars("outer/hypergradient_norm")]
+    assert steps == list(range(1, 11))
 
 
 @pytest.mark.parametrize(
@@ -149,6 +238,47 @@ def test_a_lease_that_takes_too_long_is_given_to_another_worker(executor, tmp_pa
     assert total(reports, "lost_workers") >= 1
     assert 1 in reports[0].reissued
     assert state_bytes(running.state()) == state_bytes(local_run(1)[0])
+
+
+def test_a_lease_that_takes_long_goes_to_an_idle_worker_too(executor, tmp_path):
+    gate = tmp_path / "gate"
+    running = executor(make_workload(Stuck(index=5, gate=str(gate))), backup_factor=2.0)
+    reports = list(running.run(3))
+    workers = {report.workers for report in reports[2:]}
+    assert len({name for names in workers for name in names}) == 1, "the other is stuck"
+    assert state_bytes(running.state()) == state_bytes(local_run(3)[0])
+    gate.touch()
+    # It comes back; the answer that it gives late is ignored.
+    slots = running._fleet._slots
+    assert wait_until(
+        lambda: running._fleet.wait(0.1) == [] and all(s.lease is None for s in slots)
+    )
+    reports = list(running.run(6))
+    assert [report.step.version for report in reports] == [4, 5, 6]
+    assert total(reports, "lost_workers") == 0
+    assert state_bytes(running.state()) == state_bytes(local_run(6)[0])
+
+
+def test_a_lease_that_two_workers_compute_is_lost_with_the_second(executor, tmp_path):
+    gate = tmp_path / "gate"
+    running = executor(make_workload(Waiting(index=5, gate=str(gate))), backup_factor=2.0)
+    reports = running.run(3)
+    first = next(reports)
+
+    def kill_both() -> None:
+        slots = running._fleet._slots
+        wait_until(lambda: all(slot.lease is not None and slot.lease.id == 5 for slot in slots))
+        for slot in slots:
+            os.kill(slot.info.pid, signal.SIGKILL)
+        gate.touch()
+
+    killer = threading.Thread(target=kill_both)
+    killer.start()
+    rest = list(reports)
+    killer.join()
+    assert total([first, *rest], "lost_workers") == 2
+    assert [n for report in rest for n in report.reissued] == [5]
+    assert state_bytes(running.state()) == state_bytes(local_run(3)[0])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where torch sees no GPU")

@@ -52,6 +52,45 @@ class Regression(Problem):
     outer_loss = inner_loss
 
 
+@dataclass(frozen=True)
+class FatalStep(Regression):
+    """Kills the process that steps x, whenever it does."""
+
+    def project_outer(self, outer: Params) -> Params:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return outer
+
+
+@dataclass(frozen=True)
+class Tally(Problem):
+    """The hypergradient of task i of `Marks` is 1 at place i, whatever x is: x counts tasks."""
+
+    num_tasks: int = 512
+
+    def init_outer(self, generator: torch.Generator) -> Params:
+        return {"weight": torch.zeros(self.num_tasks)}
+
+    def init_inner(self, outer: Params, task: Task) -> Params:
+        return outer
+
+    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        return (batch.tensors[0] @ inner["weight"]).sum()
+
+    outer_loss = inner_loss
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Task i is the i-th unit vector."""
+
+    num_tasks: int = 512
+
+    def sample(self, index: int) -> Task:
+        unit_1D = torch.zeros(1, self.num_tasks, dtype=torch.float64)
+        unit_1D[0, index] = 1.0
+        return Task(Batch.of(unit_1D), Batch.of(unit_1D), index)
+
+
 class Adapted(NamedTuple):
     inner: Params
 
@@ -132,6 +171,20 @@ class Waiting(Lines):
     def sample(self, index: int) -> Task:
         if index == self.index:
             Path(self.gate + ".waiting").write_text(str(os.getpid()))
+            while not Path(self.gate).exists():
+                time.sleep(0.01)
+        return super().sample(index)
+
+
+@dataclass(frozen=True)
+class Stuck(Lines):
+    """Only the first process that samples the task `index` waits there until `gate` exists."""
+
+    index: int = 0
+    gate: str = ""
+
+    def sample(self, index: int) -> Task:
+        if index == self.index and happens_first(str(Path(self.gate).parent), "stuck"):
             while not Path(self.gate).exists():
                 time.sleep(0.01)
         return super().sample(index)

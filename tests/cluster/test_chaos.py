@@ -1,0 +1,191 @@
+"""Random kills at random moments, of workers and of the parameter server."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+
+import pytest
+import ray
+import torch
+from ray import exceptions
+
+from metadist.executor import LocalExecutor, StepReport
+from metadist.lease import Workload
+from metadist.outer import OuterOptimizer, OuterState, OuterVariable
+from tests.algorithms.directions import NEW_TASKS, Directions, DirectionSampler
+from tests.cluster.toy import (
+    ADAM,
+    Marks,
+    Tally,
+    first_state,
+    local_run,
+    make_workload,
+    state_bytes,
+)
+
+KINDS = ("worker by SIGKILL", "worker by ray.kill", "server by SIGKILL", "server by ray.kill")
+
+
+class Chaos:
+    """Runs to a version while processes are killed, each at a random time after a random step.
+
+    Args:
+        running: a started executor.
+        until: the version at the end.
+        num_kills: how many; as many of each kind as of any other, or one more.
+        seed: of versions, times, kinds and victims.
+    """
+
+    def __init__(self, running, until: int, num_kills: int, seed: int) -> None:
+        print(f"chaos of {num_kills} kills, seed {seed}")  # noqa: T201
+        self._running = running
+        self._until = until
+        self._random = random.Random(seed)
+        self.kills: Counter[str] = Counter()
+        self._dead: set[object] = set()
+        kinds = [KINDS[number % len(KINDS)] for number in range(num_kills)]
+        self._random.shuffle(kinds)
+        self._plan = sorted(
+            (self._random.randrange(1, until - 1), self._random.uniform(0, 0.2), kind)
+            for kind in kinds
+        )
+        self._threads: list[threading.Thread] = []
+
+    def reports(self) -> list[StepReport]:
+        """Of every step the last report of it."""
+        reports: list[StepReport] = []
+        for report in self._running.run(self._until):
+            version = report.step.version
+            del reports[version - 1 :]
+            reports.append(report)
+            assert len(reports) == version
+            while self._plan and self._plan[0][0] <= version:
+                _, *plan = self._plan.pop(0)
+                self._threads.append(threading.Thread(target=self._kill_later, args=plan))
+                self._threads[-1].start()
+            if version == self._until - 1:
+                # The last step is not taken before all kills are done.
+                for thread in self._threads:
+                    thread.join()
+        print(", ".join(f"{number} x {kind}" for kind, number in sorted(self.kills.items())))  # noqa: T201
+        return reports
+
+    def _kill_later(self, seconds: float, kind: str) -> None:
+        time.sleep(seconds)
+        victim, _, how = kind.partition(" by ")
+        kill = self._kill_server if victim == "server" else self._kill_worker
+        while not kill(how):
+            time.sleep(0.05)  # it is being replaced
+        self.kills[kind] += 1
+
+    def _kill_server(self, how: str) -> bool:
+        server = self._running._keeper.server
+        if server is None:
+            return False
+        try:
+            pid = ray.get(server.__ray_call__.remote(lambda _: os.getpid()), timeout=60)
+        except (exceptions.RayActorError, exceptions.GetTimeoutError):
+            return False
+        return self._kill(how, server, pid)
+
+    def _kill_worker(self, how: str) -> bool:
+        alive = [slot for slot in self._running._fleet._slots if slot.alive]
+        if not alive:
+            return False
+        slot = self._random.choice(alive)
+        return self._kill(how, slot.actor, slot.info.pid)
+
+    def _kill(self, how: str, actor, pid: int) -> bool:
+        if actor is None or pid in self._dead:
+            return False
+        self._dead.add(pid)
+        if how == "ray.kill":
+            ray.kill(actor)
+            return True
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+OPTIONS = {"max_losses": 100, "snapshot_every": 3}
+SYNCHRONOUS = {"num_workers": 3, **OPTIONS}
+
+
+@pytest.mark.parametrize(
+    ("num_kills", "until"), [(6, 30), pytest.param(52, 160, marks=pytest.mark.slow)]
+)
+@pytest.mark.timeout(2400)
+def test_a_synchronous_run_ends_with_the_same_bytes_whoever_is_killed(executor, num_kills, until):
+    running = executor(**SYNCHRONOUS)
+    chaos = Chaos(running, until, num_kills, seed=num_kills)
+    reports = chaos.reports()
+    state, expected = local_run(until)
+    assert sum(chaos.kills.values()) == num_kills
+    assert [report.step for report in reports] == [report.step for report in expected]
+    assert state_bytes(running.state()) == state_bytes(state)
+
+
+def everything(state: OuterState) -> object:
+    """All of a state, bit for bit."""
+    kept = {**state.recursion, **{str(index): leaf for index, leaf in state.states.items()}}
+    return state_bytes(state), {name: leaf.numpy().tobytes() for name, leaf in kept.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "keep_state"), [("soba", True), ("mrbo", False)], ids=["kept state", "two points"]
+)
+@pytest.mark.timeout(1200)
+def test_a_run_that_needs_the_step_before_ends_with_the_same_bytes(executor, name, keep_state):
+    workload = Workload(
+        Directions(),
+        DirectionSampler(),
+        NEW_TASKS[name],
+        meta_batch_size=4,
+        keep_state=keep_state,
+        batch_size=6,
+        vectorize=False,
+    )
+    problem, rules = workload.problem, workload.stepping_rules()
+    first = OuterVariable(problem.init_outer(torch.Generator()), ADAM, rules).state()
+    local = LocalExecutor("cpu")
+    local.start(workload, ADAM, first)
+    list(local.run(40))
+    running = executor(workload, first, **SYNCHRONOUS)
+    chaos = Chaos(running, 40, 8, seed=8)
+    chaos.reports()
+    assert everything(running.state()) == everything(local.state())
+    assert chaos.kills.total() == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "share", "num_kills"),
+    [
+        ({"policy": "asp"}, 1.0, 4),
+        pytest.param({"policy": "buffered", "buffer_size": 2}, 0.5, 12, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value["policy"] if isinstance(value, dict) else None,
+)
+@pytest.mark.timeout(1200)
+def test_without_a_barrier_every_lease_is_in_x_exactly_once(executor, options, share, num_kills):
+    # x counts how often each task was added to it.
+    sgd = OuterOptimizer("sgd", lr=1.0)
+    workload = make_workload(Marks(), Tally())
+    running = executor(workload, first_state(Tally(), sgd), sgd, **options, **OPTIONS)
+    chaos = Chaos(running, 100, num_kills, seed=num_kills)
+    reports = chaos.reports()
+    assert chaos.kills.total() == num_kills
+    applied = [lease_id for report in reports for lease_id in report.step.applied]
+    assert sorted(applied) == list(range(len(applied)))
+    state = running.state()
+    assert (state.version, state.applied_below, state.applied) == (100, len(applied), ())
+    counts = -state.outer["weight"]
+    assert counts[: len(applied)].tolist() == [share] * len(applied)
+    assert not counts[len(applied) :].any()
