@@ -168,7 +168,7 @@ def test_a_run_that_needs_the_step_before_ends_with_the_same_bytes(executor, nam
 @pytest.mark.parametrize(
     ("options", "share", "num_kills"),
     [
-        ({"policy": "asp"}, 1.0, 4),
+        pytest.param({"policy": "asp"}, 1.0, 4, marks=pytest.mark.slow),
         pytest.param({"policy": "buffered", "buffer_size": 2}, 0.5, 12, marks=pytest.mark.slow),
     ],
     ids=lambda value: value["policy"] if isinstance(value, dict) else None,
