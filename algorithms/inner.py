@@ -188,14 +188,16 @@ class InnerOptimizer:
         self._momentum = loop.momentum
         self._lr = lr
         self._kept: Any = None
+        self._rates: Params | None = None
 
     def step(self, inner: Params, gradient: Params) -> Params:
         """y after one step along `gradient`."""
         if self._adam:
             inner, self._kept = adam_step(inner, self._kept, gradient, self._lr)
         else:
-            rates = {name: leaf.new_tensor(self._lr) for name, leaf in inner.items()}
-            inner, self._kept = sgd_step(inner, self._kept, gradient, rates, self._momentum)
+            if self._rates is None:
+                self._rates = {name: leaf.new_tensor(self._lr) for name, leaf in inner.items()}
+            inner, self._kept = sgd_step(inner, self._kept, gradient, self._rates, self._momentum)
         return inner
 
 

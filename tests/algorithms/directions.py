@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -74,6 +75,15 @@ NEW_TASKS: dict[str, Algorithm] = {
     "vpbgd": VPBGD(inner_steps=5, inner_lr=0.2, rounds=5, y_lr=0.2),
 }
 """Algorithms as they are used where every task is new."""
+
+MODES = [
+    pytest.param(name, keep_state, id=f"{name}-{'kept' if keep_state else 'new'}")
+    for name, algorithm in NEW_TASKS.items()
+    for keep_state in (False, True)
+    # What trains where adaptation starts has nothing to keep.
+    if not (keep_state and algorithm.trains == "start")
+]
+"""Every algorithm on new tasks, and on tasks whose state is kept."""
 
 
 def trainer(algorithm: Algorithm, keep_state: bool = False, **options: object) -> Trainer:

@@ -4,7 +4,7 @@ import pytest
 
 from metadist.algorithms import ALGORITHMS
 from metadist.trees import flatten
-from tests.algorithms.directions import NEW_TASKS, DirectionSampler, trainer
+from tests.algorithms.directions import MODES, NEW_TASKS, DirectionSampler, trainer
 from tests.problems import assert_same_bytes
 
 of_each = pytest.mark.parametrize("name", ALGORITHMS)
@@ -31,11 +31,8 @@ def test_it_trains_on_tasks_whose_state_is_kept(name):
     assert loss(training) < 0.6 * before
 
 
-@pytest.mark.parametrize("keep_state", [False, True], ids=["new", "kept"])
-@of_each
+@pytest.mark.parametrize(("name", "keep_state"), MODES)
 def test_it_resumes_bit_for_bit(name, keep_state, tmp_path):
-    if keep_state and name not in KEPT:
-        pytest.skip("trains where adaptation starts")
     algorithm = NEW_TASKS[name]
     whole = trainer(algorithm, keep_state)
     whole.fit(5)

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from metadist.algorithms import ALGORITHMS
 from metadist.cluster import RayExecutor
-from tests.algorithms.directions import NEW_TASKS, trainer
+from tests.algorithms.directions import MODES, NEW_TASKS, trainer
 from tests.problems import assert_same_bytes
 
 
@@ -29,13 +28,10 @@ def workers(ray_session: None) -> Iterator[Lasting]:
     executor.end()
 
 
-@pytest.mark.parametrize("keep_state", [False, True], ids=["new", "kept"])
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(("name", "keep_state"), MODES)
 def test_ray_goes_on_from_a_checkpoint_to_the_bytes_of_one_process(
     workers, name, keep_state, tmp_path
 ):
-    if keep_state and ALGORITHMS[name].trains == "start":
-        pytest.skip("trains where adaptation starts")
     algorithm = NEW_TASKS[name]
     whole = trainer(algorithm, keep_state)
     whole.fit(4)
