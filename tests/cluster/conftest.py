@@ -41,29 +41,54 @@ def ray_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         ray.shutdown()
 
 
-@pytest.fixture(scope="session")
-def executor(ray_session: None) -> Iterator[Callable[..., RayExecutor]]:
-    """Starts executors, one at a time; the last one again if its options are the same.
+class Shared:
+    """The executor that tests share, one at a time; it holds its CPUs until it is closed.
 
-    A process that imports torch takes seconds to start, and the executor keeps its processes.
+    A process that imports torch takes seconds to start, and an executor keeps its processes.
     """
-    last: list[tuple[dict[str, Any], RayExecutor]] = []
+
+    def __init__(self) -> None:
+        self._options: dict[str, Any] = {}
+        self._executor: RayExecutor | None = None
 
     def start(
+        self,
         workload: Workload | None = None,
         state: OuterState | None = None,
         optimizer: OuterOptimizer = ADAM,
         **options: Any,
     ) -> RayExecutor:
-        if last and last[0][0] != options:
-            last.pop()[1].close()
-        if not last:
-            last.append((options, RayExecutor(**{"start_timeout_s": 600.0, **options})))
+        """A started executor: the last one again if its options are the same."""
+        if self._executor is None or self._options != options:
+            self.close()
+            self._options = options
+            self._executor = RayExecutor(**{"start_timeout_s": 600.0, **options})
         workload = workload or make_workload()
         state = state or first_state(workload.problem, optimizer)
-        last[0][1].start(workload, optimizer, state)
-        return last[0][1]
+        self._executor.start(workload, optimizer, state)
+        return self._executor
 
-    yield start
-    for _, item in last:
-        item.close()
+    def close(self) -> None:
+        """Free all CPUs, for a test with an executor of its own."""
+        if self._executor is not None:
+            self._executor.close()
+        self._executor = None
+
+
+@pytest.fixture(scope="session")
+def shared(ray_session: None) -> Iterator[Shared]:
+    shared = Shared()
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def executor(shared: Shared) -> Callable[..., RayExecutor]:
+    """Starts the shared executor."""
+    return shared.start
+
+
+@pytest.fixture
+def free_cluster(shared: Shared) -> None:
+    """The session's cluster with all its CPUs free."""
+    shared.close()

@@ -8,6 +8,7 @@ import pytest
 
 from metadist.cluster import RayExecutor
 from tests.algorithms.directions import MODES, NEW_TASKS, trainer
+from tests.cluster.conftest import Shared
 from tests.problems import assert_same_bytes
 
 
@@ -22,7 +23,8 @@ class Lasting(RayExecutor):
 
 
 @pytest.fixture(scope="module")
-def workers(ray_session: None) -> Iterator[Lasting]:
+def workers(shared: Shared) -> Iterator[Lasting]:
+    shared.close()
     executor = Lasting(num_workers=2)
     yield executor
     executor.end()

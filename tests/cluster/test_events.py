@@ -38,7 +38,7 @@ def told(folder: Path, executor: Executor, deaths: str) -> list[tuple[Any, ...]]
 
 
 @pytest.mark.filterwarnings("ignore:these outer variables got no hypergradient")  # `idle`
-def test_a_lost_worker_is_told_with_its_leases(ray_session, tmp_path):
+def test_a_lost_worker_is_told_with_its_leases(free_cluster, tmp_path):
     local = told(tmp_path / "local", LocalExecutor("cpu"), "")
     executor = RayExecutor(num_workers=2, device="cpu")
     remote = told(tmp_path / "ray", executor, str(tmp_path))

@@ -167,7 +167,9 @@ class Killing(RayExecutor):
 @pytest.mark.parametrize(
     ("name", "keep_state"), [("soba", True), ("mrbo", False)], ids=["kept state", "two points"]
 )
-def test_what_a_step_left_for_the_next_survives_the_server(ray_session, tmp_path, name, keep_state):
+def test_what_a_step_left_for_the_next_survives_the_server(
+    free_cluster, tmp_path, name, keep_state
+):
     def make(**options):
         return trainer(NEW_TASKS[name], keep_state, checkpoint_every=2, log_every=1, **options)
 

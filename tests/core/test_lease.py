@@ -106,7 +106,7 @@ def test_a_lease_computes_with_its_own_number_of_threads_and_gives_them_back():
             {"meta_batch_size": 6, "tasks_per_lease": 4},
             r"meta_batch_size must be a multiple of tasks_per_lease \(4\), got 6",
         ),
-        ({"sampler": object()}, r"sampler must have a method sample\(index\) -> Task, got object"),
+        ({"sampler": 3}, r"sampler must have a method sample\(index\) -> Task, got int"),
         ({"sampler": None}, r"sampler must have a method .*, got NoneType without one"),
     ],
     ids=str,
