@@ -25,7 +25,7 @@ class Lasting(RayExecutor):
 @pytest.fixture(scope="module")
 def workers(shared: Shared) -> Iterator[Lasting]:
     shared.close()
-    executor = Lasting(num_workers=2)
+    executor = Lasting(num_workers=2, start_timeout_s=600)
     yield executor
     executor.end()
 

@@ -175,7 +175,7 @@ def test_what_a_step_left_for_the_next_survives_the_server(
 
     whole = make()
     expected = whole.fit(10)
-    killing = Killing(num_workers=2, snapshot_every=1)
+    killing = Killing(num_workers=2, snapshot_every=1, start_timeout_s=600)
     disturbed = make(run_dir=tmp_path / "run", executor=killing)
     found = disturbed.fit(10)
     assert_same_bytes(disturbed.outer, whole.outer)
