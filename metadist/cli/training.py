@@ -151,6 +151,7 @@ def _fit_and_test(config: Namespace, trainer: Trainer, samplers: dict[str, Any])
         "num_dropped": result.num_dropped,
         "seconds": round(result.seconds, 3),
         "best": result.best,
+        "calls": result.calls,
         "settings": trainer.settings(),
     }
     print(
