@@ -223,6 +223,11 @@ class Trainer:
         return self._state.outer
 
     @property
+    def workload(self) -> Workload:
+        """What a lease is computed from."""
+        return self._workload
+
+    @property
     def version(self) -> int:
         """Outer steps taken so far."""
         return self._state.version

@@ -1,4 +1,4 @@
-"""`metadist train | submit | resume | evaluate | inspect | status | check-hypergradient | list`.
+"""`metadist train | submit | resume | evaluate | inspect | status | compare | ...`.
 
 The one package that knows all layers. Everything that is trained is named by class path and built
 by jsonargparse from YAML and flags; the config is kept in the run folder.
@@ -21,6 +21,7 @@ from typing import Any
 
 from metadist import __version__
 from metadist.cli.checking import check, check_parser
+from metadist.cli.comparing import compare, compare_parser
 from metadist.cli.listing import list_names, list_parser
 from metadist.cli.names import NAMES, expand_names
 from metadist.cli.runs import (
@@ -47,6 +48,7 @@ COMMANDS: dict[str, tuple[Callable[[], Any], Callable[[Any], int]]] = {
     "evaluate": (evaluate_parser, evaluate_run),
     "inspect": (inspect_parser, inspect_run),
     "status": (status_parser, show_status),
+    "compare": (compare_parser, compare),
     "check-hypergradient": (check_parser, check),
     "submit": (submit_parser, submit),
     "list": (list_parser, list_names),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,21 @@ def readable(message: str) -> str:
 
 _load_yaml = get_loader("yaml")
 set_loader("yaml", lambda text: expand_tree(_load_yaml(text)), exceptions=(yaml.YAMLError,))
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The options in a YAML file, short names of classes written out.
+
+    Raises:
+        ValueError: it cannot be read, or holds no options.
+    """
+    try:
+        text = Path(path).read_text()
+        check_yaml(text)
+        tree: dict[str, Any] = expand_tree(_load_yaml(text))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"config must be a YAML file of options, got {path!r}: {error}") from error
+    return tree
 
 
 def check_yaml(text: str) -> None:

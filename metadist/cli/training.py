@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import traceback
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, Namespace
 
-from metadist.cli.names import NAMES, ExecutorBase, SamplerBase
-from metadist.cli.parsing import Parser, add_workload, instantiate
+from metadist.cli.names import NAMES, ExecutorBase, SamplerBase, expand_names
+from metadist.cli.parsing import Parser, add_workload, instantiate, readable
 from metadist.evaluation import EvaluationResult
 from metadist.outer import OuterOptimizer
 from metadist.preflight import check_losses
@@ -62,6 +64,25 @@ def train_parser() -> Parser:
         "these options, or, if it is finished, say so",
     )
     return parser
+
+
+def parse_training(options: Mapping[str, Any], flags: Mapping[str, Any]) -> Namespace:
+    """The config of a training from options, as in YAML, and flags that come after them.
+
+    Raises:
+        ValueError: it is refused.
+    """
+    parser = train_parser()
+    parser.exit_on_error = False
+    values = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in flags.items()
+    }
+    arguments = [f"--{name}={value}" for name, value in values.items()]
+    try:
+        return parser.parse_args(["--config", json.dumps(options), *expand_names(arguments)])
+    except ArgumentError as error:
+        raise ValueError(readable(str(error))) from error
 
 
 def train(config: Namespace) -> int:
