@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from time import perf_counter
 from typing import Any, NamedTuple
 
 from metadist.checkpoint import CheckpointError, CheckpointStore
@@ -262,7 +262,7 @@ class _Meter:
                     self.traffic[name] = result.metrics[name] / max(1, result.num_tasks)
         seconds = report.seconds
         if self._went_on is not None:  # what was not training between two steps is no part of it
-            seconds = min(seconds, time.perf_counter() - self._went_on)
+            seconds = min(seconds, perf_counter() - self._went_on)
         before = self._spent[report.step.version - 1]
         spent = Spent(
             report.step.version,
@@ -279,4 +279,4 @@ class _Meter:
 
     def go_on(self) -> None:
         """From now on it trains."""
-        self._went_on = time.perf_counter()
+        self._went_on = perf_counter()

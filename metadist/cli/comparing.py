@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -140,7 +141,8 @@ def _run_all(jobs: list[Job], config: Namespace) -> Iterator[tuple[int, str]]:
     for position, line in found:
         if isinstance(line, Exception):
             job = jobs[left[position]]
-            (Folder(job.folder) / job.run.name).write(ERROR, f"{line}\n".encode())
+            line = " ".join(str(line).split())
+            (Folder(job.folder) / job.run.name).write(ERROR, line.encode())
             line = f"failed: {line}"
         yield left[position], line
 
@@ -149,6 +151,8 @@ def _execute(job: Job) -> str:
     """Run it, or go on with it; what to tell of how it ended."""
     with suppress(FileNotFoundError):  # on another machine, where paths are absolute
         os.chdir(job.here)
+    if job.here not in sys.path:
+        sys.path.insert(0, job.here)
     comparison, run, _, _ = job
     folder = Folder(job.folder) / run.name
     try:
@@ -160,8 +164,9 @@ def _execute(job: Job) -> str:
             comparison.figure,
         )
     except Exception as error:  # noqa: BLE001  # one failed run does not stop the others
-        folder.write(ERROR, traceback.format_exc().encode())
-        return f"failed: {_first_line(error)}"
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        folder.write(ERROR, f"{told}\n\n{traceback.format_exc()}".encode())
+        return f"failed: {told}"
     folder.remove(ERROR)
     spent, figures = records[-1].spent, records[-1].figures
     return (
@@ -254,7 +259,7 @@ def _outcome(comparison: Comparison, folder: Folder, run: Run) -> Outcome:
         told = place.read(ERROR, at_most=1 << 24).decode().strip()
     except FileNotFoundError:
         told = "not run"
-    return Outcome(run, records, told.splitlines()[-1])
+    return Outcome(run, records, told.partition("\n")[0])
 
 
 def _report(
@@ -283,7 +288,3 @@ def _report(
                    for found in outcomes.values() for run in found):  # fmt: skip
                 folder.write(f"{name.replace('/', '_')}.png", curves(name, outcomes))
     print(f"tables, curves and results: {folder.uri}")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
