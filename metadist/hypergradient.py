@@ -5,6 +5,7 @@ encode and init_inner -> the algorithm on every task -> pull back -> sum over ta
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.autodiff import gradients, leaves
-from metadist.oracle import AutogradOracle
+from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.problem import Problem
 from metadist.state import counters_of, flatten_state, unflatten_state
 from metadist.task import Task, shape_signature, stack_tasks
@@ -36,6 +37,9 @@ class HypergradientSum:
         metrics: sums over the tasks in `total` of the figures of each.
         previous: the sum at the previous outer variable, of a two-point method; else None.
         states: with `states` given, the new flat state of each task in `total`, by its id.
+        calls: what the algorithm asked of the oracle, summed over the tasks, see `CountingOracle`.
+            The engines "unrolled" and "higher" of ITD ask for values alone and differentiate
+            them themselves.
     """
 
     total: Params
@@ -44,6 +48,7 @@ class HypergradientSum:
     metrics: dict[str, float]
     previous: Params | None = None
     states: dict[int, Tensor] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
 
 
 def task_hypergradients(
@@ -102,17 +107,19 @@ def task_hypergradients(
 
     sums = _Sums(zeros_like(outer), None if previous is None else zeros_like(outer))
     dropped: list[int] = []
+    calls: Counter[str] = Counter()
     while groups:
         group = groups.pop(0)
         kept = None if states is None else _kept(states, group)
         if kept is not None and len({counters for _, counters in kept}) > 1:
             groups[:0] = [[task] for task in group]  # counters are the same for a whole group
             continue
-        run = _Run(problem, algorithm, batch_size, seed, step, kept)
+        run = _Run(problem, algorithm, batch_size, seed, step, kept, Counter())
         # The fused attention kernels have no double backward, the plain one has.
         with sdpa_kernel(SDPBackend.MATH):
             found = run.hypergradients(outer, group, report)
             before = None if previous is None else run.hypergradients(previous, group, False)
+        calls.update({name: count * len(group) for name, count in run.calls.items()})
         if not _is_finite(found.total) or (before and not _is_finite(before.total)):
             if len(group) == 1:
                 dropped.append(int(group[0].id))
@@ -121,7 +128,13 @@ def task_hypergradients(
             continue
         sums.take(found, before, group)
     return HypergradientSum(
-        sums.total, sums.num_tasks, tuple(dropped), sums.metrics, sums.previous, sums.states
+        sums.total,
+        sums.num_tasks,
+        tuple(dropped),
+        sums.metrics,
+        sums.previous,
+        sums.states,
+        dict(calls),
     )
 
 
@@ -163,7 +176,7 @@ def _kept(
 
 
 class _Run(NamedTuple):
-    """How a group of tasks is computed."""
+    """How a group of tasks is computed; `calls` of the oracle are counted once for the group."""
 
     problem: Problem
     algorithm: Algorithm
@@ -171,6 +184,7 @@ class _Run(NamedTuple):
     seed: int
     step: int
     kept: list[tuple[Tensor | None, tuple[int, ...]]] | None
+    calls: Counter[str]
 
     def hypergradients(self, outer: Params, tasks: list[Task], report: bool) -> _Found:
         """Encode, run the algorithm, pull back."""
@@ -223,19 +237,22 @@ class _Run(NamedTuple):
         report: bool,
     ) -> tuple[Params, Params, Params, dict[str, Tensor], Tensor]:
         """(context, start and own gradient, metrics, flat state) of one task, or under vmap."""
-        oracle = AutogradOracle(
-            self.problem,
-            task,
-            self.batch_size,
-            self.seed,
-            compile=self.algorithm.compiles,
-            eager=not together,
-            step=self.step,
+        oracle = CountingOracle(
+            AutogradOracle(
+                self.problem,
+                task,
+                self.batch_size,
+                self.seed,
+                compile=self.algorithm.compiles,
+                eager=not together,
+                step=self.step,
+            )
         )
         state = self.algorithm.init(oracle, x, start)
         if flat is not None and self.kept is not None:
             state = unflatten_state(flat, state, self.kept[0][1])
         estimate = self.algorithm.estimate(oracle, x, state)
+        self.calls.update(oracle.counts)
         context_gradient, own_gradient = split_own(estimate.hypergradient)
         start_gradient = estimate.start_gradient
         if start_gradient is None or self.kept is not None:

@@ -46,6 +46,7 @@ class LeaseResult(NamedTuple):
         sampling_s: seconds spent on sampling the tasks.
         compute_s: seconds spent on their hypergradients.
         state_sizes: how many numbers the algorithm keeps of each task, by task index.
+        calls: what the algorithm asked of the oracle, see `CountingOracle`.
     """
 
     lease_id: int
@@ -56,6 +57,7 @@ class LeaseResult(NamedTuple):
     sampling_s: float
     compute_s: float
     state_sizes: Mapping[int, int] = {}  # never changed
+    calls: Mapping[str, int] = {}  # never changed
 
 
 class Computed(NamedTuple):
@@ -233,6 +235,7 @@ class Workload:
             sampled - began,
             time.perf_counter() - sampled,
             {index: len(state) for index, state in found.states.items()},
+            found.calls,
         )
         return Computed(result, total, found.states)
 

@@ -90,6 +90,7 @@ class Monitor:
             scalars["cluster/reissued_leases"] = len(report.reissued)
         scalars |= {f"train/{name}": value for name, value in means.items()}
         if means:
+            scalars |= {f"oracle/{name}": count for name, count in calls_of(report).items()}
             scalars |= self._rates(report.num_workers)
             staleness = torch.tensor(self._staleness or [0])
             self._writer.add_histogram("cluster/staleness", staleness, step.version)
@@ -207,6 +208,14 @@ def mean_metrics(report: StepReport) -> dict[str, float]:
             for name, value in result.metrics.items():
                 sums[name] += value
     return {name: value / num_tasks for name, value in sums.items() if num_tasks}
+
+
+def calls_of(report: StepReport) -> Counter[str]:
+    """What the leases of a step asked of the oracle."""
+    calls: Counter[str] = Counter()
+    for result in report.results:
+        calls.update(result.calls)
+    return calls
 
 
 def _per_second(report: StepReport) -> float:

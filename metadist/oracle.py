@@ -10,7 +10,7 @@ import math
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -304,6 +304,20 @@ class CountingOracle:
     def outer_value(self, x: Params, y: Params, draw: Draw) -> Tensor:
         self.counts["outer_value"] += 1
         return self._oracle.outer_value(x, y, draw)
+
+
+def in_gradients(
+    counts: Mapping[str, int], support_share: float = 1.0, query_share: float = 1.0
+) -> float:
+    """The cost of `counts` (of a `CountingOracle`) in gradients on whole sets.
+
+    A gradient, joint or not, and a value count 1; H v, with or without J v, and J' dx + H dy
+    count 2. The shares are those of the sets that a draw holds.
+    """
+    support = sum(counts.get(name, 0) for name in ("inner_grad", "inner_value"))
+    products = sum(counts.get(name, 0) for name in ("hvp", "directional"))
+    query = sum(counts.get(name, 0) for name in ("outer_grads", "outer_value"))
+    return support_share * (support + 2 * products) + query_share * query
 
 
 def random_keys(index: Tensor, *seeds: int | Tensor) -> Tensor:

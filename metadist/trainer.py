@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from metadist.events import EVENTS, EventLog
 from metadist.executor import Executor, LocalExecutor, StepReport
 from metadist.hypergradient import Vectorize
 from metadist.lease import Workload
-from metadist.monitor import Monitor, TerminalProgress, mean_metrics
+from metadist.monitor import Monitor, TerminalProgress, calls_of, mean_metrics
 from metadist.oracle import AutogradOracle
 from metadist.outer import OuterOptimizer, OuterVariable, check_state
 from metadist.preflight import check_losses, check_trainable, initial_outer, preflight
@@ -49,6 +51,7 @@ class TrainingResult:
         num_dropped: tasks left out in this call because it was not finite.
         seconds: this call took.
         best: the last checkpoint name with the best validation, None without a run folder.
+        calls: what the algorithm asked of the oracle in this call, see `CountingOracle`.
     """
 
     num_steps: int
@@ -56,6 +59,7 @@ class TrainingResult:
     num_dropped: int
     seconds: float
     best: str | None
+    calls: dict[str, int]
 
 
 class Trainer:
@@ -219,6 +223,11 @@ class Trainer:
         return self._state.outer
 
     @property
+    def workload(self) -> Workload:
+        """What a lease is computed from."""
+        return self._workload
+
+    @property
     def version(self) -> int:
         """Outer steps taken so far."""
         return self._state.version
@@ -275,10 +284,17 @@ class Trainer:
         self._is_new = False
         return found
 
-    def fit(self, num_steps: int) -> TrainingResult:
+    def fit(
+        self, num_steps: int, on_step: Callable[[StepReport], bool] | None = None
+    ) -> TrainingResult:
         """Train until the outer variable has taken `num_steps` outer steps in all.
 
         An interruption (Ctrl-C) is raised again after a checkpoint was written.
+
+        Args:
+            num_steps: the outer step to end at.
+            on_step: is told of every outer step, and may end the run there, as at `num_steps`, by
+                returning False. Within it, `save` brings `outer` and `inner` to that step.
 
         Raises:
             TrainingDiverged: `max_dropped` tasks in a row had no finite hypergradient; the last
@@ -310,7 +326,11 @@ class Trainer:
                     means = monitor.step(report) if monitor else mean_metrics(report)
                     run.progress.step(report, means)
                     run.count(report, self._max_dropped)
-                    self._periodically(report.step.version, num_steps, monitor, run)
+                    version = report.step.version
+                    ends = on_step is not None and not on_step(report)
+                    self._periodically(version, version if ends else num_steps, monitor, run)
+                    if ends and self.version >= version:
+                        break
         except KeyboardInterrupt:
             if self.has_started:
                 self._state = self._executor.state()
@@ -327,8 +347,23 @@ class Trainer:
             self._upload()
         best = self._store.best() if self._store else None
         return TrainingResult(
-            self.version, run.num_tasks, run.num_dropped, time.perf_counter() - began, best
+            self.version,
+            run.num_tasks,
+            run.num_dropped,
+            time.perf_counter() - began,
+            best,
+            run.calls,
         )
+
+    def save(self) -> int:
+        """Within `on_step`: bring `outer` and `inner` to this step and write a checkpoint of it.
+
+        Returns the step it is of. It is an earlier one if the server was lost since; the steps
+        after it will be told of once more.
+        """
+        self._state = self._executor.state()
+        self._save()
+        return self.version
 
     def test(self, sampler: TaskSampler, num_tasks: int = 600) -> EvaluationResult:
         """Evaluation of the current outer variable; see `evaluate`."""
@@ -413,33 +448,45 @@ class Trainer:
             self._mirror.upload()
 
 
+TASKS, DROPPED = "tasks", "dropped"  # beside the names of oracle calls
+
+
 class _Run:
     """The counters of one call of `fit`."""
 
     def __init__(self, num_steps: int, log_every: int, quiet: bool) -> None:
         self.progress = TerminalProgress(num_steps, log_every, quiet)
-        self._settled = (0, 0)
-        self._recent: dict[int, tuple[int, int]] = {}
+        self._settled: Counter[str] = Counter()
+        self._recent: dict[int, Counter[str]] = {}
         self._in_a_row: list[int] = []
 
     @property
     def num_tasks(self) -> int:
-        return self._settled[0] + sum(num_tasks for num_tasks, _ in self._recent.values())
+        return self._total()[TASKS]
 
     @property
     def num_dropped(self) -> int:
-        return self._settled[1] + sum(num_dropped for _, num_dropped in self._recent.values())
+        return self._total()[DROPPED]
+
+    @property
+    def calls(self) -> dict[str, int]:
+        return {name: n for name, n in self._total().items() if name not in (TASKS, DROPPED)}
+
+    def _total(self) -> Counter[str]:
+        return sum(self._recent.values(), self._settled)
 
     def settle(self) -> None:
         """The steps counted so far will not come again."""
-        self._settled, self._recent = (self.num_tasks, self.num_dropped), {}
+        self._settled, self._recent = self._total(), {}
 
     def count(self, report: StepReport, max_dropped: int) -> None:
         if report.step.version in self._recent:
             self._in_a_row = []  # the server was lost: steps come again, and replace these
-        self._recent[report.step.version] = (
-            sum(result.num_tasks for result in report.results),
-            sum(len(result.dropped) for result in report.results),
+        self._recent[report.step.version] = calls_of(report) + Counter(
+            {
+                TASKS: sum(result.num_tasks for result in report.results),
+                DROPPED: sum(len(result.dropped) for result in report.results),
+            }
         )
         for result in report.results:
             self._in_a_row = [*(() if result.num_tasks else self._in_a_row), *result.dropped]

@@ -1,0 +1,134 @@
+"""Parsers of options and YAML, and the objects they name."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+
+from metadist.algorithm import Algorithm
+from metadist.cli.names import CLASS_OPTIONS, NAMES, ProblemBase, SamplerBase, expand_tree
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class Parser(ArgumentParser):
+    """Says what is wrong, without two screens of usage before it; `first` come before all flags.
+
+    So classes are named by default. A default in the usual sense would fill in the values of its
+    class, of which those that another class knows too would stay when that one is named.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.first: list[str] = []
+
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
+        args = sys.argv[1:] if args is None else args
+        return super().parse_args([*self.first, *args], *rest, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        if not self.exit_on_error:  # a parser of nested arguments: the outermost one tells
+            super().error(message, ex)
+        print(f"{self.prog}: error: {readable(message)}", file=sys.stderr)
+        print(f"`{self.prog} --help` tells the options", file=sys.stderr)
+        sys.exit(2)
+
+
+def readable(message: str) -> str:
+    """An error of jsonargparse without what only its authors need."""
+    lines = []
+    for line in message.splitlines():
+        if line.strip().startswith(("Given value type:", "Subtypes:", "Given value:")):
+            continue
+        if "Does not validate against any of the Union" in line or line.strip() == "Errors:":
+            continue
+        if "Expected a <class 'NoneType'>" in line or "Expected a path but" in line:
+            continue
+        line = re.sub(
+            r"Import path does not correspond to a subclass of (.*)",
+            r"must name a class that has \1, and this one has not",
+            line,
+        )
+        if line.strip():
+            lines.append(line)
+    return "\n".join(lines)
+
+
+_load_yaml = get_loader("yaml")
+set_loader("yaml", lambda text: expand_tree(_load_yaml(text)), exceptions=(yaml.YAMLError,))
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The options in a YAML file, short names of classes written out.
+
+    Raises:
+        ValueError: it cannot be read, or holds no options.
+    """
+    try:
+        text = Path(path).read_text()
+        check_yaml(text)
+        tree: dict[str, Any] = expand_tree(_load_yaml(text))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"config must be a YAML file of options, got {path!r}: {error}") from error
+    return tree
+
+
+def check_yaml(text: str) -> None:
+    """Raise ValueError for YAML that is no mapping, or that aliases make endless or huge."""
+    sizes: dict[int, int | None] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            known = sizes[id(node)]
+            if known is None:
+                raise ValueError("it holds itself")
+            return known
+        sizes[id(node)] = None
+        pairs = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,))]
+        total = sizes[id(node)] = 1 + sum(map(size, parts))
+        return total
+
+    root = yaml.compose(text, yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError("no mapping of options to values")
+    if size(root) > MAX_CONFIG_BYTES:
+        raise ValueError("aliases that make it huge")
+
+
+def add_workload(parser: Parser) -> None:
+    """Options of what is solved, on what tasks, by which method."""
+    parser.add_subclass_arguments(
+        SamplerBase, "sampler", required=True, help="training tasks: a class with sample(index)"
+    )
+    parser.add_subclass_arguments(
+        ProblemBase, "problem", required=True, help="what is solved; few_shot with conv4 by default"
+    )
+    parser.add_subclass_arguments(
+        Algorithm, "algorithm", required=True, help="by which method; itd by default"
+    )
+    parser.first += ["--problem", NAMES["few_shot"], "--problem.model", NAMES["conv4"]]
+    parser.first += ["--algorithm", NAMES["itd"]]
+
+
+def instantiate(config: Namespace, parser: ArgumentParser, only: str | None = None) -> Namespace:
+    """The objects that a config names; `only` that of one option."""
+    torch.manual_seed(config.seed)  # the model's initial weights
+    optimizer = config.get("outer_optimizer", Namespace())
+    if not isinstance(optimizer, Namespace):  # which the parser lets pass
+        raise ValueError(f"outer_optimizer must be a mapping of its options, got {optimizer!r}")
+    if only is not None:
+        config = config.clone()
+        for key in CLASS_OPTIONS:
+            if key in config and key != only:
+                config[key] = None
+    try:
+        return parser.instantiate(config)
+    except ValueError as error:
+        raise ValueError(readable(str(error))) from error

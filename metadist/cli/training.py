@@ -1,0 +1,206 @@
+"""`metadist train`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from jsonargparse import ArgumentError, Namespace
+
+from metadist.cli.names import NAMES, ExecutorBase, SamplerBase, expand_names
+from metadist.cli.parsing import Parser, add_workload, instantiate, readable
+from metadist.evaluation import EvaluationResult
+from metadist.outer import OuterOptimizer
+from metadist.preflight import check_losses
+from metadist.sampler_check import check_sampler
+from metadist.status import RESULT
+from metadist.storage import Folder, write_json
+from metadist.trainer import CONFIG, Trainer, headline
+
+
+def train_parser() -> Parser:
+    """Options of `metadist train`."""
+    parser = Parser(
+        prog="metadist train",
+        allow_abbrev=False,
+        description="Meta-train, write checkpoints and TensorBoard events, evaluate at the end.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--run_dir", type=str, help="new folder for everything the run writes")
+    parser.add_argument("--num_steps", type=int, default=1000, help="outer steps")
+    parser.add_argument("--seed", type=int, default=0, help="of model, tasks' draws and order")
+    add_workload(parser)
+    for split in ("val", "test"):
+        parser.add_subclass_arguments(
+            SamplerBase, f"{split}_sampler", required=False, help=f"{split} tasks"
+        )
+        parser.add_argument(
+            f"--{split}_split",
+            type=str | None,
+            help=f"instead of {split}_sampler: `sampler` with this value of its argument split",
+        )
+    parser.add_class_arguments(OuterOptimizer, "outer_optimizer")
+    parser.add_subclass_arguments(
+        ExecutorBase, "executor", required=True, help="where it runs; this process by default"
+    )
+    parser.first += ["--executor", NAMES["local"]]
+    parser.add_class_arguments(
+        Trainer,
+        skip={
+            "problem", "sampler", "algorithm", "outer_optimizer", "seed", "executor", "run_dir",
+            "val_sampler", "config",
+        },
+    )  # fmt: skip
+    parser.add_argument("--test_tasks", type=int, default=600, help="tasks of the final test")
+    parser.add_argument(
+        "--if_exists",
+        type=Literal["refuse", "continue"],
+        default="refuse",
+        help="what to do if run_dir holds a run: continue it from its newest good checkpoint with "
+        "these options, or, if it is finished, say so",
+    )
+    return parser
+
+
+def parse_training(options: Mapping[str, Any], flags: Mapping[str, Any]) -> Namespace:
+    """The config of a training from options, as in YAML, and flags that come after them.
+
+    Raises:
+        ValueError: it is refused.
+    """
+    parser = train_parser()
+    parser.exit_on_error = False
+    values = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in flags.items()
+    }
+    arguments = [f"--{name}={value}" for name, value in values.items()]
+    try:
+        return parser.parse_args(["--config", json.dumps(options), *expand_names(arguments)])
+    except ArgumentError as error:
+        raise ValueError(readable(str(error))) from error
+
+
+def train(config: Namespace) -> int:
+    """Run `metadist train`."""
+    if not config.run_dir:
+        raise ValueError("run_dir must name a new folder, got none: pass --run_dir runs/NAME")
+    trainer, samplers = build(config)
+    if config.if_exists == "continue" and CONFIG in Folder(config.run_dir).names():
+        return continue_run(config, trainer, samplers)
+    return fit(config, trainer, samplers)
+
+
+def continue_run(
+    run: Namespace, trainer: Trainer, samplers: dict[str, Any], checkpoint: str | None = None
+) -> int:
+    name = trainer.restore(checkpoint)
+    say_skipped(trainer.skipped)
+    print(f"continuing {run.run_dir} from {name}")
+    if trainer.version >= run.num_steps and RESULT in Folder(run.run_dir).names():
+        print(f"nothing to do: {trainer.version} outer steps are taken, num_steps={run.num_steps}")
+        return 0
+    return fit(run, trainer, samplers)
+
+
+def build(config: Namespace) -> tuple[Trainer, dict[str, Any]]:
+    """(the trainer, the samplers by split); everything is checked, nothing is started."""
+    parser = train_parser()
+    objects = instantiate(config, parser)
+    samplers = {"train": objects.sampler}
+    for split in ("val", "test"):
+        given, name = objects[f"{split}_sampler"], config[f"{split}_split"]
+        if given is not None and name is not None:
+            raise ValueError(
+                f"{split}_split must not be given beside {split}_sampler, got {name!r}"
+            )
+        if name is not None:
+            other = config.clone()
+            set_split(other, name)
+            given = instantiate(other, parser, only="sampler").sampler
+        if given is not None:
+            samplers[split] = given
+    if "test" in samplers:
+        if config.test_tasks < 2:
+            raise ValueError(f"test_tasks must be >= 2 for an interval, got {config.test_tasks}")
+        check_sampler(
+            samplers["test"], 2, processes=False, allow_equal_examples=config.allow_equal_examples
+        )
+    options = {
+        key: value for key, value in objects.items() if key in inspect.signature(Trainer).parameters
+    }
+    options["val_sampler"] = samplers.get("val")
+    options["outer_optimizer"] = objects.outer_optimizer
+    options["config"] = parser.dump(config, skip_unset=False)
+    trainer = Trainer(**options)
+    if "test" in samplers:
+        check_losses(trainer.problem, samplers["test"], trainer.outer, "test_sampler")
+    return trainer, samplers
+
+
+def set_split(config: Namespace, split: str) -> None:
+    """Let `sampler` draw from another split."""
+    arguments = config.sampler.init_args if "init_args" in config.sampler else Namespace()
+    if "split" not in arguments:
+        raise ValueError(
+            f"sampler must have an argument split to be judged on {split!r}, "
+            f"{config.sampler.class_path} has none: name another sampler instead"
+        )
+    config.sampler.init_args.split = split
+
+
+def fit(config: Namespace, trainer: Trainer, samplers: dict[str, Any]) -> int:
+    try:
+        return _fit_and_test(config, trainer, samplers)
+    except (ValueError, OSError):
+        if not trainer.has_started:
+            raise
+        # Not about the input of the command: somebody's code failed while it ran.
+        traceback.print_exc()
+        return 1
+
+
+def _fit_and_test(config: Namespace, trainer: Trainer, samplers: dict[str, Any]) -> int:
+    result = trainer.fit(config.num_steps)
+    summary: dict[str, Any] = {
+        "num_steps": result.num_steps,
+        "num_tasks": result.num_tasks,
+        "num_dropped": result.num_dropped,
+        "seconds": round(result.seconds, 3),
+        "best": result.best,
+        "calls": result.calls,
+        "settings": trainer.settings(),
+    }
+    print(
+        f"trained {result.num_steps} outer steps, {result.num_tasks} tasks in "
+        f"{result.seconds:.0f} s ({result.num_tasks / result.seconds:.1f} tasks/s), "
+        f"{result.num_dropped} dropped"
+    )
+    if "test" in samplers:
+        name = trainer.restore("best") if result.best else f"step {result.num_steps}"
+        tested = trainer.test(samplers["test"], config.test_tasks)
+        print(f"test at {name}:")
+        print_evaluation(tested)
+        trainer.record("test", tested)
+        summary["test"] = {"checkpoint": name, **tested.to_json()}
+    write_json(f"{config.run_dir.rstrip('/')}/{RESULT}", summary)
+    print(f"run folder: {config.run_dir}")
+    print(f"TensorBoard: tensorboard --logdir {config.run_dir}")
+    return 0
+
+
+def print_evaluation(result: EvaluationResult) -> None:
+    print(f"  {headline(result)}, 95 % interval")
+    for name, interval in result.metrics.items():
+        print(f"  {name}: {interval}")
+    for name, value in result.protocol.items():
+        print(f"  {name}: {value}")
+
+
+def say_skipped(skipped: dict[str, str]) -> None:
+    for reason in skipped.values():
+        print(f"skipped: {reason}", file=sys.stderr)

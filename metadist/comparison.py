@@ -1,0 +1,211 @@
+"""A comparison of methods: what is run on what budget, and which point of a grid is chosen.
+
+A comparison is a tree of options. Those beside the fields of `Comparison` are shared by all runs;
+an entry changes some of them, and its `grid` tries several values of others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+from metadist.comparison_run import Budget, Record
+
+GRID = "grid"
+OURS = {
+    "run_dir": "every run has a folder of its own",
+    "seed": "give `seeds`",
+    "num_steps": "give `budget`",
+    "checkpoint_every": "a checkpoint is written with every evaluation",
+    "keep_checkpoints": "a checkpoint is written with every evaluation",
+    "val_every": "give `evaluations`",
+    "if_exists": "a comparison always goes on",
+}
+"""Options of a training that are not for a config, and why."""
+
+
+class Run(NamedTuple):
+    """One training of a comparison.
+
+    Args:
+        entry: the name of the entry.
+        seed: of the training.
+        options: the shared options as changed by the entry.
+        point: the values of this point of the entry's grid by option, if it has one.
+        number: which point it is.
+    """
+
+    entry: str
+    seed: int
+    options: dict[str, Any]
+    point: dict[str, Any]
+    number: int
+
+    @property
+    def name(self) -> str:
+        """Its folder within that of the comparison."""
+        point = f"/point-{self.number}" if self.point else ""
+        return f"runs/{self.entry}{point}/seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several methods x several seeds, each on the same budget.
+
+    Args:
+        entries: options by the name of the method; `grid` of them holds lists of values by option
+            ("algorithm.inner_lr"), all combinations of which are tried.
+        budget: exactly one of `seconds` of training, `steps`, and `calls` (see `Budget`).
+        shared: the options that all entries share.
+        seeds: of the runs. The points of a grid are tried with the first of them.
+        evaluations: at so many equal parts of the budget, and after the first step.
+        figure: what chooses the point of a grid and the best evaluation of a run; no figure of
+            test data.
+        mode: whether a "min" or "max" of it is better.
+    """
+
+    entries: Mapping[str, Mapping[str, Any]]
+    budget: Budget
+    shared: Mapping[str, Any]
+    seeds: Sequence[int] = (0,)
+    evaluations: int = 20
+    figure: str = "query_loss"
+    mode: str = "min"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.entries, Mapping) or not self.entries:
+            raise ValueError(
+                f"entries must map names of methods to their options, got {self.entries!r}"
+            )
+        for name, options in self.entries.items():
+            _check_entry(name, options)
+        _check_options("a comparison", self.shared)
+        seeds = self.seeds
+        if (
+            isinstance(seeds, (str, Mapping))
+            or not isinstance(seeds, Sequence)
+            or not seeds
+            or not all(type(seed) is int and seed >= 0 for seed in seeds)
+            or len(set(seeds)) < len(seeds)
+        ):
+            raise ValueError(f"seeds must be a list of different integers >= 0, got {seeds!r}")
+        if type(self.evaluations) is not int or self.evaluations < 1:
+            raise ValueError(f"evaluations must be an integer >= 1, got {self.evaluations!r}")
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"mode must be 'min' or 'max', got {self.mode!r}")
+        if not isinstance(self.figure, str) or self.figure.startswith("test"):
+            raise ValueError(
+                f"figure must not be one of test data, got {self.figure!r}: what chooses must be "
+                "of validation data, for example query_loss"
+            )
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any]) -> Comparison:
+        """The comparison that a config describes.
+
+        Raises:
+            ValueError: it describes none; options of trainings are not looked at.
+        """
+        names = {field.name for field in fields(cls)} - {"shared"}
+        own = {name: value for name, value in tree.items() if name in names}
+        for name in ("entries", "budget"):
+            if name not in own:
+                raise ValueError(f"a comparison must have {name}, got {', '.join(tree) or 'none'}")
+        own["budget"] = Budget.of(own["budget"])
+        return cls(**own, shared={n: value for n, value in tree.items() if n not in names})
+
+    def runs(self, entry: str) -> list[Run]:
+        """What is run first: every point of the entry's grid with the first seed, or all seeds."""
+        options = dict(self.entries[entry])
+        grid = options.pop(GRID, None)
+        merged = merge(self.shared, options)
+        if not grid:
+            return [Run(entry, seed, merged, {}, 0) for seed in self.seeds]
+        points = [
+            dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
+        ]
+        return [
+            Run(entry, self.seeds[0], merged, point, number) for number, point in enumerate(points)
+        ]
+
+    def chosen(self, tried: Sequence[tuple[Run, Sequence[Record]]]) -> list[Run]:
+        """All seeds of the best of the points that were `tried`; none if all have failed.
+
+        The best is by `figure` at the end of the budget.
+        """
+        good = [(self.score(records[-1]), -run.number, run) for run, records in tried if records]
+        score, _, best = max(good, default=(-math.inf, 0, None))
+        if best is None or score == -math.inf:
+            return []
+        return [best._replace(seed=seed) for seed in self.seeds]
+
+    def score(self, record: Record) -> float:
+        """Of an evaluation, larger is better; -inf where `figure` is not finite."""
+        value = record.figures[self.figure]
+        if not math.isfinite(value):
+            return -math.inf
+        return value if self.mode == "max" else -value
+
+
+def merge(shared: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`shared` with `changes`, mapping by mapping; another class comes with its own options."""
+    merged = dict(shared)
+    for name, value in changes.items():
+        before = merged.get(name)
+        if (
+            isinstance(value, Mapping)
+            and isinstance(before, Mapping)
+            and value.get("class_path", before.get("class_path")) == before.get("class_path")
+        ):
+            merged[name] = merge(before, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """What of a config differs from the one that a comparison was begun with.
+
+    More entries, and more seeds after those there were, are no difference: they change no run.
+    """
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        return [
+            found
+            for name in (before if path == "entries" else {**before, **now})
+            for found in differences(
+                before.get(name), now.get(name), f"{path}.{name}" if path else str(name)
+            )
+        ]
+    if path == "seeds" and isinstance(now, list) and now[: len(before)] == before:
+        return []
+    return [] if before == now else [f"{path} was {before!r}, is {now!r}"]
+
+
+def _check_entry(name: Any, options: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name) or set(name) <= {"."}:
+        raise ValueError(
+            "names of entries must be of letters, digits, '.', '+', '_' and '-', since they name "
+            f"folders, got {name!r}"
+        )
+    if not isinstance(options, Mapping):
+        raise ValueError(f"entry {name} must be a mapping of options, got {options!r}")
+    grid = options.get(GRID, {})
+    if not isinstance(grid, Mapping) or not all(
+        isinstance(values, list) and values for values in grid.values()
+    ):
+        raise ValueError(
+            f"grid of entry {name} must map options to lists of values, got {grid!r}: "
+            "for example {algorithm.inner_lr: [0.01, 0.1]}"
+        )
+    _check_options(f"entry {name}", options)
+    _check_options(f"grid of entry {name}", grid)
+
+
+def _check_options(where: str, options: Mapping[str, Any]) -> None:
+    for option, why in OURS.items():
+        if option in options:
+            raise ValueError(f"{where} must not have the option {option}: {why}")

@@ -1,0 +1,282 @@
+"""One training on a budget, with figures on the way; interrupted, it goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from metadist.checkpoint import CheckpointError, CheckpointStore
+from metadist.executor import StepReport
+from metadist.monitor import calls_of
+from metadist.oracle import in_gradients
+from metadist.storage import Folder
+from metadist.trainer import Trainer
+
+RECORDS = "records.jsonl"
+TRAINING = "run"
+MAX_STEPS = 10**9
+"""The end of a training whose budget is of something else."""
+TRAFFIC = ("rounds", "bytes_sent", "bytes_received")
+"""What an executor may report of a step, beside its figures."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may spend; exactly one of the three.
+
+    Args:
+        seconds: of training; drawing of tasks, evaluations and checkpoints do not count.
+        steps: outer steps.
+        calls: of the oracle, in gradients on whole sets, see `in_gradients`.
+    """
+
+    seconds: float | None = None
+    steps: int | None = None
+    calls: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(
+                "budget must have exactly one of seconds, steps and calls, got "
+                f"{', '.join(given) or 'none'}"
+            )
+        ((name, value),) = given.items()
+        kinds = int if name == "steps" else (int, float)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
+            what = "an integer" if name == "steps" else "a number"
+            raise ValueError(f"budget.{name} must be {what} > 0, got {value!r}")
+
+    @classmethod
+    def of(cls, tree: Any) -> Budget:
+        """Of a mapping, as in `{seconds: 60}`."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(tree, Mapping) or not set(tree) <= set(names):
+            raise ValueError(
+                f"budget must be a mapping with one of {', '.join(names)}, got {tree!r}"
+            )
+        return cls(**tree)
+
+    def share(self, spent: Spent) -> float:
+        """How much of it is spent; 1 is all."""
+        if self.steps is not None:
+            return spent.step / self.steps
+        if self.seconds is not None:
+            return spent.seconds / self.seconds
+        assert self.calls is not None
+        return spent.gradients / self.calls
+
+
+class Spent(NamedTuple):
+    """What a run has spent so far.
+
+    Args:
+        step: outer steps.
+        seconds: of training, see `Budget`.
+        gradients: oracle calls in gradients on whole sets.
+        calls: oracle calls by kind, see `CountingOracle`.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    gradients: float = 0.0
+    calls: Mapping[str, int] = {}  # never changed
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluation.
+
+    Args:
+        spent: until then.
+        figures: by name; NaN and infinite ones are kept.
+        traffic: what the executor last reported of an outer step, see `TRAFFIC`.
+    """
+
+    spent: Spent
+    figures: dict[str, float]
+    traffic: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON data; a figure that is not finite is a string, as in "nan"."""
+        figures = {
+            name: value if math.isfinite(value) else str(value)
+            for name, value in self.figures.items()
+        }
+        return {**self.spent._asdict(), "figures": figures, "traffic": self.traffic}
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any]) -> Record:
+        """The inverse of `to_json`."""
+        figures = {name: float(value) for name, value in tree["figures"].items()}
+        spent = Spent(**{name: tree[name] for name in Spent._fields})
+        return cls(spent, figures, dict(tree["traffic"]))
+
+
+class Contender(NamedTuple):
+    """A training and how it is judged.
+
+    Args:
+        trainer: whose `run_dir` is the folder `TRAINING` of the run.
+        figures: of the trainer's current x.
+        last_figures: more of them, at the end of the budget only.
+    """
+
+    trainer: Trainer
+    figures: Callable[[], dict[str, float]]
+    last_figures: Callable[[], dict[str, float]] = dict
+
+
+def run_on_budget(
+    make: Callable[[str], Contender],
+    folder: Folder,
+    budget: Budget,
+    evaluations: int,
+    figure: str = "query_loss",
+) -> list[Record]:
+    """The evaluations of a training that ends with its budget; kept in `folder`.
+
+    With every evaluation a checkpoint is written. What an interrupted call left is continued from
+    its last evaluation, exactly; a finished run is not touched.
+
+    Args:
+        make: the contender, with the given `run_dir`.
+        folder: of this run alone.
+        budget: when to end.
+        evaluations: at so many equal parts of the budget, and after the first step.
+        figure: that there must be.
+
+    Raises:
+        ValueError: there is no such figure; noticed at the first evaluation.
+    """
+    records = read_records(folder)
+    if is_finished(records, budget):
+        return records
+    contender = make((folder / TRAINING).uri)
+    trainer = contender.trainer
+    records = _restore(trainer, folder, records)
+    before = records[-1].spent if records else Spent()
+    meter = _Meter(trainer, before)
+    writer: list[Any] = []  # made when the trainer has opened its folder
+
+    def on_step(report: StepReport) -> bool:
+        spent = meter.add(report)
+        share = budget.share(spent)
+        done = budget.share(records[-1].spent) if records else -1.0
+        # 1e-9: 29 / 100 * 100 is less than 29.
+        due, last = (math.floor(part * evaluations + 1e-9) for part in (share, done))
+        # After a loss of the server the saved step is an earlier one, and this one comes again.
+        if (due > last or share >= 1) and trainer.save() == spent.step:
+            figures = contender.figures()
+            if figure not in figures:
+                raise ValueError(f"figure must be one of {', '.join(figures)}, got {figure!r}")
+            if share >= 1:
+                figures |= contender.last_figures()
+            records.append(Record(spent, figures, dict(meter.traffic)))
+            _write_records(folder, records)
+            writer[:] = writer or [_figure_writer(trainer, before.step)]
+            for name, value in figures.items():
+                writer[0].add_scalar(f"figures/{name}", value, spent.step)
+            meter.forget_before(spent.step)
+        meter.go_on()
+        return share < 1
+
+    try:
+        trainer.fit(budget.steps or MAX_STEPS, on_step)
+    finally:
+        for opened in writer:
+            opened.close()
+    return records
+
+
+def is_finished(records: list[Record], budget: Budget) -> bool:
+    """Whether the last of the evaluations is that at the end of the budget."""
+    return bool(records) and budget.share(records[-1].spent) >= 1
+
+
+def read_records(folder: Folder) -> list[Record]:
+    """The evaluations of a run so far."""
+    try:
+        lines = folder.read(RECORDS, at_most=1 << 28).splitlines()
+    except FileNotFoundError:
+        return []
+    return [Record.of(json.loads(line)) for line in lines]
+
+
+def _write_records(folder: Folder, records: list[Record]) -> None:
+    lines = [json.dumps(record.to_json(), allow_nan=False) + "\n" for record in records]
+    folder.write(RECORDS, "".join(lines).encode())
+
+
+def _restore(trainer: Trainer, folder: Folder, records: list[Record]) -> list[Record]:
+    """The evaluations up to the newest that has a good checkpoint, which the trainer now is at."""
+    store = CheckpointStore((folder / TRAINING / "checkpoints").uri)
+    names = store.names()
+    for number, record in reversed(list(enumerate(records))):
+        name = f"step-{record.spent.step:08d}"
+        if name in names:
+            try:
+                trainer.restore(name)
+            except CheckpointError:
+                continue
+            return records[: number + 1]
+    folder.remove(TRAINING)  # what was begun and not evaluated, if anything
+    return []
+
+
+def _figure_writer(trainer: Trainer, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # late, as in metadist.monitor
+
+    assert trainer.run_dir is not None
+    folder = trainer.run_dir / "tensorboard" / "figures"
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+class _Meter:
+    """What a training has spent, step by step."""
+
+    def __init__(self, trainer: Trainer, spent: Spent) -> None:
+        task = trainer.sampler.sample(0)
+        size = trainer.workload.batch_size
+        self._shares = [
+            1.0 if size is None else min(1.0, size / len(batch.index))
+            for batch in (task.support, task.query)
+        ]
+        self._spent = {spent.step: spent}
+        self._went_on: float | None = None
+        self.traffic: dict[str, float] = {}
+
+    def add(self, report: StepReport) -> Spent:
+        """What is spent after this step; one that comes again replaces itself."""
+        calls = calls_of(report)
+        sampling: dict[str, float] = defaultdict(float)
+        for worker, result in zip(report.workers, report.results, strict=True):
+            sampling[worker] += result.sampling_s
+            for name in TRAFFIC:
+                if name in result.metrics:
+                    self.traffic[name] = result.metrics[name] / max(1, result.num_tasks)
+        seconds = report.seconds
+        if self._went_on is not None:  # what was not training between two steps is no part of it
+            seconds = min(seconds, perf_counter() - self._went_on)
+        before = self._spent[report.step.version - 1]
+        spent = Spent(
+            report.step.version,
+            before.seconds + max(0.0, seconds - max(sampling.values(), default=0.0)),
+            before.gradients + in_gradients(calls, *self._shares),
+            dict(calls + Counter(before.calls)),
+        )
+        self._spent[spent.step] = spent
+        return spent
+
+    def forget_before(self, step: int) -> None:
+        """No step up to this one will come again."""
+        self._spent = {number: spent for number, spent in self._spent.items() if number >= step}
+
+    def go_on(self) -> None:
+        """From now on it trains."""
+        self._went_on = perf_counter()
