@@ -45,7 +45,6 @@ class LeaseResult(NamedTuple):
         metrics: sums over the tasks in the sum; empty unless the lease asked for a report.
         sampling_s: seconds spent on sampling the tasks.
         compute_s: seconds spent on their hypergradients.
-        state_sizes: how many numbers the algorithm keeps of each task, by task index.
     """
 
     lease_id: int
@@ -55,7 +54,6 @@ class LeaseResult(NamedTuple):
     metrics: dict[str, float]
     sampling_s: float
     compute_s: float
-    state_sizes: Mapping[int, int] = {}  # never changed
 
 
 class Computed(NamedTuple):
@@ -232,7 +230,6 @@ class Workload:
             found.metrics if lease.report else {},
             sampled - began,
             time.perf_counter() - sampled,
-            {index: len(state) for index, state in found.states.items()},
         )
         return Computed(result, total, found.states)
 
