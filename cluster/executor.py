@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+import torch
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
@@ -31,7 +32,7 @@ from metadist.cluster.policies import BSP, Policy, make_policy
 from metadist.cluster.runtime_env import pickle_by_value
 from metadist.cluster.scheduler import Scheduler
 from metadist.cluster.server import ParameterServer
-from metadist.cluster.worker import Worker
+from metadist.cluster.worker import Transfer, Worker
 from metadist.executor import StepReport
 from metadist.lease import Workload
 from metadist.outer import OuterOptimizer, OuterState, shard_bounds
@@ -91,6 +92,10 @@ class RayExecutor:
             has at least 65536 numbers of x, and a problem with `project_outer` only one shard.
         server_timeout_s: a parameter server that does not answer for longer is replaced; None:
             never.
+        transfer: how workers send their sums of hypergradients: "full" as they are, or "bfloat16"
+            in 2 bytes a number, where what a worker rounds off is added to what it sends next. x
+            and what an algorithm keeps of tasks are always sent as they are. With "bfloat16" the
+            result depends, in the third digit of a step, on which worker computed what.
         show_worker_output: print what workers print, with Ray's own messages. Errors of user
             code come with their traceback in any case.
         object_store_bytes: shared memory of a cluster of our own; None: Ray's choice.
@@ -116,6 +121,7 @@ class RayExecutor:
         snapshot_every: int = 10,
         num_shards: int = 1,
         server_timeout_s: float | None = 300.0,
+        transfer: Transfer = "full",
         show_worker_output: bool = False,
         object_store_bytes: int | None = None,
     ) -> None:
@@ -132,6 +138,8 @@ class RayExecutor:
             raise ValueError(
                 f"server_timeout_s must be > 0 or None for no limit, got {server_timeout_s}"
             )
+        if transfer not in ("full", "bfloat16"):
+            raise ValueError(f"transfer must be 'full' or 'bfloat16', got {transfer!r}")
         self._policy = make_policy(
             policy, staleness, buffer_size, staleness_weight, staleness_exponent
         )
@@ -141,6 +149,7 @@ class RayExecutor:
         self._snapshot_every = snapshot_every
         self._num_shards = num_shards
         self._server_timeout_s = server_timeout_s
+        self._transfer = transfer
         self._num_workers = num_workers
         self._min_workers = num_workers if min_workers is None else min_workers
         self._cpus_per_worker = cpus_per_worker
@@ -182,6 +191,11 @@ class RayExecutor:
                 f"num_shards must be 1 with {type(workload.problem).__name__}, which has a "
                 f"project_outer, got {self._num_shards}: a projection needs the whole of x"
             )
+        if self._transfer == "bfloat16" and self._spec.dtype == torch.float16:
+            raise ValueError(
+                "transfer must be 'full' with an outer variable of float16, got 'bfloat16', which "
+                "is as large and less exact"
+            )
         payload = pickle_by_value(workload)
         if not ray.is_initialized():
             self._forget_actors()
@@ -215,6 +229,7 @@ class RayExecutor:
     def describe(self) -> dict[str, str]:
         infos = self._fleet.infos if self._fleet else []
         devices = Counter(f"{info.device} on {info.host}" for info in infos)
+        unusual = {} if self._transfer == "full" else {"transfer": self._transfer}
         return {
             "executor": "ray",
             "policy": str(self._policy),
@@ -223,6 +238,7 @@ class RayExecutor:
             else f"{self._min_workers} to {self._num_workers}",
             "device": ", ".join(f"{count} x {name}" for name, count in sorted(devices.items()))
             or self._device,
+            **unusual,
         }
 
     def close(self) -> None:
@@ -250,7 +266,9 @@ class RayExecutor:
                 self._make_worker, self._num_workers, self._retry, self._min_workers
             )
         # Put once, owned by the driver: workers that start later, anywhere, read it too.
-        self._fleet.start(self._start_timeout_s, ray.put(payload), self._spec, self._bounds)
+        self._fleet.start(
+            self._start_timeout_s, ray.put(payload), self._spec, self._bounds, self._transfer
+        )
         return self._fleet
 
     def _reserve_places(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import ray
 import torch
@@ -22,7 +22,10 @@ from metadist.cluster.buffers import (
     to_array,
     to_tensor,
 )
+from metadist.cluster.rounding import Bfloat16
 from metadist.lease import Lease, LeaseResult, Workload, pick_device
+
+Transfer = Literal["full", "bfloat16"]
 
 
 class WorkerInfo(NamedTuple):
@@ -47,7 +50,11 @@ class Worker:
         self._requested_device = device
 
     def setup(
-        self, payload: bytes, spec: OuterSpec, bounds: Sequence[tuple[int, int]] | None = None
+        self,
+        payload: bytes,
+        spec: OuterSpec,
+        bounds: Sequence[tuple[int, int]] | None = None,
+        transfer: Transfer = "full",
     ) -> WorkerInfo:
         """Where this worker runs, ready to compute leases of another workload.
 
@@ -55,12 +62,14 @@ class Worker:
             payload: the workload, pickled by `runtime_env.pickle_by_value`.
             spec: names, shapes and dtype of x.
             bounds: the slices of x that the shards of the server own; None: there is one.
+            transfer: how sums of hypergradients are sent, see `RayExecutor`.
         """
         device = pick_device(worker_device(self._requested_device))
         self._workload: Workload = cloudpickle.loads(payload)
         self._flat = torch.zeros(spec.num_elements, dtype=spec.dtype, device=device)
         self._spec = spec
         self._bounds = bounds or [(0, spec.num_elements)]
+        self._rounding = Bfloat16() if transfer == "bfloat16" else None
         self._outer = spec.views(self._flat)
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         return WorkerInfo(self._name, hardware, socket.gethostname(), os.getpid())
@@ -83,7 +92,12 @@ class Worker:
         states = {index: to_tensor(state).to(device) for index, state in (kept or {}).items()}
         computed = self._workload.compute(lease, self._outer, previous, states)
         left = {index: to_array(state) for index, state in computed.states.items()}
-        return computed.result, *self._cut(computed.total, left)
+        total = computed.total
+        if self._rounding is not None:
+            # The server may leave out a sum of no tasks.
+            is_used = computed.result.num_tasks > 0
+            total = self._rounding.round(total) if is_used else total.to(torch.bfloat16)
+        return computed.result, *self._cut(total, left)
 
     def _cut(self, total: Tensor, states: dict[int, Array]) -> Iterator[Pushed]:
         if len(self._bounds) == 1:
