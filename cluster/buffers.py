@@ -7,9 +7,9 @@ them without an error, so they appear on the right-hand side of a copy only.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -44,6 +44,12 @@ class OuterSpec(NamedTuple):
         """How many numbers the outer variable holds."""
         return sum(leaf.numel() for leaf in self._like().values())
 
+    def of_slices(self, bounds: Sequence[tuple[int, int]]) -> list[OuterSpec]:
+        """The descriptions of these slices of x; of the whole x it is this one."""
+        if len(bounds) == 1:
+            return [self]
+        return [OuterSpec({"x": (stop - start,)}, self.dtype) for start, stop in bounds]
+
     def _like(self) -> Params:
         return {
             name: torch.empty(shape, dtype=self.dtype, device="meta")
@@ -55,21 +61,8 @@ class OuterSpec(NamedTuple):
         return unflatten(flat, self._like())
 
 
-def to_array(flat: Tensor) -> Array:
-    """The values of `flat` as numpy; the same memory if it is on the CPU."""
-    array: Array = flat.detach().cpu().numpy()
-    return array
-
-
-def read_only(array: Array) -> Tensor:
-    """A tensor on the memory of `array`, to be read from and never written to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
-
-
 class PackedState(NamedTuple):
-    """`OuterState` in numpy, which Ray moves 20 times faster than tensors."""
+    """`OuterState`, or a shard's part of it, in numpy, which Ray moves 20 times faster."""
 
     flat: Array
     optimizer: dict[str, Array]
@@ -80,17 +73,60 @@ class PackedState(NamedTuple):
     states: dict[int, Array]
 
 
-class Kept(NamedTuple):
-    """What a lease needs beside x: the previous x of a two-point method, states by task index."""
+class Pulled(NamedTuple):
+    """x, and for a two-point method x one version before; or a shard's slice of them."""
 
-    previous: Array | None
-    states: dict[int, Array]
+    flat: Array
+    previous: Array | None = None
 
 
-def pack_state(state: OuterState) -> PackedState:
-    """The state as numpy arrays."""
+class Pushed(NamedTuple):
+    """The sum of hypergradients of a lease, and what the algorithm keeps of its tasks.
+
+    Of several shards each gets its slice of the sum (of a two-point method, of both halves), and
+    the first the states. `bfloat16` travels as the integers of its bits, which numpy lacks.
+    """
+
+    total: Array
+    states: dict[int, Array] = {}  # noqa: RUF012 - never changed
+
+
+def to_array(tensor: Tensor) -> Array:
+    """The values of `tensor` as numpy, to be read; the same memory if it is on the CPU."""
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    array: Array = tensor.detach().cpu().numpy()
+    array.flags.writeable = False
+    return array
+
+
+def read_only(array: Array) -> Tensor:
+    """A tensor on the memory of `array`, to be read from and never written to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+
+def to_tensor(array: Array) -> Tensor:
+    """A tensor of the same values, in fresh memory."""
+    return read_only(array).clone()
+
+
+def join(parts: Sequence[Array]) -> Tensor:
+    """The parts one after another, in fresh memory."""
+    return torch.cat([read_only(part) for part in parts])
+
+
+def pack_state(state: OuterState, flat: Tensor | None = None) -> PackedState:
+    """The state as numpy arrays, to be read, on the same memory.
+
+    Args:
+        state: to pack.
+        flat: its x as one vector; None: it is copied into one.
+    """
     return PackedState(
-        to_array(flatten(state.outer)),
+        to_array(flatten(state.outer) if flat is None else flat),
         {name: to_array(leaf) for name, leaf in state.optimizer.items()},
         state.version,
         state.applied_below,
@@ -100,19 +136,55 @@ def pack_state(state: OuterState) -> PackedState:
     )
 
 
-def to_tensor(array: Array) -> Tensor:
-    """A tensor of the same values, in fresh memory."""
-    return torch.from_numpy(np.array(array))
+def split_state(packed: PackedState, bounds: Sequence[tuple[int, int]]) -> list[PackedState]:
+    """The parts of shards with these slices of x; the same memory. The first has the states."""
+
+    def cut(arrays: dict[str, Array], start: int, stop: int) -> dict[str, Array]:
+        return {name: a[start:stop] if a.ndim else a for name, a in arrays.items()}
+
+    return [
+        packed._replace(
+            flat=packed.flat[start:stop],
+            optimizer=cut(packed.optimizer, start, stop),
+            recursion=cut(packed.recursion, start, stop),
+            states={} if start else packed.states,
+        )
+        for start, stop in bounds
+    ]
 
 
 def unpack_state(packed: PackedState, spec: OuterSpec) -> OuterState:
-    """The inverse of `pack_state`, in fresh memory."""
+    """The inverse of `pack_state`: to be read, on the same memory."""
     return OuterState(
-        spec.views(to_tensor(packed.flat)),
-        {name: to_tensor(leaf) for name, leaf in packed.optimizer.items()},
+        spec.views(read_only(packed.flat)),
+        {name: read_only(leaf) for name, leaf in packed.optimizer.items()},
         packed.version,
         packed.applied_below,
         packed.applied,
-        {name: to_tensor(leaf) for name, leaf in packed.recursion.items()},
-        {index: to_tensor(leaf) for index, leaf in packed.states.items()},
+        {name: read_only(leaf) for name, leaf in packed.recursion.items()},
+        {index: read_only(leaf) for index, leaf in packed.states.items()},
+    )
+
+
+def join_states(parts: Sequence[PackedState], spec: OuterSpec) -> OuterState:
+    """The state of which these are the parts, in fresh memory."""
+    first = parts[0]
+
+    def joined(field: str) -> dict[str, Tensor]:
+        return {
+            name: join([getattr(part, field)[name] for part in parts])
+            if leaf.ndim
+            else to_tensor(leaf)
+            for name, leaf in getattr(first, field).items()
+        }
+
+    return OuterState(
+        spec.views(join([part.flat for part in parts])),
+        joined("optimizer"),
+        first.version,
+        first.applied_below,
+        first.applied,
+        joined("recursion"),
+        {index: to_tensor(leaf) for index, leaf in first.states.items()},
+        len(parts),
     )

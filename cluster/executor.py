@@ -9,13 +9,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+import torch
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
 )
 
-from metadist.cluster.buffers import OuterSpec, PackedState, pack_state, to_tensor, unpack_state
+from metadist.cluster.buffers import (
+    OuterSpec,
+    PackedState,
+    join,
+    join_states,
+    pack_state,
+    split_state,
+)
 from metadist.cluster.connection import connect, demand, reserve
 from metadist.cluster.fleet import Fleet, Retry
 from metadist.cluster.keeper import Keeper
@@ -24,10 +32,10 @@ from metadist.cluster.policies import BSP, Policy, make_policy
 from metadist.cluster.runtime_env import pickle_by_value
 from metadist.cluster.scheduler import Scheduler
 from metadist.cluster.server import ParameterServer
-from metadist.cluster.worker import Worker
+from metadist.cluster.worker import Transfer, Worker
 from metadist.executor import StepReport
 from metadist.lease import Workload
-from metadist.outer import OuterOptimizer, OuterState
+from metadist.outer import OuterOptimizer, OuterState, shard_bounds
 from metadist.trees import Params
 
 log = logging.getLogger("metadist.cluster")
@@ -43,7 +51,7 @@ class RayExecutor:
         a worker, its node   its lease goes to another worker; it is replaced as soon as there are
                              resources for it, on any node
         a worker hangs       the same after `lease_timeout_s`; or see `backup_factor`
-        the server           another goes on from an earlier state, see `snapshot_every`, never one
+        the server, a shard  another goes on from an earlier state, see `snapshot_every`, never one
                              older than the last checkpoint; the steps since are taken and
                              reported again
         the driver, the head the run ends, and Ray with all it started; `metadist resume` (or
@@ -78,6 +86,16 @@ class RayExecutor:
             for the case that the server is lost; what was stepped since is computed again. One
             takes the server about half the time of a step, and the driver's node the memory of
             two checkpoints.
+        num_shards: processes among which the parameter server is divided, to the same bytes. The
+            first is on the driver's node, the others are spread over all nodes. For an x that is
+            too large for one node's memory or network; on one node they are no faster. A shard
+            has at least 65536 numbers of x, and a problem with `project_outer` only one shard.
+        server_timeout_s: a parameter server that does not answer for longer is replaced; None:
+            never.
+        transfer: how workers send their sums of hypergradients: "full" as they are, or "bfloat16"
+            in 2 bytes a number, where what a worker rounds off is added to what it sends next. x
+            and what an algorithm keeps of tasks are always sent as they are. With "bfloat16" the
+            result depends, in the third digit of a step, on which worker computed what.
         show_worker_output: print what workers print, with Ray's own messages. Errors of user
             code come with their traceback in any case.
         object_store_bytes: shared memory of a cluster of our own; None: Ray's choice.
@@ -101,6 +119,9 @@ class RayExecutor:
         min_workers: int | None = None,
         backup_factor: float | None = None,
         snapshot_every: int = 10,
+        num_shards: int = 1,
+        server_timeout_s: float | None = 300.0,
+        transfer: Transfer = "full",
         show_worker_output: bool = False,
         object_store_bytes: int | None = None,
     ) -> None:
@@ -110,8 +131,15 @@ class RayExecutor:
                 f"min_workers must be >= 1 and <= num_workers={num_workers}, or None for all of "
                 f"them, got {min_workers}"
             )
-        if snapshot_every < 1:
-            raise ValueError(f"snapshot_every must be >= 1, got {snapshot_every}")
+        for field, value in (("snapshot_every", snapshot_every), ("num_shards", num_shards)):
+            if value < 1:
+                raise ValueError(f"{field} must be >= 1, got {value}")
+        if server_timeout_s is not None and not server_timeout_s > 0:
+            raise ValueError(
+                f"server_timeout_s must be > 0 or None for no limit, got {server_timeout_s}"
+            )
+        if transfer not in ("full", "bfloat16"):
+            raise ValueError(f"transfer must be 'full' or 'bfloat16', got {transfer!r}")
         self._policy = make_policy(
             policy, staleness, buffer_size, staleness_weight, staleness_exponent
         )
@@ -119,6 +147,9 @@ class RayExecutor:
             max_losses=max_losses, lease_s=lease_timeout_s, backup_factor=backup_factor
         )
         self._snapshot_every = snapshot_every
+        self._num_shards = num_shards
+        self._server_timeout_s = server_timeout_s
+        self._transfer = transfer
         self._num_workers = num_workers
         self._min_workers = num_workers if min_workers is None else min_workers
         self._cpus_per_worker = cpus_per_worker
@@ -154,6 +185,17 @@ class RayExecutor:
                 "what the step before it left"
             )
         self._spec = OuterSpec.of(state.outer)
+        self._bounds = shard_bounds(self._spec.num_elements, self._num_shards)
+        if self._num_shards > 1 and workload.stepping_rules().project is not None:
+            raise ValueError(
+                f"num_shards must be 1 with {type(workload.problem).__name__}, which has a "
+                f"project_outer, got {self._num_shards}: a projection needs the whole of x"
+            )
+        if self._transfer == "bfloat16" and self._spec.dtype == torch.float16:
+            raise ValueError(
+                "transfer must be 'full' with an outer variable of float16, got 'bfloat16', which "
+                "is as large and less exact"
+            )
         payload = pickle_by_value(workload)
         if not ray.is_initialized():
             self._forget_actors()
@@ -165,7 +207,8 @@ class RayExecutor:
                 self._object_store_bytes,
             )
             fleet = self._start_fleet(payload)
-            keeper = self._start_server(pack_state(state), optimizer, workload)
+            parts = split_state(pack_state(state), self._bounds)
+            keeper = self._start_server(parts, optimizer, workload)
         except BaseException:
             self.close()
             raise
@@ -178,14 +221,15 @@ class RayExecutor:
         return self._metrics.watch(reports)
 
     def outer(self) -> Params:
-        return self._spec.views(to_tensor(self._started().pull()))
+        return self._spec.views(join([part.flat for part in self._started().pull()]))
 
     def state(self) -> OuterState:
-        return unpack_state(self._started().state(), self._spec)
+        return join_states(self._started().state(), self._spec)
 
     def describe(self) -> dict[str, str]:
         infos = self._fleet.infos if self._fleet else []
         devices = Counter(f"{info.device} on {info.host}" for info in infos)
+        unusual = {} if self._transfer == "full" else {"transfer": self._transfer}
         return {
             "executor": "ray",
             "policy": str(self._policy),
@@ -194,6 +238,7 @@ class RayExecutor:
             else f"{self._min_workers} to {self._num_workers}",
             "device": ", ".join(f"{count} x {name}" for name, count in sorted(devices.items()))
             or self._device,
+            **unusual,
         }
 
     def close(self) -> None:
@@ -221,7 +266,9 @@ class RayExecutor:
                 self._make_worker, self._num_workers, self._retry, self._min_workers
             )
         # Put once, owned by the driver: workers that start later, anywhere, read it too.
-        self._fleet.start(self._start_timeout_s, ray.put(payload), self._spec)
+        self._fleet.start(
+            self._start_timeout_s, ray.put(payload), self._spec, self._bounds, self._transfer
+        )
         return self._fleet
 
     def _reserve_places(self) -> None:
@@ -249,14 +296,19 @@ class RayExecutor:
         return actor.remote(f"worker-{number}", self._device)
 
     def _start_server(
-        self, state: PackedState, optimizer: OuterOptimizer, workload: Workload
+        self, parts: list[PackedState], optimizer: OuterOptimizer, workload: Workload
     ) -> Keeper:
         if self._keeper is None:
             self._keeper = Keeper(
-                _make_server, self._retry, self._snapshot_every, self._start_timeout_s
+                _make_server,
+                self._retry,
+                self._snapshot_every,
+                self._start_timeout_s,
+                self._server_timeout_s,
             )
         rules = pickle_by_value(workload.stepping_rules())
-        self._keeper.start(state, self._spec, optimizer, workload.num_threads, rules)
+        specs = self._spec.of_slices(self._bounds)
+        self._keeper.start(parts, specs, optimizer, workload.num_threads, rules)
         return self._keeper
 
     def _num_gpus(self) -> float:
@@ -277,10 +329,12 @@ class RayExecutor:
         return self._scheduler
 
 
-def _make_server() -> Any:
-    # Beside the driver: the run ends with that node anyway.
+def _make_server(number: int) -> Any:
+    # Beside the driver: the run ends with that node anyway. Further shards are for the sake of
+    # other nodes' memory and network.
     node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(ParameterServer).options(num_cpus=0, scheduling_strategy=node).remote()
+    place = "SPREAD" if number else node
+    return ray.remote(ParameterServer).options(num_cpus=0, scheduling_strategy=place).remote()
 
 
 def _check(

@@ -70,10 +70,10 @@ class Retry:
 
 
 class Done(NamedTuple):
-    """A lease came back; `total` refers to its sum of hypergradients, which stays where it is."""
+    """A lease came back; `totals` refer to what it adds to each shard, and stay where they are."""
 
     result: LeaseResult
-    total: ObjectRef[Any]
+    totals: tuple[ObjectRef[Any], ...]
     worker: str
 
 
@@ -89,8 +89,8 @@ class _Slot:
     """One worker's place, kept by whichever actor fills it.
 
     `pending` is what is waited for: the result of `lease`, or while not alive the end of setup.
-    `since` is when it last began or ended something. `inputs` are those of `lease` beside it;
-    `is_redundant` says that another worker has answered it.
+    `since` is when it last began or ended something. `totals`, `outer` and `kept` belong to
+    `lease`; `is_redundant` says that another worker has answered it.
     """
 
     name: str
@@ -100,8 +100,9 @@ class _Slot:
     alive: bool = False
     lease: Lease | None = None
     pending: ObjectRef[Any] | None = None
-    total: ObjectRef[Any] | None = None
-    inputs: tuple[ObjectRef[Any] | None, ...] = ()
+    totals: tuple[ObjectRef[Any], ...] = ()
+    outer: tuple[ObjectRef[Any], ...] = ()
+    kept: ObjectRef[Any] | None = None
     is_redundant: bool = False
     num_losses: int = 0
     resume_at: float = 0.0
@@ -175,24 +176,29 @@ class Fleet:
         return any(slot.alive and slot.lease is None for slot in self._slots)
 
     def submit(
-        self, lease: Lease, outer: ObjectRef[Any], kept: ObjectRef[Any] | None = None
+        self, lease: Lease, outer: tuple[ObjectRef[Any], ...], kept: ObjectRef[Any] | None = None
     ) -> None:
-        """Give `lease` to the worker that has been idle longest; one must be."""
+        """Give `lease` to the worker that has been idle longest; one must be.
+
+        Args:
+            lease: to be computed.
+            outer: x, one reference for each shard.
+            kept: what the algorithm keeps of its tasks, where it does.
+        """
         idle = [slot for slot in self._slots if slot.alive and slot.lease is None]
         slot = min(idle, key=lambda slot: slot.since)
         self._rest(slot)
-        slot.lease, slot.inputs = lease, (outer, kept)
-        compute = slot.actor.compute.options(num_returns=2)
-        slot.pending, slot.total = compute.remote(lease, outer, kept)
+        slot.lease, slot.outer, slot.kept = lease, outer, kept
+        compute = slot.actor.compute.options(num_returns=1 + len(outer))
+        slot.pending, *totals = compute.remote(lease, kept, *outer)
+        slot.totals = tuple(totals)
 
     def back_up(self) -> None:
         """Give leases that take long to idle workers too; the first answer counts."""
         while (overdue := self._next_backup()) is not None and overdue[0] <= time.perf_counter():
             slot = overdue[1]
             assert slot.lease is not None
-            outer, kept = slot.inputs
-            assert outer is not None
-            self.submit(slot.lease, outer, kept)
+            self.submit(slot.lease, slot.outer, slot.kept)
 
     def forget(self) -> None:
         """Let go of all leases; what is still being computed is thrown away."""
@@ -238,8 +244,8 @@ class Fleet:
         slot.since = now
 
     def _release(self, slot: _Slot) -> None:
-        slot.lease = slot.pending = slot.total = None
-        slot.inputs, slot.is_redundant = (), False
+        slot.lease = slot.pending = slot.kept = None
+        slot.totals, slot.outer, slot.is_redundant = (), (), False
         slot.since = time.perf_counter()
 
     def _discard(self, slot: _Slot) -> None:
@@ -261,10 +267,9 @@ class Fleet:
             slot.since = time.perf_counter()
             log.info("%s is ready: %s on %s", *answer[:3])
             return []
-        assert slot.total is not None
         events: list[Done | Lost] = []
         if not slot.is_redundant:
-            events.append(Done(answer, slot.total, slot.name))
+            events.append(Done(answer, slot.totals, slot.name))
             for other in self._others(slot):
                 other.is_redundant = True
         self._lease_seconds.append(time.perf_counter() - slot.since)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import ray
 from ray import ObjectRef, exceptions
 
-from metadist.cluster.buffers import PackedState
+from metadist.cluster.buffers import OuterSpec, PackedState
 from metadist.cluster.errors import ServerLostError, message
 from metadist.cluster.fleet import Retry
+from metadist.cluster.server import Arrival
+from metadist.outer import StepResult, norm_of_blocks
 
 log = logging.getLogger("metadist.cluster")
 
@@ -29,35 +32,58 @@ class Keeper:
     compute, and takes the place of the last one when it is there: two of them at the most, each
     as large as a checkpoint.
 
+    The server is one actor or several, which own a slice of x each. Calls of one caller are
+    answered in their order, so what all are asked between two steps is of the same version. When
+    one is lost, all are replaced.
+
     Args:
-        make_server: creates the actor.
+        make_server: creates the actor of that shard.
         retry: `max_losses` without a new version of x end the run; pauses between attempts.
         snapshot_every: versions of x between two states, >= 1.
-        timeout_s: how long a server may take to start.
+        start_timeout_s: how long a server may take to start.
+        timeout_s: how long it may take to answer; None: for ever.
     """
 
     def __init__(
-        self, make_server: Callable[[], Any], retry: Retry, snapshot_every: int, timeout_s: float
+        self,
+        make_server: Callable[[int], Any],
+        retry: Retry,
+        snapshot_every: int,
+        start_timeout_s: float,
+        timeout_s: float | None,
     ) -> None:
         self._make_server = make_server
         self._retry = retry
         self._snapshot_every = snapshot_every
+        self._start_timeout_s = start_timeout_s
         self._timeout_s = timeout_s
-        self._fetching: ObjectRef[Any] | None = None
+        self._fetching: list[ObjectRef[Any]] = []
         self._asked_at = self._version = self._furthest = 0
         self._num_losses = self._num_lost = 0
-        self.server: Any = None
-        """The actor of a `ParameterServer`."""
+        self._checking: list[ObjectRef[Any]] = []
+        self._checked_at = 0.0
+        self.servers: list[Any] = []
+        """The actors, each a `ParameterServer`."""
 
-    def start(self, state: PackedState, *setup: Any) -> None:
-        """Set the server up with `state` and further arguments of `ParameterServer.setup`.
+    @property
+    def server(self) -> Any:
+        """The actor of the first shard, which has the states of tasks; None while there is none."""
+        return self.servers[0] if self.servers else None
+
+    def start(self, parts: list[PackedState], specs: list[OuterSpec], *setup: Any) -> None:
+        """Set the server up.
+
+        Args:
+            parts: the state, of each shard its part.
+            specs: the descriptions of their slices of x.
+            setup: further arguments of `ParameterServer.setup`, the same for all.
 
         Raises:
             ServerLostError: it could not start.
         """
-        self._snapshot, self._setup = state, setup
-        self._furthest, self._num_losses = state.version, 0
-        if self.server is not None:
+        self._snapshot, self._specs, self._setup = parts, specs, setup
+        self._furthest, self._num_losses = parts[0].version, 0
+        if self.servers:
             with suppress(ServerGone):
                 return self._set_up()
             log.info("the parameter server of the last run is gone, starting another")
@@ -69,23 +95,83 @@ class Keeper:
 
     def stop(self) -> None:
         """Kill the server."""
-        if self.server is not None:
-            ray.kill(self.server)
-        self.server = None
+        for server in self.servers:
+            ray.kill(server)
+        self.servers = []
 
-    def ask(self, ref: ObjectRef[Any], timeout_s: float | None = None) -> Any:
-        """The answer of the server to a call; raises ServerGone if it is lost."""
+    def ask(self, refs: Sequence[ObjectRef[Any]], timeout_s: float | None = None) -> list[Any]:
+        """The answers of the server to calls; raises ServerGone if it is lost.
+
+        `timeout_s` is used instead of that of this object.
+        """
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
         try:
-            return ray.get(ref, timeout=timeout_s)
+            return list(ray.get(list(refs), timeout=limit_s))
         except exceptions.RayTaskError:
             raise  # it lives
-        except (exceptions.RayActorError, exceptions.GetTimeoutError) as error:
+        except exceptions.GetTimeoutError as error:
+            raise ServerGone(f"no answer for {limit_s:g} s") from error
+        except exceptions.RayActorError as error:
             raise ServerGone(message(error)) from error
 
-    def state(self) -> PackedState:
-        """Everything that must persist; another server would go on from here."""
-        self._keep(self.ask(self.server.state.remote()))
+    def check(self) -> float | None:
+        """Seconds until this should be called again, while there is nothing else to ask it.
+
+        Raises:
+            ServerGone: a server has not answered for too long.
+        """
+        if self._timeout_s is None:
+            return None
+        waited_s = time.perf_counter() - self._checked_at
+        if self._checking and _all_ready(self._checking):
+            self.ask(self._checking)
+            self._checking = []
+        if self._checking:
+            if waited_s > self._timeout_s:
+                raise ServerGone(f"no answer for {self._timeout_s:g} s")
+            return self._timeout_s - waited_s
+        if waited_s > self._timeout_s / 2:
+            self._checking, self._checked_at, waited_s = self.versions(), time.perf_counter(), 0.0
+        return self._timeout_s / 2 - waited_s
+
+    def versions(self) -> list[ObjectRef[Any]]:
+        """References to the version of x in each shard."""
+        return [server.version.remote() for server in self.servers]
+
+    def pull(self) -> tuple[ObjectRef[Any], ...]:
+        """References to x, one for each shard."""
+        return tuple(server.pull.remote() for server in self.servers)
+
+    def apply(
+        self, arrivals: Sequence[Arrival], totals: Sequence[tuple[ObjectRef[Any], ...]]
+    ) -> tuple[StepResult, tuple[ObjectRef[Any], ...]]:
+        """(what one outer step with these did, references to the new x).
+
+        Several shards take it in two rounds: the norm is that of the whole of x, and no shard may
+        change while another cannot.
+        """
+        pushed = list(zip(*totals, strict=True))
+        if len(self.servers) == 1:
+            calls = [self.server.apply.options(num_returns=2).remote(arrivals, *pushed[0])]
+        else:
+            squares = self.ask(
+                [
+                    server.prepare.remote(arrivals, *mine)
+                    for server, mine in zip(self.servers, pushed, strict=True)
+                ]
+            )
+            norm = norm_of_blocks(itertools.chain.from_iterable(squares))
+            calls = [server.commit.options(num_returns=2).remote(norm) for server in self.servers]
+        steps = self.ask([meta for meta, _ in calls])
+        return steps[0], tuple(outer for _, outer in calls)
+
+    def state(self) -> list[PackedState]:
+        """Everything that must persist, by shard; another server would go on from here."""
+        self._keep(self.ask(self._states()))
         return self._snapshot
+
+    def _states(self) -> list[ObjectRef[Any]]:
+        return [server.state.remote() for server in self.servers]
 
     def stepped(self, version: int) -> None:
         """Note that x has this version now."""
@@ -93,8 +179,8 @@ class Keeper:
         if version > self._furthest:
             self._furthest, self._num_losses = version, 0
         self._fetch()
-        if self._fetching is None and version - self._asked_at >= self._snapshot_every:
-            self._fetching, self._asked_at = self.server.state.remote(), version
+        if not self._fetching and version - self._asked_at >= self._snapshot_every:
+            self._fetching, self._asked_at = self._states(), version
 
     def take_num_lost(self) -> int:
         """Servers lost since this was last called."""
@@ -122,7 +208,7 @@ class Keeper:
                 "the parameter server was lost at version %d of x; another goes on from version "
                 "%d: %s",
                 self._version,
-                self._snapshot.version,
+                self._snapshot[0].version,
                 str(error).partition("\n")[0],
             )
             if self._num_losses > 1:
@@ -137,21 +223,31 @@ class Keeper:
 
     def _set_up(self) -> None:
         """Set the server up with the last state; makes one if there is none."""
-        if self.server is None:
-            self.server = self._make_server()
-        arguments = (ray.put(self._snapshot), *self._setup)
-        self.ask(self.server.setup.remote(*arguments), self._timeout_s)
-        self._version = self._asked_at = self._snapshot.version
-        self._fetching = None
+        if not self.servers:
+            self.servers = [self._make_server(number) for number in range(len(self._snapshot))]
+        refs = [ray.put(part) for part in self._snapshot]
+        self._snapshot = ray.get(refs)  # no longer in the memory of this process
+        calls = [
+            server.setup.remote(ref, spec, *self._setup)
+            for server, ref, spec in zip(self.servers, refs, self._specs, strict=True)
+        ]
+        self.ask(calls, self._start_timeout_s)
+        self._version = self._asked_at = self._snapshot[0].version
+        self._fetching, self._checking = [], []
+        self._checked_at = time.perf_counter()
 
     def _fetch(self) -> None:
         """Keep the state that was asked for, if it has come."""
-        if self._fetching is None or not ray.wait([self._fetching], timeout=0)[0]:
+        if not self._fetching or not _all_ready(self._fetching):
             return
         with suppress(exceptions.RayActorError, exceptions.ObjectLostError):  # the next call tells
             self._keep(ray.get(self._fetching))
-        self._fetching = None
+        self._fetching = []
 
-    def _keep(self, state: PackedState) -> None:
-        if state.version >= self._snapshot.version:
-            self._snapshot = state
+    def _keep(self, parts: list[PackedState]) -> None:
+        if parts[0].version >= self._snapshot[0].version:
+            self._snapshot = parts
+
+
+def _all_ready(refs: list[ObjectRef[Any]]) -> bool:
+    return len(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) == len(refs)

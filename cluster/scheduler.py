@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from ray import ObjectRef, exceptions
 
-from metadist.cluster.buffers import Array, PackedState
+from metadist.cluster.buffers import PackedState, Pulled
 from metadist.cluster.errors import is_loss
 from metadist.cluster.fleet import Done, Fleet, Lost
 from metadist.cluster.keeper import Keeper, ServerGone
@@ -38,7 +38,7 @@ class Scheduler:
         self._keeper = keeper
         self._fleet = fleet
         self._ledger: Ledger | None = None
-        self._outer: ObjectRef[Any] | None = None
+        self._outer: tuple[ObjectRef[Any], ...] = ()
 
     def run(self, until_version: int) -> Iterator[StepReport]:
         """Train until x has that version; yields after every outer step."""
@@ -59,12 +59,12 @@ class Scheduler:
         # No ledger: the server was lost, perhaps when the caller asked for the state after a step.
         return self._ledger is not None and self._ledger.version >= self._until_version
 
-    def pull(self) -> Array:
-        """The current x."""
-        return self._with_server(lambda: self._keeper.ask(self._keeper.server.pull.remote()))
+    def pull(self) -> list[Pulled]:
+        """The current x, the slices of all shards."""
+        return self._with_server(lambda: self._keeper.ask(self._keeper.pull()))
 
-    def state(self) -> PackedState:
-        """Everything that must persist."""
+    def state(self) -> list[PackedState]:
+        """Everything that must persist, the parts of all shards."""
         return self._with_server(self._keeper.state)
 
     def _with_server(self, action: Callable[[], T]) -> T:
@@ -86,7 +86,7 @@ class Scheduler:
         weights = ledger.next_step()
         if not weights:
             self._hand_out(ledger)
-            for event in self._fleet.wait():
+            for event in self._fleet.wait(self._keeper.check()):
                 self._note(event, ledger)
             return None
         done = [self._done[lease_id] for lease_id in sorted(weights)]
@@ -103,8 +103,8 @@ class Scheduler:
         """A ledger of what is in x; whatever else was handed out is computed again."""
         self._fleet.forget()
         self._done: dict[int, Done] = {}
-        progress: Progress = self._keeper.ask(self._keeper.server.progress.remote())
-        self._outer = self._keeper.server.pull.remote()
+        progress: Progress = self._keeper.ask([self._keeper.server.progress.remote()])[0]
+        self._outer = self._keeper.pull()
         return Ledger(
             self._policy,
             self._workload.leases_per_step,
@@ -118,10 +118,9 @@ class Scheduler:
             if lease_id < self._handed_out_below:
                 self._reissued.append(lease_id)
             self._handed_out_below = max(self._handed_out_below, lease_id + 1)
-            assert self._outer is not None
             lease = self._workload.lease(lease_id, ledger.version)
             kept = None
-            if self._workload.must_be_synchronous:
+            if self._workload.keep_state:
                 kept = self._keeper.server.kept.remote(lease.indices)
             self._fleet.submit(lease, self._outer, kept)
         self._fleet.back_up()
@@ -134,8 +133,8 @@ class Scheduler:
         self._lose(event.lease.id, ledger)
         if event.lost_data:
             # The server may have died with it: find out here, and not as the death of workers.
-            self._keeper.ask(self._keeper.server.version.remote())
-            self._outer = self._keeper.server.pull.remote()
+            self._keeper.ask(self._keeper.versions())
+            self._outer = self._keeper.pull()
 
     def _lose(self, lease_id: int, ledger: Ledger) -> None:
         ledger.lose(lease_id)
@@ -146,14 +145,11 @@ class Scheduler:
     ) -> StepResult | None:
         """What the outer step did; None if a sum was lost with its node, before it was added."""
         arrivals = [
-            Arrival(r.lease_id, r.version, r.num_tasks, weights[r.lease_id], r.state_sizes)
+            Arrival(r.lease_id, r.version, r.num_tasks, weights[r.lease_id])
             for r in (item.result for item in done)
         ]
-        meta, outer = self._keeper.server.apply.options(num_returns=2).remote(
-            arrivals, *(item.total for item in done)
-        )
         try:
-            step: StepResult = self._keeper.ask(meta)
+            step, outer = self._keeper.apply(arrivals, [item.totals for item in done])
         except exceptions.RayTaskError as error:
             if not is_loss(error):
                 raise

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ray import cloudpickle
 
 from metadist.cluster.buffers import (
     Array,
-    Kept,
     OuterSpec,
     PackedState,
+    Pulled,
+    Pushed,
     pack_state,
     read_only,
     to_array,
+    to_tensor,
     unpack_state,
 )
 from metadist.lease import intra_op_threads
@@ -22,13 +24,12 @@ from metadist.outer import Contribution, OuterOptimizer, OuterVariable, StepResu
 
 
 class Arrival(NamedTuple):
-    """A contribution without its tensor, see `Contribution`."""
+    """A contribution without its tensors, see `Contribution`."""
 
     lease_id: int
     version: int
     num_tasks: int
     weight: float
-    state_sizes: Mapping[int, int] = {}  # never changed
 
 
 class Progress(NamedTuple):
@@ -40,7 +41,10 @@ class Progress(NamedTuple):
 
 
 class ParameterServer:
-    """A shell around `OuterVariable` that speaks numpy."""
+    """A shell around `OuterVariable` that speaks numpy; of several shards, each has one.
+
+    What it returns is the memory of x itself: Ray copies it before the next call is begun.
+    """
 
     def setup(
         self,
@@ -53,8 +57,8 @@ class ParameterServer:
         """Continue from `state`.
 
         Args:
-            state: of x and its optimiser.
-            spec: names, shapes and dtype of x.
+            state: of x and its optimiser, or of a slice of it.
+            spec: names, shapes and dtype of x; of a slice, see `OuterSpec.of_slices`.
             optimizer: how x is stepped.
             num_threads: intra-op threads of a step; the sum in a norm may depend on it.
             rules: the `StepRules`, if there are any, pickled by `runtime_env.pickle_by_value`.
@@ -64,24 +68,36 @@ class ParameterServer:
         )
         self._num_threads = num_threads
 
-    def apply(self, arrivals: Sequence[Arrival], *totals: Array) -> tuple[StepResult, Array]:
-        """(what one outer step with these did, a copy of x); each lease counts once."""
-        contributions = [_contribution(*pair) for pair in zip(arrivals, totals, strict=True)]
+    def apply(self, arrivals: Sequence[Arrival], *pushed: Pushed) -> tuple[StepResult, Pulled]:
+        """(what one outer step with these did, the new x); each lease counts once."""
+        contributions = _contributions(arrivals, pushed)
         with intra_op_threads(self._num_threads):
             step = self._variable.apply(contributions)
-        return step, self._copy()
+        return step, self.pull()
 
-    def pull(self) -> Array:
-        """A copy of x."""
-        return self._copy()
+    def prepare(self, arrivals: Sequence[Arrival], *pushed: Pushed) -> list[float]:
+        """See `OuterVariable.prepare`."""
+        contributions = _contributions(arrivals, pushed)
+        with intra_op_threads(self._num_threads):
+            return self._variable.prepare(contributions)
 
-    def kept(self, indices: Sequence[int]) -> Kept:
-        """What a lease of these tasks needs beside x."""
-        previous, states = self._variable.previous, self._variable.states
-        return Kept(
-            None if previous is None else to_array(previous.clone()),
-            {index: to_array(states[index].clone()) for index in indices if index in states},
+    def commit(self, norm: float) -> tuple[StepResult, Pulled]:
+        """See `OuterVariable.commit`; and the new slice of x."""
+        with intra_op_threads(self._num_threads):
+            step = self._variable.commit(norm)
+        return step, self.pull()
+
+    def pull(self) -> Pulled:
+        """x, and what else of it a lease needs."""
+        previous = self._variable.previous
+        return Pulled(
+            to_array(self._variable.flat), None if previous is None else to_array(previous)
         )
+
+    def kept(self, indices: Sequence[int]) -> dict[int, Array]:
+        """What the algorithm keeps of these tasks."""
+        states = self._variable.states
+        return {index: to_array(states[index]) for index in indices if index in states}
 
     def version(self) -> int:
         """The version of x."""
@@ -89,27 +105,23 @@ class ParameterServer:
 
     def progress(self) -> Progress:
         """The version of x, and the leases in it."""
-        state = self._variable.state()
+        state = self._variable.state(copy=False)
         return Progress(state.version, state.applied_below, state.applied)
 
     def state(self) -> PackedState:
-        """A copy of everything that must persist."""
-        return pack_state(self._variable.state())
-
-    def _copy(self) -> Array:
-        # Never the memory of x itself: who holds it could write to x, or see it change.
-        return to_array(self._variable.flat.clone())
+        """Everything that must persist."""
+        return pack_state(self._variable.state(copy=False), self._variable.flat)
 
 
-def _contribution(item: Arrival, buffer: Array) -> Contribution:
-    flat = read_only(buffer)
-    sizes = item.state_sizes
-    total, *states = flat.split([len(flat) - sum(sizes.values()), *sizes.values()])
-    return Contribution(
-        item.lease_id,
-        item.version,
-        total,
-        item.num_tasks,
-        item.weight,
-        {index: state.clone() for index, state in zip(sizes, states, strict=True)},
-    )
+def _contributions(arrivals: Sequence[Arrival], pushed: Sequence[Pushed]) -> list[Contribution]:
+    return [
+        Contribution(
+            item.lease_id,
+            item.version,
+            read_only(sent.total),
+            item.num_tasks,
+            item.weight,
+            {index: to_tensor(state) for index, state in sent.states.items()},
+        )
+        for item, sent in zip(arrivals, pushed, strict=True)
+    ]

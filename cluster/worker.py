@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import ray
 import torch
 from ray import cloudpickle
+from torch import Tensor
 
-from metadist.cluster.buffers import Array, Kept, OuterSpec, read_only, to_array, to_tensor
+from metadist.cluster.buffers import (
+    Array,
+    OuterSpec,
+    Pulled,
+    Pushed,
+    join,
+    read_only,
+    to_array,
+    to_tensor,
+)
+from metadist.cluster.rounding import Bfloat16
 from metadist.lease import Lease, LeaseResult, Workload, pick_device
+
+Transfer = Literal["full", "bfloat16"]
 
 
 class WorkerInfo(NamedTuple):
@@ -35,38 +49,65 @@ class Worker:
         self._name = name
         self._requested_device = device
 
-    def setup(self, payload: bytes, spec: OuterSpec) -> WorkerInfo:
+    def setup(
+        self,
+        payload: bytes,
+        spec: OuterSpec,
+        bounds: Sequence[tuple[int, int]] | None = None,
+        transfer: Transfer = "full",
+    ) -> WorkerInfo:
         """Where this worker runs, ready to compute leases of another workload.
 
         Args:
             payload: the workload, pickled by `runtime_env.pickle_by_value`.
             spec: names, shapes and dtype of x.
+            bounds: the slices of x that the shards of the server own; None: there is one.
+            transfer: how sums of hypergradients are sent, see `RayExecutor`.
         """
         device = pick_device(worker_device(self._requested_device))
         self._workload: Workload = cloudpickle.loads(payload)
         self._flat = torch.zeros(spec.num_elements, dtype=spec.dtype, device=device)
         self._spec = spec
+        self._bounds = bounds or [(0, spec.num_elements)]
+        self._rounding = Bfloat16() if transfer == "bfloat16" else None
         self._outer = spec.views(self._flat)
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         return WorkerInfo(self._name, hardware, socket.gethostname(), os.getpid())
 
-    def compute(self, lease: Lease, flat: Array, kept: Kept | None) -> tuple[LeaseResult, Array]:
-        """(the result, one buffer: sums of hypergradients, then states) of `lease`.
+    def compute(
+        self, lease: Lease, kept: Mapping[int, Array] | None, *pulled: Pulled
+    ) -> tuple[LeaseResult | Pushed, ...]:
+        """The result of `lease`, and for each shard of the server what it adds to x.
 
         Args:
             lease: which tasks.
-            flat: x.
-            kept: what else it needs, where the workload is synchronous.
+            kept: what the algorithm keeps of these tasks, where it does.
+            pulled: x, in as many slices as there are shards.
         """
-        self._flat.copy_(read_only(flat))
+        for (start, stop), part in zip(self._bounds, pulled, strict=True):
+            self._flat[start:stop].copy_(read_only(part.flat))
         device = self._flat.device
-        previous, states = None, {}
-        if kept is not None:
-            states = {i: to_tensor(state).to(device) for i, state in kept.states.items()}
-            if kept.previous is not None:
-                previous = self._spec.views(to_tensor(kept.previous).to(device))
+        before = [part.previous for part in pulled if part.previous is not None]
+        previous = self._spec.views(join(before).to(device)) if before else None
+        states = {index: to_tensor(state).to(device) for index, state in (kept or {}).items()}
         computed = self._workload.compute(lease, self._outer, previous, states)
-        return computed.result, to_array(torch.cat([computed.total, *computed.states.values()]))
+        left = {index: to_array(state) for index, state in computed.states.items()}
+        total = computed.total
+        if self._rounding is not None:
+            # The server may leave out a sum of no tasks.
+            is_used = computed.result.num_tasks > 0
+            total = self._rounding.round(total) if is_used else total.to(torch.bfloat16)
+        return computed.result, *self._cut(total, left)
+
+    def _cut(self, total: Tensor, states: dict[int, Array]) -> Iterator[Pushed]:
+        if len(self._bounds) == 1:
+            yield Pushed(to_array(total), states)
+            return
+        halves = total.split(len(self._flat))
+        for start, stop in self._bounds:
+            pieces = [half[start:stop] for half in halves]
+            mine = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            yield Pushed(to_array(mine), {} if start else states)
 
 
 def worker_device(device: str) -> str:

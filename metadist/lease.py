@@ -45,7 +45,6 @@ class LeaseResult(NamedTuple):
         metrics: sums over the tasks in the sum; empty unless the lease asked for a report.
         sampling_s: seconds spent on sampling the tasks.
         compute_s: seconds spent on their hypergradients.
-        state_sizes: how many numbers the algorithm keeps of each task, by task index.
         calls: what the algorithm asked of the oracle, see `CountingOracle`.
     """
 
@@ -56,7 +55,6 @@ class LeaseResult(NamedTuple):
     metrics: dict[str, float]
     sampling_s: float
     compute_s: float
-    state_sizes: Mapping[int, int] = {}  # never changed
     calls: Mapping[str, int] = {}  # never changed
 
 
@@ -234,7 +232,6 @@ class Workload:
             found.metrics if lease.report else {},
             sampled - began,
             time.perf_counter() - sampled,
-            {index: len(state) for index, state in found.states.items()},
             found.calls,
         )
         return Computed(result, total, found.states)

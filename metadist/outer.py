@@ -5,14 +5,21 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metadist.trees import Params, check_flattenable, flatten, unflatten
+from metadist.trees import Params, check_flattenable, flatten, num_elements, unflatten
+
+BLOCK = 1 << 16
+"""Numbers of x that are added up, measured and stepped at a time.
+
+They stay in the cache from one operation to the next. And a shard of x is a number of whole
+blocks, so it makes the same calls on each of them as one owner of the whole x, to the same bytes.
+"""
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,8 @@ class OuterOptimizer:
     Args:
         name: one of `OPTIMIZERS`.
         lr: the outer learning rate, > 0.
-        options: further arguments of that torch.optim class, e.g. {"weight_decay": 1e-4}.
+        options: further arguments of that torch.optim class, e.g. {"weight_decay": 1e-4}; for a
+            large x {"fused": True} makes a step of Adam twice as fast, with other roundings.
         clip_norm: the hypergradient is scaled down to this Euclidean norm; None: never.
         schedule: of the learning rate: "constant"; falling to 0 over `schedule_steps` outer steps
             as "linear" or "cosine"; or "power", lr * (k+1)^-schedule_power at outer step k.
@@ -141,6 +149,7 @@ class OuterState(NamedTuple):
         applied_below, applied: the leases in x: all below a number, and some others.
         recursion: of a two-point method, w and the previous x, each of shape (L,).
         states: what the algorithm keeps of each task, by task index.
+        num_shards: owners among whom x is divided; a checkpoint has a file for each.
     """
 
     outer: Params
@@ -150,6 +159,7 @@ class OuterState(NamedTuple):
     applied: tuple[int, ...]
     recursion: Mapping[str, Tensor] = {}  # never changed
     states: Mapping[int, Tensor] = {}  # never changed
+    num_shards: int = 1
 
 
 class StepRules(NamedTuple):
@@ -165,11 +175,24 @@ class StepRules(NamedTuple):
     recursive_weight: Callable[[int], float | None] | None = None
 
 
+class _Prepared(NamedTuple):
+    """A step that was checked and added up, and has changed nothing yet."""
+
+    fresh: tuple[Contribution, ...]
+    repeated: tuple[int, ...]
+    num_tasks: int
+    recursion: dict[str, Tensor]
+
+
 class OuterVariable:
     """x, its optimiser state and its version; applies contributions, each lease once.
 
     Contributions are added in lease order whatever order they come in, so a synchronous run
     gives the same bytes with any number of workers.
+
+    A step has two halves, `prepare` and `commit`, for the sake of shards: each is an
+    `OuterVariable` of a slice of x, see `shard_bounds`; all prepare, and if none raised all
+    commit, with the norm over all of them.
 
     Args:
         outer: x at the start.
@@ -181,12 +204,15 @@ class OuterVariable:
         self, outer: Params, optimizer: OuterOptimizer, rules: StepRules | None = None
     ) -> None:
         check_flattenable(outer, "outer")
-        self._like = {name: leaf.detach() for name, leaf in outer.items()}
-        self._flat = torch.nn.Parameter(flatten(self._like).clone())
+        self._like = {name: torch.empty_like(leaf, device="meta") for name, leaf in outer.items()}
+        self._flat = flatten({name: leaf.detach() for name, leaf in outer.items()})
         self._config = optimizer
+        self._blocks = [torch.nn.Parameter(block) for block in self._flat.split(BLOCK)]
         self._optimizer = OPTIMIZERS[optimizer.name](
-            [self._flat], lr=optimizer.lr, **optimizer.options
+            self._blocks, lr=optimizer.lr, **optimizer.options
         )
+        self._moments: dict[str, Tensor] = {}
+        self._join_moments()
         self._rules = rules or StepRules()
         self._recursion: dict[str, Tensor] = {}
         self.states: dict[int, Tensor] = {}
@@ -194,6 +220,8 @@ class OuterVariable:
         self.version = 0
         self._applied_below = 0
         self._applied: set[int] = set()
+        self._prepared: _Prepared | None = None
+        self._mean = self._flat.new_empty(0)
 
     @property
     def previous(self) -> Tensor | None:
@@ -203,7 +231,7 @@ class OuterVariable:
     @property
     def flat(self) -> Tensor:
         """x as one vector of shape (L,): shared memory, not to be written to."""
-        return self._flat.detach()
+        return self._flat
 
     @property
     def params(self) -> Params:
@@ -233,6 +261,14 @@ class OuterVariable:
         Raises:
             ValueError: a contribution is not one of this variable, or not finite; nothing changed.
         """
+        return self.commit(norm_of_blocks(self.prepare(contributions)))
+
+    def prepare(self, contributions: Sequence[Contribution]) -> list[float]:
+        """The squared norm of each block of the mean hypergradient; the first half of `apply`.
+
+        Takes the place of an earlier one that was not committed. Raises as `apply` does.
+        """
+        self._prepared = None
         fresh: list[Contribution] = []
         repeated: list[int] = []
         weight = self._weight()
@@ -246,36 +282,49 @@ class OuterVariable:
                 continue
             self._check(item, expected)
             fresh.append(item)
-        lr = self._config.lr_at(self.version)
-        norm = 0.0
         recursion = self._recursion
+        squares: list[float] = []
         num_tasks = sum(item.num_tasks for item in fresh)
         if num_tasks:
-            mean = torch.zeros(expected, dtype=self._flat.dtype, device=self._flat.device)
-            for item in fresh:
-                mean.add_(item.total, alpha=item.weight)
-            mean.div_(num_tasks)
+            if len(self._mean) != expected:
+                self._mean = self._flat.new_empty(expected)
+            self._add_up(fresh, num_tasks)
             if weight is not None:
-                recursion = self._recur(mean, weight)
-                mean = recursion["w"].clone()
-            norm = float(mean.norm())
+                recursion = self._recur(weight)
+            mean = self._mean[: len(self._flat)]
+            squares = _squares_of_blocks(mean)
             # Huge but finite numbers may have no finite norm.
-            if not math.isfinite(norm) and not bool(mean.isfinite().all()):
+            if not all(map(math.isfinite, squares)) and not bool(mean.isfinite().all()):
                 raise ValueError(
                     "contributions must have a finite mean, got NaN or Inf from leases "
                     f"{[item.lease_id for item in fresh]}"
                 )
-            if self._config.clip_norm is not None and norm > self._config.clip_norm:
-                mean.mul_(self._config.clip_norm / norm)
+        self._prepared = _Prepared(tuple(fresh), tuple(repeated), num_tasks, recursion)
+        return squares
+
+    def commit(self, norm: float) -> StepResult:
+        """What the prepared step did; the second half of `apply`.
+
+        Args:
+            norm: `norm_of_blocks` of what `prepare` returned, in all shards if there are several.
+        """
+        assert self._prepared is not None, "prepare comes first"
+        fresh, repeated, num_tasks, self._recursion = self._prepared
+        self._prepared = None
+        lr = self._config.lr_at(self.version)
+        if num_tasks:
+            clip = self._config.clip_norm
+            scale = clip / norm if clip is not None and norm > clip else None
+            mean = self._mean[: len(self._flat)]
+            for parameter, block in zip(self._blocks, mean.split(BLOCK), strict=True):
+                parameter.grad = block if scale is None else block.mul_(scale)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
-            self._flat.grad = mean
             self._optimizer.step()
-            self._flat.grad = None
-            self._recursion = recursion
+            self._optimizer.zero_grad(set_to_none=True)
+            self._join_moments()
             if self._rules.project is not None:
-                with torch.no_grad():
-                    self._flat.copy_(flatten(self._rules.project(self.params)))
+                self._flat.copy_(flatten(self._rules.project(self.params)).detach())
         for item in fresh:
             self.states.update(item.states)
         staleness = tuple(self.version - item.version for item in fresh)
@@ -285,14 +334,36 @@ class OuterVariable:
             while self._applied_below in self._applied:
                 self._applied.remove(self._applied_below)
                 self._applied_below += 1
-        return StepResult(
-            self.version,
-            tuple(item.lease_id for item in fresh),
-            tuple(repeated),
-            staleness,
-            norm,
-            lr,
-        )
+        applied = tuple(item.lease_id for item in fresh)
+        return StepResult(self.version, applied, repeated, staleness, norm, lr)
+
+    def _pieces(self, vector: Tensor) -> list[Tensor]:
+        """The blocks of a vector of shape (L,) or (2 L,)."""
+        halves = vector.split(len(self._flat))
+        return [block for half in halves for block in half.split(BLOCK)]
+
+    def _add_up(self, fresh: Sequence[Contribution], num_tasks: int) -> None:
+        """Set the mean."""
+        totals = zip(*(self._pieces(item.total) for item in fresh), strict=True)
+        for block, pieces in zip(self._pieces(self._mean), totals, strict=True):
+            block.copy_(pieces[0]).mul_(fresh[0].weight)
+            for piece, item in zip(pieces[1:], fresh[1:], strict=True):
+                block.add_(piece, alpha=item.weight)
+            block.div_(num_tasks)
+
+    def _join_moments(self) -> None:
+        """Make one vector of what the optimiser keeps of all blocks, of which its own are views."""
+        state = self._optimizer.state
+        first = state.get(self._blocks[0], {})
+        for name, leaf in first.items():
+            if isinstance(leaf, Tensor) and leaf.ndim and name not in self._moments:
+                self._moments[name] = torch.cat([state[block][name] for block in self._blocks])
+                self._share(name)
+
+    def _share(self, name: str) -> None:
+        pieces = self._moments[name].split(BLOCK)
+        for block, piece in zip(self._blocks, pieces, strict=True):
+            self._optimizer.state[block][name] = piece
 
     def _weight(self) -> float | None:
         """a_k of the step to come; 1 as long as there is nothing to go back to."""
@@ -300,12 +371,14 @@ class OuterVariable:
             return None
         return self._rules.recursive_weight(self.version) if self._recursion else 1.0
 
-    def _recur(self, mean: Tensor, weight: float) -> dict[str, Tensor]:
-        """w_k = h(x_k) + (1 - a_k) (w_{k-1} - h(x_{k-1})), and x_k."""
-        w, *at_previous = mean.split(len(self._flat))
-        if at_previous:
-            w = w + (1 - weight) * (self._recursion["w"] - at_previous[0])
-        return {"w": w.clone(), "previous": self.flat.clone()}
+    def _recur(self, weight: float) -> dict[str, Tensor]:
+        """w_k = h(x_k) + (1 - a_k) (w_{k-1} - h(x_{k-1})), also left in the mean, and x_k."""
+        length = len(self._flat)
+        if len(self._mean) > length:
+            now, before = (half.split(BLOCK) for half in self._mean.split(length))
+            for h, h_before, w in zip(now, before, self._recursion["w"].split(BLOCK), strict=True):
+                h.add_((w - h_before).mul_(1 - weight))
+        return {"w": self._mean[:length].clone(), "previous": self._flat.clone()}
 
     def _check(self, item: Contribution, expected: int) -> None:
         """Raise ValueError unless `item` can be added."""
@@ -328,27 +401,35 @@ class OuterVariable:
                     f"{like.dtype}, got {tuple(state.shape)} and {state.dtype}"
                 )
 
-    def state(self) -> OuterState:
-        """A copy of everything, for a checkpoint."""
-        optimizer: dict[str, Tensor] = {}
-        for name, value in self._optimizer.state_dict()["state"].get(0, {}).items():
-            if value is not None:
-                optimizer[name] = torch.as_tensor(value).detach().clone()
+    def state(self, copy: bool = True) -> OuterState:
+        """Everything, for a checkpoint.
+
+        Args:
+            copy: False: the memory of this variable itself, not to be written to; it changes with
+                the next step.
+        """
+        first = self._optimizer.state.get(self._blocks[0], {})
+        moments = {
+            name: self._moments.get(name, torch.as_tensor(leaf))
+            for name, leaf in first.items()
+            if leaf is not None
+        }
+        flat = self._flat.clone() if copy else self._flat
         return OuterState(
-            self.params,
-            optimizer,
+            self.unflatten(flat),
+            {name: leaf.detach().clone() if copy else leaf for name, leaf in moments.items()},
             self.version,
             self._applied_below,
             tuple(sorted(self._applied)),
-            {name: leaf.clone() for name, leaf in self._recursion.items()},
-            {index: leaf.clone() for index, leaf in sorted(self.states.items())},
+            {name: leaf.clone() if copy else leaf for name, leaf in self._recursion.items()},
+            {i: leaf.clone() if copy else leaf for i, leaf in sorted(self.states.items())},
         )
 
     @classmethod
     def from_state(
         cls, state: OuterState, optimizer: OuterOptimizer, rules: StepRules | None = None
     ) -> OuterVariable:
-        """The variable as it was when `state` was taken.
+        """The variable as it was when `state` was taken, in memory of its own.
 
         Raises:
             ValueError: see `check_state`.
@@ -357,19 +438,55 @@ class OuterVariable:
         variable = cls(state.outer, optimizer, rules)
         variable._recursion = {name: leaf.clone() for name, leaf in state.recursion.items()}
         variable.states = {index: leaf.clone() for index, leaf in state.states.items()}
-        if state.optimizer:
-            snapshot = variable._optimizer.state_dict()
-            snapshot["state"] = {0: {name: leaf.clone() for name, leaf in state.optimizer.items()}}
-            variable._optimizer.load_state_dict(snapshot)
+        for name, leaf in state.optimizer.items():
+            if leaf.ndim:
+                variable._moments[name] = leaf.clone()
+                variable._share(name)
+                continue
+            for block in variable._blocks:
+                variable._optimizer.state[block][name] = leaf.clone()
         variable.version = state.version
         variable._applied_below = state.applied_below
         variable._applied = set(state.applied)
         return variable
 
 
+def shard_bounds(length: int, num_shards: int) -> list[tuple[int, int]]:
+    """Where the slices of x of that length begin and end, all of whole blocks but for the last.
+
+    Raises:
+        ValueError: there are fewer blocks than shards.
+    """
+    num_blocks = max(1, math.ceil(length / BLOCK))
+    if not 1 <= num_shards <= num_blocks:
+        raise ValueError(
+            f"num_shards must be between 1 and {num_blocks} for an outer variable of {length} "
+            f"numbers, got {num_shards}: a shard holds {BLOCK} of them or more, and with fewer "
+            "would only cost time"
+        )
+    cuts = [min(length, BLOCK * (n * num_blocks // num_shards)) for n in range(num_shards + 1)]
+    return list(itertools.pairwise(cuts))
+
+
+def norm_of_blocks(squares: Iterable[float]) -> float:
+    """The Euclidean norm of a vector, of the squared norms of its blocks in their order."""
+    total = 0.0
+    for square in squares:  # `sum` rounds differently from one version of Python to another
+        total += square
+    return math.sqrt(total)
+
+
+def _squares_of_blocks(vector: Tensor) -> list[float]:
+    squares = []
+    for block in vector.split(BLOCK):
+        double = block.double()
+        squares.append(torch.dot(double, double))
+    return torch.stack(squares).tolist()
+
+
 def check_state(state: OuterState, optimizer: OuterOptimizer) -> None:
     """Raise ValueError unless the parts of `state` belong together and to the optimiser."""
-    length = sum(leaf.numel() for leaf in state.outer.values())
+    length = num_elements(state.outer)
     like = torch.nn.Parameter(torch.zeros(1))
     like.grad = torch.zeros(1)
     stepped = OPTIMIZERS[optimizer.name]([like], lr=optimizer.lr, **optimizer.options)

@@ -9,7 +9,15 @@ import pytest
 import ray
 import torch
 
-from metadist.cluster.buffers import OuterSpec, pack_state, read_only, unpack_state
+from metadist.cluster.buffers import (
+    OuterSpec,
+    Pulled,
+    Pushed,
+    join_states,
+    pack_state,
+    read_only,
+    unpack_state,
+)
 from metadist.cluster.runtime_env import pickle_by_value
 from metadist.cluster.server import Arrival, ParameterServer
 from metadist.cluster.worker import Worker, worker_device
@@ -43,16 +51,18 @@ def stepped_state(dtype):
 def test_a_state_survives_packing(dtype):
     state = stepped_state(torch.float32)
     state = state._replace(outer={name: leaf.to(dtype) for name, leaf in state.outer.items()})
-    unpacked = unpack_state(pack_state(state), OuterSpec.of(state.outer))
+    spec = OuterSpec.of(state.outer)
+    unpacked = unpack_state(pack_state(state), spec)
     assert state_bytes(unpacked) == state_bytes(state)
+    assert state_bytes(join_states([pack_state(state)], spec)) == state_bytes(state)
     assert {leaf.dtype for leaf in unpacked.outer.values()} == {dtype}
 
 
-def test_an_unpacked_state_has_memory_of_its_own():
+def test_a_joined_state_has_memory_of_its_own():
     state = stepped_state(torch.float32)
     packed = pack_state(state)
-    unpacked = unpack_state(packed, OuterSpec.of(state.outer))
-    for leaf in (*unpacked.outer.values(), *unpacked.optimizer.values()):
+    joined = join_states([packed], OuterSpec.of(state.outer))
+    for leaf in (*joined.outer.values(), *joined.optimizer.values()):
         leaf.add_(1)
     assert state_bytes(unpack_state(packed, OuterSpec.of(state.outer))) == state_bytes(state)
 
@@ -68,31 +78,30 @@ def test_reading_a_read_only_array_is_no_warning():
     assert read_only(array).tolist() == [0, 1, 2]
 
 
-def test_the_server_returns_copies():
+def test_what_the_server_returns_is_no_way_in():
     server = make_server()
-    before = server.pull()
-    server.pull()[:] = 7
-    _, after = server.apply([Arrival(0, 0, 1, 1.0)], np.zeros_like(before))
-    after[:] = 7
-    np.testing.assert_array_equal(server.pull(), before)
-    assert before.flags.writeable
+    _, after = server.apply([Arrival(0, 0, 1, 1.0)], Pushed(np.zeros_like(server.pull().flat)))
+    for array in (server.pull().flat, after.flat, server.state().flat):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 7
 
 
 def test_the_server_applies_a_lease_once():
     server = make_server()
-    total = np.ones_like(server.pull())
-    first, x = server.apply([Arrival(0, 0, 1, 1.0)], total)
-    again, same = server.apply([Arrival(0, 0, 1, 1.0)], total)
+    pushed = Pushed(np.ones_like(server.pull().flat))
+    first, x = server.apply([Arrival(0, 0, 1, 1.0)], pushed)
+    x = x.flat.copy()
+    again, same = server.apply([Arrival(0, 0, 1, 1.0)], pushed)
     assert (first.applied, first.version) == ((0,), 1)
     assert (again.applied, again.repeated, again.version) == ((), (0,), 1)
-    np.testing.assert_array_equal(x, same)
+    np.testing.assert_array_equal(x, same.flat)
 
 
 def test_the_server_weighs_contributions():
     server = make_server()
-    before = server.pull()
-    _, after = server.apply([Arrival(0, 0, 2, 0.5)], np.ones_like(before))
-    np.testing.assert_allclose(before - after, 0.25, rtol=1e-6)
+    before = server.pull().flat.copy()
+    _, after = server.apply([Arrival(0, 0, 2, 0.5)], Pushed(np.ones_like(before)))
+    np.testing.assert_allclose(before - after.flat, 0.25, rtol=1e-6)
 
 
 def test_shared_memory_is_never_written_to(ray_session):
@@ -104,16 +113,22 @@ def test_shared_memory_is_never_written_to(ray_session):
     worker.setup.remote(pickle_by_value(make_workload(problem=big)), spec)
     server: Any = ray.remote(ParameterServer).options(num_cpus=0).remote()
     server.setup.remote(pack_state(state), spec, ADAM, 1)
-    flat = ray.put(np.arange(spec.num_elements, dtype=np.float32))
-    before = ray.get(flat).copy()
+    flat = ray.put(Pulled(np.arange(spec.num_elements, dtype=np.float32)))
+    before = ray.get(flat).flat.copy()
     lease = make_workload().lease(0, 0)
-    meta, total = worker.compute.options(num_returns=2).remote(lease, flat, None)
-    total_before = ray.get(total).copy()
+    meta, pushed = worker.compute.options(num_returns=2).remote(lease, None, flat)
+    pushed_before = ray.get(pushed).total.copy()
     arrivals = [Arrival(0, 0, 1, 1.0)]
-    ray.get(server.apply.options(num_returns=2).remote(arrivals, total))
-    ray.get(worker.compute.options(num_returns=2).remote(lease, total, None))
-    np.testing.assert_array_equal(ray.get(flat), before)
-    np.testing.assert_array_equal(ray.get(total), total_before)
+    _, first = ray.get(server.apply.options(num_returns=2).remote(arrivals, pushed))
+    first_before = first.flat.copy()
+    arrivals = [Arrival(1, 0, 1, 1.0)]
+    _, second = ray.get(server.apply.options(num_returns=2).remote(arrivals, pushed))
+    ray.get(worker.compute.options(num_returns=2).remote(lease, None, ray.put(second)))
+    np.testing.assert_array_equal(ray.get(flat).flat, before)
+    np.testing.assert_array_equal(ray.get(pushed).total, pushed_before)
+    # What the server gave out stays as it was, though it was its own memory.
+    np.testing.assert_array_equal(first.flat, first_before)
+    assert (second.flat != first.flat).any()
     assert ray.get(meta).num_tasks == 1
     for actor in (worker, server):
         ray.kill(actor)

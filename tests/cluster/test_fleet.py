@@ -79,7 +79,7 @@ def workers(monkeypatch):
     # One lease after another until every worker has had one: then it is known what is usual.
     for number in range(3):
         first = Lease(number, 0, (number,), False)
-        fleet.submit(first, object())
+        fleet.submit(first, (object(),))
         next(a for a in actors.values() if a.calls and a.calls[-1].answer is None).answer(first)
         assert [event.result.lease_id for event in fleet.wait(0.0)] == [number]
     return fleet, actors
@@ -101,7 +101,7 @@ def back_up(fleet: Fleet) -> list[int]:
 
 def test_a_second_worker_gets_a_lease_that_takes_long_and_no_third(workers):
     fleet, actors = workers
-    fleet.submit(LEASE, object())
+    fleet.submit(LEASE, (object(),))
     first, second = back_up(fleet)
     assert back_up(fleet) == [first, second]
     actors[second].answer(LEASE)
@@ -115,7 +115,7 @@ def test_a_second_worker_gets_a_lease_that_takes_long_and_no_third(workers):
 
 def test_two_answers_at_once_count_as_one(workers):
     fleet, actors = workers
-    fleet.submit(LEASE, object())
+    fleet.submit(LEASE, (object(),))
     for number in back_up(fleet):
         actors[number].answer(LEASE)
     assert len(fleet.wait(0.0)) == 1
@@ -123,7 +123,7 @@ def test_two_answers_at_once_count_as_one(workers):
 
 def test_a_lease_is_lost_with_the_last_of_its_workers(workers):
     fleet, actors = workers
-    fleet.submit(LEASE, object())
+    fleet.submit(LEASE, (object(),))
     first, second = back_up(fleet)
     actors[first].die()
     assert fleet.wait(0.0) == []
@@ -134,7 +134,7 @@ def test_a_lease_is_lost_with_the_last_of_its_workers(workers):
 
 def test_a_worker_that_dies_over_an_answered_lease_loses_none(workers):
     fleet, actors = workers
-    fleet.submit(LEASE, object())
+    fleet.submit(LEASE, (object(),))
     first, second = back_up(fleet)
     actors[second].answer(LEASE)
     fleet.wait(0.0)
@@ -144,11 +144,11 @@ def test_a_worker_that_dies_over_an_answered_lease_loses_none(workers):
 
 def test_a_lease_whose_answer_was_lost_is_not_mistaken_for_its_late_copy(workers):
     fleet, actors = workers
-    fleet.submit(LEASE, object())
+    fleet.submit(LEASE, (object(),))
     first, second = back_up(fleet)
     actors[second].answer(LEASE)
     fleet.wait(0.0)
-    fleet.submit(LEASE, object())  # again, while the first is still at it
+    fleet.submit(LEASE, (object(),))  # again, while the first is still at it
     (again,) = set(holders(fleet)) - {first}
     actors[again].die()
     assert fleet.wait(0.0) == [Lost(LEASE, lost_data=False)]

@@ -143,7 +143,7 @@ def test_every_optimiser_goes_on_from_a_file_as_if_it_had_not_stopped(place, opt
         step(loaded, number)
     assert exact(loaded.state().outer) == exact(variable.state().outer)
     assert exact(loaded.state().optimizer) == exact(variable.state().optimizer)
-    assert loaded.state()[2:] == variable.state()[2:] == (6, 6, (), {}, {})
+    assert loaded.state()[2:] == variable.state()[2:] == (6, 6, (), {}, {}, 1)
 
 
 def test_a_folder_that_does_not_exist_holds_nothing_and_is_not_made_by_looking(place):

@@ -1,5 +1,6 @@
 """The outer variable: torch.optim on the mean hypergradient, each lease once, in lease order."""
 
+import itertools
 import math
 from typing import Any
 
@@ -8,7 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metadist.outer import OPTIMIZERS, Contribution, OuterOptimizer, OuterVariable
+from metadist.lease import intra_op_threads
+from metadist.outer import (
+    BLOCK,
+    OPTIMIZERS,
+    Contribution,
+    OuterOptimizer,
+    OuterVariable,
+    StepRules,
+    norm_of_blocks,
+    shard_bounds,
+)
 from metadist.trees import flatten
 from tests.problems import assert_same_bytes, generator
 
@@ -279,3 +290,171 @@ def test_a_contribution_that_does_not_fit_is_refused_and_nothing_is_applied(item
 def test_an_outer_variable_of_no_floating_dtype_is_refused(outer):
     with pytest.raises(ValueError, match="outer must hold tensors of one floating dtype, got"):
         OuterVariable(outer, OuterOptimizer())
+
+
+LENGTH = 4 * BLOCK + 77
+
+
+def long_contribution(lease_id, version, length, dtype):
+    random = generator(lease_id, 6)
+    total = torch.randn(length, generator=random, dtype=torch.float64) * 10.0 ** (lease_id % 3)
+    return Contribution(lease_id, version, total.to(dtype), 2, weight=1 / (1 + lease_id))
+
+
+class Shards:
+    """The slices of x with their owners, which step it as a server of several shards does."""
+
+    def __init__(self, outer, config, rules, num_shards):
+        self.bounds = shard_bounds(len(outer), num_shards)
+        self.variables = [OuterVariable({"x": outer[a:b]}, config, rules) for a, b in self.bounds]
+
+    def apply(self, items):
+        length = self.bounds[-1][1]
+        squares = []
+        for (start, stop), variable in zip(self.bounds, self.variables, strict=True):
+            squares += variable.prepare(
+                [
+                    item._replace(
+                        total=torch.cat([h[start:stop] for h in item.total.split(length)])
+                    )
+                    for item in items
+                ]
+            )
+        norm = norm_of_blocks(squares)
+        steps = [variable.commit(norm) for variable in self.variables]
+        assert all(step == steps[0] for step in steps)
+        return steps[0]
+
+    def state(self):
+        """Every tensor of the state, put together."""
+        states = [variable.state() for variable in self.variables]
+        found = {"x": torch.cat([state.outer["x"] for state in states])}
+        for field in ("optimizer", "recursion"):
+            for name, leaf in getattr(states[0], field).items():
+                parts = [getattr(state, field)[name] for state in states]
+                found[name] = torch.cat(parts) if leaf.ndim else leaf
+        return found
+
+
+def as_one(variable):
+    state = variable.state()
+    return {**state.outer, **state.optimizer, **state.recursion}
+
+
+MOMENTUM = {"momentum": 0.9, "weight_decay": 0.1}
+LONG = [
+    *((*case.values, torch.float32, 1) for case in EVERY_OPTIMIZER),
+    ("adam", {"fused": True}, torch.float32, 1),
+    ("adam", {"foreach": True}, torch.float32, 1),
+    ("adam", {}, torch.float32, 3),
+    ("adam", {"fused": True}, torch.float32, 3),
+    ("adamw", {}, torch.float64, 2),
+    # Half precision is rounded differently at the ends of vectors.
+    ("sgd", MOMENTUM, torch.float16, 1),
+    ("sgd", MOMENTUM, torch.float16, 3),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "dtype", "num_threads"), LONG, ids=str)
+def test_shards_step_x_to_the_bytes_of_one_owner(name, options, dtype, num_threads):
+    config = OuterOptimizer(
+        name, 0.05, options, clip_norm=0.5, schedule="cosine", schedule_steps=5, warmup_steps=2
+    )
+    outer = torch.randn(LENGTH, generator=generator(1), dtype=torch.float64).to(dtype)
+    whole = OuterVariable({"x": outer}, config)
+    three = Shards(outer, config, None, 3)
+    with intra_op_threads(num_threads):
+        for version in range(3):
+            items = [long_contribution(2 * version + i, version, LENGTH, dtype) for i in range(2)]
+            assert three.apply(items) == whole.apply(items)
+    assert_same_bytes(three.state(), as_one(whole))
+    assert not torch.equal(whole.flat, outer)
+
+
+@pytest.mark.parametrize("num_shards", [2, 5])
+def test_shards_step_a_two_point_method_to_the_bytes_of_one_owner(num_shards):
+    config = OuterOptimizer("adam", 0.05, clip_norm=0.5)
+    rules = StepRules(recursive_weight=lambda version: 0.3 + 0.1 * version)
+    outer = torch.randn(LENGTH, generator=generator(1))
+    whole = OuterVariable({"x": outer}, config, rules)
+    shards = Shards(outer, config, rules, num_shards)
+    for version in range(4):
+        length = LENGTH * (2 if version else 1)
+        items = [long_contribution(2 * version + i, version, length, torch.float32) for i in (0, 1)]
+        assert shards.apply(items) == whole.apply(items)
+    assert_same_bytes(shards.state(), as_one(whole))
+
+
+def test_the_norm_is_that_of_numpy_and_clips_over_all_shards():
+    config = OuterOptimizer("sgd", 1.0, clip_norm=2.0)
+    outer = torch.zeros(LENGTH)
+    shards = Shards(outer, config, None, 2)
+    item = long_contribution(0, 0, LENGTH, torch.float32)
+    step = shards.apply([item])
+    expected = float((item.total.double() / 2).norm())
+    assert step.hypergradient_norm == pytest.approx(expected, rel=1e-7)
+    assert float(shards.state()["x"].double().norm()) == pytest.approx(2.0, rel=1e-5)
+
+
+def test_what_was_prepared_changes_nothing_until_it_is_committed():
+    variable = OuterVariable(params(), OuterOptimizer("sgd", 0.1))
+    expected = OuterVariable(params(), OuterOptimizer("sgd", 0.1))
+    variable.prepare([contribution(5)])
+    assert_same_bytes(variable.params, params())
+    assert variable.version == 0 and not variable.is_applied(5)
+    # Another step takes its place.
+    norm = norm_of_blocks(variable.prepare([contribution(0)]))
+    assert variable.commit(norm) == expected.apply([contribution(0)])
+    assert_same_bytes(variable.params, expected.params)
+    with pytest.raises(AssertionError, match="prepare comes first"):
+        variable.commit(norm)
+
+
+@pytest.mark.parametrize("at", [3, LENGTH - 1])
+def test_what_is_not_finite_in_one_shard_is_refused_there_and_committed_nowhere(at):
+    outer = torch.zeros(LENGTH)
+    shards = Shards(outer, OuterOptimizer("adam", 0.1), None, 2)
+    item = long_contribution(0, 0, LENGTH, torch.float32)
+    item.total[at] = math.inf
+    with pytest.raises(ValueError, match=r"must have a finite mean, got NaN or Inf from leases"):
+        shards.apply([item])
+    assert torch.equal(shards.state()["x"], outer)
+    assert [variable.version for variable in shards.variables] == [0, 0]
+
+
+def test_huge_numbers_without_a_finite_norm_are_no_error():
+    variable = OuterVariable({"x": torch.zeros(2, dtype=torch.float64)}, OuterOptimizer("sgd", 1.0))
+    total = torch.tensor([1e200, 1.0], dtype=torch.float64)
+    assert variable.apply([Contribution(0, 0, total, 1)]).hypergradient_norm == math.inf
+    assert variable.flat.tolist() == [-1e200, -1.0]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(0, 40 * BLOCK), st.integers(1, 40))
+def test_the_slices_of_shards_are_whole_blocks_and_cover_x(length, num_shards):
+    num_blocks = max(1, -(-length // BLOCK))
+    if num_shards > num_blocks:
+        message = f"num_shards must be between 1 and {num_blocks} for .* {length} n.* {num_shards}:"
+        with pytest.raises(ValueError, match=message):
+            shard_bounds(length, num_shards)
+        return
+    bounds = shard_bounds(length, num_shards)
+    assert bounds[0][0] == 0 and bounds[-1][1] == length and len(bounds) == num_shards
+    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(bounds))
+    assert all(start % BLOCK == 0 for start, _ in bounds)
+    sizes = [-(-(stop - start) // BLOCK) for start, stop in bounds]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_state_that_is_no_copy_is_the_memory_of_the_variable():
+    config = OuterOptimizer("adam", 0.1)
+    variable = OuterVariable({"x": torch.zeros(2 * BLOCK)}, config)
+    variable.apply([long_contribution(0, 0, 2 * BLOCK, torch.float32)])
+    copy, live = variable.state(), variable.state(copy=False)
+    before = {**copy.outer, **copy.optimizer}
+    assert_same_bytes({**live.outer, **live.optimizer}, before)
+    variable.apply([long_contribution(1, 1, 2 * BLOCK, torch.float32)])
+    after = variable.state()
+    assert_same_bytes({**live.outer, **live.optimizer}, {**after.outer, **after.optimizer})
+    assert not torch.equal(before["x"], after.outer["x"])
+    assert live.outer["x"].data_ptr() == variable.flat.data_ptr()

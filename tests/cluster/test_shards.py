@@ -1,0 +1,246 @@
+"""A parameter server of several shards: the bytes of one, whatever happens to any of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import ray
+import torch
+from torch import Tensor
+
+from metadist.cluster import RayExecutor
+from metadist.executor import LocalExecutor
+from metadist.lease import Workload
+from metadist.outer import BLOCK, OuterOptimizer, OuterState, OuterVariable
+from metadist.task import Batch, Task
+from metadist.trees import Params
+from tests.algorithms.directions import NEW_TASKS, Directions, DirectionSampler
+from tests.cluster.toy import (
+    ADAM,
+    Regression,
+    Waiting,
+    first_state,
+    local_run,
+    make_workload,
+    state_bytes,
+    wait_until,
+)
+
+CLIPPED = OuterOptimizer("adam", lr=0.05, clip_norm=0.5, schedule="linear", schedule_steps=9)
+SHARDED = {"num_workers": 2, "num_shards": 2}
+
+
+@dataclass(frozen=True)
+class Wide(Regression):
+    """A regression with many parameters beside, each pulled somewhere else by each task."""
+
+    num_idle: int = 2 * BLOCK + 500
+
+    def init_inner(self, outer: Params, task: Task) -> Params:
+        return outer
+
+    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        pull = torch.arange(self.num_idle, dtype=inner["idle"].dtype).cos() * batch.tensors[1][0]
+        return (
+            super().inner_loss(outer, inner, batch) + 1e-3 * (inner["idle"] - pull).square().sum()
+        )
+
+    outer_loss = inner_loss
+
+
+@dataclass(frozen=True)
+class Projected(Wide):
+    """Whose outer variable is constrained."""
+
+    def project_outer(self, outer: Params) -> Params:
+        return {name: leaf.clamp(-1, 1) for name, leaf in outer.items()}
+
+
+class WideDirections(Directions):
+    """With further outer parameters, which move what the outer loss is compared with."""
+
+    def init_outer(self, generator: torch.Generator) -> Params:
+        idle = torch.ones(BLOCK + 300, dtype=torch.float64)
+        return {**super().init_outer(generator), "idle": idle}
+
+    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        return (
+            super().outer_loss(outer, inner, batch)
+            + (outer["idle"] * batch.tensors[1][0]).square().mean()
+        )
+
+
+def wide_workload(**options: Any) -> Workload:
+    return make_workload(problem=Wide(), **options)
+
+
+def everything(state: OuterState) -> object:
+    """All of a state, bit for bit."""
+    kept = {**state.recursion, **{str(index): leaf for index, leaf in state.states.items()}}
+    return state_bytes(state), {name: leaf.numpy().tobytes() for name, leaf in kept.items()}
+
+
+def pid_of(server: Any) -> int:
+    pid: int = ray.get(server.__ray_call__.remote(lambda _: os.getpid()))
+    return pid
+
+
+def test_shards_give_the_bytes_of_one_process(executor):
+    expected, expected_reports = local_run(5, wide_workload(), CLIPPED)
+    running = executor(wide_workload(), first_state(Wide(), CLIPPED), CLIPPED, **SHARDED)
+    assert len(running._keeper.servers) == 2
+    reports = list(running.run(5))
+    state = running.state()
+    assert state_bytes(state) == state_bytes(expected)
+    assert [report.step for report in reports] == [report.step for report in expected_reports]
+    assert reports[0].step.hypergradient_norm > 0.5, "clipped"
+    assert all(torch.equal(running.outer()[name], x) for name, x in expected.outer.items())
+    assert state.num_shards == 2
+
+
+@pytest.mark.slow
+def test_the_number_of_shards_may_change_between_the_parts_of_a_run(executor):
+    running = executor(wide_workload(), first_state(Wide(), CLIPPED), CLIPPED, **SHARDED)
+    list(running.run(5))
+    alone = executor(wide_workload(), running.state(), CLIPPED, num_workers=2)
+    list(alone.run(7))
+    again = executor(wide_workload(), alone.state(), CLIPPED, **SHARDED)
+    list(again.run(9))
+    assert state_bytes(again.state()) == state_bytes(local_run(9, wide_workload(), CLIPPED)[0])
+
+
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [
+        ("between the halves of a step", 1),
+        pytest.param("between the halves of a step", 0, marks=pytest.mark.slow),
+        pytest.param("between steps", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_shard_changes_no_byte(executor, monkeypatch, number, when):
+    running = executor(wide_workload(), first_state(Wide()), **SHARDED)
+    keeper = running._keeper
+    reports = running.run(4)
+    seen = [next(reports), next(reports)]
+    running.state()  # as for a checkpoint
+    seen.append(next(reports))
+    first = list(keeper.servers)
+    if when == "between steps":
+        os.kill(pid_of(keeper.servers[number]), signal.SIGKILL)
+    else:
+        ask = keeper.ask
+
+        def ask_and_kill(refs: Any, *arguments: Any) -> Any:
+            answers = ask(refs, *arguments)
+            if isinstance(answers[0], list):  # the squares that both have prepared
+                monkeypatch.undo()
+                os.kill(pid_of(keeper.servers[number]), signal.SIGKILL)
+            return answers
+
+        monkeypatch.setattr(keeper, "ask", ask_and_kill)
+    seen += reports
+    assert [report.step.version for report in seen] == [1, 2, 3, 3, 4]
+    assert sum(report.lost_servers for report in seen) == 1
+    assert not set(keeper.servers) & set(first), "all go on from the same state"
+    assert state_bytes(running.state()) == state_bytes(local_run(4, wide_workload())[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "keep_state"), [("soba", True), ("mrbo", False)], ids=["kept state", "two points"]
+)
+def test_shards_keep_what_a_step_leaves_for_the_next(executor, name, keep_state):
+    workload = Workload(
+        WideDirections(),
+        DirectionSampler(),
+        NEW_TASKS[name],
+        meta_batch_size=2,
+        keep_state=keep_state,
+        batch_size=6,
+        vectorize=False,
+    )
+    rules = workload.stepping_rules()
+    outer = workload.problem.init_outer(torch.Generator())
+    first = OuterVariable(outer, CLIPPED, rules).state()
+    local = LocalExecutor("cpu")
+    local.start(workload, CLIPPED, first)
+    list(local.run(6))
+    running = executor(workload, first, CLIPPED, **SHARDED)
+    reports = running.run(6)
+    next(reports), next(reports)
+    running.state()
+    ray.kill(running._keeper.servers[1])
+    list(reports)
+    state = running.state()
+    assert everything(state) == everything(local.state())
+    assert bool(state.states) == keep_state
+    assert bool(state.recursion) != keep_state
+
+
+@pytest.mark.slow
+def test_every_lease_is_in_x_once_without_a_barrier(executor):
+    options = {**SHARDED, "policy": "asp", "staleness_weight": "inverse"}
+    running = executor(wide_workload(), first_state(Wide()), **options)
+    reports = list(running.run(12))
+    applied = [n for report in reports for n in report.step.applied]
+    assert sorted(applied) == list(range(len(applied)))
+    assert running.state().applied_below == len(applied)
+
+
+@pytest.mark.parametrize("num_shards", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_server_that_hangs_is_replaced(executor, caplog, num_shards):
+    options = {"num_workers": 2, "num_shards": num_shards, "server_timeout_s": 4.0}
+    running = executor(wide_workload(), first_state(Wide()), **options)
+    reports = running.run(4)
+    seen = [next(reports), next(reports)]
+    running.state()
+    hung = pid_of(running._keeper.servers[-1])
+    os.kill(hung, signal.SIGSTOP)
+    seen += reports
+    assert seen[-1].step.version == 4
+    assert sum(report.lost_servers for report in seen) >= 1
+    assert (
+        "lost at version 2 of x; another goes on from version 2: no answer for 4 s" in caplog.text
+    )
+    assert state_bytes(running.state()) == state_bytes(local_run(4, wide_workload())[0])
+    assert wait_until(lambda: not os.path.exists(f"/proc/{hung}"))
+
+
+def test_a_server_that_hangs_while_the_workers_compute_is_noticed(executor, tmp_path, caplog):
+    gate = tmp_path / "gate"
+    workload = make_workload(Waiting(index=5, gate=str(gate)))
+    running = executor(workload, num_workers=2, num_shards=1, server_timeout_s=4.0)
+    reports = running.run(2)
+    next(reports)
+    assert wait_until(lambda: (tmp_path / "gate.waiting").exists())
+    before = running._keeper.server
+    hung = pid_of(before)
+    os.kill(hung, signal.SIGSTOP)
+    replace = running._keeper.replace
+
+    def replace_and_open(error: Any) -> None:
+        gate.touch()
+        replace(error)
+
+    running._keeper.replace = replace_and_open
+    assert [report.step.version for report in reports] == [1, 2]
+    assert "no answer for 4 s" in caplog.text
+    assert state_bytes(running.state()) == state_bytes(local_run(2)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "problem", "message"),
+    [
+        ({"num_shards": 0}, None, "num_shards must be >= 1, got 0"),
+        ({"server_timeout_s": 0.0}, None, "server_timeout_s must be > 0 or None .*, got 0"),
+        ({"num_shards": 2}, Projected(), "num_shards must be 1 with Projected, which has a proj"),
+        ({"num_shards": 4}, Wide(), "num_shards must be between 1 and 3 for .* 131577 n.*got 4: a"),
+        ({"num_shards": 2}, Regression(), "num_shards must be between 1 and 1 for .* of 5 numbers"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_before_the_start(options, problem, message):
+    with pytest.raises(ValueError, match=message):
+        RayExecutor(**options).start(make_workload(problem=problem), ADAM, first_state(problem))
