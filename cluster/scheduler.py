@@ -16,7 +16,7 @@ from metadist.cluster.ledger import Ledger
 from metadist.cluster.policies import Policy
 from metadist.cluster.server import Arrival, Progress
 from metadist.executor import StepReport
-from metadist.lease import Workload
+from metadist.lease import Lease, Workload
 from metadist.outer import StepResult
 
 T = TypeVar("T")
@@ -38,7 +38,8 @@ class Scheduler:
         self._keeper = keeper
         self._fleet = fleet
         self._ledger: Ledger | None = None
-        self._outer: ObjectRef[Any] | None = None
+        self._outer: tuple[ObjectRef[Any], ...] = ()
+        self._previous: tuple[int, ObjectRef[Any]] | None = None
 
     def run(self, until_version: int) -> Iterator[StepReport]:
         """Train until x has that version; yields after every outer step."""
@@ -104,7 +105,7 @@ class Scheduler:
         self._fleet.forget()
         self._done: dict[int, Done] = {}
         progress: Progress = self._keeper.ask(self._keeper.server.progress.remote())
-        self._outer = self._keeper.server.pull.remote()
+        self._pull()
         return Ledger(
             self._policy,
             self._workload.leases_per_step,
@@ -112,19 +113,30 @@ class Scheduler:
             until_version=self._until_version,
         )
 
+    def _pull(self) -> None:
+        """Ask the server for x."""
+        self._outer, self._previous = (self._keeper.server.pull.remote(),), None
+
     def _hand_out(self, ledger: Ledger) -> None:
-        while self._fleet.has_idle and (lease_id := ledger.issue()) is not None:
+        while self._fleet.has_room and (lease_id := ledger.issue()) is not None:
             # Fresh ones come in the order of their numbers.
             if lease_id < self._handed_out_below:
                 self._reissued.append(lease_id)
             self._handed_out_below = max(self._handed_out_below, lease_id + 1)
-            assert self._outer is not None
             lease = self._workload.lease(lease_id, ledger.version)
-            kept = None
-            if self._workload.must_be_synchronous:
-                kept = self._keeper.server.kept.remote(lease.indices)
-            self._fleet.submit(lease, self._outer, kept)
+            self._fleet.submit(lease, self._outer, self._kept(lease))
         self._fleet.back_up()
+
+    def _kept(self, lease: Lease) -> ObjectRef[Any] | None:
+        """What `lease` needs beside x."""
+        if self._workload.keep_state:
+            return self._keeper.server.kept.remote(lease.indices)
+        if not self._workload.needs_previous(lease.version):
+            return None
+        # The same for all leases at this version.
+        if self._previous is None or self._previous[0] != lease.version:
+            self._previous = lease.version, self._keeper.server.kept.remote(())
+        return self._previous[1]
 
     def _note(self, event: Done | Lost, ledger: Ledger) -> None:
         if isinstance(event, Done):
@@ -135,7 +147,7 @@ class Scheduler:
         if event.lost_data:
             # The server may have died with it: find out here, and not as the death of workers.
             self._keeper.ask(self._keeper.server.version.remote())
-            self._outer = self._keeper.server.pull.remote()
+            self._pull()
 
     def _lose(self, lease_id: int, ledger: Ledger) -> None:
         ledger.lose(lease_id)
@@ -149,8 +161,8 @@ class Scheduler:
             Arrival(r.lease_id, r.version, r.num_tasks, weights[r.lease_id], r.state_sizes)
             for r in (item.result for item in done)
         ]
-        meta, outer = self._keeper.server.apply.options(num_returns=2).remote(
-            arrivals, *(item.total for item in done)
+        meta, *outer = self._keeper.server.apply.options(num_returns=2).remote(
+            arrivals, *(total for item in done for total in item.totals)
         )
         try:
             step: StepResult = self._keeper.ask(meta)
@@ -160,7 +172,7 @@ class Scheduler:
             for item in done:
                 self._lose(item.result.lease_id, ledger)
             return None
-        self._outer = outer
+        self._outer = tuple(outer)
         ledger.apply(weights, step.version)
         for lease_id in weights:
             del self._done[lease_id]

@@ -50,15 +50,18 @@ class Worker:
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         return WorkerInfo(self._name, hardware, socket.gethostname(), os.getpid())
 
-    def compute(self, lease: Lease, flat: Array, kept: Kept | None) -> tuple[LeaseResult, Array]:
+    def compute(
+        self, lease: Lease, kept: Kept | None, *flats: Array
+    ) -> tuple[LeaseResult | Array, ...]:
         """(the result, one buffer: sums of hypergradients, then states) of `lease`.
 
         Args:
             lease: which tasks.
-            flat: x.
             kept: what else it needs, where the workload is synchronous.
+            flats: the shards of x, in order; there is one.
         """
-        self._flat.copy_(read_only(flat))
+        for part, flat in zip(self._flat.split([len(f) for f in flats]), flats, strict=True):
+            part.copy_(read_only(flat))
         device = self._flat.device
         previous, states = None, {}
         if kept is not None:
