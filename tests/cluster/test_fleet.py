@@ -294,8 +294,10 @@ def test_the_time_of_a_lease_begins_when_the_one_before_it_ends(start, clock):
     clock.sleep(1.0)
     actors[0].answer(lease(10))
     assert ids(fleet.wait(0.0)) == [10]
-    assert fleet.wait(timeout_s=1.75) == []
-    assert fleet.wait(timeout_s=0.5) == [Lost(LEASE, False)]
+    clock.sleep(1.75)
+    assert fleet.wait(0.0) == []
+    clock.sleep(0.25)
+    assert fleet.wait(0.0) == [Lost(LEASE, False)]
 
 
 def test_what_is_let_go_of_keeps_its_worker_busy_and_is_not_reported(start):
