@@ -82,6 +82,9 @@ class RayExecutor:
         backup_factor: a lease that takes so many times as long as the median one goes to an idle
             worker too, and the first answer counts; None: never. Try 2 where some machines are
             slow at times.
+        prefetch: leases that a worker may have beside the one it computes, so that it can go on at
+            once; 0: none. They are handed out when half the usual time of a lease is over. Except
+            under "bsp" they are computed at an older x.
         snapshot_every: versions of x between the states that the driver keeps in shared memory
             for the case that the server is lost; what was stepped since is computed again. One
             takes the server about half the time of a step, and the driver's node the memory of
@@ -118,6 +121,7 @@ class RayExecutor:
         lease_timeout_s: float | None = None,
         min_workers: int | None = None,
         backup_factor: float | None = None,
+        prefetch: int = 1,
         snapshot_every: int = 10,
         num_shards: int = 1,
         server_timeout_s: float | None = 300.0,
@@ -131,6 +135,8 @@ class RayExecutor:
                 f"min_workers must be >= 1 and <= num_workers={num_workers}, or None for all of "
                 f"them, got {min_workers}"
             )
+        if prefetch < 0:
+            raise ValueError(f"prefetch must be >= 0, got {prefetch}")
         for field, value in (("snapshot_every", snapshot_every), ("num_shards", num_shards)):
             if value < 1:
                 raise ValueError(f"{field} must be >= 1, got {value}")
@@ -146,6 +152,7 @@ class RayExecutor:
         self._retry = Retry(
             max_losses=max_losses, lease_s=lease_timeout_s, backup_factor=backup_factor
         )
+        self._prefetch = prefetch
         self._snapshot_every = snapshot_every
         self._num_shards = num_shards
         self._server_timeout_s = server_timeout_s
@@ -263,7 +270,11 @@ class RayExecutor:
             self._reserve_places()
         if self._fleet is None:
             self._fleet = Fleet(
-                self._make_worker, self._num_workers, self._retry, self._min_workers
+                self._make_worker,
+                self._num_workers,
+                self._retry,
+                self._min_workers,
+                self._prefetch,
             )
         # Put once, owned by the driver: workers that start later, anywhere, read it too.
         self._fleet.start(

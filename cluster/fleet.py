@@ -8,7 +8,7 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import ray
@@ -70,7 +70,7 @@ class Retry:
 
 
 class Done(NamedTuple):
-    """A lease came back; `totals` refer to what it adds to each shard, and stay where they are."""
+    """A lease came back; `totals` refer to its sums by shard of x, which stay where they are."""
 
     result: LeaseResult
     totals: tuple[ObjectRef[Any], ...]
@@ -84,13 +84,28 @@ class Lost(NamedTuple):
     lost_data: bool
 
 
+STUCK_FACTOR = 2.0
+"""A lease that waits behind one that takes so many times as long as is usual goes to another."""
+
+
+@dataclass(eq=False)
+class _Call:
+    """A lease that a worker has; `is_redundant`: its answer is not waited for any more."""
+
+    lease: Lease
+    outer: tuple[ObjectRef[Any], ...]
+    kept: ObjectRef[Any] | None
+    result: ObjectRef[Any]
+    totals: tuple[ObjectRef[Any], ...]
+    is_redundant: bool = False
+
+
 @dataclass
 class _Slot:
     """One worker's place, kept by whichever actor fills it.
 
-    `pending` is what is waited for: the result of `lease`, or while not alive the end of setup.
-    `since` is when it last began or ended something. `totals`, `outer` and `kept` belong to
-    `lease`; `is_redundant` says that another worker has answered it.
+    It computes the first of `calls` since `since`, or has had none since then. `setup` is there
+    while it is being set up. `lease_s` is what its last lease took.
     """
 
     name: str
@@ -98,18 +113,20 @@ class _Slot:
     info: WorkerInfo | None = None
     since: float = 0.0
     alive: bool = False
-    lease: Lease | None = None
-    pending: ObjectRef[Any] | None = None
-    totals: tuple[ObjectRef[Any], ...] = ()
-    outer: tuple[ObjectRef[Any], ...] = ()
-    kept: ObjectRef[Any] | None = None
-    is_redundant: bool = False
+    setup: ObjectRef[Any] | None = None
+    calls: list[_Call] = field(default_factory=list)
+    lease_s: float = math.inf
     num_losses: int = 0
     resume_at: float = 0.0
 
+    @property
+    def lease(self) -> Lease | None:
+        """What it computes."""
+        return self.calls[0].lease if self.calls else None
+
 
 class Fleet:
-    """Workers that compute one lease each at a time.
+    """Workers that compute one lease at a time, and may have others to go on with.
 
     A lost worker is replaced here and not restarted by Ray, which takes longer to say that it
     died, and would set it up again from arguments that may be gone.
@@ -119,14 +136,23 @@ class Fleet:
         num_workers: how many at the most.
         retry: see `Retry`.
         min_workers: how many make a start; the others join when there are resources for them.
+        prefetch: leases that a worker may have beside the one it computes. It gets them late,
+            when half the time of a lease is over: x is fresher then, and fewer are stuck behind
+            one that takes long. (Ray cannot take back what an actor has been sent.)
     """
 
     def __init__(
-        self, make_worker: Callable[[int], Any], num_workers: int, retry: Retry, min_workers: int
+        self,
+        make_worker: Callable[[int], Any],
+        num_workers: int,
+        retry: Retry,
+        min_workers: int,
+        prefetch: int = 0,
     ) -> None:
         self._make_worker = make_worker
         self._retry = retry
         self._min_workers = min_workers
+        self._prefetch = prefetch
         self._slots = [_Slot(f"worker-{number}") for number in range(num_workers)]
         self._setup: tuple[Any, ...] = ()
         self._lease_losses: Counter[int] = Counter()
@@ -145,7 +171,9 @@ class Fleet:
         self._num_lost, self._none_alive_since = 0, None
         self.forget()
         for slot in self._slots:
-            slot.alive, slot.pending, slot.resume_at = False, None, 0.0
+            # What is still being computed is of another workload.
+            slot.alive, slot.setup, slot.resume_at = False, None, 0.0
+            slot.calls, slot.lease_s = [], math.inf
         deadline = time.perf_counter() + timeout_s
         while self.num_alive < self._min_workers:
             self.wait(timeout_s=0.5)
@@ -171,65 +199,79 @@ class Fleet:
         return sum(slot.alive for slot in self._slots)
 
     @property
-    def has_idle(self) -> bool:
-        """Whether a worker waits for a lease."""
-        return any(slot.alive and slot.lease is None for slot in self._slots)
+    def has_room(self) -> bool:
+        """Whether a worker should be given a lease now."""
+        now = time.perf_counter()
+        return any(self._room_at(slot) <= now for slot in self._slots)
 
     def submit(
-        self, lease: Lease, outer: tuple[ObjectRef[Any], ...], kept: ObjectRef[Any] | None = None
+        self,
+        lease: Lease,
+        outer: tuple[ObjectRef[Any], ...],
+        kept: ObjectRef[Any] | None = None,
     ) -> None:
-        """Give `lease` to the worker that has been idle longest; one must be.
+        """Give `lease` to the worker that has been idle longest, else to the next to be idle.
 
         Args:
-            lease: to be computed.
-            outer: x, one reference for each shard.
-            kept: what the algorithm keeps of its tasks, where it does.
+            lease: what to compute; a worker must have room for it.
+            outer: the shards of x.
+            kept: what it needs beside x, see `ParameterServer.kept`.
         """
-        idle = [slot for slot in self._slots if slot.alive and slot.lease is None]
-        slot = min(idle, key=lambda slot: slot.since)
-        self._rest(slot)
-        slot.lease, slot.outer, slot.kept = lease, outer, kept
+        now = time.perf_counter()
+        open_ = [slot for slot in self._slots if self._room_at(slot) <= now]
+        slot = min(open_, key=lambda slot: (len(slot.calls), slot.since))
+        if not slot.calls:
+            self._rest(slot)
         compute = slot.actor.compute.options(num_returns=1 + len(outer))
-        slot.pending, *totals = compute.remote(lease, kept, *outer)
-        slot.totals = tuple(totals)
+        result, *totals = compute.remote(lease, kept, *outer)
+        slot.calls.append(_Call(lease, outer, kept, result, tuple(totals)))
 
     def back_up(self) -> None:
         """Give leases that take long to idle workers too; the first answer counts."""
         while (overdue := self._next_backup()) is not None and overdue[0] <= time.perf_counter():
-            slot = overdue[1]
-            assert slot.lease is not None
-            self.submit(slot.lease, slot.outer, slot.kept)
+            call = overdue[1]
+            self.submit(call.lease, call.outer, call.kept)
 
     def forget(self) -> None:
         """Let go of all leases; what is still being computed is thrown away."""
         for slot in self._slots:
-            if slot.lease is not None:
-                self._release(slot)
             slot.num_losses = 0
+            for call in slot.calls:
+                call.is_redundant = True
         self._lease_losses.clear()
 
     def wait(self, timeout_s: float | None = None) -> list[Done | Lost]:
-        """What happened to leases; blocks until something did, or a worker is back."""
+        """What happened to leases; blocks until something did, or a worker has room again."""
         self._revive()
-        watched = {slot.pending: slot for slot in self._slots if slot.pending is not None}
+        watched: dict[ObjectRef[Any], tuple[_Slot, _Call | None]] = {}
+        for slot in self._slots:
+            if slot.setup is not None:
+                watched[slot.setup] = slot, None
+            watched |= {call.result: (slot, call) for call in slot.calls}
         limit_s = min(self._next_check_s(), math.inf if timeout_s is None else timeout_s)
-        ready: list[ObjectRef[Any]] = []
+        ready: set[ObjectRef[Any]] = set()
         if watched:
             # All that are ready at once, so that no worker is preferred for its place in the list.
             refs = list(watched)
             ray.wait(refs, num_returns=1, timeout=None if limit_s == math.inf else limit_s)
-            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+            ready = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
         else:
             time.sleep(limit_s)
-        events = [event for ref in ready for event in self._settle(watched[ref])]
+        events: list[Done | Lost] = []
+        for ref, (slot, call) in watched.items():
+            if ref in ready:
+                events += self._settle(slot, ref, call)
         return events + self._overdue()
 
     def take_waiting_s(self) -> float:
         """Seconds x workers without computing, since this was last called."""
         for slot in self._slots:
-            if slot.alive and slot.lease is None:
+            if slot.alive and not slot.calls:
                 self._rest(slot)
-        waiting, self._waiting_s = self._waiting_s, 0.0
+        # Two leases that end while nobody looks: with the first, computing the second is counted
+        # as waiting. It is taken off when the second is seen, which may be later than here.
+        waiting = max(0.0, self._waiting_s)
+        self._waiting_s -= waiting
         return waiting
 
     def take_num_lost(self) -> int:
@@ -240,86 +282,100 @@ class Fleet:
     def _rest(self, slot: _Slot, computing_s: float = 0.0) -> None:
         """Count the time since `slot.since` as waiting, but for `computing_s` of it."""
         now = time.perf_counter()
-        self._waiting_s += max(0.0, now - slot.since - computing_s)
+        self._waiting_s += now - slot.since - computing_s
         slot.since = now
 
-    def _release(self, slot: _Slot) -> None:
-        slot.lease = slot.pending = slot.kept = None
-        slot.totals, slot.outer, slot.is_redundant = (), (), False
-        slot.since = time.perf_counter()
+    def _room_at(self, slot: _Slot) -> float:
+        """When the worker may have one more lease than now; inf while it may not."""
+        if not slot.alive or len(slot.calls) > self._prefetch:
+            return math.inf
+        return slot.since + 0.5 * slot.lease_s if slot.calls else slot.since
 
     def _discard(self, slot: _Slot) -> None:
         """Kill the worker; it may be dead, or out of reach and still at work."""
         if slot.actor is not None:
             ray.kill(slot.actor)
-        slot.actor, slot.alive = None, False
-        self._release(slot)
+        slot.actor, slot.alive, slot.setup = None, False, None
+        slot.calls, slot.lease_s = [], math.inf
 
-    def _settle(self, slot: _Slot) -> list[Done | Lost]:
-        """What became of the call that `slot` waited for."""
-        assert slot.pending is not None
+    def _settle(self, slot: _Slot, ref: ObjectRef[Any], call: _Call | None) -> list[Done | Lost]:
+        """What became of a call that has ended: a lease, or setup if there is no `call`."""
+        if call is not None and call not in slot.calls:
+            return []  # lost with the worker, a moment ago
         try:
-            answer = ray.get(slot.pending)
+            answer = ray.get(ref)
         except exceptions.RayError as error:
-            return self._failed(slot, error)
-        if slot.lease is None:
-            slot.alive, slot.pending, slot.info = True, None, answer
+            return self._failed(slot, call, error)
+        if call is None:
+            slot.alive, slot.setup, slot.info = True, None, answer
             slot.since = time.perf_counter()
             log.info("%s is ready: %s on %s", *answer[:3])
             return []
-        events: list[Done | Lost] = []
-        if not slot.is_redundant:
-            events.append(Done(answer, slot.totals, slot.name))
-            for other in self._others(slot):
-                other.is_redundant = True
-        self._lease_seconds.append(time.perf_counter() - slot.since)
-        self._rest(slot, answer.sampling_s + answer.compute_s)
-        self._release(slot)
+        slot.calls.remove(call)
+        computing_s = answer.sampling_s + answer.compute_s
+        # It may have begun, and even ended, before this was noticed of the one before it.
+        slot.lease_s = max(computing_s, time.perf_counter() - slot.since)
+        self._lease_seconds.append(slot.lease_s)
+        self._rest(slot, computing_s)
         self._lease_losses.pop(answer.lease_id, None)
         slot.num_losses = 0
-        return events
+        if call.is_redundant:
+            return []
+        for other in self._others(call):
+            other.is_redundant = True
+        return [Done(answer, call.totals, slot.name)]
 
-    def _others(self, slot: _Slot) -> list[_Slot]:
-        """Those that compute the same lease, which nobody has answered yet."""
+    def _others(self, call: _Call) -> list[_Call]:
+        """Those of the same lease, which nobody has answered yet."""
         return [
             other
-            for other in self._slots
-            if other is not slot and other.lease == slot.lease and not other.is_redundant
-        ]
-
-    def _next_backup(self) -> tuple[float, _Slot] | None:
-        """(when, the worker) of the next lease to go to a second one; None while none may."""
-        factor = self._retry.backup_factor
-        if factor is None or not self._lease_seconds or not self.has_idle:
-            return None
-        slow = [
-            slot
             for slot in self._slots
-            if slot.lease is not None and not slot.is_redundant and not self._others(slot)
+            for other in slot.calls
+            if other is not call and other.lease == call.lease and not other.is_redundant
         ]
-        if not slow:
-            return None
-        slowest = min(slow, key=lambda slot: slot.since)
-        return slowest.since + factor * statistics.median(self._lease_seconds), slowest
 
-    def _failed(self, slot: _Slot, error: exceptions.RayError) -> list[Done | Lost]:
-        """The lease that is lost with the call of `slot`; raises if it was no loss but a bug."""
+    def _next_backup(self) -> tuple[float, _Call] | None:
+        """(when, which) lease is the next to go to an idle worker too; None while none may."""
+        if not self._lease_seconds or all(slot.calls for slot in self._slots if slot.alive):
+            return None
+        usual_s = statistics.median(self._lease_seconds)
+        slow = [
+            (slot.since + factor * usual_s, call)
+            for slot in self._slots
+            for place, call in enumerate(slot.calls)
+            # What is stuck behind a slow one has not begun.
+            if (factor := STUCK_FACTOR if place else self._retry.backup_factor) is not None
+            and not call.is_redundant
+            and not self._others(call)
+        ]
+        return min(slow, key=lambda pair: pair[0], default=None)
+
+    def _failed(
+        self, slot: _Slot, call: _Call | None, error: exceptions.RayError
+    ) -> list[Done | Lost]:
+        """The leases that are lost with a call; raises if it was no loss but a bug."""
         if not is_loss(error):
-            raise _user_error(slot, error) from getattr(error, "cause", None)
-        lease = slot.lease
-        if slot.is_redundant:
-            lease = None
-        is_shared = bool(self._others(slot))
-        self._release(slot)
+            raise _user_error(slot, call, error) from getattr(error, "cause", None)
         # An error of the task means that the worker lives, and could not read what it was sent.
         answered = isinstance(error, exceptions.RayTaskError)
-        if not answered:
+        if answered:
+            lost = [] if call is None else [call]
+            slot.calls = [other for other in slot.calls if other is not call]
+            slot.setup, slot.since = None, time.perf_counter()
+        else:
+            lost = slot.calls
             self._num_lost += 1
             log.info("%s was lost: %s", slot.name, message(error).partition("\n")[0])
             self._discard(slot)
-        self._count_loss(slot, lease, error)
+        # The others had not begun.
+        blamed = lost[0].lease if lost and not lost[0].is_redundant else None
+        self._count_loss(slot, blamed, error)
         slot.resume_at = time.perf_counter() + self._retry.pause_s(slot.num_losses)
-        return [] if lease is None or is_shared else [Lost(lease, lost_data=answered)]
+        return [
+            Lost(call.lease, lost_data=answered)
+            for call in lost
+            if not call.is_redundant and not self._others(call)
+        ]
 
     def _count_loss(self, slot: _Slot, lease: Lease | None, error: exceptions.RayError) -> None:
         """One more loss in a row of this worker and this lease; raises at the limit."""
@@ -344,22 +400,22 @@ class Fleet:
         latest = time.perf_counter() - self._retry.lease_s
         events: list[Done | Lost] = []
         for slot in self._slots:
-            if slot.lease is not None and slot.since < latest:
+            if slot.calls and slot.since <= latest:
                 error = exceptions.GetTimeoutError(
                     f"a lease took over lease_timeout_s={self._retry.lease_s:g}"
                 )
-                events += self._failed(slot, error)
+                events += self._failed(slot, slot.calls[0], error)
         return events
 
     def _revive(self) -> None:
         """Set lost workers up again after their pause, in a new actor where the old one is gone."""
         now = time.perf_counter()
         for number, slot in enumerate(self._slots):
-            if slot.alive or slot.pending is not None or slot.resume_at > now:
+            if slot.alive or slot.setup is not None or slot.resume_at > now:
                 continue
             if slot.actor is None:
                 slot.actor = self._make_worker(number)
-            slot.pending = slot.actor.setup.remote(*self._setup)
+            slot.setup = slot.actor.setup.remote(*self._setup)
         if self.num_alive:
             self._none_alive_since = None
         elif self._none_alive_since is None:
@@ -373,9 +429,10 @@ class Fleet:
     def _next_check_s(self) -> float:
         """Seconds until something must be looked at though no call has ended."""
         now = time.perf_counter()
-        times = [slot.resume_at for slot in self._slots if not slot.alive and slot.pending is None]
+        times = [slot.resume_at for slot in self._slots if not slot.alive and slot.setup is None]
+        times += [at for slot in self._slots if (at := self._room_at(slot)) > now]
         if self._retry.lease_s is not None:
-            times += [slot.since + self._retry.lease_s for slot in self._slots if slot.lease]
+            times += [slot.since + self._retry.lease_s for slot in self._slots if slot.calls]
         if (backup := self._next_backup()) is not None:
             times.append(backup[0])
         if not self.num_alive:
@@ -387,10 +444,10 @@ def _tasks(lease: Lease) -> str:
     return ", ".join(map(str, lease.indices))
 
 
-def _user_error(slot: _Slot, error: exceptions.RayError) -> ClusterError:
-    if slot.lease is None or not isinstance(error, exceptions.RayTaskError):
+def _user_error(slot: _Slot, call: _Call | None, error: exceptions.RayError) -> ClusterError:
+    if call is None or not isinstance(error, exceptions.RayTaskError):
         return ClusterError(f"{slot.name} failed: {message(error)}")
     return LeaseError(
-        f"lease {slot.lease.id} (tasks {_tasks(slot.lease)}) failed on {slot.name}, "
+        f"lease {call.lease.id} (tasks {_tasks(call.lease)}) failed on {slot.name}, "
         f"with this error there:\n{message(error)}"
     )

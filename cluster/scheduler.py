@@ -113,7 +113,7 @@ class Scheduler:
         )
 
     def _hand_out(self, ledger: Ledger) -> None:
-        while self._fleet.has_idle and (lease_id := ledger.issue()) is not None:
+        while self._fleet.has_room and (lease_id := ledger.issue()) is not None:
             # Fresh ones come in the order of their numbers.
             if lease_id < self._handed_out_below:
                 self._reissued.append(lease_id)

@@ -90,7 +90,7 @@ class Trainer:
         val_every: outer steps; None: only at the end of `fit`.
         val_tasks: tasks per validation.
         eval_inner_steps: inner steps in validation; None: as in training.
-        checkpoint_every: outer steps between checkpoints.
+        checkpoint_every: outer steps between checkpoints; the first is of the start.
         keep_checkpoints: how many of the newest stay (and the best).
         log_every: outer steps between reports of losses and metrics.
         vectorize, chunk_size, batch_size: see `task_hypergradients`.
@@ -310,6 +310,7 @@ class Trainer:
                 "Trainer.restore)"
             )
         self.has_started = False
+        is_new = self._is_new
         run = _Run(num_steps, self._log_every, self._quiet)
         monitor = None
         try:
@@ -321,6 +322,8 @@ class Trainer:
             self.has_started = True
             about = {"until_step": num_steps, **self._executor.describe()}
             with self._events.run(self.version, **about):
+                if is_new:
+                    self._save()  # for a run that dies before it gets to the next
                 for report in self._executor.run(num_steps):
                     self._events.report(report)
                     means = monitor.step(report) if monitor else mean_metrics(report)

@@ -165,27 +165,38 @@ def test_a_run_that_needs_the_step_before_ends_with_the_same_bytes(executor, nam
     assert chaos.kills.total() == 8
 
 
+SSP = {"policy": "ssp", "staleness": 3}
+
+
 @pytest.mark.parametrize(
-    ("options", "share", "num_kills"),
+    ("options", "num_kills", "until"),
     [
-        pytest.param({"policy": "asp"}, 1.0, 4, marks=pytest.mark.slow),
-        pytest.param({"policy": "buffered", "buffer_size": 2}, 0.5, 12, marks=pytest.mark.slow),
+        (SSP, 4, 40),
+        pytest.param(SSP, 24, 150, marks=pytest.mark.slow),
+        pytest.param({"policy": "asp"}, 4, 100, marks=pytest.mark.slow),
+        pytest.param({"policy": "buffered", "buffer_size": 2}, 12, 100, marks=pytest.mark.slow),
     ],
-    ids=lambda value: value["policy"] if isinstance(value, dict) else None,
+    ids=["ssp", "ssp long", "asp", "buffered"],
 )
 @pytest.mark.timeout(1200)
-def test_without_a_barrier_every_lease_is_in_x_exactly_once(executor, options, share, num_kills):
+def test_without_a_barrier_every_lease_is_in_x_exactly_once(executor, options, num_kills, until):
     # x counts how often each task was added to it.
     sgd = OuterOptimizer("sgd", lr=1.0)
     workload = make_workload(Marks(), Tally())
     running = executor(workload, first_state(Tally(), sgd), sgd, **options, **OPTIONS)
-    chaos = Chaos(running, 100, num_kills, seed=num_kills)
+    chaos = Chaos(running, until, num_kills, seed=num_kills)
     reports = chaos.reports()
     assert chaos.kills.total() == num_kills
-    applied = [lease_id for report in reports for lease_id in report.step.applied]
-    assert sorted(applied) == list(range(len(applied)))
+    counts = torch.zeros(512)
+    for report in reports:
+        assert report.step.repeated == ()
+        if options is SSP:
+            assert max(report.step.staleness) <= SSP["staleness"]
+        for lease_id in report.step.applied:
+            assert counts[lease_id] == 0
+            counts[lease_id] = 1.0 / len(report.step.applied)
+    num_leases = sum(len(report.step.applied) for report in reports)
+    assert counts[:num_leases].all() and not counts[num_leases:].any()
     state = running.state()
-    assert (state.version, state.applied_below, state.applied) == (100, len(applied), ())
-    counts = -state.outer["weight"]
-    assert counts[: len(applied)].tolist() == [share] * len(applied)
-    assert not counts[len(applied) :].any()
+    assert (state.version, state.applied_below, state.applied) == (until, num_leases, ())
+    assert torch.equal(-state.outer["weight"], counts)

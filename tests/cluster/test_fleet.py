@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -29,6 +28,7 @@ class Actor:
         self.setup = self.compute = self
 
     def options(self, num_returns: int):
+        assert num_returns == 2
         return self
 
     def remote(self, *arguments):
@@ -39,11 +39,31 @@ class Actor:
         call.answer = self.info
         return call
 
-    def answer(self, lease: Lease) -> None:
-        self.calls[-1].answer = LeaseResult(lease.id, lease.version, 1, (), {}, 0.0, 0.0)
+    @property
+    def open(self) -> list[Call]:
+        """Its calls that go on."""
+        return [call for call in self.calls if call.answer is None]
+
+    def answer(self, lease: Lease, compute_s: float = 0.0) -> None:
+        result = LeaseResult(lease.id, lease.version, 1, (), {}, 0.0, compute_s)
+        self.open[0].answer = result
 
     def die(self) -> None:
-        self.calls[-1].answer = exceptions.ActorDiedError()
+        for call in self.open:
+            call.answer = exceptions.ActorDiedError()
+
+
+class Clock:
+    """Time that passes only where something waits for it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
 class FakeRay:
@@ -51,8 +71,14 @@ class FakeRay:
 
     ObjectRef = object
 
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
     def wait(self, refs, num_returns=1, timeout=None):
         ready = [ref for ref in refs if ref.answer is not None]
+        if not ready:
+            assert timeout is not None, "it would wait for ever"
+            self._clock.sleep(timeout)
         return ready, [ref for ref in refs if ref.answer is None]
 
     def get(self, ref):
@@ -65,36 +91,62 @@ class FakeRay:
 
 
 @pytest.fixture
-def workers(monkeypatch):
-    """(a fleet of three, their actors by number, the newest of each)."""
-    monkeypatch.setattr(module, "ray", FakeRay())
-    actors: dict[int, Actor] = {}
-
-    def make(number):
-        actors[number] = Actor(number)
-        return actors[number]
-
-    fleet: Any = Fleet(make, 3, Retry(backup_factor=1.0, backoff_s=0.0), min_workers=3)
-    fleet.start(10.0, b"", None)
-    # One lease after another until every worker has had one: then it is known what is usual.
-    for number in range(3):
-        first = Lease(number, 0, (number,), False)
-        fleet.submit(first, (object(),))
-        next(a for a in actors.values() if a.calls and a.calls[-1].answer is None).answer(first)
-        assert [event.result.lease_id for event in fleet.wait(0.0)] == [number]
-    return fleet, actors
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
-LEASE = Lease(7, 1, (7,), False)
+@pytest.fixture
+def start(monkeypatch, clock):
+    """Makes (a fleet, its actors by number, the newest of each).
+
+    Every worker has had one lease, which took a second.
+    """
+    monkeypatch.setattr(module, "ray", FakeRay(clock))
+
+    def start(num_workers: int = 3, prefetch: int = 0, **retry: Any):
+        actors: dict[int, Actor] = {}
+
+        def make(number):
+            actors[number] = Actor(number)
+            return actors[number]
+
+        limits = Retry(**{"backoff_s": 0.0, **retry})
+        fleet: Any = Fleet(make, num_workers, limits, num_workers, prefetch)
+        fleet.start(10.0, b"", None)
+        for number in range(num_workers):
+            first = lease(number, 0)
+            fleet.submit(first, (object(),))
+            clock.sleep(1.0)
+            next(actor for actor in actors.values() if actor.open).answer(first, 1.0)
+            assert [event.result.lease_id for event in fleet.wait(0.0)] == [number]
+        fleet.take_waiting_s()
+        return fleet, actors
+
+    return start
 
 
-def holders(fleet: Fleet) -> list[int]:
-    return [n for n, slot in enumerate(fleet._slots) if slot.lease == LEASE]
+@pytest.fixture
+def workers(start):
+    """Three of them, with backups."""
+    return start(3, backup_factor=1.0)
+
+
+def lease(number: int, version: int = 1) -> Lease:
+    return Lease(number, version, (number,), False)
+
+
+LEASE = lease(7)
+
+
+def holders(fleet: Fleet, lease: Lease = LEASE) -> list[int]:
+    return [n for n, slot in enumerate(fleet._slots) for call in slot.calls if call.lease == lease]
 
 
 def back_up(fleet: Fleet) -> list[int]:
-    """Who computes it, when it has taken long."""
-    time.sleep(0.05)
+    """Who computes it, when it has taken as long as is usual."""
+    assert fleet.wait(timeout_s=1.0) == []
     fleet.back_up()
     return holders(fleet)
 
@@ -152,3 +204,141 @@ def test_a_lease_whose_answer_was_lost_is_not_mistaken_for_its_late_copy(workers
     (again,) = set(holders(fleet)) - {first}
     actors[again].die()
     assert fleet.wait(0.0) == [Lost(LEASE, lost_data=False)]
+
+
+def busy(start, num_workers: int = 1, **options: Any):
+    """A fleet whose workers have computed a lease for half the usual time."""
+    fleet, actors = start(num_workers, prefetch=1, **options)
+    for number in range(num_workers):
+        fleet.submit(lease(10 + number), (object(),))
+    assert not fleet.has_room
+    assert fleet.wait() == [], "it must not wait longer than until there is room"
+    assert fleet.has_room
+    return fleet, actors
+
+
+def ids(events) -> list[int]:
+    return [event.result.lease_id for event in events]
+
+
+def test_a_busy_worker_is_given_its_next_lease_before_it_is_idle(start, clock):
+    before = clock.now
+    fleet, actors = busy(start)
+    assert clock.now == before + 1.0 + 0.5
+    fleet.submit(LEASE, (object(),))
+    assert not fleet.has_room, "one beside the one it computes"
+    actors[0].answer(lease(10))
+    actors[0].answer(LEASE)
+    assert ids(fleet.wait(0.0)) == [10, 7]
+
+
+def test_without_prefetch_a_busy_worker_is_given_none(start):
+    fleet, _ = start(1)
+    fleet.submit(LEASE, (object(),))
+    assert fleet.wait(timeout_s=10.0) == []
+    assert not fleet.has_room
+
+
+def test_idle_workers_come_first(start):
+    fleet, actors = busy(start, num_workers=2)
+    actors[1].answer(lease(11))
+    fleet.wait(0.0)
+    fleet.submit(LEASE, (object(),))
+    assert holders(fleet) == [1]
+
+
+def test_a_dead_worker_loses_all_it_had_and_what_it_computed_is_blamed(start):
+    fleet, actors = busy(start)
+    fleet.submit(LEASE, (object(),))
+    actors[0].die()
+    assert fleet.wait(0.0) == [Lost(lease(10), False), Lost(LEASE, False)]
+    assert fleet._lease_losses == {10: 1}
+    assert fleet.take_num_lost() == 1
+
+
+def test_what_a_dead_worker_has_answered_is_not_lost(start):
+    fleet, actors = busy(start)
+    fleet.submit(LEASE, (object(),))
+    actors[0].answer(lease(10))
+    actors[0].die()
+    done, lost = fleet.wait(0.0)
+    assert ids([done]) == [10] and lost == Lost(LEASE, False)
+    assert fleet._lease_losses == {7: 1}
+
+
+def test_what_is_stuck_behind_a_slow_lease_goes_to_an_idle_worker(start, clock):
+    fleet, actors = busy(start, num_workers=2)
+    began = clock.now - 0.5
+    fleet.submit(LEASE, (object(),))
+    (slow,) = holders(fleet)
+    actors[1 - slow].answer(lease(11 - slow))
+    fleet.wait(0.0)
+    fleet.back_up()
+    assert holders(fleet) == [slow], "it may be the next to begin"
+    while len(holders(fleet)) < 2:
+        assert fleet.wait() == []
+        fleet.back_up()
+    assert clock.now == began + module.STUCK_FACTOR
+    assert holders(fleet, lease(10 + slow)) == [slow], "no backup of what has begun"
+    actors[1 - slow].answer(LEASE)
+    (done,) = fleet.wait(0.0)
+    assert done.worker == f"worker-{1 - slow}"
+    actors[slow].answer(lease(10 + slow))
+    actors[slow].answer(LEASE)
+    assert ids(fleet.wait(0.0)) == [10 + slow]
+
+
+def test_the_time_of_a_lease_begins_when_the_one_before_it_ends(start, clock):
+    fleet, actors = busy(start, lease_s=2.0)
+    fleet.submit(LEASE, (object(),))
+    clock.sleep(1.0)
+    actors[0].answer(lease(10))
+    assert ids(fleet.wait(0.0)) == [10]
+    clock.sleep(1.75)
+    assert fleet.wait(0.0) == []
+    clock.sleep(0.25)
+    assert fleet.wait(0.0) == [Lost(LEASE, False)]
+
+
+def test_what_is_let_go_of_keeps_its_worker_busy_and_is_not_reported(start):
+    fleet, actors = busy(start)
+    fleet.submit(LEASE, (object(),))
+    fleet.forget()
+    assert not fleet.has_room
+    actors[0].answer(lease(10))
+    actors[0].answer(LEASE)
+    assert fleet.wait(0.0) == []
+    assert fleet.has_room
+    # The same once more is not mistaken for it.
+    fleet.submit(LEASE, (object(),))
+    actors[0].die()
+    assert fleet.wait(0.0) == [Lost(LEASE, False)]
+
+
+def test_only_time_without_computing_is_waiting(start, clock):
+    fleet, actors = start(2, prefetch=1)
+    for number in (10, 11):
+        fleet.submit(lease(number), (object(),))
+    clock.sleep(1.0)
+    actors[0].answer(lease(10), compute_s=0.75)
+    fleet.wait(0.0)
+    clock.sleep(0.5)  # without a lease
+    assert fleet.take_waiting_s() == pytest.approx(0.25 + 0.5)
+
+
+def test_computing_that_nobody_saw_begin_is_not_waiting(start, clock):
+    fleet, actors = busy(start)
+    fleet.submit(LEASE, (object(),))
+    clock.sleep(1.0)  # ended after 0.9, and LEASE has begun
+    actors[0].answer(lease(10), compute_s=0.9)
+    fleet.wait(0.0)
+    seen = fleet.take_waiting_s()
+    clock.sleep(0.5)
+    actors[0].answer(LEASE, compute_s=1.0)
+    fleet.wait(0.0)
+    assert seen >= 0 and fleet.take_waiting_s() == 0
+    fleet.submit(lease(12), (object(),))
+    clock.sleep(1.0)
+    actors[0].answer(lease(12), compute_s=0.0)
+    fleet.wait(0.0)
+    assert seen + fleet.take_waiting_s() == pytest.approx(0.1 + 1.0)

@@ -45,13 +45,14 @@ def test_a_run_tells_how_it_began_went_and_ended(tmp_path):
     scores = [about.pop("score") for _, _, about in lines if "score" in about]
     assert lines == [
         ("run_started", 0, {"until_step": 4, **LOCAL}),
+        ("checkpoint_written", 0, {"checkpoint": "step-00000000"}),
         ("task_dropped", 2, {"tasks": [5, 6]}),
         ("checkpoint_written", 2, {"checkpoint": "step-00000002"}),
         ("checkpoint_written", 3, {"checkpoint": "step-00000003"}),
         ("checkpoint_written", 4, {"checkpoint": "step-00000004"}),
         ("run_finished", 4, {}),
     ]
-    assert scores[1] is None and scores[2] == trainer.test(curves("val"), 3).score
+    assert scores[0] is scores[2] is None and scores[3] == trainer.test(curves("val"), 3).score
     times = [datetime.fromisoformat(event["time"]) for event in read_events(Folder(path.parent))]
     assert times == sorted(times)
     assert abs((times[0] - before).total_seconds()) < 60
@@ -135,6 +136,7 @@ def test_the_logger_is_told_the_same_with_or_without_a_folder(tmp_path, caplog):
         written = [("INFO", "checkpoint_written")] if folder else []
         assert levels == [
             ("INFO", "run_started"),
+            *written,
             ("WARNING", "task_dropped"),
             *written,
             ("INFO", "run_finished"),

@@ -24,6 +24,8 @@ from metadist import (
     task_hypergradients,
 )
 from metadist.algorithms import ITD, Reptile
+from metadist.events import read_events
+from metadist.storage import Folder
 from metadist.tasks import FewShotProblem
 from metadist.trainer import default_tasks_per_lease
 from tests.core.helpers import (
@@ -115,6 +117,27 @@ def test_training_in_parts_gives_the_bytes_of_training_in_one_go(options, tmp_pa
     assert last_state(tmp_path / "run") == exact_state(whole)
 
 
+def test_a_run_that_dies_before_its_first_steps_are_saved_goes_on_from_the_start(tmp_path):
+    def die(version: int) -> None:
+        raise OSError(f"at step {version}")
+
+    with pytest.raises(OSError, match="at step 1"):
+        make_trainer(run_dir=tmp_path, executor=Recording(die)).fit(4)
+    resumed = make_trainer(run_dir=tmp_path, keep_checkpoints=1)
+    assert resumed.restore() == "step-00000000"
+    assert exact_state(resumed) == exact_state(make_trainer())
+    resumed.fit(4)
+    whole = make_trainer()
+    whole.fit(4)
+    assert exact_state(resumed) == exact_state(whole)
+    names = CheckpointStore(str(tmp_path / "checkpoints")).names()
+    assert names == ["step-00000004"], "the start is removed like any other"
+    written = [
+        e["step"] for e in read_events(Folder(tmp_path)) if e["event"] == "checkpoint_written"
+    ]
+    assert written == [0, 4]
+
+
 def test_a_run_folder_and_validation_change_no_byte_of_the_result(tmp_path):
     plain = make_trainer()
     plain.fit(5)
@@ -178,7 +201,7 @@ def test_an_interruption_is_raised_again_after_a_checkpoint_was_written(tmp_path
     assert f"interrupted at step {step}, saved {name}" in capsys.readouterr().err
     assert (trainer.version, CheckpointStore(str(tmp_path / "checkpoints")).names()) == (
         step,
-        [name],
+        ["step-00000000", name],
     )
     whole = make_trainer()
     whole.fit(5)
@@ -271,7 +294,9 @@ def test_the_best_checkpoint_is_that_of_the_best_validation(tmp_path):
     result = trainer.fit(9)
     scores: dict[str, Any] = {}
     store = CheckpointStore(str(tmp_path / "checkpoints"))
-    for name in store.names():
+    start, *validated = store.names()
+    assert (start, store.load(start)[1].score) == ("step-00000000", None)
+    for name in validated:
         loaded = store.load(name)[1]
         scores[name] = loaded.score
         again = evaluate(
