@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -35,10 +36,11 @@ class Rounds:
     """Questions and what is to be computed from their answers, by level.
 
     Args:
-        exchange: the answers to questions whose trees are known; called once per round.
+        exchange: the answers to questions whose trees are known; called once per round, with the
+            number of rounds before it.
     """
 
-    def __init__(self, exchange: Callable[[list[Question]], list[Answer]]) -> None:
+    def __init__(self, exchange: Callable[[int, list[Question]], list[Answer]]) -> None:
         self._exchange = exchange
         self._questions: dict[int, list[tuple[Question, Answer]]] = defaultdict(list)
         self._steps: dict[int, list[tuple[Callable[[], Any], Any]]] = defaultdict(list)
@@ -66,7 +68,7 @@ class Rounds:
         while self.num_rounds < level:
             asked = self._questions.pop(self.num_rounds + 1)
             questions = [question._replace(trees=known(question.trees)) for question, _ in asked]
-            answers = self._exchange(questions)
+            answers = self._exchange(self.num_rounds, questions)
             self.num_rounds += 1
             for (_, pending), answer in zip(asked, answers, strict=True):
                 _settle(pending, answer)
@@ -75,7 +77,7 @@ class Rounds:
 
     def _level(self, node: Any) -> int:
         levels = (leaf.level for leaf in _leaves(node) if isinstance(leaf, Pending))
-        return max(levels, default=self.num_rounds)
+        return max([self.num_rounds, *levels])
 
     def _pending(self, like: Any, level: int) -> Any:
         return _mapped(lambda leaf: Pending.of(_meta(leaf), self, level), like)
@@ -94,7 +96,7 @@ class Pending(Tensor):
     @staticmethod
     def of(meta: Tensor, rounds: Rounds, level: int) -> Pending:
         """A tensor like `meta`, known after round `level` of `rounds`."""
-        pending: Pending = meta.as_subclass(Pending)  # type: ignore[assignment]
+        pending: Pending = meta.as_subclass(Pending)
         pending.rounds, pending.level, pending.result = rounds, level, None
         return pending
 
@@ -106,9 +108,7 @@ class Pending(Tensor):
         return self.result
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
@@ -122,10 +122,9 @@ class Pending(Tensor):
         ]
         like = None
         if open_leaves:
-            try:
+            # What fails without values needs them, or is wrong and says so again below.
+            with suppress(RuntimeError):
                 like = func(*_mapped(_meta, args), **_mapped(_meta, kwargs))
-            except RuntimeError:
-                pass  # it needs the values, or is wrong, and says so again below
         if type(like) is not Tensor:
             return func(*known(args), **known(kwargs))
         return open_leaves[0].rounds.later(
@@ -147,7 +146,7 @@ _DESCRIPTIONS = {
 }
 """What is known of a tensor whose values are not."""
 
-_DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
+_DEVICE = Tensor.device.__get__
 
 
 def known(node: Any) -> Any:

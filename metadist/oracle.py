@@ -23,6 +23,7 @@ from metadist.task import Batch, Task
 from metadist.trees import Params, dot, num_elements, unflatten, zeros_like
 
 Source = Literal["support", "query"]
+SOURCES: tuple[Source, Source] = ("support", "query")
 
 
 class Draw(NamedTuple):
@@ -113,7 +114,7 @@ class Draws:
     """The draws of one outer step on one task, and its random numbers: no data, no derivatives.
 
     Args:
-        num_support, num_query: examples in the two sets.
+        num_examples: in the support and in the query set.
         task_id: part of the seed, as are `seed` and `step`; reproducible on every device.
         batch_size: examples per draw; None: every draw is the whole support or query set.
         seed: of the draws.
@@ -122,8 +123,7 @@ class Draws:
 
     def __init__(
         self,
-        num_support: int,
-        num_query: int,
+        num_examples: tuple[int, int],
         task_id: int | Tensor,
         batch_size: int | None,
         seed: int,
@@ -131,7 +131,7 @@ class Draws:
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be >= 1 or None for whole sets, got {batch_size}")
-        self._num_examples: dict[Source, int] = {"support": num_support, "query": num_query}
+        self._num_examples: dict[Source, int] = dict(zip(SOURCES, num_examples, strict=True))
         self._task_id = task_id
         self._batch_size = batch_size
         self._seed = seed
@@ -217,8 +217,8 @@ class AutogradOracle(Draws):
         eager: bool = False,
         step: int = 0,
     ) -> None:
-        sizes = (batch.index.shape[0] for batch in (task.support, task.query))
-        super().__init__(*sizes, task.id, batch_size, seed, step)
+        num_examples = task.support.index.shape[0], task.query.index.shape[0]
+        super().__init__(num_examples, task.id, batch_size, seed, step)
         self._derivatives: Any = (
             _EagerDerivatives(problem)
             if eager and not compile
