@@ -113,7 +113,7 @@ class Pending(Tensor):
         if func in _DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is _DEVICE:
+        if func == _DEVICE:
             return torch.device("cpu")
         open_leaves = [
             leaf
@@ -123,7 +123,7 @@ class Pending(Tensor):
         like = None
         if open_leaves:
             # What fails without values needs them, or is wrong and says so again below.
-            with suppress(RuntimeError):
+            with suppress(RuntimeError, TypeError):
                 like = func(*_mapped(_meta, args), **_mapped(_meta, kwargs))
         if type(like) is not Tensor:
             return func(*known(args), **known(kwargs))

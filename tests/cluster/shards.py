@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metadist import LocalExecutor, Trainer
 from metadist.algorithm import Algorithm
 from metadist.cluster import DataParallelExecutor
 from metadist.cluster.buffers import Array
@@ -16,13 +15,17 @@ from metadist.cluster.data_parallel import check_workload
 from metadist.cluster.exchange import Package, Round
 from metadist.cluster.runtime_env import pickle_by_value
 from metadist.cluster.shard import Key, Layout, Reply, ShardCheck, ShardInfo, ShardWorker
-from metadist.executor import Executor
+from metadist.executor import Executor, StepReport
 from metadist.lease import Workload
-from metadist.outer import OuterOptimizer, OuterState
+from metadist.outer import OuterOptimizer, OuterState, OuterVariable
+from metadist.preflight import initial_outer
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params
-from tests.problems import DOUBLE, generator
+from tests.cluster.toy import state_bytes
+from tests.problems import DOUBLE, assert_close, generator
+
+ADAM = OuterOptimizer("adam", lr=0.05)
 
 TRUE_WEIGHTS = torch.tensor([0.6, -0.8, 0.3], dtype=DOUBLE)
 
@@ -169,25 +172,35 @@ class InProcess(DataParallelExecutor):
         pass
 
 
-def cleaning(
+def solve(
+    executor: Executor,
     algorithm: Algorithm,
-    executor: Executor | None = None,
+    num_steps: int = 3,
+    *,
+    state: OuterState | None = None,
     problem: Problem | None = None,
     sampler: Any = None,
+    optimizer: OuterOptimizer = ADAM,
     **options: Any,
-) -> Trainer:
-    """A training of `Cleaning` on one task."""
-    return Trainer(
-        problem or Cleaning(),
-        sampler or Unequal(),
-        algorithm,
-        **{  # type: ignore[arg-type]
-            "outer_optimizer": OuterOptimizer("adam", lr=0.05),
-            "meta_batch_size": 1,
-            "keep_state": True,
-            "quiet": True,
-            "seed": 3,
-            "executor": executor or LocalExecutor("cpu"),
-            **options,
-        },
-    )
+) -> tuple[OuterState, list[StepReport]]:
+    """`num_steps` outer steps in all on one task, from `state` or the beginning on."""
+    problem, sampler = problem or Cleaning(), sampler or Unequal()
+    options = {"report_every": 1, "seed": 3, **options}
+    workload = Workload(problem, sampler, algorithm, 1, keep_state=True, **options)
+    if state is None:
+        state = OuterVariable(initial_outer(problem, workload, 3), optimizer).state()
+    executor.start(workload, optimizer, state)
+    reports = list(executor.run(num_steps))
+    return executor.state(), reports
+
+
+def assert_same_state(actual: OuterState, expected: OuterState, tolerance: float = 1e-10) -> None:
+    """Equal up to rounding: x, the optimiser's moments, and what the algorithm keeps."""
+    assert_close(actual.outer, expected.outer, tolerance)
+    assert_close(actual.optimizer, expected.optimizer, tolerance)
+    assert_close({"kept": actual.states[0]}, {"kept": expected.states[0]}, tolerance)
+
+
+def bytes_of(state: OuterState) -> bytes:
+    """Everything in a state, bit for bit."""
+    return state_bytes(state) + state.states[0].numpy().tobytes()
