@@ -62,6 +62,10 @@ class AmIGO(InnerLoop):
         check_at_least("adjoint_steps", self.adjoint_steps, 1)
         check_adjoint_lr(self, self.adjoint_lr, self.solver)
 
+    @property
+    def tolerates_staleness(self) -> bool:
+        return self.solver == "gd"
+
     def init(self, oracle: Oracle, outer: Params, inner: Params) -> AdjointState:
         return AdjointState(inner, zeros_like(inner))
 

@@ -81,6 +81,10 @@ class F2SA(InnerLoop):
         check_within("lam_growth", self.lam_growth, 0, 1)
         check_choice("order", self.order, (1, 2))
 
+    @property
+    def tolerates_staleness(self) -> bool:
+        return True
+
     def init(self, oracle: Oracle, outer: Params, inner: Params) -> F2SAState:
         return F2SAState(inner, zeros_like(inner))
 

@@ -78,6 +78,10 @@ class FSLA(SingleLoop):
         check_positive("outer_weight", self.outer_weight)
         check_within("weight_decay", self.weight_decay, 0, 1)
 
+    @property
+    def tolerates_staleness(self) -> bool:
+        return True
+
     def recursive_weight(self, step: int) -> float:
         return falling_weight(self.outer_weight, self.weight_decay, step)
 

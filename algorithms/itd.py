@@ -116,6 +116,10 @@ class ITD(Algorithm):
     def compiles(self) -> bool:
         return self.compile
 
+    @property
+    def differentiates_values(self) -> bool:
+        return self.engine != "adjoint"
+
     def init_own(self, inner: Params) -> Params:
         if self.learn_lr == "no":
             return {}

@@ -76,6 +76,10 @@ class MEHA(SingleLoop):
         if not 0 <= self.c_power < 0.5:
             raise ValueError(f"c_power must be in [0, 0.5), got {self.c_power}")
 
+    @property
+    def tolerates_staleness(self) -> bool:
+        return True
+
     def init(self, oracle: Oracle, outer: Params, inner: Params) -> MEHAState:
         return MEHAState(inner, inner, -1)
 

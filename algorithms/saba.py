@@ -73,6 +73,10 @@ class SABA(SOBA):
 
     full_pass: bool = False
 
+    @property
+    def tolerates_staleness(self) -> bool:
+        return False
+
     def init(self, oracle: Oracle, outer: Params, inner: Params) -> SABAState:
         n, m = len(oracle.parts("support")), len(oracle.parts("query"))
         zero_x, zero_y = zeros_like(outer), zeros_like(inner)

@@ -58,6 +58,10 @@ class SOBA(SingleLoop):
         check_positive("adjoint_lr", self.adjoint_lr)
         check_within("adjoint_decay", self.adjoint_decay, 0, 1)
 
+    @property
+    def tolerates_staleness(self) -> bool:
+        return True
+
     def init(self, oracle: Oracle, outer: Params, inner: Params) -> State:
         return AdjointState(inner, zeros_like(inner))
 

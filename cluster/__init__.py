@@ -3,6 +3,7 @@
 if __name__ != "metadist.cluster":
     raise ImportError("import metadist.cluster, not cluster: a bare name may be any module")
 
+from metadist.cluster.data_parallel import DataParallelExecutor
 from metadist.cluster.errors import (
     ClusterError,
     ConnectError,
@@ -31,6 +32,7 @@ __all__ = [
     "Buffered",
     "ClusterError",
     "ConnectError",
+    "DataParallelExecutor",
     "LeaseError",
     "Policy",
     "RayExecutor",

@@ -127,6 +127,20 @@ class Algorithm(ABC):
         """Whether the oracle shall compile its derivatives (`torch.compile`)."""
         return False
 
+    @property
+    def tolerates_staleness(self) -> bool:
+        """Whether the steps of this method may mix derivatives at points a few steps apart.
+
+        True for single loops of gradient steps, whose error that only adds to. A solver that
+        takes all products for those of one matrix, and a recursion on differences, break.
+        """
+        return False
+
+    @property
+    def differentiates_values(self) -> bool:
+        """Whether it differentiates `Oracle.inner_value` or `outer_value` itself."""
+        return False
+
     def check(self, problem: Problem, outer: Params, task: Task) -> None:
         """Raise ValueError if this algorithm cannot train this problem; default: it can."""
 

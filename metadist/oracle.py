@@ -23,6 +23,7 @@ from metadist.task import Batch, Task
 from metadist.trees import Params, dot, num_elements, unflatten, zeros_like
 
 Source = Literal["support", "query"]
+SOURCES: tuple[Source, Source] = ("support", "query")
 
 
 class Draw(NamedTuple):
@@ -109,7 +110,90 @@ class Oracle(Protocol):
         ...
 
 
-class AutogradOracle:
+class Draws:
+    """The draws of one outer step on one task, and its random numbers: no data, no derivatives.
+
+    Args:
+        num_examples: in the support and in the query set.
+        task_id: part of the seed, as are `seed` and `step`; reproducible on every device.
+        batch_size: examples per draw; None: every draw is the whole support or query set.
+        seed: of the draws.
+        step: the outer step; other steps have other draws.
+    """
+
+    def __init__(
+        self,
+        num_examples: tuple[int, int],
+        task_id: int | Tensor,
+        batch_size: int | None,
+        seed: int,
+        step: int,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1 or None for whole sets, got {batch_size}")
+        self._num_examples: dict[Source, int] = dict(zip(SOURCES, num_examples, strict=True))
+        self._task_id = task_id
+        self._batch_size = batch_size
+        self._seed = seed
+        self._step = step
+        self._num_draws = 0
+
+    @property
+    def step(self) -> int:
+        return self._step
+
+    def _count(self) -> int:
+        self._num_draws += 1
+        return self._num_draws - 1
+
+    def draw_inner(self) -> Draw:
+        return Draw("support", self._count())
+
+    def draw_outer(self) -> Draw:
+        return Draw("query", self._count())
+
+    def parts(self, source: Source) -> list[Draw]:
+        num_examples = self._num_examples[source]
+        size = min(self._batch_size or num_examples, num_examples)
+        return [
+            Draw(source, number, min(size, num_examples - number * size) / num_examples)
+            for number in range(math.ceil(num_examples / size))
+        ]
+
+    def uniform(self) -> float:
+        return random.Random(f"{self._seed} {self._step} {self._count()}").random()
+
+    def random_like(self, tree: Params, kind: Literal["normal", "rademacher"]) -> Params:
+        leaf = next(iter(tree.values()))
+        places = torch.arange(num_elements(tree), device=leaf.device)
+        seeds = (self._seed, self._step, self._task_id, self._count())
+        keys = random_keys(places, *seeds)
+        if kind == "rademacher":
+            return unflatten((1 - 2 * ((keys >> 40) & 1)).to(leaf.dtype), tree)
+        # Box and Muller's transform; + 0.5 keeps the logarithm finite.
+        radius, angle = (
+            (((bits >> 11) & 0x1FFFFFFFFFFFFF).double() + 0.5) / 2**53
+            for bits in (keys, random_keys(keys, 1))
+        )
+        normal = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
+        return unflatten(normal.to(leaf.dtype), tree)
+
+    def chosen(self, draw: Draw, index: Tensor) -> Tensor | None:
+        """Where in `index` (that of the full set) the examples of `draw` are; None: all of them.
+
+        A uniform choice without replacement, or a fixed part; int64, shape (examples,).
+        """
+        size = self._batch_size
+        if size is None or size >= index.shape[0]:
+            return None
+        if draw.share is not None:
+            order = random_keys(index, self._seed, self._task_id).argsort()
+            return order[draw.counter * size : (draw.counter + 1) * size]
+        keys = random_keys(index, self._seed, self._step, self._task_id, draw.counter)
+        return keys.argsort()[:size]
+
+
+class AutogradOracle(Draws):
     """The local oracle: derivatives of `problem` on the data of `task`, by torch.func.
 
     Args:
@@ -133,8 +217,8 @@ class AutogradOracle:
         eager: bool = False,
         step: int = 0,
     ) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1 or None for whole sets, got {batch_size}")
+        num_examples = task.support.index.shape[0], task.query.index.shape[0]
+        super().__init__(num_examples, task.id, batch_size, seed, step)
         self._derivatives: Any = (
             _EagerDerivatives(problem)
             if eager and not compile
@@ -142,63 +226,12 @@ class AutogradOracle:
         )
         self._problem = problem
         self._task = task
-        self._batch_size = batch_size
-        self._seed = seed
-        self._step = step
-        self._num_draws = 0
-
-    @property
-    def step(self) -> int:
-        return self._step
-
-    def _count(self) -> int:
-        self._num_draws += 1
-        return self._num_draws - 1
-
-    def draw_inner(self) -> Draw:
-        return Draw("support", self._count())
-
-    def draw_outer(self) -> Draw:
-        return Draw("query", self._count())
-
-    def parts(self, source: Source) -> list[Draw]:
-        num_examples = self._set(source).index.shape[0]
-        size = min(self._batch_size or num_examples, num_examples)
-        return [
-            Draw(source, number, min(size, num_examples - number * size) / num_examples)
-            for number in range(math.ceil(num_examples / size))
-        ]
-
-    def uniform(self) -> float:
-        return random.Random(f"{self._seed} {self._step} {self._count()}").random()
-
-    def random_like(self, tree: Params, kind: Literal["normal", "rademacher"]) -> Params:
-        leaf = next(iter(tree.values()))
-        places = torch.arange(num_elements(tree), device=leaf.device)
-        seeds = (self._seed, self._step, self._task.id, self._count())
-        keys = random_keys(places, *seeds)
-        if kind == "rademacher":
-            return unflatten((1 - 2 * ((keys >> 40) & 1)).to(leaf.dtype), tree)
-        # Box and Muller's transform; + 0.5 keeps the logarithm finite.
-        radius, angle = (
-            (((bits >> 11) & 0x1FFFFFFFFFFFFF).double() + 0.5) / 2**53
-            for bits in (keys, random_keys(keys, 1))
-        )
-        normal = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
-        return unflatten(normal.to(leaf.dtype), tree)
 
     def batch(self, draw: Draw) -> Batch:
-        """The examples of `draw`: a uniform choice without replacement, or a fixed part."""
+        """The examples of `draw`."""
         full = self._set(draw.source)
-        num_examples = full.index.shape[0]
-        size = self._batch_size
-        if size is None or size >= num_examples:
-            return full
-        if draw.share is not None:
-            order = random_keys(full.index, self._seed, self._task.id).argsort()
-            return full.take(order[draw.counter * size : (draw.counter + 1) * size])
-        keys = random_keys(full.index, self._seed, self._step, self._task.id, draw.counter)
-        return full.take(keys.argsort()[:size])
+        chosen = self.chosen(draw, full.index)
+        return full if chosen is None else full.take(chosen)
 
     def _set(self, source: Source) -> Batch:
         return self._task.support if source == "support" else self._task.query

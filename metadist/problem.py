@@ -71,6 +71,14 @@ class Problem(Protocol):
         """The point of the feasible set nearest to x, applied after every outer step."""
         return outer
 
+    def per_example(self, outer: Params) -> set[str]:
+        """Names of outer variables whose row i is support example i's own: weights of the data.
+
+        Row i may enter the inner loss of example i only, as `outer[name][batch.index]`. Where the
+        data is on many workers, each is sent the rows of its own examples.
+        """
+        return set()
+
     def metrics(self, outer: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
         """Further figures on the query set, each of shape (), for example `accuracy`."""
         return {}
@@ -88,6 +96,21 @@ def is_nonsmooth(problem: Problem) -> bool:
 def is_constrained(problem: Problem) -> bool:
     """Whether the outer variable of the problem is confined to a set."""
     return _overrides(problem, "project_outer")
+
+
+def per_example_names(problem: Problem, outer: Params) -> set[str]:
+    """Names of the outer variables with a row for each support example.
+
+    Raises:
+        ValueError: `per_example` names what is no outer variable.
+    """
+    names = set(problem.per_example(outer)) if _overrides(problem, "per_example") else set()
+    if not names <= outer.keys():
+        raise ValueError(
+            f"per_example must name outer variables ({', '.join(outer)}), got "
+            f"{', '.join(sorted(names - outer.keys()))}"
+        )
+    return names
 
 
 def context_depends_on(problem: Problem, outer: Params, task: Task) -> set[str]:

@@ -15,6 +15,7 @@ NAMES = {
     **{name: f"metadist.algorithms.{cls.__name__}" for name, cls in ALGORITHMS.items()},
     "local": "metadist.executor.LocalExecutor",
     "ray": "metadist.cluster.RayExecutor",
+    "data_parallel": "metadist.cluster.DataParallelExecutor",
     "few_shot": "metadist.tasks.FewShotProblem",
     "conv4": "metadist.models.Conv4",
     "resnet12": "metadist.models.ResNet12",

@@ -1,0 +1,356 @@
+"""`DataParallelExecutor`: one bilevel problem, its data on many workers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from metadist.algorithm import State, split_own
+from metadist.cluster.buffers import OuterSpec, to_array, to_tensor
+from metadist.cluster.connection import connect
+from metadist.cluster.exchange import Exchange
+from metadist.cluster.fleet import Retry
+from metadist.cluster.metrics import RunMetrics
+from metadist.cluster.oracle import ClusterOracle
+from metadist.cluster.pending import Rounds, known
+from metadist.cluster.places import Places
+from metadist.cluster.runtime_env import pickle_by_value
+from metadist.cluster.shard import Layout, ShardCheck, ShardInfo, ShardWorker
+from metadist.cluster.shard_fleet import ShardFleet
+from metadist.executor import StepReport, signals_held
+from metadist.lease import Lease, LeaseResult, Workload, intra_op_threads
+from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable
+from metadist.problem import per_example_names
+from metadist.shards import check_partition
+from metadist.state import counters_of, flatten_state, unflatten_state
+from metadist.trees import Params, flatten, zeros_like
+
+log = logging.getLogger("metadist.cluster")
+
+
+class DataParallelExecutor:
+    """Solves one bilevel problem whose data is cut into shards, one on each of many workers.
+
+        Trainer(problem, FixedTasks([task]), SOBA(), meta_batch_size=1, keep_state=True,
+                executor=DataParallelExecutor(num_workers=4))
+
+    The algorithm runs in this process and asks all workers for every derivative; the answers are
+    averaged, and what is not linear in them is computed here. So the run is that of
+    `LocalExecutor` on all data, to rounding, whatever the number of workers; with the same number
+    of workers it has the same bytes each time, also if workers die. (Averages of hypergradients
+    that workers compute on their own would be wrong: the mean of inverses of H is not the inverse
+    of the mean.)
+
+    The losses must be means over examples, encode must return outer variables as they are, and
+    init_inner must not depend on data: all that is checked at the start. A sampler with a method
+    `shard(index, part, num_parts) -> Task` (positions in the full sets as `Batch.index`) lets each
+    worker read its part only; otherwise each samples task 0 and keeps its part.
+
+    A worker that dies, or hangs for `round_timeout_s`, is replaced by another that reads the same
+    shard. Where the driver dies, `metadist resume` goes on from the last checkpoint, with any
+    number of workers.
+
+    Args:
+        num_workers: shards, each held by one process.
+        staleness: s >= 0: a step may use answers of a worker that are up to s steps old, and waits
+            for half of the workers, and for those whose last answer is older. For single-loop
+            algorithms only; results then depend on timing. 0: exact.
+        cpus_per_worker, gpus_per_worker, device, address, start_timeout_s, max_losses,
+            show_worker_output, object_store_bytes: as of `RayExecutor`.
+        round_timeout_s: a worker that answers one round for longer is replaced; None: never.
+    """
+
+    def __init__(
+        self,
+        num_workers: int = 2,
+        staleness: int = 0,
+        cpus_per_worker: float = 1.0,
+        gpus_per_worker: float | None = None,
+        device: str = "auto",
+        address: str | None = None,
+        start_timeout_s: float = 60.0,
+        max_losses: int = 5,
+        round_timeout_s: float | None = None,
+        show_worker_output: bool = False,
+        object_store_bytes: int | None = None,
+    ) -> None:
+        self._places = Places(
+            num_workers, num_workers, cpus_per_worker, gpus_per_worker, device, start_timeout_s
+        )
+        if staleness < 0:
+            raise ValueError(f"staleness must be >= 0, got {staleness}")
+        if round_timeout_s is not None and not round_timeout_s > 0:
+            raise ValueError(
+                f"round_timeout_s must be > 0 or None for no limit, got {round_timeout_s}"
+            )
+        self._retry = Retry(max_losses=max_losses, lease_s=round_timeout_s)
+        self._num_workers = num_workers
+        self._staleness = staleness
+        self._device = device
+        self._address = address
+        self._start_timeout_s = start_timeout_s
+        self._show_worker_output = show_worker_output
+        self._object_store_bytes = object_store_bytes
+        self._is_connection_ours = False
+        self._fleet: ShardFleet | None = None
+        self._variable: OuterVariable | None = None
+
+    def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
+        """See `Executor`; started again, it keeps its processes and sets them up anew."""
+        check_workload(workload, self._staleness)
+        payload = pickle_by_value(workload)
+        if not ray.is_initialized():
+            self._forget()
+        try:
+            self._is_connection_ours |= connect(
+                self._address,
+                self._places.num_cpus,
+                self._show_worker_output,
+                self._object_store_bytes,
+            )
+            self._places.reserve()
+            if self._fleet is None:
+                make_worker = partial(self._places.make, ShardWorker)
+                self._fleet = ShardFleet(
+                    make_worker, self._num_workers, self._retry, self._staleness
+                )
+            infos = self._fleet.start(self._start_timeout_s, ray.put(payload))
+            self._open(self._fleet, infos, workload, optimizer, state)
+        except BaseException:
+            self.close()
+            raise
+        self._metrics = RunMetrics(ray.get_runtime_context().get_job_id())
+        log.info("%s", self.describe())
+
+    def _open(
+        self,
+        fleet: ShardFleet,
+        infos: list[ShardInfo],
+        workload: Workload,
+        optimizer: OuterOptimizer,
+        state: OuterState,
+    ) -> None:
+        """Check the shards, and make ready to ask them."""
+        problem_outer, _ = split_own(state.outer)
+        rows = per_example_names(workload.problem, problem_outer)
+        positions = check_shards(infos)
+        num_examples = (sum(map(len, positions)), sum(len(info.query) for info in infos))
+        layout = _layout(problem_outer, rows, num_examples)
+        checks = fleet.check(
+            layout,
+            to_array(layout.pack_shared("outer", problem_outer)),
+            [to_array(layout.pack_own("outer", problem_outer, index)) for index in positions],
+        )
+        context, start = check_starts(checks)
+        shapes = {name: layout.outer.shapes[name] for name in context}
+        layout = layout._replace(x=layout.outer._replace(shapes=shapes), y=OuterSpec.of(start))
+        self._workload = workload
+        self._context = context
+        self._start = start
+        self._num_examples = num_examples
+        self._exchange = Exchange(fleet, layout, positions)
+        self._last: tuple[Tensor, State] | None = None
+        self._variable = OuterVariable.from_state(state, optimizer, workload.stepping_rules())
+
+    def run(self, until_version: int) -> Iterator[StepReport]:
+        return self._metrics.watch(self._run(until_version))
+
+    def _run(self, until_version: int) -> Iterator[StepReport]:
+        variable, fleet = self._started()
+        fleet.forget()
+        while variable.version < until_version:
+            began = time.perf_counter()
+            computed_before, lost_before = fleet.computing_s, fleet.num_lost
+            (lease_id,) = variable.next_leases(1)
+            lease = self._workload.lease(lease_id, variable.version)
+            with intra_op_threads(self._workload.num_threads):
+                contribution, result = self._compute(lease, variable, fleet)
+                with signals_held():
+                    step = variable.apply([contribution])
+            seconds = time.perf_counter() - began
+            computing_s = fleet.computing_s - computed_before
+            yield StepReport(
+                step,
+                (result,),
+                ("data-parallel",),
+                seconds,
+                max(0.0, self._num_workers * seconds - computing_s),
+                fleet.num_ready,
+                fleet.num_lost - lost_before,
+                (),
+            )
+
+    def _compute(
+        self, lease: Lease, variable: OuterVariable, fleet: ShardFleet
+    ) -> tuple[Contribution, LeaseResult]:
+        """One estimate of the algorithm, by all workers together."""
+        began = time.perf_counter()
+        sent, received, fleet.oldest = fleet.bytes_sent, fleet.bytes_received, 0
+        workload, outer = self._workload, variable.params
+        problem_outer, own = split_own(outer)
+        x = {**{name: problem_outer[name] for name in self._context}, **own}
+        rounds = Rounds(partial(self._exchange.ask, lease.version))
+        oracle = ClusterOracle(
+            workload.problem,
+            self._num_examples,
+            workload.batch_size,
+            workload.seed,
+            lease.version,
+            rounds,
+        )
+        state = self._state(workload.algorithm.init(oracle, x, self._start), variable.states.get(0))
+        estimate = known(workload.algorithm.estimate(oracle, x, state))
+        total = flatten({**zeros_like(outer), **estimate.hypergradient})
+        flat = flatten_state(estimate.state)
+        is_finite = bool(total.isfinite().all())
+        metrics: dict[str, float] = {}
+        if is_finite:
+            self._last = flat, estimate.state
+        if is_finite and lease.report:
+            metrics = {name: float(value) for name, value in estimate.metrics.items()}
+            metrics |= {
+                "rounds": float(rounds.num_rounds),
+                "bytes_sent": float(fleet.bytes_sent - sent),
+                "bytes_received": float(fleet.bytes_received - received),
+            }
+            if self._staleness:
+                metrics["oldest_answer"] = float(fleet.oldest)
+            metrics |= self._exchange.figures(lease.version, problem_outer, estimate.state.inner)
+        contribution = Contribution(
+            lease.id,
+            lease.version,
+            total if is_finite else torch.zeros_like(total),
+            int(is_finite),
+            states={0: flat} if is_finite else {},
+        )
+        result = LeaseResult(
+            lease.id,
+            lease.version,
+            int(is_finite),
+            () if is_finite else (0,),
+            metrics,
+            0.0,
+            time.perf_counter() - began,
+            {0: len(flat)} if is_finite else {},
+        )
+        return contribution, result
+
+    def _state(self, first: State, flat: Tensor | None) -> State:
+        """What the last step left; its very tensors if they are at hand: workers hold some."""
+        if flat is None:
+            return first
+        if self._last is not None and self._last[0] is flat:
+            return self._last[1]
+        return unflatten_state(flat, first, counters_of(flat))
+
+    def outer(self) -> Params:
+        return self._started()[0].params
+
+    def state(self) -> OuterState:
+        return self._started()[0].state()
+
+    def describe(self) -> dict[str, str]:
+        infos = self._fleet.infos if self._fleet else []
+        devices = Counter(f"{info.where.device} on {info.where.host}" for info in infos)
+        return {
+            "executor": "data_parallel",
+            "policy": f"staleness {self._staleness}" if self._staleness else "bsp",
+            "num_workers": str(self._num_workers),
+            "device": ", ".join(f"{count} x {name}" for name, count in sorted(devices.items()))
+            or self._device,
+        }
+
+    def close(self) -> None:
+        if ray.is_initialized():
+            if self._fleet is not None:
+                self._fleet.stop()
+            self._places.release()
+            if self._is_connection_ours:
+                ray.shutdown()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._places.forget()
+        self._fleet = self._variable = None
+        self._is_connection_ours = False
+
+    def _started(self) -> tuple[OuterVariable, Any]:
+        if self._variable is None or self._fleet is None:
+            raise RuntimeError("the executor must be started with start(...) before it is used")
+        return self._variable, self._fleet
+
+
+def check_workload(workload: Workload, staleness: int) -> None:
+    """Raise ValueError for what is no single problem, or no algorithm that can run like this."""
+    algorithm = workload.algorithm
+    name = type(algorithm).__name__
+    if not workload.keep_state or workload.meta_batch_size != 1:
+        raise ValueError(
+            "keep_state must be True and meta_batch_size 1 with DataParallelExecutor, which cuts "
+            f"one task into shards, got {workload.keep_state} and {workload.meta_batch_size}: for "
+            "many tasks use RayExecutor"
+        )
+    if algorithm.differentiates_values:
+        raise ValueError(
+            f"algorithm must ask for derivatives with DataParallelExecutor, got {algorithm}, "
+            "which differentiates through the values of its losses: use engine='adjoint'"
+        )
+    if staleness and not algorithm.tolerates_staleness:
+        raise ValueError(
+            f"staleness must be 0 with {name}, got {staleness}: it takes answers that belong "
+            "together (of one matrix, or at two points of a difference), and a few steps between "
+            "them break it. Single loops tolerate that: SOBA, FSLA, MEHA, F2SA, AmIGO with "
+            "solver='gd'"
+        )
+
+
+def check_shards(infos: list[ShardInfo]) -> list[Tensor]:
+    """The support positions of each shard; raises ValueError if shards do not fit together."""
+    for part, info in enumerate(infos):
+        if info.form != infos[0].form:
+            raise ValueError(
+                f"shards must have examples of one form, got {infos[0].form} in shard 0 and "
+                f"{info.form} in shard {part}"
+            )
+    positions = [to_tensor(info.support) for info in infos]
+    check_partition(positions, "support")
+    check_partition([to_tensor(info.query) for info in infos], "query")
+    return positions
+
+
+def check_starts(checks: list[ShardCheck]) -> tuple[tuple[str, ...], Params]:
+    """(the context's names, the start of y); raises ValueError if shards have found a fault."""
+    for part, check in enumerate(checks):
+        if check.fault is not None:
+            raise ValueError(f"in shard {part} {check.fault}")
+    first = {name: to_tensor(leaf) for name, leaf in checks[0].start.items()}
+    for part, check in enumerate(checks):
+        start = {name: to_tensor(leaf) for name, leaf in check.start.items()}
+        if start.keys() != first.keys() or any(
+            not torch.equal(start[name], leaf) for name, leaf in first.items()
+        ):
+            raise ValueError(
+                f"init_inner must not depend on data, got another start in shard {part} than in "
+                "shard 0: start from a constant or from the outer variable, or use LocalExecutor"
+            )
+    return checks[0].context, first
+
+
+def _layout(outer: Params, rows: set[str], num_examples: tuple[int, int]) -> Layout:
+    """Before the context and the inner variable are known."""
+    spec = OuterSpec.of(outer)
+    for name in rows:
+        if not spec.shapes[name] or spec.shapes[name][0] != num_examples[0]:
+            raise ValueError(
+                f"per_example variable {name} must have a row for each of {num_examples[0]} "
+                f"support examples, got shape {spec.shapes[name]}"
+            )
+    return Layout(spec, spec, spec, frozenset(rows), num_examples)

@@ -1,0 +1,222 @@
+"""`Exchange`: a round of questions becomes one message per shard, and the replies become answers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from metadist.cluster.buffers import Array, read_only, to_array
+from metadist.cluster.pending import Answer, Question
+from metadist.cluster.shard import FIGURES, METHODS, Key, Layout, Message, Reply, Request, Role
+from metadist.trees import Params, zeros_like
+
+
+class Package(NamedTuple):
+    """What one shard is sent in a round: the arguments of `ShardWorker.compute`."""
+
+    message: Message
+    shared: dict[Key, Array]
+    own: dict[Key, Array]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its buffers."""
+        return sum(array.nbytes for part in (self.shared, self.own) for array in part.values())
+
+
+@dataclass
+class Round:
+    """The questions of a round, with all that it takes to ask them, and to ask them again.
+
+    Args:
+        step: the outer step.
+        place: which round of a step it is: the answers of another step at the same place are
+            older answers to the same questions.
+        requests: the questions.
+        trees: what they refer to.
+        alive: all trees that questions may refer to from now on.
+        layout: how trees become buffers.
+        positions: support examples of each shard.
+    """
+
+    step: int
+    place: Hashable
+    requests: tuple[Request, ...]
+    trees: dict[Key, Params]
+    alive: frozenset[Key]
+    layout: Layout
+    positions: Sequence[Tensor]
+    _flats: dict[Key, Array] = field(default_factory=dict)
+
+    def package(self, part: int, held: frozenset[Key]) -> Package:
+        """For the shard `part`, which holds the trees `held`."""
+        missing = [key for key in self.trees if key not in held]
+        own = {
+            key: to_array(self.layout.pack_own(key[0], self.trees[key], self.positions[part]))
+            for key in missing
+        }
+        forget = tuple(sorted(held - self.alive))
+        message = Message(self.layout, self.step, self.requests, forget)
+        return Package(message, {key: self._flat(key) for key in missing}, own)
+
+    def _flat(self, key: Key) -> Array:
+        if key not in self._flats:
+            self._flats[key] = to_array(self.layout.pack_shared(key[0], self.trees[key]))
+        return self._flats[key]
+
+
+class Shards(Protocol):
+    """Whoever answers rounds."""
+
+    def ask(self, round: Round) -> list[Reply]:
+        """The reply of every shard, in their order."""
+        ...
+
+
+class Exchange:
+    """Packs questions, sends each tree once, and adds replies up in the order of the shards.
+
+    A tree is known by its tensors: as long as they live, a shard that was sent it is not sent it
+    again.
+
+    Args:
+        shards: who answers.
+        layout: how trees become buffers.
+        positions: support examples of each shard, int64.
+    """
+
+    def __init__(self, shards: Shards, layout: Layout, positions: Sequence[Tensor]) -> None:
+        self._shards = shards
+        self._layout = layout
+        self._positions = positions
+        self._known: dict[Hashable, tuple[Key, list[weakref.ref[Tensor]]]] = {}
+        self._numbers = count()
+
+    def ask(self, step: int, number: int, questions: list[Question]) -> list[Answer]:
+        """The answers to the questions of round `number` of a step."""
+        trees: dict[Key, Params] = {}
+        requests = tuple(
+            Request(
+                question.method,
+                question.draw,
+                self._keys(METHODS[question.method][0], question.trees, trees),
+            )
+            for question in questions
+        )
+        place = (number, *((request.method, request.draw.source) for request in requests))  # type: ignore[union-attr]
+        replies = self._ask(step, place, requests, trees)
+        sums = [[_Sum(self._layout, role) for role in METHODS[q.method][1]] for q in questions]
+        for reply, index in zip(replies, self._positions, strict=True):
+            buffer = _Buffer(read_only(reply.flat))
+            for answered, question_sums in zip(reply.answered, sums, strict=True):
+                for total in question_sums if answered else ():
+                    total.take(buffer, index)
+        return [
+            tuple(total.tree(question.trees) for total in question_sums)
+            for question, question_sums in zip(questions, sums, strict=True)
+        ]
+
+    def figures(self, step: int, outer: Params, y: Params) -> dict[str, float]:
+        """Losses and metrics, means over all examples."""
+        trees: dict[Key, Params] = {}
+        request = Request(FIGURES, None, self._keys(("outer", "y"), (outer, y), trees))
+        found: dict[str, float] = {}
+        for reply in self._ask(step, FIGURES, (request,), trees):
+            for name, value in reply.figures.items():
+                found[name] = found.get(name, 0.0) + value
+        return found
+
+    def _ask(
+        self, step: int, place: Hashable, requests: tuple[Request, ...], trees: dict[Key, Params]
+    ) -> list[Reply]:
+        alive = self._alive()
+        return self._shards.ask(
+            Round(step, place, requests, trees, alive, self._layout, self._positions)
+        )
+
+    def _keys(
+        self, roles: Sequence[Role], trees: Sequence[Params], used: dict[Key, Params]
+    ) -> tuple[Key, ...]:
+        keys = []
+        for role, tree in zip(roles, trees, strict=True):
+            key = self._key("x" if self._layout.spec(role) == self._layout.x else role, tree)
+            used[key] = tree
+            keys.append(key)
+        return tuple(keys)
+
+    def _key(self, role: Role, tree: Params) -> Key:
+        names = sorted(tree)
+        signature = (role, *((name, id(tree[name])) for name in names))
+        known = self._known.get(signature)
+        # An id may be that of a dead tensor.
+        if known is None or any(
+            ref() is not tree[name] for ref, name in zip(known[1], names, strict=True)
+        ):
+            known = (role, next(self._numbers)), [weakref.ref(tree[name]) for name in names]
+            self._known[signature] = known
+        return known[0]
+
+    def _alive(self) -> frozenset[Key]:
+        self._known = {
+            signature: known
+            for signature, known in self._known.items()
+            if all(ref() is not None for ref in known[1])
+        }
+        return frozenset(key for key, _ in self._known.values())
+
+
+class _Buffer:
+    """Reads a reply from its beginning to its end."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self._flat = flat
+        self._place = 0
+
+    def read(self, size: int) -> Tensor:
+        self._place += size
+        return self._flat[self._place - size : self._place]
+
+
+class _Sum:
+    """One tree of an answer, added up over shards."""
+
+    def __init__(self, layout: Layout, role: Role) -> None:
+        self._layout = layout
+        self._role = role
+        self._flat: Tensor | None = None
+        self._rows: list[tuple[Tensor, Params]] = []
+
+    def take(self, buffer: _Buffer, index: Tensor) -> None:
+        """Add what comes next of the reply of the shard with these support examples."""
+        if self._role == "value":
+            self._add(buffer.read(1))
+            return
+        shared = self._layout.shared(self._role)
+        own = self._layout.own(self._role, len(index))
+        self._add(buffer.read(shared.num_elements).to(shared.dtype))
+        self._rows.append((index, own.views(buffer.read(own.num_elements).to(own.dtype))))
+
+    def _add(self, piece: Tensor) -> None:
+        if self._flat is None:
+            self._flat = piece.clone()
+        else:
+            self._flat += piece
+
+    def tree(self, trees: tuple[Params, ...]) -> Params:
+        """The sum, shaped like the tree of this role among those of the question."""
+        if self._role == "value":
+            value = torch.zeros(1) if self._flat is None else self._flat
+            return {"value": value.reshape(())}
+        found = zeros_like(trees[0] if self._role == "x" else trees[1])
+        if self._flat is not None:
+            found |= self._layout.shared(self._role).views(self._flat)
+        for index, rows in self._rows:
+            for name, leaf in rows.items():
+                found[name][index] = leaf
+        return found

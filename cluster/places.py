@@ -1,0 +1,114 @@
+"""`Places`: the share of a cluster that workers are reserved, one bundle each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from metadist.cluster.connection import demand, reserve
+
+
+class Places:
+    """Reserves resources for workers and makes the actors that take them.
+
+    Args:
+        num_workers: at the most.
+        min_workers: whose places are waited for; the others are asked for as demand.
+        cpus_per_worker, gpus_per_worker, device, start_timeout_s: see `RayExecutor`.
+
+    Raises:
+        ValueError: numbers that no placement can have.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        min_workers: int,
+        cpus_per_worker: float,
+        gpus_per_worker: float | None,
+        device: str,
+        start_timeout_s: float,
+    ) -> None:
+        if num_workers < 1:
+            raise ValueError(f"num_workers must be >= 1, got {num_workers}")
+        if not cpus_per_worker > 0:
+            raise ValueError(f"cpus_per_worker must be > 0, got {cpus_per_worker}")
+        if gpus_per_worker is not None and gpus_per_worker < 0:
+            raise ValueError(f"gpus_per_worker must be >= 0 or None, got {gpus_per_worker}")
+        if device not in ("auto", "cpu", "cuda"):
+            raise ValueError(
+                f"device must be 'auto', 'cpu' or 'cuda' (Ray picks which GPU), got {device!r}"
+            )
+        if device == "cuda" and gpus_per_worker == 0:
+            raise ValueError("gpus_per_worker must be > 0 or None with device='cuda', got 0")
+        if not start_timeout_s > 0:
+            raise ValueError(f"start_timeout_s must be > 0, got {start_timeout_s}")
+        self._num_workers = num_workers
+        self._min_workers = min_workers
+        self._cpus_per_worker = cpus_per_worker
+        self._gpus_per_worker = gpus_per_worker
+        self._device = device
+        self._start_timeout_s = start_timeout_s
+        self._places: list[tuple[PlacementGroup, int]] = []
+
+    @property
+    def num_cpus(self) -> float:
+        """CPUs that all workers need."""
+        return self._num_workers * self._cpus_per_worker
+
+    def reserve(self) -> None:
+        """Wait for the places of `min_workers`, and ask for those of the others; once.
+
+        Raises:
+            ResourcesError: they are not free in time.
+        """
+        if self._places:
+            return
+        num_gpus = self._num_gpus()
+        bundle = {"CPU": float(self._cpus_per_worker)} | ({"GPU": num_gpus} if num_gpus else {})
+        is_elastic = self._min_workers < self._num_workers
+        option = "min_workers" if is_elastic else "num_workers"
+        group = reserve([bundle] * self._min_workers, self._start_timeout_s, option)
+        self._places = [(group, index) for index in range(self._min_workers)]
+        for _ in range(self._num_workers - self._min_workers):
+            self._places.append((demand(bundle), 0))
+
+    def make(self, actor_class: type, number: int) -> Any:
+        """An actor at place `number`; the class is given a name and the device."""
+        group, index = self._places[number]
+        bundle = group.bundle_specs[index]
+        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+        actor: Any = ray.remote(actor_class).options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy=place,
+        )
+        return actor.remote(f"worker-{number}", self._device)
+
+    def release(self) -> None:
+        """Give everything back."""
+        for group in {group.id: group for group, _ in self._places}.values():
+            remove_placement_group(group)
+        self.forget()
+
+    def forget(self) -> None:
+        """The cluster is gone, and the reservations with it."""
+        self._places = []
+
+    def _num_gpus(self) -> float:
+        """GPUs per worker."""
+        if self._gpus_per_worker is not None:
+            return float(self._gpus_per_worker)
+        num_in_cluster = int(ray.cluster_resources().get("GPU", 0))
+        if self._device == "cpu" or (num_in_cluster == 0 and self._device == "auto"):
+            return 0.0
+        if num_in_cluster == 0:
+            # Nodes with GPUs may still join.
+            return 1.0
+        return 1.0 / math.ceil(self._min_workers / num_in_cluster)

@@ -1,0 +1,291 @@
+"""`ShardWorker`: holds one shard of a task's data and answers questions about it.
+
+What travels are flat numpy buffers. A tree like the outer variable ("outer") or the context ("x")
+goes in two: what all shards need, and of per-example variables the rows of the shard's own
+examples. A tree like the inner variable ("y") goes in one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from ray import cloudpickle
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metadist.cluster.buffers import Array, OuterSpec, to_array, to_tensor
+from metadist.cluster.worker import WorkerInfo, worker_device
+from metadist.hypergradient import adaptation_metrics
+from metadist.lease import Workload, intra_op_threads, pick_device
+from metadist.oracle import Draw
+from metadist.shards import ShardOracle, sample_shard, shard_fault, spread
+from metadist.task import Task, to_device
+from metadist.trees import Params, check_flattenable
+
+Role = Literal["outer", "x", "y", "value"]
+
+METHODS: dict[str, tuple[tuple[Role, ...], tuple[Role, ...]]] = {
+    "inner_grad": (("x", "y"), ("y",)),
+    "inner_grads": (("x", "y"), ("x", "y")),
+    "outer_grads": (("x", "y"), ("x", "y")),
+    "second_order": (("x", "y", "y"), ("x", "y")),
+    "hvp": (("x", "y", "y"), ("y",)),
+    "directional": (("x", "y", "x", "y"), ("y",)),
+    "inner_value": (("x", "y"), ("value",)),
+    "outer_value": (("x", "y"), ("value",)),
+}
+"""The methods of `Oracle` that need data, with what they take and give."""
+
+FIGURES = "figures"
+"""Asks for losses and metrics at (outer, y)."""
+
+Key = tuple[Role, int]
+"""A tree that was sent: its role and a number."""
+
+
+class Layout(NamedTuple):
+    """How trees become buffers.
+
+    Args:
+        outer: names and shapes of the outer variable.
+        x: of the context.
+        y: of the inner variable.
+        rows: names of the per-example variables, whose leading axis is the support example.
+        num_examples: in the full support and query set.
+    """
+
+    outer: OuterSpec
+    x: OuterSpec
+    y: OuterSpec
+    rows: frozenset[str]
+    num_examples: tuple[int, int]
+
+    def spec(self, role: Role) -> OuterSpec:
+        """Names and shapes of a tree."""
+        return {"outer": self.outer, "x": self.x, "y": self.y}[role]
+
+    def shared(self, role: Role) -> OuterSpec:
+        """Of the part of a tree that all shards are sent."""
+        spec = self.spec(role)
+        rows = self.rows if role != "y" else ()
+        return spec._replace(shapes={n: s for n, s in spec.shapes.items() if n not in rows})
+
+    def own(self, role: Role, num_rows: int) -> OuterSpec:
+        """Of the part of a tree that a shard with `num_rows` support examples has for itself."""
+        spec = self.spec(role)
+        rows = self.rows if role != "y" else ()
+        shapes = {n: (num_rows, *s[1:]) for n, s in spec.shapes.items() if n in rows}
+        return spec._replace(shapes=shapes)
+
+    def pack_shared(self, role: Role, tree: Params) -> Tensor:
+        """The values of `shared`."""
+        return _joined([tree[name] for name in self.shared(role).shapes], self.spec(role).dtype)
+
+    def pack_own(self, role: Role, tree: Params, index: Tensor) -> Tensor:
+        """The values of `own` for the shard with the support examples `index`."""
+        names = self.own(role, len(index)).shapes
+        return _joined([tree[name][index] for name in names], self.spec(role).dtype)
+
+    def unpack(self, role: Role, shared: Tensor, own: Tensor, index: Tensor) -> Params:
+        """The tree, with zeros where the rows of other shards are."""
+        tree = self.shared(role).views(shared)
+        for name, leaf in self.own(role, len(index)).views(own).items():
+            tree[name] = spread(leaf, index, self.num_examples[0])
+        return {name: tree[name] for name in self.spec(role).shapes}
+
+
+def _joined(leaves: list[Tensor], dtype: torch.dtype) -> Tensor:
+    if not leaves:
+        return torch.empty(0, dtype=dtype)
+    return torch.cat([leaf.reshape(-1) for leaf in leaves])
+
+
+class Request(NamedTuple):
+    """One question: an entry of METHODS, or FIGURES; `trees` by key; `draw` None for FIGURES."""
+
+    method: str
+    draw: Draw | None
+    trees: tuple[Key, ...]
+
+
+class Message(NamedTuple):
+    """All questions of a round to one shard, to be answered from this alone and what it holds.
+
+    Args:
+        layout: how trees become buffers.
+        step: the outer step.
+        requests: the questions.
+        forget: trees that are not needed any more.
+    """
+
+    layout: Layout
+    step: int
+    requests: tuple[Request, ...]
+    forget: tuple[Key, ...]
+
+
+class Reply(NamedTuple):
+    """A shard's part of all answers of a round, to be added up.
+
+    Args:
+        answered: which requests; the shard holds no example of the draws of the others.
+        flat: for each of these what METHODS say, times the shard's share of the draw.
+        figures: losses and metrics, times the shard's share of the set.
+        seconds: of computing.
+    """
+
+    answered: tuple[bool, ...]
+    flat: Array
+    figures: dict[str, float]
+    seconds: float
+
+
+class ShardInfo(NamedTuple):
+    """What a shard is: where, which examples of the two sets, and the form of one example."""
+
+    where: WorkerInfo
+    support: Array
+    query: Array
+    form: tuple[tuple[str, ...], tuple[str, ...]]
+
+
+class ShardCheck(NamedTuple):
+    """What a shard finds at the start: a fault, or the context's names and the start."""
+
+    fault: str | None
+    context: tuple[str, ...]
+    start: dict[str, Array]
+
+
+class ShardWorker:
+    """Answers questions about its shard; becomes an actor where it is created.
+
+    Args:
+        name: in reports and errors.
+        device: see `Worker`.
+    """
+
+    def __init__(self, name: str, device: str) -> None:
+        self._name = name
+        self._requested_device = device
+        self._trees: dict[Key, Params] = {}
+
+    def setup(self, payload: bytes, part: int, num_parts: int) -> ShardInfo:
+        """The shard `part`, read and ready.
+
+        Args:
+            payload: the workload, pickled by `runtime_env.pickle_by_value`.
+            part: which shard.
+            num_parts: of how many.
+        """
+        self._device = pick_device(worker_device(self._requested_device))
+        self._workload: Workload = cloudpickle.loads(payload)
+        self._trees = {}
+        self._data = sample_shard(self._workload.sampler, part, num_parts)
+        self._shard: Task | None = None
+        hardware = (
+            torch.cuda.get_device_name(self._device)
+            if self._device.type == "cuda"
+            else str(self._device)
+        )
+        form = tuple(
+            tuple(f"{tuple(tensor.shape[1:])} {tensor.dtype}" for tensor in batch.tensors)
+            for batch in self._data[:2]
+        )
+        return ShardInfo(
+            WorkerInfo(self._name, hardware, socket.gethostname(), os.getpid()),
+            to_array(self._data.support.index),
+            to_array(self._data.query.index),
+            (form[0], form[1]),
+        )
+
+    def check(self, layout: Layout, shared: Array, own: Array) -> ShardCheck:
+        """Whether this shard can be asked, at the given outer variable."""
+        with intra_op_threads(self._workload.num_threads), sdpa_kernel(SDPBackend.MATH):
+            problem = self._workload.problem
+            outer = self._tree(layout, "outer", shared, own)
+            shard = self._on_device(layout)
+            start = problem.init_inner(outer, shard)
+            check_flattenable(start, "the inner variable")
+            fault = shard_fault(problem, shard, outer, start, layout.num_examples[0])
+            context = tuple(problem.encode(outer, shard))
+        return ShardCheck(fault, context, {name: to_array(leaf) for name, leaf in start.items()})
+
+    def compute(self, message: Message, shared: dict[Key, Array], own: dict[Key, Array]) -> Reply:
+        """The answers to `message`.
+
+        Args:
+            message: the questions.
+            shared: buffers of trees that all shards need.
+            own: those of this shard alone.
+        """
+        began = time.perf_counter()
+        layout, workload = message.layout, self._workload
+        for key in message.forget:
+            self._trees.pop(key, None)
+        for key, flat in shared.items():
+            self._trees[key] = self._tree(layout, key[0], flat, own[key])
+        oracle = ShardOracle(
+            workload.problem,
+            self._on_device(layout),
+            layout.num_examples,
+            workload.batch_size,
+            workload.seed,
+            workload.algorithm.compiles,
+            message.step,
+        )
+        answered: list[bool] = []
+        flats: list[Tensor] = []
+        figures: dict[str, float] = {}
+        with intra_op_threads(workload.num_threads), sdpa_kernel(SDPBackend.MATH):
+            for request in message.requests:
+                trees = [self._trees[key] for key in request.trees]
+                if request.draw is None:
+                    figures = self._figures(layout, *trees)
+                    continue
+                share = oracle.share(request.draw)
+                answered.append(share > 0)
+                if share > 0:
+                    result: Any = getattr(oracle, request.method)(*trees, request.draw)
+                    roles = METHODS[request.method][1]
+                    results = result if len(roles) > 1 else (result,)
+                    for role, tree in zip(roles, results, strict=True):
+                        flats += [share * leaf for leaf in self._flats(layout, role, tree)]
+            flat = to_array(torch.cat(flats)) if flats else np.empty(0)
+        return Reply(tuple(answered), flat, figures, time.perf_counter() - began)
+
+    def _on_device(self, layout: Layout) -> Task:
+        """The shard where it is computed on, in the dtype of x."""
+        if self._shard is None:
+            self._shard = to_device(self._data, self._device, layout.outer.dtype)
+            self._data = self._shard
+        return self._shard
+
+    def _tree(self, layout: Layout, role: Role, shared: Array, own: Array) -> Params:
+        first, second = (to_tensor(array).to(self._device) for array in (shared, own))
+        return layout.unpack(role, first, second, self._on_device(layout).support.index)
+
+    def _flats(self, layout: Layout, role: Role, result: Any) -> list[Tensor]:
+        """What goes back of a result."""
+        if role == "value":
+            return [result.detach().reshape(1)]
+        index = self._on_device(layout).support.index
+        return [layout.pack_shared(role, result), layout.pack_own(role, result, index)]
+
+    def _figures(self, layout: Layout, outer: Params, y: Params) -> dict[str, float]:
+        shard, problem = self._on_device(layout), self._workload.problem
+        context, start = problem.encode(outer, shard), problem.init_inner(outer, shard)
+        found = adaptation_metrics(problem, context, start, y, shard)
+        of_support, of_query = (
+            len(batch.index) / total
+            for batch, total in zip((shard.support, shard.query), layout.num_examples, strict=True)
+        )
+        return {
+            name: float(value) * (of_support if name == "support_loss" else of_query)
+            for name, value in found.items()
+        }

@@ -1,0 +1,238 @@
+"""Shards: the data of one task cut into parts that lie on different machines.
+
+A shard is a Task whose `Batch.index` are positions in the full sets. Losses are means over
+examples, so with share = (examples of a draw on the shard) / (examples of the draw)
+
+    derivative on the draw = sum over shards of share * derivative on the shard's part of the draw
+
+exactly, for every derivative of an `Oracle`, since all are linear in the losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from metadist.autodiff import gradients, leaves
+from metadist.oracle import SOURCES, AutogradOracle, Draw, Source
+from metadist.problem import Problem, per_example_names
+from metadist.task import Batch, Task, TaskSampler
+from metadist.trees import Params
+
+
+def cut(task: Task, part: int, num_parts: int) -> Task:
+    """Shard `part` of `num_parts`: consecutive examples of both sets, in equal numbers or one more.
+
+    It has memory of its own, so that the task can be forgotten.
+    """
+
+    def take(full: Batch) -> Batch:
+        bounds = [len(full.index) * number // num_parts for number in (part, part + 1)]
+        return full.take(torch.arange(*bounds, device=full.index.device))
+
+    return Task(take(task.support), take(task.query), task.id)
+
+
+def sample_shard(sampler: TaskSampler, part: int, num_parts: int) -> Task:
+    """Shard `part` of task 0.
+
+    By `sampler.shard(index, part, num_parts)` where the sampler has such a method, which need not
+    read all data; else the whole task is sampled and cut.
+    """
+    shard = getattr(sampler, "shard", None)
+    if shard is None:
+        return cut(sampler.sample(0), part, num_parts)
+    task: Task = shard(0, part, num_parts)
+    return task
+
+
+def check_partition(indices: Sequence[Tensor], source: Source) -> None:
+    """Raise ValueError unless these positions, by shard, are 0, 1, ... with each of them once."""
+    for part, index in enumerate(indices):
+        if not len(index):
+            raise ValueError(
+                f"shard {part} must hold at least one {source} example, got none: num_workers "
+                f"must be <= the number of {source} examples, {sum(map(len, indices))}"
+            )
+    positions = torch.cat(list(indices)).sort().values
+    wrong = (positions != torch.arange(len(positions))).nonzero()
+    if len(wrong):
+        raise ValueError(
+            f"shards must hold every position of the {source} set once, from 0 on, got "
+            f"{int(positions[wrong[0]])} where {int(wrong[0])} was due: see `shard` of the sampler"
+        )
+
+
+class ShardOracle(AutogradOracle):
+    """Derivatives on those examples of a draw that a shard holds, `share` of them.
+
+    Args:
+        problem: the problem.
+        shard: with positions in the full sets.
+        num_examples: in the full support and query set.
+        batch_size, seed, compile, step: as of `AutogradOracle` on the full task.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        shard: Task,
+        num_examples: tuple[int, int],
+        batch_size: int | None = None,
+        seed: int = 0,
+        compile: bool = False,
+        step: int = 0,
+    ) -> None:
+        super().__init__(problem, shard, batch_size, seed, compile, eager=True, step=step)
+        self._num_examples = dict(zip(SOURCES, num_examples, strict=True))
+        self._batches: dict[Draw, Batch] = {}
+        self._shares: dict[Draw, float] = {}
+
+    def batch(self, draw: Draw) -> Batch:
+        if draw not in self._batches:
+            self._batches[draw], self._shares[draw] = self._part(draw)
+        return self._batches[draw]
+
+    def share(self, draw: Draw) -> float:
+        """Examples of `draw` on the shard over examples of `draw`."""
+        self.batch(draw)
+        return self._shares[draw]
+
+    def _part(self, draw: Draw) -> tuple[Batch, float]:
+        shard, num_examples = self._set(draw.source), self._num_examples[draw.source]
+        chosen = self.chosen(draw, torch.arange(num_examples, device=shard.index.device))
+        if chosen is None:
+            return shard, len(shard.index) / num_examples
+        places = chosen.new_full((num_examples,), -1)
+        places[shard.index] = torch.arange(len(shard.index), device=chosen.device)
+        held = places[chosen]
+        batch = shard.take(held[held >= 0])
+        return batch, len(batch.index) / len(chosen)
+
+
+def spread(rows: Tensor, index: Tensor, num_examples: int) -> Tensor:
+    """A per-example variable at its full size: `rows` at the positions `index`, zeros elsewhere."""
+    full = rows.new_zeros(num_examples, *rows.shape[1:])
+    full[index] = rows
+    return full
+
+
+def shard_fault(
+    problem: Problem, shard: Task, outer: Params, start: Params, num_support: int
+) -> str | None:
+    """Why derivatives on the full sets are no mean of those on shards; None: they are.
+
+    Args:
+        problem: the problem.
+        shard: with positions in the full sets.
+        outer: x.
+        start: y.
+        num_support: examples in the full support set.
+
+    Cost: gradients of both losses, three times, on 64 examples at the most.
+    """
+    for source, batch in zip(SOURCES, (shard.support, shard.query), strict=True):
+        for number, tensor in enumerate(batch.tensors):
+            finite = tensor.isfinite().reshape(len(tensor), math.prod(tensor.shape[1:])).all(1)
+            if not bool(finite.all()):
+                position = int(batch.index[~finite][0])
+                return (
+                    f"the {source} set must be finite, got NaN or Inf in its tensor {number} at "
+                    f"example {position}"
+                )
+    context = problem.encode(outer, shard)
+    changed = [name for name, leaf in context.items() if leaf is not outer.get(name)]
+    if changed:
+        return (
+            "encode must return outer variables as they are, got another "
+            f"{', '.join(changed)}: what depends on data would differ between shards. Compute it "
+            "in inner_loss and outer_loss, or use LocalExecutor"
+        )
+    random = torch.Generator().manual_seed(0)
+
+    def beside(leaf: Tensor) -> Tensor:
+        noise = torch.randn(leaf.shape, generator=random, dtype=torch.float64)
+        return leaf + 0.1 * noise.to(leaf)
+
+    y = {name: beside(leaf) for name, leaf in start.items()}
+    for name, loss, batch in (
+        ("inner_loss", problem.inner_loss, shard.support),
+        ("outer_loss", problem.outer_loss, shard.query),
+    ):
+        if fault := _mean_fault(name, loss, context, y, batch):
+            return fault
+    rows = per_example_names(problem, outer) & context.keys()
+    return _row_fault(problem, context, y, shard, rows, beside, num_support) if rows else None
+
+
+Loss = Callable[[Params, Params, Batch], Tensor]
+
+
+def _mean_fault(name: str, loss: Loss, x: Params, y: Params, batch: Batch) -> str | None:
+    """What is wrong if the loss is no mean over examples: halves against the whole of them."""
+    size = min(len(batch.index), 64)
+    places = torch.arange(size, device=batch.index.device)
+    # Of a single example, twice the same is the whole.
+    halves = places.tensor_split(2) if size > 1 else (places, places)
+    whole = torch.cat(halves)
+    expected = _derivatives(loss, x, y, batch.take(whole))
+    parts = [_derivatives(loss, x, y, batch.take(half)) for half in halves]
+    weights = [len(half) / len(whole) for half in halves]
+    for leaf, *halved in zip(expected, *parts, strict=True):
+        mean = sum(weight * half for weight, half in zip(weights, halved, strict=True))
+        if not _equal(leaf, mean, *halved):
+            return (
+                f"{name} must be a mean over examples (plus terms without data), but on {size} "
+                "examples it is not the weighted mean of that on their halves: take means and no "
+                "sums, keep batch norm and other statistics of a batch out, or use LocalExecutor"
+            )
+    return None
+
+
+def _row_fault(
+    problem: Problem,
+    x: Params,
+    y: Params,
+    shard: Task,
+    rows: set[str],
+    beside: Callable[[Tensor], Tensor],
+    num_support: int,
+) -> str | None:
+    """What is wrong if the rows of other examples matter."""
+    own = shard.support.index
+    zeroed = {n: spread(v[own], own, num_support) if n in rows else v for n, v in x.items()}
+    noisy = {n: beside(v).index_copy(0, own, v[own]) if n in rows else v for n, v in x.items()}
+    for name, loss, batch in (
+        ("inner_loss", problem.inner_loss, shard.support),
+        ("outer_loss", problem.outer_loss, shard.query),
+    ):
+        few = batch.take(torch.arange(min(len(batch.index), 64), device=own.device))
+        first, second = (_derivatives(loss, at, y, few) for at in (zeroed, noisy))
+        if not all(_equal(a, b) for a, b in zip(first, second, strict=True)):
+            return (
+                f"per_example variables ({', '.join(sorted(rows))}) must enter {name} as "
+                "outer[name][batch.index] only, but rows of other examples change it (a "
+                "normalisation over all of them?): leave the variable out of per_example, or "
+                "normalise within the example"
+            )
+    return None
+
+
+def _derivatives(loss: Loss, x: Params, y: Params, batch: Batch) -> list[Tensor]:
+    """The value, and the gradients in x and in y."""
+    x, y = leaves(x), leaves(y)
+    value = loss(x, y, batch)
+    trees = gradients([value], [None], x, y)
+    return [value.detach(), *(leaf for tree in trees for leaf in tree.values())]
+
+
+def _equal(first: Tensor, second: Tensor | float, *others: Tensor) -> bool:
+    """Whether they are the same up to rounding, relative to the largest number anywhere."""
+    largest = max(float(leaf.abs().max()) for leaf in (first, *others) if leaf.numel())
+    tolerance = torch.finfo(first.dtype).eps ** 0.5 * largest if first.numel() else 0.0
+    difference = (first - second).abs()
+    # NaN on both sides is not this check's business.
+    return not bool((difference > tolerance).any())
