@@ -6,6 +6,7 @@ if __name__ != "metadist.tasks":
 from metadist.sampler_check import SamplerError, SamplerReport, check_sampler
 from metadist.tasks.cifar import CIFARFS, FC100
 from metadist.tasks.class_splits import read_splits
+from metadist.tasks.data_sources import FetchError, fetch
 from metadist.tasks.dataset import FewShotDataset
 from metadist.tasks.episodes import ClassImages, Draws, EpisodeSampler
 from metadist.tasks.few_shot import FewShotProblem
@@ -21,6 +22,7 @@ __all__ = [
     "ClassImages",
     "Draws",
     "EpisodeSampler",
+    "FetchError",
     "FewShotDataset",
     "FewShotProblem",
     "FixedTasks",
@@ -31,5 +33,6 @@ __all__ = [
     "SamplerReport",
     "Sinusoid",
     "check_sampler",
+    "fetch",
     "read_splits",
 ]
