@@ -190,10 +190,11 @@ class Evil:
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_the_unpickler_builds_arrays_and_nothing_else(protocol):
-    arrays = [(np.arange(6, dtype=np.float32).reshape(2, 3), np.array([1, 2])), 3.0]
-    (matrix, vector), number = read_arrays(pickle.dumps(arrays, protocol))
-    assert np.array_equal(matrix, arrays[0][0]) and matrix.dtype == np.float32
-    assert np.array_equal(vector, arrays[0][1]) and number == 3.0
+    matrix, vector = np.arange(6, dtype=np.float32).reshape(2, 3), np.array([1, 2])
+    arrays = [(matrix, vector), 3.0]
+    (got_matrix, got_vector), number = read_arrays(pickle.dumps(arrays, protocol))
+    assert np.array_equal(got_matrix, matrix) and got_matrix.dtype == np.float32
+    assert np.array_equal(got_vector, vector) and number == 3.0
     message = refusal(lambda: read_arrays(pickle.dumps(Evil(), protocol)), FetchError)
     assert "must not name posix.system" in message
     with pytest.raises(FetchError):
