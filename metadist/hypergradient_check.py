@@ -451,7 +451,7 @@ class _Check:
             return "the lower objective has a non-smooth part"
         if size > max_dense:
             return f"y has {size:,} numbers, more than max_dense = {max_dense:,}"
-        y = _lbfgs(self._lower_loss, adapted)
+        y = lbfgs(self._lower_loss, adapted)
         tiny = torch.finfo(self.dtype).eps ** 0.6
         for _ in range(NEWTON_STEPS):
             gradient, hessian = self._lower_gradient(y), self._hessian(y)
@@ -519,12 +519,12 @@ class _Solution(NamedTuple):
     figures: dict[str, float]
 
 
-def _lbfgs(loss: Callable[[Params], Tensor], y: Params) -> Params:
-    """A point near `y` with a small gradient of `loss`, if L-BFGS finds one."""
+def lbfgs(loss: Callable[[Params], Tensor], y: Params, max_iter: int = 1000) -> Params:
+    """A point near `y` with a small gradient of `loss`, if L-BFGS finds one; else `y`."""
     flat = flatten(y).detach().clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [flat],
-        max_iter=1000,
+        max_iter=max_iter,
         history_size=50,
         tolerance_grad=torch.finfo(flat.dtype).eps,
         tolerance_change=0.0,

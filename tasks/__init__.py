@@ -6,30 +6,49 @@ if __name__ != "metadist.tasks":
 from metadist.sampler_check import SamplerError, SamplerReport, check_sampler
 from metadist.tasks.cifar import CIFARFS, FC100
 from metadist.tasks.class_splits import read_splits
+from metadist.tasks.corrupted_images import CorruptedImages
+from metadist.tasks.data_sources import FetchError, fetch
 from metadist.tasks.dataset import FewShotDataset
 from metadist.tasks.episodes import ClassImages, Draws, EpisodeSampler
 from metadist.tasks.few_shot import FewShotProblem
 from metadist.tasks.fixed import FixedTasks
 from metadist.tasks.folder import ImageFolder
 from metadist.tasks.glyphs import Glyphs
+from metadist.tasks.long_tail import LongTail
 from metadist.tasks.omniglot import Omniglot
+from metadist.tasks.reweighting import (
+    ClassWeights,
+    ExampleWeighting,
+    HyperCleaning,
+    LinearClassifier,
+    LossWeighting,
+)
 from metadist.tasks.sinusoid import Sinusoid
 
 __all__ = [
     "CIFARFS",
     "FC100",
     "ClassImages",
+    "ClassWeights",
+    "CorruptedImages",
     "Draws",
     "EpisodeSampler",
+    "ExampleWeighting",
+    "FetchError",
     "FewShotDataset",
     "FewShotProblem",
     "FixedTasks",
     "Glyphs",
+    "HyperCleaning",
     "ImageFolder",
+    "LinearClassifier",
+    "LongTail",
+    "LossWeighting",
     "Omniglot",
     "SamplerError",
     "SamplerReport",
     "Sinusoid",
     "check_sampler",
+    "fetch",
     "read_splits",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,9 +65,7 @@ class FewShotDataset(EpisodeSampler):
         require_episode(n_way, k_shot, k_query, seed)
         require_format(image_size, channels)
         splits = read_splits(splits)
-        labels = _stored_labels(dataset)
-        if labels is None:
-            labels = np.array([_label(dataset[i][1], i) for i in range(len(dataset))])
+        labels = labels_of(dataset)
         present = sorted({int(label) for label in labels})
         names = _class_names(dataset)
         known: dict[str | int, int] = {label: label for label in present}
@@ -75,7 +73,7 @@ class FewShotDataset(EpisodeSampler):
         chosen = select_classes(splits, split, known)
         decoded: dict[int, list[NDArray[np.uint8]]] = {label: [] for label in chosen}
         positions = np.flatnonzero(np.isin(labels, chosen)).tolist()
-        for label, image in _decode(dataset, labels, positions, image_size, channels):
+        for label, image in decode(dataset, labels, positions, image_size, channels):
             decoded[label].append(image)
         classes = ClassImages.of({_name(names, label): decoded[label] for label in chosen})
         super().__init__(classes, n_way, k_shot, k_query, split, seed)
@@ -84,6 +82,14 @@ class FewShotDataset(EpisodeSampler):
     def finish(self, images: Tensor, draws: Draws) -> Tensor:
         """The images through `transform`."""
         return images if self.transform is None else self.transform(images)
+
+
+def labels_of(dataset: LabelledDataset) -> NDArray[np.int64]:
+    """The label of every picture; from one pass over the data set where it has no list of them."""
+    stored = _stored_labels(dataset)
+    if stored is not None:
+        return stored
+    return np.array([_label(dataset[i][1], i) for i in range(len(dataset))], dtype=np.int64)
 
 
 def _stored_labels(dataset: LabelledDataset) -> NDArray[np.int64] | None:
@@ -116,13 +122,14 @@ def _name(names: Sequence[str], label: int) -> str:
     return names[label] if 0 <= label < len(names) else str(label)
 
 
-def _decode(
+def decode(
     dataset: LabelledDataset,
     labels: NDArray[np.int64],
-    positions: Sequence[int],
-    image_size: int | None,
-    channels: int | None,
+    positions: Iterable[int],
+    image_size: int | None = None,
+    channels: int | None = None,
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """(label, pixels (C, H, W)) of the pictures at `positions`, one after another."""
     for position in positions:
         value, label = dataset[position]
         if _label(label, position) != labels[position]:

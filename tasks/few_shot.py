@@ -110,7 +110,7 @@ class FewShotProblem(Problem):
             isinstance(module, TaskBatchNorm) and module.policy == "inductive" for module in modules
         )
         self._has_rnn = any(isinstance(module, nn.RNNBase) for module in modules)
-        self._model = _without_parameters(model)
+        self._model = without_parameters(model)
         self._split = _Split(self._model, head_name(model)) if adapt == "head" else None
         self._split_is_checked = False
         if batch_encode is True:
@@ -214,7 +214,7 @@ class FewShotProblem(Problem):
 
     def _call(self, module: nn.Module, params: Params, inputs: Tensor) -> Tensor:
         if any(True for _ in _constants(module)):
-            _move_constants(module, inputs.device)
+            move_constants(module, inputs.device)
         if not self._has_rnn:
             return functional_call(module, params, (inputs,))
         # The fused RNN kernels have no double backward, the plain ones have. vmap has no rule for
@@ -358,7 +358,8 @@ def _constants(module: nn.Module) -> Iterator[Tensor]:
     yield from (leaf for leaf in module.parameters() if not leaf.requires_grad)
 
 
-def _move_constants(module: nn.Module, device: torch.device) -> None:
+def move_constants(module: nn.Module, device: torch.device) -> None:
+    """Move what is no trainable parameter of `module` to `device`."""
     for child in module.modules():
         for name, leaf in child.named_buffers(recurse=False):
             if leaf.device != device:
@@ -368,7 +369,7 @@ def _move_constants(module: nn.Module, device: torch.device) -> None:
                 child._parameters[name] = nn.Parameter(leaf.to(device), requires_grad=False)
 
 
-def _without_parameters(model: nn.Module) -> nn.Module:
+def without_parameters(model: nn.Module) -> nn.Module:
     """A copy of `model` whose trainable parameters have a shape but no memory."""
     memo = {
         id(leaf): nn.Parameter(torch.empty_like(leaf, device="meta"))

@@ -6,12 +6,9 @@ import pytest
 import torch
 
 from metadist.algorithms.bome import BOME
+from metadist.tasks.toys import Coreset, Degenerate, Minimax, Toy
 from metadist.trees import add
 from tests.algorithms.toys import (
-    Coreset,
-    Degenerate,
-    Minimax,
-    Toy,
     alignment,
     assert_vmap_is_loop,
     counts_of,

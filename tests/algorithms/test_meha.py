@@ -7,12 +7,9 @@ import pytest
 import torch
 
 from metadist.algorithms.meha import MEHA, MEHAState
+from metadist.tasks.toys import SINE_SOLUTION, Lasso, MerelyConvex, Sine
 from metadist.trees import add
 from tests.algorithms.toys import (
-    SINE_SOLUTION,
-    Lasso,
-    MerelyConvex,
-    Sine,
     alignment,
     assert_vmap_is_loop,
     counts_of,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from metadist.algorithms.penalty import Penalty, PenaltyState
+from metadist.tasks.toys import PenaltyToy
 from tests.algorithms.toys import (
-    PenaltyToy,
     alignment,
     assert_vmap_is_loop,
     counts_of,

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from metadist.algorithms.vpbgd import VPBGD
+from metadist.tasks.toys import Degenerate, PBGDToy
 from tests.algorithms.toys import (
-    Degenerate,
-    PBGDToy,
     alignment,
     assert_vmap_is_loop,
     counts_of,

@@ -1,0 +1,178 @@
+"""Images some of whose training labels are wrong, for hyper-cleaning and loss weighting."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from metadist.hypergradient_check import lbfgs
+from metadist.problem import Problem
+from metadist.task import Batch
+from metadist.tasks.dataset import LabelledDataset
+from metadist.tasks.episodes import Draws, require_integer, require_word
+from metadist.tasks.image_sets import (
+    Drawing,
+    ImageProblemData,
+    Images,
+    Scaling,
+    open_dataset,
+    require_classes,
+)
+from metadist.tasks.reweighting import HyperCleaning, LinearClassifier, LossWeighting
+from metadist.trees import Params, dot
+
+
+class CorruptedImages(ImageProblemData):
+    """A sampler of one task: training images with corrupted labels, clean validation images.
+
+    The labels of round(corruption * num_train) training images are drawn anew, once, by `seed`.
+    With redraw="any" all classes may come up, the true one included: half the labels of ten
+    classes redrawn are 45 % wrong. `wrong` tells which labels are.
+
+    Args:
+        dataset: see `open_dataset`: "mnist", "fashion_mnist", "mnist_5k", "digits", an import
+            path, or a data set.
+        root: folder of the data, see `data_root`.
+        num_train, num_val, num_test: images >= 1, all of them different. Test images are from the
+            test part of the data set, where it has one.
+        corruption: share of training labels that are redrawn, in [0, 1].
+        redraw: "any" class, or another class than the true one.
+        seed: of the choice of images and of their labels, 0 <= seed < 2^64.
+        mean, std: inputs are (pixels / 255 - mean) / std.
+
+    Raises:
+        ValueError: more images asked for than there are, a class without training or validation
+            image, pictures that cannot be read (NaN), an argument out of its range.
+        FetchError: the data set is not here and cannot be had.
+
+    Source: the protocol of Franceschi et al. (2017) and its successors, see `HyperCleaning`.
+    """
+
+    def __init__(
+        self,
+        dataset: str | LabelledDataset = "mnist",
+        root: str | Path | None = None,
+        num_train: int = 5000,
+        num_val: int = 5000,
+        num_test: int = 10000,
+        corruption: float = 0.5,
+        redraw: Literal["any", "other"] = "any",
+        seed: int = 0,
+        mean: float = 0.0,
+        std: float = 1.0,
+    ) -> None:
+        for field, value in (("train", num_train), ("val", num_val), ("test", num_test)):
+            require_integer(f"num_{field}", value, 1)
+        if not 0 <= corruption <= 1:
+            raise ValueError(f"corruption must be in [0, 1], got {corruption}")
+        if redraw not in ("any", "other"):
+            raise ValueError(f"redraw must be 'any' or 'other', got {redraw!r}")
+        require_word("seed", seed)
+        scaling = Scaling(mean, std)
+        whole, held_out = open_dataset(dataset, root)
+        drawing = Drawing(whole)
+        order = iter(Draws(seed, "images", 0).choose(len(whole), len(whole)))
+        clean = drawing.take(order, num_train, "num_train")
+        val = drawing.take(order, num_val, "num_val (beside num_train)")
+        if held_out is not None:
+            drawing = drawing.of(held_out)
+            order = iter(Draws(seed, "images", 1).choose(len(held_out), len(held_out)))
+        test = drawing.take(order, num_test, "num_test")
+        require_classes(clean, drawing.classes, "num_train")
+        require_classes(val, drawing.classes, "num_val")
+        train = Images(
+            clean.pixels, _redrawn(clean.labels, len(drawing.classes), corruption, redraw, seed)
+        )
+        require_classes(train, drawing.classes, "num_train after the labels are redrawn")
+        super().__init__(train, val, test, scaling)
+        self.clean_labels = clean.labels
+
+    @property
+    def wrong(self) -> Tensor:
+        """Whether the label of each training image is wrong; bool, (num_train,)."""
+        return torch.from_numpy(self.train.labels != self.clean_labels)
+
+    def figures(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
+        """Test accuracy and loss; of problems with weights in [0, 1] also what they found.
+
+        `precision` is the share of wrong labels among examples of a weight below 1/2 (0 if there
+        is none), `recall` the share of wrong labels that has such a weight.
+        """
+        figures = super().figures(problem, outer, inner)
+        if isinstance(problem, HyperCleaning | LossWeighting):
+            batch = self.scaling.batch(self.train, like=inner)
+            with torch.no_grad():
+                weights = problem.weights(outer, problem.losses(inner, batch), batch)
+            figures |= self.found(weights < 0.5)
+        return figures
+
+    def found(self, suspected: Tensor) -> dict[str, float]:
+        """Precision and recall of the examples `suspected` (bool, (num_train,)) to be wrong."""
+        wrong = self.wrong
+        hits = int((suspected.cpu() & wrong).sum())
+        return {
+            "precision": hits / max(1, int(suspected.sum())),
+            "recall": hits / max(1, int(wrong.sum())),
+        }
+
+    def baselines(
+        self, model: nn.Module | None = None, weight_decay: float = 2e-3, max_iter: int = 100
+    ) -> dict[str, float]:
+        """Test accuracy of a model fitted to five training sets, by name, with L-BFGS.
+
+        What hyper-cleaning has to beat ("val only": throwing the training set away), and what it
+        cannot ("wrong dropped + val": knowing which labels are wrong).
+
+        Args:
+            model: its weights are the start; None: logistic regression.
+            weight_decay: adds weight_decay / 2 * |y|^2 to the mean cross entropy, >= 0. The noisier
+                the labels, the more of it is best.
+            max_iter: of L-BFGS, >= 1.
+        """
+        require_integer("max_iter", max_iter, 1)
+        if model is None:
+            model = LinearClassifier(math.prod(self.train.pixels.shape[1:]), self.num_classes)
+        problem = HyperCleaning(len(self.wrong), model, weight_decay)
+        start = {name: leaf.detach() for name, leaf in model.named_parameters()}
+        train, val = self.scaling.batch(self.train), self.scaling.batch(self.val)
+        clean = self.scaling.batch(Images(self.train.pixels, self.clean_labels))
+        right = train.take((~self.wrong).nonzero()[:, 0])
+        figures = {}
+        for name, parts in {
+            "corrupted train": [train],
+            "corrupted train + val": [train, val],
+            "val only": [val],
+            "wrong dropped + val": [right, val],
+            "all clean": [clean, val],
+        }.items():
+            columns = zip(*(part.tensors for part in parts), strict=True)
+            batch = Batch.of(*map(torch.cat, columns))
+
+            def loss(y: Params, batch: Batch = batch) -> Tensor:
+                return problem.outer_loss({}, y, batch) + weight_decay / 2 * dot(y, y)
+
+            fitted = lbfgs(loss, start, max_iter)
+            figures[name] = super().figures(problem, {}, fitted)["test_accuracy"]
+        return figures
+
+
+def _redrawn(
+    labels: NDArray[np.int64], num_classes: int, corruption: float, redraw: str, seed: int
+) -> NDArray[np.int64]:
+    """`labels` with a share of them drawn anew."""
+    draws = Draws(seed, "corruption", 0)
+    chosen = draws.choose(len(labels), round(corruption * len(labels)))
+    words = draws.words(len(chosen))
+    labels = labels.copy()
+    if redraw == "any":
+        labels[chosen] = words % np.uint64(num_classes)
+    else:
+        shift = 1 + (words % np.uint64(num_classes - 1)).astype(np.int64)
+        labels[chosen] = (labels[chosen] + shift) % num_classes
+    return labels

@@ -1,0 +1,229 @@
+"""Labelled images in memory, drawn once from a data set: what image problems of one task share.
+
+Shape letters: n images, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from metadist.problem import Problem
+from metadist.task import Batch, Task
+from metadist.tasks.data_sources import MNIST_5K, data_root, fetch
+from metadist.tasks.dataset import LabelledDataset, decode, labels_of
+from metadist.trees import Params
+
+
+class Images(NamedTuple):
+    """Images and their labels.
+
+    Args:
+        pixels: uint8, (n, C, H, W).
+        labels: int64, (n,), numbered 0 .. N-1.
+    """
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayDataset:
+    """Arrays as a data set: pixels uint8 (n, H, W), an integer label each."""
+
+    images: NDArray[np.uint8]
+    targets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, position: int) -> tuple[NDArray[np.uint8], int]:
+        return self.images[position], int(self.targets[position])
+
+
+def open_dataset(
+    dataset: str | LabelledDataset, root: str | Path | None
+) -> tuple[LabelledDataset, LabelledDataset | None]:
+    """(training part, test part or None where there is but one part).
+
+    Args:
+        dataset: "mnist", "fashion_mnist" or "mnist_5k", fetched where they are missing (see
+            `fetch`); "digits" (scikit-learn); the import path of a class that is called with
+            (root, train=...), as torchvision's are; or a data set as for `FewShotDataset`.
+        root: folder of the data, see `data_root`.
+    """
+    if not isinstance(dataset, str):
+        return dataset, None
+    if dataset == "digits":
+        return _digits(), None
+    if dataset == "mnist_5k":
+        return _mnist_5k(fetch(dataset, root) / MNIST_5K), None
+    if dataset in _TORCHVISION:
+        root, dataset = fetch(dataset, root), _TORCHVISION[dataset]
+    module, _, name = dataset.rpartition(".")
+    if not module:
+        raise ValueError(
+            f"dataset must be one of {', '.join(map(repr, NAMES))}, an import path such as "
+            f"'torchvision.datasets.KMNIST', or a data set, got {dataset!r}"
+        )
+    kind: Any = getattr(import_module(module), name)
+    return kind(data_root(root), train=True), kind(data_root(root), train=False)
+
+
+_TORCHVISION = {
+    "mnist": "torchvision.datasets.MNIST",
+    "fashion_mnist": "torchvision.datasets.FashionMNIST",
+}
+NAMES = (*_TORCHVISION, "mnist_5k", "digits")
+
+
+def _digits() -> ArrayDataset:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError(
+            "dataset must not be 'digits' without scikit-learn: pip install 'metadist[text]'"
+        ) from error
+    data = load_digits()
+    return ArrayDataset(np.rint(data.images * (255 / 16)).astype(np.uint8), data.target)
+
+
+def _mnist_5k(file: Path) -> ArrayDataset:
+    with gzip.open(file) as lines:
+        table = np.loadtxt(lines, delimiter=",", dtype=np.int64)  # the label is last
+    return ArrayDataset(table[:, :-1].astype(np.uint8).reshape(-1, 28, 28), table[:, -1])
+
+
+class Drawing:
+    """Takes images from a data set, none of them twice: equal ones are one image.
+
+    `classes` holds the label of each class; images get the number of theirs, 0 .. N-1.
+    """
+
+    def __init__(self, dataset: LabelledDataset) -> None:
+        self._dataset = dataset
+        self._labels = labels_of(dataset)
+        self._seen: set[bytes] = set()
+        self.classes = np.unique(self._labels)
+        if len(self.classes) < 2:
+            raise ValueError(f"a data set must have two classes, got {self.classes.tolist()}")
+
+    def of(self, dataset: LabelledDataset) -> Drawing:
+        """The same for another part of the data, which has the same classes."""
+        part = Drawing(dataset)
+        if not np.array_equal(part.classes, self.classes):
+            raise ValueError(
+                f"both parts of a data set must have the same classes, got "
+                f"{self.classes.tolist()} for training and {part.classes.tolist()} for the test"
+            )
+        part._seen = self._seen
+        return part
+
+    @property
+    def numbers(self) -> NDArray[np.int64]:
+        """The number of the class of every picture."""
+        return np.searchsorted(self.classes, self._labels)
+
+    def take(self, positions: Iterable[int], count: int, field: str) -> Images:
+        """The first `count` images at `positions` that are new; ValueError if there are fewer.
+
+        `positions` may be an iterator: what is not looked at stays in it.
+        """
+        pixels, labels = [], []
+        found = decode(self._dataset, self._labels, positions)
+        for label, image in found if count else ():
+            content = image.tobytes()
+            if content in self._seen:
+                continue
+            self._seen.add(content)
+            pixels.append(image)
+            labels.append(label)
+            if len(pixels) == count:
+                break
+        if len(pixels) < count:
+            raise ValueError(
+                f"{field} must be <= {len(pixels)}, the different images that are left in the "
+                f"data set, got {count}"
+            )
+        if len({image.shape for image in pixels}) > 1:
+            raise ValueError(
+                "images must have one shape, got "
+                f"{sorted({image.shape for image in pixels})}: resize them in the data set"
+            )
+        return Images(np.stack(pixels), np.searchsorted(self.classes, labels))
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Pixels in 0 .. 255 to numbers: (pixels / 255 - mean) / std."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ValueError(f"std must be > 0, got {self.std}")
+
+    def batch(self, images: Images, like: Params | None = None) -> Batch:
+        """Inputs (n, C, H, W) and labels (n,), of the device and precision of `like`."""
+        leaf = torch.zeros(()) if like is None else next(iter(like.values()))
+        inputs = torch.from_numpy(images.pixels).to(leaf).div_(255).sub_(self.mean).div_(self.std)
+        return Batch.of(inputs, torch.from_numpy(images.labels).to(leaf.device))
+
+
+class ImageProblemData:
+    """A sampler of one task: images for training (support) and for validation (query).
+
+    `sample(index)` is the same task at every index, whose tensors are images float32
+    (n, C, H, W) and labels int64 (n,). For training with `keep_state` and `meta_batch_size=1`.
+
+    Images travel with a pickled sampler as one byte a pixel.
+    """
+
+    def __init__(self, train: Images, val: Images, test: Images, scaling: Scaling) -> None:
+        self.train = train
+        self.val = val
+        self.test = test
+        self.scaling = scaling
+        self._sets: tuple[Batch, Batch] | None = None
+
+    def sample(self, index: int) -> Task:
+        """The task; its id is `index`."""
+        if self._sets is None:
+            self._sets = (self.scaling.batch(self.train), self.scaling.batch(self.val))
+        return Task(*self._sets, index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sets": None}
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the training images have."""
+        return int(self.train.labels.max()) + 1
+
+    def figures(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
+        """How good an adapted variable `inner` is on the test images: accuracy and loss."""
+        batch = self.scaling.batch(self.test, like=inner)
+        with torch.no_grad():
+            metrics = problem.metrics(outer, inner, batch)
+            metrics["loss"] = problem.outer_loss(outer, inner, batch)
+        return {f"test_{name}": float(value) for name, value in metrics.items()}
+
+
+def require_classes(images: Images, classes: NDArray[np.int64], field: str) -> None:
+    """Nothing, or a ValueError: every class must have an image."""
+    missing = sorted(set(range(len(classes))) - set(images.labels.tolist()))
+    if missing:
+        raise ValueError(
+            f"{field} must hold an image of every class, got none of class "
+            f"{', '.join(str(classes[number]) for number in missing)} among {len(images.labels)} "
+            "images: draw more, or use another seed"
+        )

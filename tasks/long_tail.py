@@ -1,0 +1,110 @@
+"""Images of which some classes have few, for class weights and loss weighting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from metadist.problem import Problem
+from metadist.tasks.dataset import LabelledDataset
+from metadist.tasks.episodes import Draws, require_integer, require_word
+from metadist.tasks.image_sets import (
+    Drawing,
+    ImageProblemData,
+    Images,
+    Scaling,
+    open_dataset,
+    require_classes,
+)
+from metadist.trees import Params
+
+
+class LongTail(ImageProblemData):
+    """A sampler of one task: training images of unequal classes, balanced validation images.
+
+    Class c of N has round(num_largest * imbalance^(-c / (N - 1))) training images, so that the
+    first has `imbalance` times as many as the last.
+
+    Args:
+        dataset, root: see `open_dataset`.
+        imbalance: >= 1.
+        num_largest: training images of class 0.
+        val_per_class: validation images of each class >= 1.
+        num_test: test images, from the test part of the data set, where it has one.
+        seed: of the choice of images, 0 <= seed < 2^64.
+        mean, std: inputs are (pixels / 255 - mean) / std.
+
+    Raises:
+        ValueError: more images asked for than there are, a class left without a training image,
+            pictures that cannot be read, an argument out of its range.
+        FetchError: the data set is not here and cannot be had.
+
+    Source: Cui et al., Class-balanced loss (2019), section 5.1, as used by Meta-Weight-Net.
+    """
+
+    def __init__(
+        self,
+        dataset: str | LabelledDataset = "fashion_mnist",
+        root: str | Path | None = None,
+        imbalance: float = 100.0,
+        num_largest: int = 2000,
+        val_per_class: int = 50,
+        num_test: int = 10000,
+        seed: int = 0,
+        mean: float = 0.0,
+        std: float = 1.0,
+    ) -> None:
+        if not 1 <= imbalance < float("inf"):
+            raise ValueError(f"imbalance must be >= 1 and finite, got {imbalance}")
+        require_integer("num_largest", num_largest, 1)
+        require_integer("val_per_class", val_per_class, 1)
+        require_integer("num_test", num_test, 1)
+        require_word("seed", seed)
+        scaling = Scaling(mean, std)
+        whole, held_out = open_dataset(dataset, root)
+        drawing = Drawing(whole)
+        order = np.array(Draws(seed, "images", 0).choose(len(whole), len(whole)))
+        num_classes = len(drawing.classes)
+        left = [iter(order[drawing.numbers[order] == c].tolist()) for c in range(num_classes)]
+        tail = imbalance ** -(np.arange(num_classes) / (num_classes - 1))
+        counts = np.rint(num_largest * tail).astype(int)
+        train = _by_class(drawing, left, counts, "images of class {} in num_largest")
+        val = _by_class(drawing, left, np.full(num_classes, val_per_class), "val_per_class of {}")
+        require_classes(train, drawing.classes, "num_largest with this imbalance")
+        rest = iter(order.tolist())
+        if held_out is not None:
+            drawing = drawing.of(held_out)
+            rest = iter(Draws(seed, "images", 1).choose(len(held_out), len(held_out)))
+        test = drawing.take(rest, num_test, "num_test")
+        super().__init__(train, val, test, scaling)
+        self.counts = tuple(counts.tolist())
+
+    def figures(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
+        """Test accuracy and loss, and the accuracy on the class with the fewest training images."""
+        rarest = self.test.labels == len(self.counts) - 1
+        figures = super().figures(problem, outer, inner)
+        if rarest.any():
+            images = Images(self.test.pixels[rarest], self.test.labels[rarest])
+            with torch.no_grad():
+                metrics = problem.metrics(outer, inner, self.scaling.batch(images, like=inner))
+            figures["test_accuracy_rarest_class"] = float(metrics["accuracy"])
+        return figures
+
+
+def _by_class(
+    drawing: Drawing, left: list[Iterator[int]], counts: NDArray[np.int64], field: str
+) -> Images:
+    """So many images of each class, in the order of the classes."""
+    parts = [
+        drawing.take(positions, int(count), field.format(drawing.classes[c]))
+        for c, (positions, count) in enumerate(zip(left, counts, strict=True))
+        if count
+    ]
+    return Images(
+        np.concatenate([part.pixels for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+    )

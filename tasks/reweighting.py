@@ -1,0 +1,228 @@
+"""Classification whose training examples are weighted by the outer variable.
+
+    min_x  mean over validation of CE(y)   s.t.  y = argmin  mean_i w_i CE_i(y) + decay/2 |y|^2
+
+What the weights w depend on is what tells the problems apart. Every loss is a mean over examples
+(beside the decay), so data may be cut into shards.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metadist.problem import Problem
+from metadist.task import Batch, Task
+from metadist.tasks.episodes import require_integer
+from metadist.tasks.few_shot import check_model, move_constants, without_parameters
+from metadist.trees import Params, dot
+
+
+class LinearClassifier(nn.Module):
+    """Multinomial logistic regression on flattened inputs, from weights 0.
+
+    Args:
+        in_features: numbers of an input.
+        out_features: classes.
+    """
+
+    def __init__(self, in_features: int = 784, out_features: int = 10) -> None:
+        super().__init__()
+        require_integer("in_features", in_features, 1)
+        require_integer("out_features", out_features, 1)
+        self.head = nn.Linear(in_features, out_features)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, shape (R, out_features), of inputs of shape (R, ...)."""
+        return self.head(x.flatten(1))
+
+
+class ExampleWeighting(Problem):
+    """What problems that weight examples share: the model y, both losses, the accuracy.
+
+    Examples are (input, label). Adaptation starts from the weights the model was given with.
+
+    Args:
+        model: None: `LinearClassifier()`. With batch norm the loss is no mean over examples, and
+            shards would matter.
+        weight_decay: adds weight_decay / 2 * |y|^2 to the inner loss, >= 0; implicit methods need
+            it.
+    """
+
+    def __init__(self, model: nn.Module | None = None, weight_decay: float = 1e-3) -> None:
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be >= 0 and finite, got {weight_decay}")
+        model = LinearClassifier() if model is None else model
+        check_model(model)
+        self.weight_decay = weight_decay
+        self._start = {
+            name: leaf.detach().clone()
+            for name, leaf in model.named_parameters()
+            if leaf.requires_grad
+        }
+        self._model = without_parameters(model)
+
+    @abstractmethod
+    def weights(self, outer: Params, losses: Tensor, batch: Batch) -> Tensor:
+        """w >= 0 of the support examples of `batch`, whose `losses` are given; (examples,)."""
+
+    def init_inner(self, outer: Params, task: Task) -> Params:
+        like = next(iter(outer.values()))
+        return {name: leaf.to(like) for name, leaf in self._start.items()}
+
+    def logits(self, inner: Params, inputs: Tensor) -> Tensor:
+        """What the model says of `inputs`, shape (examples, classes)."""
+        move_constants(self._model, inputs.device)
+        return functional_call(self._model, inner, (inputs,))
+
+    def losses(self, inner: Params, batch: Batch) -> Tensor:
+        """The cross entropy of each example, shape (examples,)."""
+        inputs, labels = batch.tensors
+        return F.cross_entropy(self.logits(inner, inputs), labels, reduction="none")
+
+    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        losses = self.losses(inner, batch)
+        weighted = (self.weights(outer, losses, batch) * losses).mean()
+        return weighted + self.weight_decay / 2 * dot(inner, inner)
+
+    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        return self.losses(inner, batch).mean()
+
+    def metrics(self, outer: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
+        inputs, labels = batch.tensors
+        return {"accuracy": (self.logits(inner, inputs).argmax(-1) == labels).double().mean()}
+
+    def describe(self) -> dict[str, str]:
+        return {"model": type(self._model).__name__, "weight_decay": str(self.weight_decay)}
+
+
+class HyperCleaning(ExampleWeighting):
+    """Data hyper-cleaning: a weight for each training example, some of which are wrongly labelled.
+
+        w_i = sigmoid(x_i),   x of one number an example
+
+    Training labels are not to be trusted, validation labels are; an example is held for wrong
+    where w_i < 1/2.
+
+        data = CorruptedImages("mnist", num_train=5000, num_val=5000, corruption=0.5)
+        problem = HyperCleaning(num_examples=5000)
+        sgd = OuterOptimizer("sgd", lr=100.0)
+        trainer = Trainer(problem, data, LancBiO(inner_steps=5, inner_lr=0.1),
+                          outer_optimizer=sgd, meta_batch_size=1, keep_state=True)
+        trainer.fit(1000)
+        data.figures(problem, trainer.outer, trainer.inner(0))
+
+    A hypergradient has the scale 1 / num_examples, so outer rates are large.
+
+    Args:
+        num_examples: of the support set.
+        model, weight_decay: see `ExampleWeighting`; 0.002 is the .001 |y|^2 of stocBiO's code.
+        initial_logit: every x_i at the start.
+
+    Source: Franceschi et al., Forward and reverse gradient-based hyperparameter optimization
+    (2017), section 5.1, with the sigmoid of Ji et al. (stocBiO, 2021).
+    """
+
+    def __init__(
+        self,
+        num_examples: int = 5000,
+        model: nn.Module | None = None,
+        weight_decay: float = 2e-3,
+        initial_logit: float = 0.0,
+    ) -> None:
+        require_integer("num_examples", num_examples, 1)
+        super().__init__(model, weight_decay)
+        self.num_examples = num_examples
+        self.initial_logit = initial_logit
+
+    def init_outer(self, generator: torch.Generator) -> Params:
+        return {"logits": torch.full((self.num_examples,), float(self.initial_logit))}
+
+    def per_example(self, outer: Params) -> set[str]:
+        """Names of the outer variables that hold one entry for each support example."""
+        return {"logits"}
+
+    def weights(self, outer: Params, losses: Tensor, batch: Batch) -> Tensor:
+        return outer["logits"][batch.index].sigmoid()
+
+
+class ClassWeights(ExampleWeighting):
+    """A weight for each class, for training data in which some classes are rare.
+
+        w_i = exp(x_c),   c the label of example i
+
+    Validation data is balanced. The same problem weighs parts of a mixture of any kind, if their
+    numbers take the place of labels.
+
+        data = LongTail("fashion_mnist", imbalance=100)
+        trainer = Trainer(ClassWeights(num_classes=10), data, AID(), meta_batch_size=1,
+                          keep_state=True)
+
+    Args:
+        num_classes: >= 2.
+        model, weight_decay: see `ExampleWeighting`.
+    """
+
+    def __init__(
+        self, num_classes: int = 10, model: nn.Module | None = None, weight_decay: float = 1e-3
+    ) -> None:
+        require_integer("num_classes", num_classes, 2)
+        super().__init__(model, weight_decay)
+        self.num_classes = num_classes
+
+    def init_outer(self, generator: torch.Generator) -> Params:
+        return {"log_weights": torch.zeros(self.num_classes)}
+
+    def weights(self, outer: Params, losses: Tensor, batch: Batch) -> Tensor:
+        return outer["log_weights"].exp()[batch.tensors[1]]
+
+
+class LossWeighting(ExampleWeighting):
+    """Meta-Weight-Net: the weight of an example is a small network of its loss.
+
+        w_i = sigmoid(x_2' relu(x_1 CE_i + b_1) + b_2)
+
+    It learns to take large losses less seriously where labels are wrong, and more seriously where
+    classes are rare, and does so with a few hundred numbers for data of any size.
+
+        trainer = Trainer(LossWeighting(), CorruptedImages("fashion_mnist"), ITD(inner_steps=1),
+                          meta_batch_size=1, keep_state=True, batch_size=100)
+
+    Args:
+        hidden: width of the network.
+        model, weight_decay: see `ExampleWeighting`.
+
+    Source: Shu et al., Meta-Weight-Net (NeurIPS 2019), equations 1 and 2.
+    Differs from it in: the inner gradient differentiates the weight too, as equation 1 asks; their
+    code takes it for a constant, which is the gradient of no inner loss.
+    """
+
+    def __init__(
+        self, hidden: int = 100, model: nn.Module | None = None, weight_decay: float = 1e-3
+    ) -> None:
+        require_integer("hidden", hidden, 1)
+        super().__init__(model, weight_decay)
+        self.hidden = hidden
+
+    def init_outer(self, generator: torch.Generator) -> Params:
+        def uniform(*shape: int, fan_in: int) -> Tensor:
+            bound = 1 / math.sqrt(fan_in)
+            return (2 * torch.rand(*shape, generator=generator) - 1) * bound
+
+        return {
+            "hidden.weight": uniform(self.hidden, fan_in=1),
+            "hidden.bias": uniform(self.hidden, fan_in=1),
+            "out.weight": uniform(self.hidden, fan_in=self.hidden),
+            "out.bias": uniform(1, fan_in=self.hidden),
+        }
+
+    def weights(self, outer: Params, losses: Tensor, batch: Batch) -> Tensor:
+        hidden = (losses[:, None] * outer["hidden.weight"] + outer["hidden.bias"]).relu()
+        return (hidden @ outer["out.weight"] + outer["out.bias"]).sigmoid()

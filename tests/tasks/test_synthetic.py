@@ -1,0 +1,164 @@
+"""Synthetic problems against their formulas in the literature, and training on their shards."""
+
+import pytest
+import torch
+
+from metadist import OuterOptimizer, Trainer, check_hypergradient
+from metadist.algorithms import AID, SOBA, LancBiO
+from metadist.tasks import check_sampler
+from metadist.tasks.synthetic import (
+    LancBiOData,
+    LancBiOSynthetic,
+    QuadraticData,
+    Quadratics,
+    implicit_hypergradient,
+)
+from metadist.trees import add, scale
+from tests.problems import DOUBLE, assert_close, central_difference, oracle_of, randn
+from tests.tasks.helpers import refusal
+
+LANCBIO = LancBiOSynthetic(6, gamma=0.5), LancBiOData(6, condition=10, seed=3)
+QUADRATICS = Quadratics(3, 4), QuadraticData(3, 4, num_examples=8, cross=0.7, seed=1)
+both = pytest.mark.parametrize(("problem", "data"), [LANCBIO, QUADRATICS], ids=["lancbio", "quad"])
+
+
+def at(problem, data, seed=0):
+    """(oracle, x, y, v) at random points."""
+    x, y = {"x": randn(seed, problem.num_outer)}, {"y": randn(seed + 1, problem.num_inner)}
+    oracle, _, _ = oracle_of(problem, x, data.sample(0))
+    return oracle, x, y, {"y": randn(seed + 2, problem.num_inner)}
+
+
+def test_the_derivatives_of_lancbio_are_those_of_its_paper():
+    """With G here the matrix E + G."""
+    problem, data = LANCBIO
+    oracle, outer, inner, direction = at(problem, data)
+    x, y, v = outer["x"], inner["y"], direction["y"]
+    (rows,), (c, d) = data.support.tensors, (t[0] for t in data.query.tensors)
+    matrix = rows.T @ rows / len(rows)
+    sine = 0.1 * (x @ (c * y)).sin()
+    p, gamma = (x * y).softmax(0), problem.gamma
+    f_x, f_y = oracle.outer_grads(outer, inner, oracle.draw_outer())
+    assert torch.allclose(f_x["x"], -sine * c * y + d * (d * x - y))
+    assert torch.allclose(f_y["y"], -sine * c * x - (d * x - y))
+    g_x, g_y = oracle.inner_grads(outer, inner, oracle.draw_inner())
+    assert torch.allclose(g_x["x"], gamma * (x + y).cos() + y * p)
+    assert torch.allclose(g_y["y"], gamma * (x + y).cos() + x * p + matrix @ y)
+    j_v, h_v = oracle.second_order(outer, inner, direction, oracle.draw_inner())
+    wave = -gamma * (x + y).sin() * v
+    expected = wave + x.square() * p * v - (x * p) @ v * (x * p) + matrix @ v
+    assert torch.allclose(h_v["y"], expected)
+    assert torch.allclose(j_v["x"], wave + (1 + x * y) * p * v - (x * p) @ v * (y * p))
+
+
+def test_the_matrix_of_lancbio_has_the_condition_asked_for():
+    data = LancBiOData(6, condition=50, gamma=0.0, seed=2)
+    (rows,) = data.support.tensors
+    eigenvalues = torch.linalg.eigvalsh(rows.T @ rows / len(rows))
+    assert torch.allclose(eigenvalues, torch.linspace(1, 50, 6, dtype=DOUBLE))
+    c, d = data.query.tensors
+    assert c.abs().max() <= 5 and d.min() >= 0.1 and d.max() <= 1.1
+
+
+def test_the_figures_of_the_quadratics_are_those_of_the_closed_form():
+    problem, data = QUADRATICS
+    _, outer, inner, _ = at(problem, data)
+
+    def moments(batch):
+        u, w, t = batch.tensors
+        n = len(t)
+        return u.T @ u / n, w.T @ w / n, w.T @ u / n, u.T @ t / n, w.T @ t / n
+
+    a, _, c, ut, _ = moments(data.support)
+    f, h, k, pt, qt = moments(data.query)
+    a = a + problem.mu * torch.eye(4, dtype=DOUBLE)
+    h = h + problem.mu * torch.eye(3, dtype=DOUBLE)
+    x = outer["x"]
+    solution = torch.linalg.solve(a, ut - c.T @ x)
+    w = torch.linalg.solve(a, f @ solution + k.T @ x - pt)
+    hypergradient = h @ x + k @ solution - qt - c @ w
+    figures = data.figures(problem, outer, inner)
+    assert figures["hypergradient_norm"] == pytest.approx(float(hypergradient.norm()), rel=1e-9)
+    distance = float((inner["y"] - solution).norm())
+    assert figures["inner_distance"] == pytest.approx(distance, rel=1e-9)
+
+
+@both
+def test_the_hypergradient_of_the_figures_is_that_of_central_differences(problem, data):
+    outer = {"x": 1 + 0.1 * randn(5, problem.num_outer)}
+    start = torch.zeros(problem.num_inner, dtype=DOUBLE)
+    found, _ = implicit_hypergradient(problem, data.sample(0), outer, start)
+
+    def phi(x):
+        _, y = implicit_hypergradient(problem, data.sample(0), x, start)
+        return problem.outer_loss(x, {"y": y}, data.query)
+
+    assert torch.allclose(found, central_difference(phi, outer)["x"], atol=1e-7)
+
+
+@both
+def test_check_hypergradient_finds_an_implicit_method_exact(problem, data):
+    largest = {LANCBIO[0]: 12.0, QUADRATICS[0]: 3.0}[problem]
+    algorithm = AID(inner_steps=200, inner_lr=1.8 / largest, adjoint_steps=10)
+    assert check_hypergradient(problem, data, algorithm, repeats=[]).error < 1e-4
+
+
+@both
+def test_shards_add_up_to_the_whole(problem, data):
+    oracle, outer, inner, direction = at(problem, data)
+    whole = oracle.second_order(outer, inner, direction, oracle.draw_inner())
+    task, size = data.sample(0), len(data.support.index)
+    parts = []
+    for positions in (torch.arange(2), torch.arange(2, size)):
+        shard = task._replace(support=task.support.take(positions))
+        part, _, _ = oracle_of(problem, outer, shard)
+        found = part.second_order(outer, inner, direction, part.draw_inner())
+        parts.append([scale(tree, len(positions) / size) for tree in found])
+    for tree, one, two in zip(whole, *parts, strict=True):
+        assert_close(add(one, two), tree)
+
+
+@pytest.mark.parametrize(
+    ("problem", "data", "algorithm", "lr"),
+    [
+        (*LANCBIO, LancBiO(inner_steps=5, inner_lr=0.1), 0.3),
+        (*LANCBIO, AID(inner_steps=5, inner_lr=0.1), 0.3),
+        (*QUADRATICS, SOBA(inner_lr=0.5), 0.2),
+        (*QUADRATICS, AID(inner_steps=5, inner_lr=0.5), 0.5),
+    ],
+)
+def test_training_brings_the_hypergradient_down(problem, data, algorithm, lr):
+    trainer = Trainer(
+        problem,
+        data,
+        algorithm,
+        outer_optimizer=OuterOptimizer("sgd", lr=lr),
+        meta_batch_size=1,
+        keep_state=True,
+        quiet=True,
+    )
+    start = problem.init_inner(trainer.outer, data.sample(0))
+    before = data.figures(problem, trainer.outer, start)["hypergradient_norm"]
+    trainer.fit(150)
+    after = data.figures(problem, trainer.outer, trainer.inner(0))
+    assert after["hypergradient_norm"] < 0.05 * before
+
+
+@both
+def test_the_sampler_keeps_its_contract(problem, data):
+    check_sampler(data, 2, processes=False)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: LancBiOSynthetic(gamma=1.0), "gamma must be in [0, 1), got 1.0"),
+        (lambda: LancBiOSynthetic(0), "size must be an integer >= 1, got 0"),
+        (lambda: LancBiOData(5, condition=0), "condition must be >= 1 and finite, got 0"),
+        (lambda: Quadratics(mu=0.0), "mu must be > 0 and finite, got 0.0"),
+        (lambda: QuadraticData(cross=-1.0), "cross must be >= 0 and finite, got -1.0"),
+        (lambda: QuadraticData(3, 0), "num_inner must be an integer >= 1, got 0"),
+    ],
+)
+def test_bad_arguments(call, message):
+    assert refusal(call) == message
