@@ -27,6 +27,7 @@ from metadist.cluster.shard import Layout, ShardCheck, ShardInfo, ShardWorker
 from metadist.cluster.shard_fleet import ShardFleet
 from metadist.executor import StepReport, signals_held
 from metadist.lease import Lease, LeaseResult, Workload, intra_op_threads
+from metadist.oracle import CountingOracle
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable
 from metadist.problem import per_example_names
 from metadist.shards import check_partition
@@ -198,13 +199,15 @@ class DataParallelExecutor:
         problem_outer, own = split_own(outer)
         x = {**{name: problem_outer[name] for name in self._context}, **own}
         rounds = Rounds(partial(self._exchange.ask, lease.version))
-        oracle = ClusterOracle(
-            workload.problem,
-            self._num_examples,
-            workload.batch_size,
-            workload.seed,
-            lease.version,
-            rounds,
+        oracle = CountingOracle(
+            ClusterOracle(
+                workload.problem,
+                self._num_examples,
+                workload.batch_size,
+                workload.seed,
+                lease.version,
+                rounds,
+            )
         )
         state = self._state(workload.algorithm.init(oracle, x, self._start), variable.states.get(0))
         estimate = known(workload.algorithm.estimate(oracle, x, state))
@@ -239,7 +242,7 @@ class DataParallelExecutor:
             metrics,
             0.0,
             time.perf_counter() - began,
-            {0: len(flat)} if is_finite else {},
+            oracle.counts,
         )
         return contribution, result
 

@@ -25,6 +25,7 @@ from metadist import (
 )
 from metadist.algorithms import ITD, Reptile
 from metadist.events import read_events
+from metadist.executor import StepReport
 from metadist.storage import Folder
 from metadist.tasks import FewShotProblem
 from metadist.trainer import default_tasks_per_lease
