@@ -24,6 +24,7 @@ from metadist.cluster.policies import (
     make_policy,
 )
 from metadist.cluster.runtime_env import metadist_runtime_env
+from metadist.cluster.tune import tune
 
 __all__ = [
     "ASP",
@@ -43,4 +44,5 @@ __all__ = [
     "WorkerLostError",
     "make_policy",
     "metadist_runtime_env",
+    "tune",
 ]

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
 
@@ -212,6 +213,7 @@ def mean_interval(values: list[float]) -> Interval:
     return Interval(mean, student_t(count - 1) * math.sqrt(variance / count))
 
 
+@lru_cache
 def student_t(degrees: int) -> float:
     """The 97.5 % quantile of Student's t, by bisection on its distribution function."""
 

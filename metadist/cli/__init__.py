@@ -22,6 +22,7 @@ from typing import Any
 from metadist import __version__
 from metadist.cli.checking import check, check_parser
 from metadist.cli.comparing import compare, compare_parser
+from metadist.cli.fetching import data, data_parser
 from metadist.cli.listing import list_names, list_parser
 from metadist.cli.names import NAMES, expand_names
 from metadist.cli.runs import (
@@ -36,6 +37,7 @@ from metadist.cli.runs import (
 )
 from metadist.cli.submission import submit, submit_parser
 from metadist.cli.training import train, train_parser
+from metadist.cli.tuning import tune, tune_parser
 from metadist.cluster import ClusterError
 from metadist.trainer import TrainingDiverged
 
@@ -49,6 +51,8 @@ COMMANDS: dict[str, tuple[Callable[[], Any], Callable[[Any], int]]] = {
     "inspect": (inspect_parser, inspect_run),
     "status": (status_parser, show_status),
     "compare": (compare_parser, compare),
+    "tune": (tune_parser, tune),
+    "data": (data_parser, data),
     "check-hypergradient": (check_parser, check),
     "submit": (submit_parser, submit),
     "list": (list_parser, list_names),

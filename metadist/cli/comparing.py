@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -84,7 +84,7 @@ def compare(config: Namespace) -> int:
     tried = {entry: comparison.runs(entry) for entry in comparison.entries}
     for run in (run for runs in tried.values() for run in runs):
         _check(comparison, run, config.num_workers)
-    _keep_config(folder, tree)
+    keep_config(folder, tree, CONFIG)
 
     def run_all(runs: Sequence[Run]) -> None:
         jobs = [Job(comparison, run, config.folder, os.getcwd()) for run in runs]
@@ -149,10 +149,7 @@ def _run_all(jobs: list[Job], config: Namespace) -> Iterator[tuple[int, str]]:
 
 def _execute(job: Job) -> str:
     """Run it, or go on with it; what to tell of how it ended."""
-    with suppress(FileNotFoundError):  # on another machine, where paths are absolute
-        os.chdir(job.here)
-    if job.here not in sys.path:
-        sys.path.insert(0, job.here)
+    go_to(job.here)
     comparison, run, _, _ = job
     folder = Folder(job.folder) / run.name
     try:
@@ -175,17 +172,24 @@ def _execute(job: Job) -> str:
     )
 
 
+def go_to(here: str) -> None:
+    """Let relative paths and users' modules be found as where the command was given."""
+    with suppress(FileNotFoundError):  # on another machine, where they must be absolute
+        os.chdir(here)
+    if here not in sys.path:
+        sys.path.insert(0, here)
+
+
 def _contender(comparison: Comparison, run: Run, run_dir: str) -> Contender:
-    options = {
-        "log_every": 1000,  # a report costs forward passes
-        **run.options,
-        "quiet": True,
-        "seed": run.seed,
-        "run_dir": run_dir,
-        "num_steps": comparison.budget.steps or MAX_STEPS,
-        "checkpoint_every": MAX_STEPS,
-    }
-    parsed = parse_training(options, run.point)
+    num_steps = comparison.budget.steps or MAX_STEPS
+    return contender({**run.options, "seed": run.seed, "num_steps": num_steps}, run.point, run_dir)
+
+
+def contender(options: Mapping[str, Any], values: Mapping[str, Any], run_dir: str) -> Contender:
+    """The training with these options, and these values of some of them, and its figures."""
+    ours = {"quiet": True, "run_dir": run_dir, "checkpoint_every": MAX_STEPS}
+    # A report of losses costs forward passes.
+    parsed = parse_training({"log_every": 1000, **options, **ours}, values)
     trainer, samplers = build(parsed)
     if parsed.keep_state:
         return Contender(trainer, partial(kept_figures, trainer))
@@ -206,15 +210,21 @@ def _contender(comparison: Comparison, run: Run, run_dir: str) -> Contender:
 def _check(comparison: Comparison, run: Run, num_workers: int) -> None:
     """Raise ValueError for a run that could not be started."""
     where = f"entry {run.entry}" + (f" at {run.point}" if run.point else "")
+    check_contender(where, run.options, run.point, num_workers)
+
+
+def check_contender(
+    where: str, options: Mapping[str, Any], values: Mapping[str, Any], num_workers: int
+) -> None:
+    """Raise ValueError for a training that could not be judged, or not in a process of Ray."""
     try:
-        parsed = parse_training({**run.options, "run_dir": "x"}, run.point)
+        parsed = parse_training({**options, "run_dir": "x"}, values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if num_workers and parsed.executor.class_path != NAMES["local"]:
         raise ValueError(
             f"{where}: executor must be local with num_workers={num_workers}, got "
-            f"{parsed.executor.class_path}: runs are in Ray processes already; pass "
-            "--num_workers 0"
+            f"{parsed.executor.class_path}: every run is in a process of Ray already"
         )
     judges = parsed.val_sampler or parsed.val_split
     if parsed.keep_state and (judges or parsed.test_sampler or parsed.test_split):
@@ -229,15 +239,15 @@ def _check(comparison: Comparison, run: Run, num_workers: int) -> None:
         )
 
 
-def _keep_config(folder: Folder, tree: dict[str, Any]) -> None:
+def keep_config(folder: Folder, tree: dict[str, Any], name: str) -> None:
     """Write the config; raise ValueError if the folder is of another comparison."""
     now = json.loads(json.dumps(tree))
     try:
-        before = json.loads(folder.read(CONFIG, MAX_CONFIG_BYTES))["config"]
+        before = json.loads(folder.read(name, MAX_CONFIG_BYTES))["config"]
     except FileNotFoundError:
         if folder.names():
             raise ValueError(
-                f"folder must be new, empty, or of a comparison, got {folder.uri!r}, which holds "
+                f"folder must be new, empty, or hold {name}, got {folder.uri!r}, which holds "
                 "other files"
             ) from None
         folder.check_writable()
@@ -247,7 +257,7 @@ def _keep_config(folder: Folder, tree: dict[str, Any]) -> None:
                 f"folder {folder.uri!r} is of another config: {'; '.join(found)}. Choose another "
                 "folder (entries and seeds may be added)"
             )
-    write_json(f"{folder.uri.rstrip('/')}/{CONFIG}", {"metadist": __version__, "config": now})
+    write_json(f"{folder.uri.rstrip('/')}/{name}", {"metadist": __version__, "config": now})
 
 
 def _outcome(comparison: Comparison, folder: Folder, run: Run) -> Outcome:

@@ -228,17 +228,17 @@ def test_a_grid_is_tried_with_the_first_seed_and_the_best_point_runs_with_all(cl
 
 
 def test_a_killed_comparison_goes_on_to_the_same_results(cli, here):
-    steps = {"budget": {"steps": 400}, "evaluations": 40, "seeds": [0]}
+    steps = {"budget": {"steps": 80}, "evaluations": 40, "seeds": [0]}
     config = write(steps)
     process = start(["-m", "metadist", "compare", config, "--folder", "out"], here)
     second = here / "out" / "runs" / "SOBA" / "seed-0" / "records.jsonl"
-    assert becomes(lambda: second.exists() and len(second.read_text().splitlines()) >= 5, 120)
+    assert becomes(lambda: second.exists() and len(second.read_text().splitlines()) >= 3, 300)
     process.kill()
     assert finish(process).code == -signal.SIGKILL
     first = here / "out" / "runs" / "AID" / "seed-0"
     done = contents(first)
     begun = second.read_text().splitlines()
-    assert 5 <= len(begun) < 41
+    assert 3 <= len(begun) < 41
     assert compare(cli, changes=steps)[0] == 0
     assert contents(first) == done
     # The evaluations before it was killed are not made again.
@@ -300,7 +300,7 @@ def test_other_input_is_refused(cli, monkeypatch):
     assert not Path("out").exists()
     Path("full").mkdir()
     Path("full/thesis.txt").touch()
-    assert "folder must be new, empty, or of a comparison" in compare(cli, folder="full")[2]
+    assert "folder must be new, empty, or hold comparison.json" in compare(cli, folder="full")[2]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = cli("compare", write(), "--folder", "out")
     assert code == 2 and "plots must be false without matplotlib, got true: pip install" in err
