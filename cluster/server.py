@@ -63,6 +63,7 @@ class ParameterServer:
             num_threads: intra-op threads of a step; the sum in a norm may depend on it.
             rules: the `StepRules`, if there are any, pickled by `runtime_env.pickle_by_value`.
         """
+        self.__dict__.clear()  # the memory of the last run is needed now
         self._variable = OuterVariable.from_state(
             unpack_state(state, spec), optimizer, cloudpickle.loads(rules) if rules else None
         )

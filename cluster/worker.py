@@ -84,30 +84,36 @@ class Worker:
             kept: what the algorithm keeps of these tasks, where it does.
             pulled: x, in as many slices as there are shards.
         """
-        for (start, stop), part in zip(self._bounds, pulled, strict=True):
-            self._flat[start:stop].copy_(read_only(part.flat))
+        self.load(pulled)
         device = self._flat.device
         before = [part.previous for part in pulled if part.previous is not None]
         previous = self._spec.views(join(before).to(device)) if before else None
         states = {index: to_tensor(state).to(device) for index, state in (kept or {}).items()}
         computed = self._workload.compute(lease, self._outer, previous, states)
-        left = {index: to_array(state) for index, state in computed.states.items()}
-        total = computed.total
+        return computed.result, *self.send(computed.total, computed.states, computed.result)
+
+    def load(self, pulled: Sequence[Pulled]) -> None:
+        """Have this x."""
+        for (start, stop), part in zip(self._bounds, pulled, strict=True):
+            self._flat[start:stop].copy_(read_only(part.flat))
+
+    def send(
+        self, total: Tensor, states: Mapping[int, Tensor], result: LeaseResult
+    ) -> Iterator[Pushed]:
+        """What each shard gets of a computed lease."""
         if self._rounding is not None:
             # The server may leave out a sum of no tasks.
-            is_used = computed.result.num_tasks > 0
+            is_used = result.num_tasks > 0
             total = self._rounding.round(total) if is_used else total.to(torch.bfloat16)
-        return computed.result, *self._cut(total, left)
-
-    def _cut(self, total: Tensor, states: dict[int, Array]) -> Iterator[Pushed]:
+        left = {index: to_array(state) for index, state in states.items()}
         if len(self._bounds) == 1:
-            yield Pushed(to_array(total), states)
+            yield Pushed(to_array(total), left)
             return
         halves = total.split(len(self._flat))
         for start, stop in self._bounds:
             pieces = [half[start:stop] for half in halves]
             mine = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-            yield Pushed(to_array(mine), {} if start else states)
+            yield Pushed(to_array(mine), {} if start else left)
 
 
 def worker_device(device: str) -> str:

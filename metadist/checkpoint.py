@@ -1,8 +1,13 @@
 """Checkpoints: a folder per outer step at any fsspec URI, never half of one.
 
-    step-00000100/tensors.safetensors   outer variable, state of optimiser and algorithm
-    step-00000100/state.json            everything else
-    step-00000100/manifest.json         sizes and SHA-256 of the two and of itself, written last
+    step-00000100/tensors.safetensors     outer variable, state of optimiser and algorithm
+    step-00000100/tensors-1.safetensors   if a server of several shards wrote it: the same of its
+                                          second shard, and so on
+    step-00000100/state.json              everything else
+    step-00000100/manifest.json           sizes and SHA-256 of these and of itself, written last
+
+A leaf that lies in several shards has a flat piece in the file of each; all others have their name
+and shape. It is loaded whole, whatever number of shards goes on from it.
 
 A folder whose manifest is missing, or does not fit the files, is not a checkpoint. Nothing is
 ever unpickled, no file is read that is longer than the manifest says, and no name in a checkpoint
@@ -12,24 +17,28 @@ is used as a path.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from metadist.outer import OuterState
+from metadist.outer import OuterState, shard_bounds
 from metadist.storage import Folder
-from metadist.trees import Params
+from metadist.trees import Params, num_elements
 
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, FORMAT)
+"""Format 2 is that of one shard."""
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 16
 
@@ -107,18 +116,13 @@ class CheckpointStore:
             return name
         # First, so that at no time it stands beside files that it does not belong to.
         self.folder.remove(f"{name}/{MANIFEST}")
-        files = {TENSORS: _tensors(checkpoint), STATE: _json(_state(checkpoint))}
-        manifest = {
-            "format": FORMAT,
-            "score": checkpoint.score,
-            "files": {
-                file: {"size_bytes": len(data), "sha256": _sha256(data)}
-                for file, data in files.items()
-            },
-        }
+        rest = _json(_state(checkpoint))
+        listed = {}
         try:
-            for file, data in files.items():
+            for file, data in itertools.chain(_parts(checkpoint.state), [(STATE, rest)]):
                 self.folder.write(f"{name}/{file}", data)
+                listed[file] = {"size_bytes": len(data), "sha256": _sha256(data)}
+            manifest = {"format": FORMAT, "score": checkpoint.score, "files": listed}
             signed = _json({**manifest, "sha256": _digest(manifest)})
             self.folder.write(f"{name}/{MANIFEST}", signed)
         except BaseException:
@@ -126,7 +130,7 @@ class CheckpointStore:
             with suppress(OSError):
                 self._remove(name)
             raise
-        del files, data
+        del data
         self._prune(name)
         return name
 
@@ -161,20 +165,29 @@ class CheckpointStore:
 
     def _load(self, name: str) -> Checkpoint:
         manifest = self._manifest(name)
-        data = {file: self._file(name, file, manifest) for file in (TENSORS, STATE)}
+        rest = self._file(name, STATE, manifest)
         try:
-            state = json.loads(data[STATE])
+            state = json.loads(rest)
             if name != f"step-{state['version']:08d}":
                 raise ValueError(f"it holds step {state['version']}")
             if not isinstance(state["info"], dict):
                 raise TypeError(f"info is {state['info']!r}")
             if min([state["applied_below"], *state["applied"]]) < 0:
                 raise ValueError("a lease has a negative number")
-            tensors = safetensors.torch.load(data[TENSORS])
-            outer: Params = {key: tensors["outer." + key] for key in state["outer"]}
-            optimizer = {key: tensors["optimizer." + key] for key in state["optimizer"]}
-            recursion = {key: tensors["recursion." + key] for key in state["recursion"]}
-            states = {int(key): tensors[f"states.{key}"] for key in state["states"]}
+            parts = [
+                safetensors.torch.load(self._file(name, file, manifest))
+                for file in manifest.files
+                if file != STATE
+            ]
+            shapes = state["outer"]
+            if isinstance(shapes, list):  # format 2, in which no leaf is in pieces
+                shapes = dict.fromkeys(shapes, (-1,))
+            outer: Params = {
+                key: _whole(parts, f"outer.{key}", shape) for key, shape in shapes.items()
+            }
+            optimizer = {key: _whole(parts, f"optimizer.{key}") for key in state["optimizer"]}
+            recursion = {key: _whole(parts, f"recursion.{key}") for key in state["recursion"]}
+            states = {int(key): _whole(parts, f"states.{key}") for key in state["states"]}
             return Checkpoint(
                 OuterState(
                     outer,
@@ -184,6 +197,7 @@ class CheckpointStore:
                     tuple(map(int, state["applied"])),
                     recursion,
                     states,
+                    len(parts),
                 ),
                 state["info"],
                 manifest.score,
@@ -199,12 +213,13 @@ class CheckpointStore:
         try:
             tree = json.loads(data)
             version, digest, found = tree["format"], tree["sha256"], _digest(tree)
-            manifest = _Manifest.of(tree) if (version, digest) == (FORMAT, found) else None
+            is_known = version in READABLE
+            manifest = _Manifest.of(tree) if is_known and digest == found else None
         except Malformed as error:
             raise CheckpointError(
                 f"checkpoint {where} is damaged: {MANIFEST}: {error!r}"
             ) from error
-        if version != FORMAT:
+        if not is_known:
             raise CheckpointError(
                 f"checkpoint {where} must be of format {FORMAT}, got {version!r}: "
                 "load it with the version of metadist that wrote it"
@@ -270,7 +285,7 @@ class CheckpointStore:
         if not doomed:
             return
         manifest = self._manifest(saved)
-        for file in (TENSORS, STATE):  # one at a time, for the sake of memory
+        for file in manifest.files:  # one at a time, for the sake of memory
             self._file(saved, file, manifest)
         for name in doomed:
             self._remove(name)
@@ -299,10 +314,11 @@ class _Manifest(NamedTuple):
     def of(cls, tree: Any) -> _Manifest:
         """Of its JSON; raises one of `Malformed` if it is none."""
         listed, score = tree["files"], tree["score"]
+        names = [*map(_part_name, range(max(1, len(listed) - 1))), STATE]
         return cls(
             {
                 file: (operator.index(listed[file]["size_bytes"]), str(listed[file]["sha256"]))
-                for file in (TENSORS, STATE)
+                for file in names
             },
             None if score is None else float(score),
         )
@@ -326,28 +342,59 @@ def _signature(leaf: Any) -> str:
     return f"{str(leaf.dtype).removeprefix('torch.')} of shape {tuple(leaf.shape)}"
 
 
-def _tensors(checkpoint: Checkpoint) -> bytes:
-    state = checkpoint.state
-    groups: dict[str, Mapping[Any, Tensor]] = {
-        "outer": state.outer,
-        "optimizer": state.optimizer,
-        "recursion": state.recursion,
-        "states": state.states,
-    }
-    # Views of one flat vector share memory, which the format refuses.
-    return safetensors.torch.save(
-        {
-            f"{group}.{name}": leaf.contiguous().clone()
-            for group, leaves in groups.items()
-            for name, leaf in leaves.items()
-        }
-    )
+def _part_name(number: int) -> str:
+    stem, dot, suffix = TENSORS.partition(".")
+    return f"{stem}-{number}{dot}{suffix}" if number else TENSORS
+
+
+def _parts(state: OuterState) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the file of each shard, made one at a time for the sake of memory."""
+    # One shard may hold what is not of one floating dtype, or no vectors.
+    bounds = [(0, num_elements(state.outer))]
+    if state.num_shards > 1:
+        bounds = shard_bounds(bounds[0][1], state.num_shards)
+    for number, (start, stop) in enumerate(bounds):
+        tensors = {f"outer.{name}": leaf for name, leaf in _cut(state.outer, start, stop).items()}
+        for group, leaves in (("optimizer", state.optimizer), ("recursion", state.recursion)):
+            for name, leaf in leaves.items():
+                if len(bounds) == 1 or (number == 0 and not leaf.ndim):
+                    tensors[f"{group}.{name}"] = leaf
+                elif leaf.ndim:
+                    tensors[f"{group}.{name}"] = leaf[start:stop]
+        if number == 0:
+            tensors |= {f"states.{index}": leaf for index, leaf in state.states.items()}
+        contiguous = {name: leaf.contiguous() for name, leaf in tensors.items()}
+        yield _part_name(number), safetensors.torch.save(contiguous)
+
+
+def _cut(tree: Params, start: int, stop: int) -> Params:
+    """What of the leaves, one after another, lies between the two: whole leaves and flat pieces."""
+    found, offset = {}, 0
+    for name, leaf in tree.items():
+        first, last = max(0, start - offset), min(leaf.numel(), stop - offset)
+        if (first, last) == (0, leaf.numel()):
+            found[name] = leaf
+        elif first < last:
+            found[name] = leaf.reshape(-1)[first:last]
+        offset += leaf.numel()
+    return found
+
+
+def _whole(parts: list[Params], key: str, shape: Sequence[int] = (-1,)) -> Tensor:
+    """The leaf of which the parts have pieces, which are taken from them."""
+    pieces = [part.pop(key) for part in parts if key in part]
+    if not pieces:
+        raise KeyError(key)
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat([piece.reshape(-1) for piece in pieces]).reshape(shape)
 
 
 def _state(checkpoint: Checkpoint) -> dict[str, Any]:
     state = checkpoint.state
     return {
-        "outer": list(state.outer),  # in order: safetensors keeps none
+        # In order: safetensors keeps none.
+        "outer": {name: list(leaf.shape) for name, leaf in state.outer.items()},
         "optimizer": list(state.optimizer),
         "recursion": list(state.recursion),
         "states": list(state.states),

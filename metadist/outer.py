@@ -346,7 +346,9 @@ class OuterVariable:
         """Set the mean."""
         totals = zip(*(self._pieces(item.total) for item in fresh), strict=True)
         for block, pieces in zip(self._pieces(self._mean), totals, strict=True):
-            block.copy_(pieces[0]).mul_(fresh[0].weight)
+            block.copy_(pieces[0])
+            if fresh[0].weight != 1:
+                block.mul_(fresh[0].weight)
             for piece, item in zip(pieces[1:], fresh[1:], strict=True):
                 block.add_(piece, alpha=item.weight)
             block.div_(num_tasks)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import uuid
 from typing import Any
 
 import fsspec
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,7 +24,14 @@ from metadist.checkpoint import (
     CheckpointStore,
     check_same_model,
 )
-from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable
+from metadist.outer import (
+    BLOCK,
+    Contribution,
+    OuterOptimizer,
+    OuterState,
+    OuterVariable,
+    StepRules,
+)
 from tests.core.helpers import exact, fresh
 
 FILES = (TENSORS, STATE, MANIFEST)
@@ -54,7 +63,15 @@ def checkpoint(step: int = 1, score: float | None = None, **info: Any) -> Checkp
 
 def everything(item: Checkpoint) -> Any:
     state = item.state
-    return exact(state.outer), exact(state.optimizer), state[2:], item.info, item.score
+    kept = {**state.recursion, **{str(index): leaf for index, leaf in state.states.items()}}
+    numbers = (state.version, state.applied_below, state.applied, state.num_shards)
+    return (
+        exact(state.outer),
+        exact({**state.optimizer, **kept}),
+        numbers,
+        item.info,
+        item.score,
+    )
 
 
 def file_of(store: CheckpointStore, name: str, file: str) -> str:
@@ -196,7 +213,7 @@ def damages() -> dict[str, Any]:
     return table | {
         "a bit of a tensor": middle,
         "another score": change(MANIFEST, lambda data: data.replace(b"0.5", b"0.9")),
-        "another format": manifest(lambda tree: {**tree, "format": 3}),
+        "another format": manifest(lambda tree: {**tree, "format": 4}),
         "lists other files": manifest(lambda tree: {**tree, "files": {"weights.bin": {}}}),
         "lists no files": manifest(lambda tree: {**tree, "files": {}}),
         "lists files as a list": manifest(lambda tree: {**tree, "files": list(FILES)}),
@@ -261,7 +278,7 @@ def test_messages_say_what_is_wrong(place):
     listed = (len(data), hashlib.sha256(data).hexdigest())
     assert f"is damaged: state.json must have (bytes, SHA-256) {listed}, got (" in str(caught.value)
     write(store, name, MANIFEST, signed({**manifest, "format": 7}))
-    with pytest.raises(CheckpointError, match=r"must be of format 2, got 7: load it with the vers"):
+    with pytest.raises(CheckpointError, match=r"must be of format 3, got 7: load it with the vers"):
         store.load(name)
     with pytest.raises(
         CheckpointError, match=rf"(?s)no good checkpoint in .*\n  checkpoint .*{name}"
@@ -428,3 +445,102 @@ def test_a_checkpoint_of_another_model_is_refused(found, message):
 
 def test_the_same_model_is_accepted():
     check_same_model({name: leaf + 1 for name, leaf in MODEL.items()}, MODEL, "here")
+
+
+LONG = 3 * BLOCK + 11
+ADAM = OuterOptimizer("adam", 0.1, clip_norm=1.0)
+
+
+def long_state(num_shards: int, steps: int = 2) -> OuterState:
+    """Of a two-point method, with leaves before, in and across the slices of shards."""
+    shapes = {"a": (5,), "b": (BLOCK - 5,), "none": (0, 3), "c": (2, BLOCK), "d": (), "e": (10,)}
+    outer = {name: fresh(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
+    variable = OuterVariable(outer, ADAM, StepRules(recursive_weight=lambda version: 0.5))
+    for version in range(steps):
+        total = fresh((LONG * (2 if version else 1),), 10 + version)
+        variable.apply([Contribution(version, version, total, 1, states={version: fresh((3,))})])
+    return variable.state()._replace(num_shards=num_shards)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4])
+def test_each_shard_has_a_file_and_any_number_of_shards_is_loaded_to_the_bit(place, num_shards):
+    store = CheckpointStore(place)
+    saved = Checkpoint(long_state(num_shards), {"seed": 1}, 0.5)
+    name = store.save(saved)
+    files = json.loads(read(store, name, MANIFEST))["files"]
+    parts = [TENSORS, *(f"tensors-{number}.safetensors" for number in range(1, num_shards))]
+    assert list(files) == [*parts, STATE]
+    sizes = [files[part]["size_bytes"] for part in parts]
+    # x, two moments, w and the previous x.
+    assert max(sizes) < 4 * 5 * BLOCK * math.ceil(4 / num_shards) + 4096
+    assert sum(sizes) < 4 * 5 * LONG + 4096 * num_shards
+    loaded = store.load()[1]
+    assert everything(loaded) == everything(saved)
+    whole = Checkpoint(long_state(1), {"seed": 1}, 0.5)
+    assert everything(loaded)[:2] == everything(whole)[:2]
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_a_leaf_in_one_shard_can_be_read_by_name_without_metadist(place, num_shards):
+    store = CheckpointStore(place)
+    state = long_state(num_shards)
+    name = store.save(Checkpoint(state))
+    found = safetensors.torch.load(read(store, name, TENSORS))
+    for leaf in ("a", "b", "none"):
+        assert torch.equal(found[f"outer.{leaf}"], state.outer[leaf])
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("how", ["deleted", "cut", "changed", "swapped"])
+def test_a_damaged_part_is_found(place, how, number):
+    store = CheckpointStore(place)
+    store.save(Checkpoint(long_state(3, steps=1)))
+    name = store.save(Checkpoint(long_state(3)))
+    parts = [TENSORS, "tensors-1.safetensors", "tensors-2.safetensors"]
+    data = read(store, name, parts[number])
+    if how == "deleted":
+        store.folder.remove(f"{name}/{parts[number]}")
+    else:
+        bad = {
+            "cut": data[:-1],
+            "changed": data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+            "swapped": read(store, name, parts[number - 1]),
+        }[how]
+        write(store, name, parts[number], bad)
+    assert store.load()[0] == "step-00000001"
+    assert parts[number] in store.skipped[name]
+    assert everything(Checkpoint(long_state(3))) == everything(
+        store.load(store.save(Checkpoint(long_state(3))))[1]
+    )
+
+
+def test_a_checkpoint_of_format_2_is_loaded(place):
+    store = CheckpointStore(place)
+    saved = checkpoint(2, 0.5, seed=1)
+    name = store.save(saved)
+    state = json.loads(read(store, name, STATE))
+    old = json.dumps({**state, "outer": list(state["outer"])}).encode()
+    manifest = json.loads(read(store, name, MANIFEST))
+    manifest["files"][STATE] = {"size_bytes": len(old), "sha256": hashlib.sha256(old).hexdigest()}
+    write(store, name, STATE, old)
+    write(store, name, MANIFEST, signed({**manifest, "format": 2}))
+    assert everything(store.load()[1]) == everything(saved)
+
+
+def test_a_part_is_made_when_the_one_before_it_is_written(monkeypatch):
+    store = CheckpointStore(f"memory://{uuid.uuid4().hex}")
+    order: list[str] = []
+    make, write_file = safetensors.torch.save, store.folder.write
+
+    def note_making(tensors: dict[str, torch.Tensor]) -> bytes:
+        order.append("made")
+        return make(tensors)
+
+    def note_writing(name: str, data: bytes) -> None:
+        order.append("written")
+        write_file(name, data)
+
+    monkeypatch.setattr(safetensors.torch, "save", note_making)
+    monkeypatch.setattr(store.folder, "write", note_writing)
+    store.save(Checkpoint(long_state(3)))
+    assert order == ["made", "written"] * 3 + ["written"] * 2

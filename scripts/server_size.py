@@ -1,0 +1,230 @@
+"""What a step of a large outer variable costs beside computing: time and memory.
+
+    python scripts/server_size.py                      200 million numbers, about 10 GB of memory
+    python scripts/server_size.py --num_params 20e6    smaller
+    python scripts/server_size.py --num_shards 2 --transfer bfloat16
+
+One worker sends a sum of hypergradients (push), the parameter server takes a step and publishes x
+(apply), the worker gets x (pull), by the code and over the path of a run. Times are medians, in
+units of a plain copy of as many bytes in the same process in the same turn. "must" is what there
+is to move in that unit, a copy being one read and one write of each number; it counts
+
+    push     the sum into shared memory
+    apply    the sum into the server's own memory, a look at it for the norm, the step (reads and
+             writes of x, its gradient and its moments), x into shared memory
+    pull     x out of shared memory
+
+Memory is that of each process beside what it shares, at its highest, and of the shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from metadist.cluster.buffers import OuterSpec, PackedState, Pulled, Pushed, split_state
+from metadist.cluster.fleet import Retry
+from metadist.cluster.keeper import Keeper
+from metadist.cluster.runtime_env import pickle_by_value
+from metadist.cluster.server import Arrival, ParameterServer
+from metadist.cluster.worker import Transfer, Worker
+from metadist.lease import LeaseResult
+from metadist.outer import OuterOptimizer, shard_bounds
+
+OPTIMIZERS = {
+    "sgd": (OuterOptimizer("sgd", lr=1e-3, clip_norm=1.0), 1.5),
+    "adam": (OuterOptimizer("adam", lr=1e-3, clip_norm=1.0), 3.5),
+    "adam, fused": (OuterOptimizer("adam", lr=1e-3, clip_norm=1.0, options={"fused": True}), 3.5),
+}
+"""And how many copies' worth of memory one step of each reads and writes."""
+START_S = 600.0
+
+
+class SizedWorker(Worker):
+    """A worker that has computed a lease."""
+
+    def setup_sum(self) -> None:
+        """Have a sum to send."""
+        torch.set_num_threads(1)
+        self._total = torch.ones_like(self._flat)
+
+    def push(self, number: int) -> tuple[float | Pushed, ...]:
+        """Seconds that a copy of the sum takes here; and what is sent for it."""
+        began = time.perf_counter()
+        self._flat.copy_(self._total)
+        seconds = time.perf_counter() - began
+        result = LeaseResult(number, number, 1, (), {}, 0.0, 0.0)
+        return seconds, *self.send(self._total, {}, result)
+
+    def pull(self, *pulled: Pulled) -> None:
+        """Have this x."""
+        self.load(pulled)
+
+
+class Peaks:
+    """The most memory that processes had, looked at every 20 ms.
+
+    Args:
+        pids: by name.
+    """
+
+    def __init__(self, pids: dict[str, int]) -> None:
+        self._pids = pids
+        self.own: dict[str, int] = dict.fromkeys(pids, 0)
+        self.shared = 0
+        """What one of them had in shared memory: the raylet keeps all of it."""
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Peaks:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.02):
+            for name, pid in self._pids.items():
+                sizes = memory_bytes(pid)
+                self.own[name] = max(self.own[name], sizes["RssAnon"])
+                self.shared = max(self.shared, sizes["RssShmem"])
+
+
+def memory_bytes(pid: int) -> dict[str, int]:
+    """RssAnon and RssShmem of a process."""
+    lines = [line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines if line[0].startswith("Rss")}
+
+
+def raylet_pid() -> int:
+    """Of the child of this process that keeps the shared memory."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (folder / "stat").read_text()
+        except OSError:
+            continue
+        name, parent = (
+            stat[stat.index("(") + 1 : stat.rindex(")")],
+            stat.rpartition(")")[2].split()[1],
+        )
+        if name == "raylet" and int(parent) == os.getpid():
+            return int(folder.name)
+    raise RuntimeError("Ray has no raylet here")
+
+
+def measure(keeper: Keeper, worker: Any, num_shards: int, repeats: int) -> dict[str, float]:
+    """Median ratios to a copy, by phase, and the seconds of a copy; two turns do not count."""
+    ratios: dict[str, list[float]] = {"push": [], "apply": [], "pull": []}
+    copies = []
+    for turn in range(2 + repeats):
+        times = [time.perf_counter()]
+        copied, *totals = worker.push.options(num_returns=1 + num_shards).remote(turn)
+        ray.wait(totals, num_returns=num_shards, fetch_local=False)
+        copy_s = ray.get(copied)
+        times.append(time.perf_counter())
+        _, outer = keeper.apply([Arrival(turn, turn, 1, 1.0)], [tuple(totals)])
+        times.append(time.perf_counter())
+        ray.get(worker.pull.remote(*outer))
+        times.append(time.perf_counter())
+        push_s, apply_s, pull_s = (after - before for before, after in itertools.pairwise(times))
+        if turn >= 2:
+            copies.append(copy_s)
+            for name, seconds in (("push", push_s - copy_s), ("apply", apply_s), ("pull", pull_s)):
+                ratios[name].append(seconds / copy_s)
+    medians = {name: statistics.median(values) for name, values in ratios.items()}
+    return {**medians, "copy_s": statistics.median(copies)}
+
+
+def run(num_params: int, num_shards: int, transfer: Transfer, repeats: int) -> None:
+    """Measure and print."""
+    console = Console(soft_wrap=True)
+    size_bytes = 4 * num_params
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=5 * size_bytes + (100 << 20),
+    )
+    bounds = shard_bounds(num_params, num_shards)
+    spec = OuterSpec({"x": (num_params,)}, torch.float32)
+    worker: Any = ray.remote(SizedWorker).options(num_cpus=0).remote("worker", "cpu")
+    payload = pickle_by_value(None)
+    ray.get(worker.setup.remote(payload, spec, bounds, transfer))
+    ray.get(worker.setup_sum.remote())
+    keeper = Keeper(
+        lambda number: ray.remote(ParameterServer).options(num_cpus=0).remote(),
+        Retry(),
+        snapshot_every=1 << 30,
+        start_timeout_s=START_S,
+        timeout_s=None,
+    )
+    state = PackedState(np.zeros(num_params, dtype=np.float32), {}, 0, 0, (), {}, {})
+    times = Table("", "x a copy", "must", "ratio", title=f"{num_params:,} numbers, {transfer}")
+    peaks: dict[str, int] = {}
+    shared = 0  # what is freed there is used again, so it is the most that was in use
+    for name, (optimizer, moved) in OPTIMIZERS.items():
+        parts = split_state(state, bounds)
+        keeper.start(parts, spec.of_slices(bounds), optimizer, 1, None)
+        pids = {"driver": os.getpid(), "worker": pid_of(worker)}
+        pids |= {f"server {number}": pid_of(actor) for number, actor in enumerate(keeper.servers)}
+        with Peaks(pids | {"raylet": raylet_pid()}) as watched:
+            found = measure(keeper, worker, num_shards, repeats)
+        peaks = {who: max(peaks.get(who, 0), size) for who, size in watched.own.items()}
+        shared = max(shared, watched.shared)
+        must = {"push": 1.0, "apply": 1.0 + 0.5 + moved + 1.0, "pull": 1.0}
+        for phase, least in must.items():
+            label = phase if phase != "apply" else f"apply, {name}"
+            times.add_row(label, f"{found[phase]:.2f}", f"{least:g}", f"{found[phase] / least:.2f}")
+        total, least = sum(found[phase] for phase in must), sum(must.values())
+        copy = f"a copy takes {1000 * found['copy_s']:.1f} ms"
+        times.add_row(
+            f"all, {name}; {copy}",
+            f"{total:.2f}",
+            f"{least:g}",
+            f"{total / least:.2f}",
+            end_section=True,
+        )
+    memory = Table("", "MB", "x the size of x", title="memory at the highest")
+    for who, size in {**peaks, "shared memory": shared}.items():
+        memory.add_row(who, f"{size / 1e6:.0f}", f"{size / size_bytes:.2f}")
+    console.print(times)
+    console.print(memory)
+    keeper.stop()
+    ray.shutdown()
+
+
+def pid_of(actor: Any) -> int:
+    """The process of an actor."""
+    pid: int = ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+    return pid
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--num_params", type=lambda text: int(float(text)), default=200_000_000)
+    parser.add_argument("--num_shards", type=int, default=1)
+    parser.add_argument("--transfer", choices=["full", "bfloat16"], default="full")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    run(options.num_params, options.num_shards, options.transfer, options.repeats)
+
+
+if __name__ == "__main__":
+    main()
