@@ -15,7 +15,7 @@ import argparse
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from metadist import Batch, OuterOptimizer, Params, Problem, Task
 from metadist.algorithms import ITD
 from metadist.cluster import ASP, BSP, SSP, Buffered, Policy, RayExecutor, View
 from metadist.cluster.simulation import Costs, Outcome, Step, Workers, simulate
+from metadist.executor import StepReport
 from metadist.lease import Workload
 from metadist.outer import OuterVariable
 
@@ -209,10 +210,12 @@ ACTORS = (1, 2, 4)
 class Cluster:
     """Some workers on Ray; use it as a context manager."""
 
-    def __init__(self, num: int) -> None:
+    def __init__(self, num: int, prefetch: int = 1) -> None:
         self._num = num
         self._policy = Chosen()
-        self._executor = RayExecutor(num, policy=self._policy, device="cpu", start_timeout_s=300)
+        self._executor = RayExecutor(
+            num, policy=self._policy, device="cpu", start_timeout_s=300, prefetch=prefetch
+        )
 
     def __enter__(self) -> Cluster:
         return self
@@ -222,10 +225,27 @@ class Cluster:
 
     def run(self, policy: Policy, num_params: int, sleep_s: float, leases_per_step: int) -> Outcome:
         """A real run, as the simulation would tell of it."""
+        outcome = Outcome(self._num)
+        began = None
+        for report in self.reports(policy, num_params, sleep_s, leases_per_step, SPREAD):
+            now = time.perf_counter()
+            began = now - report.seconds if began is None else began
+            outcome.steps.append(Step(now - began, report.step.applied, report.step.staleness))
+        return outcome
+
+    def reports(
+        self,
+        policy: Policy,
+        num_params: int,
+        sleep_s: float,
+        leases_per_step: int,
+        spread: float = 0.0,
+    ) -> Iterator[StepReport]:
+        """The steps of a run of `NUM_LEASES` leases."""
         problem = Wide(num_params)
         workload = Workload(
             problem,
-            Sleeping(Workers(self._num, sleep_s, SPREAD)),
+            Sleeping(Workers(self._num, sleep_s, spread)),
             ITD(inner_steps=1, inner_lr=0.1),
             meta_batch_size=leases_per_step,
             report_every=1_000_000,
@@ -233,12 +253,7 @@ class Cluster:
         self._policy.current = policy
         state = OuterVariable(problem.init_outer(torch.Generator()), ADAM).state()
         self._executor.start(workload, ADAM, state)
-        outcome = Outcome(self._num)
-        began = time.perf_counter()
-        for report in self._executor.run(NUM_LEASES // policy.leases_per_step(leases_per_step)):
-            now = time.perf_counter() - began
-            outcome.steps.append(Step(now, report.step.applied, report.step.staleness))
-        return outcome
+        return self._executor.run(NUM_LEASES // policy.leases_per_step(leases_per_step))
 
 
 SPREAD = 0.3
@@ -274,15 +289,49 @@ SMALL = 1000
 """Numbers in an x whose size takes no time."""
 
 
-def measure(num_params: int) -> None:
-    """Compare simulated with measured runs on this machine."""
+def start_ray(num_cpus: int) -> None:
+    """A cluster on this machine."""
     # Ray's processes give way to all others, which on a busy machine would be what is measured.
     os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
-        address="local", num_cpus=max(ACTORS), include_dashboard=False, log_to_driver=False,
+        address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False,
         logging_level=logging.ERROR,
         _system_config={"preload_python_modules": ["torch", "metadist.cluster"]},
     )  # fmt: skip
+
+
+def waiting(num_params: int, step_s: float) -> None:
+    """The share of their time in which two workers have nothing to compute, with steps of `step_s`.
+
+    All leases take the same time, so that under bsp nobody waits for a slower one.
+    """
+    num = 2
+    start_ray(num)
+    table = Table("x, MB", "policy", "leases a step", "prefetch", "waiting", "leases/s", "staleness",
+                  title=f"{num} workers, {step_s:g} s of sleep a worker and step")  # fmt: skip
+    for prefetch in (0, 1):
+        with Cluster(num, prefetch) as cluster:
+            cluster.run(ASP(), num_params, 0.0, 1)  # processes that have done everything once
+            for size in (SMALL, num_params):
+                for policy, leases in ((BSP(), num), (BSP(), 4 * num), (ASP(), 1)):
+                    sleep_s = step_s * min(num / leases, 1)
+                    # Without the first step, in which nobody has x yet.
+                    _, *found = cluster.reports(policy, size, sleep_s, leases)
+                    seconds = sum(report.seconds for report in found)
+                    waited = sum(report.waiting_s for report in found) / seconds / num
+                    speed = sum(len(report.results) for report in found) / seconds
+                    ages = [age for report in found for age in report.step.staleness]
+                    table.add_row(
+                        f"{4e-6 * size:.3g}", type(policy).__name__.lower(), str(leases),
+                        str(prefetch), f"{waited:.1%}", f"{speed:.2f}", f"{np.mean(ages):.2f}",
+                    )  # fmt: skip
+    ray.shutdown()
+    console.print(table)
+
+
+def measure(num_params: int) -> None:
+    """Compare simulated with measured runs on this machine."""
+    start_ray(max(ACTORS))
     seconds: dict[tuple[str, int], float] = {}
     real: dict[tuple[int, str, int], Outcome] = {}
     for num in ACTORS:
@@ -343,7 +392,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("simulate", "measure"), default="simulate")
+    parser.add_argument(
+        "what", nargs="?", choices=("simulate", "measure", "waiting"), default="simulate"
+    )
     for option, default, text in (
         ("num_params", 5e6, "numbers in x, of 4 bytes"),
         ("compute_s", 0.5, "mean computing time of a lease"),
@@ -361,6 +412,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "measure":
         measure(int(options.num_params))
+        return
+    if options.what == "waiting":
+        waiting(int(options.num_params), options.compute_s)
         return
     workers = Workers(
         1, options.compute_s, options.spread, options.slow_share, options.slow_factor,

@@ -25,6 +25,7 @@ from metadist import (
 )
 from metadist.algorithms import ITD, Reptile
 from metadist.events import read_events
+from metadist.executor import StepReport
 from metadist.storage import Folder
 from metadist.tasks import FewShotProblem
 from metadist.trainer import default_tasks_per_lease
@@ -118,8 +119,8 @@ def test_training_in_parts_gives_the_bytes_of_training_in_one_go(options, tmp_pa
 
 
 def test_a_run_that_dies_before_its_first_steps_are_saved_goes_on_from_the_start(tmp_path):
-    def die(version: int) -> None:
-        raise OSError(f"at step {version}")
+    def die(report: StepReport) -> None:
+        raise OSError(f"at step {report.step.version}")
 
     with pytest.raises(OSError, match="at step 1"):
         make_trainer(run_dir=tmp_path, executor=Recording(die)).fit(4)
