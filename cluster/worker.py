@@ -69,7 +69,10 @@ class Worker:
             if kept.previous is not None:
                 previous = self._spec.views(to_tensor(kept.previous).to(device))
         computed = self._workload.compute(lease, self._outer, previous, states)
-        return computed.result, to_array(torch.cat([computed.total, *computed.states.values()]))
+        total = computed.total
+        if computed.states:  # otherwise it would be copied for nothing
+            total = torch.cat([total, *computed.states.values()])
+        return computed.result, to_array(total)
 
 
 def worker_device(device: str) -> str:

@@ -2,6 +2,7 @@
 
     python scripts/simulate_cluster.py              simulated to 1,000 workers, docs/scaling_*.png
     python scripts/simulate_cluster.py measure      1 to 4 workers on Ray, beside their simulation
+    python scripts/simulate_cluster.py waiting      how long 2 workers on Ray are without work
     python scripts/simulate_cluster.py --help       the cluster that is simulated
 
 The policies and the ledger are those of `metadist.cluster`; docs/scaling.md explains the figures.
@@ -12,6 +13,7 @@ with workers that sleep instead of computing, and messages of real size.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import time
@@ -240,6 +242,7 @@ class Cluster:
         sleep_s: float,
         leases_per_step: int,
         spread: float = 0.0,
+        optimizer: OuterOptimizer = ADAM,
     ) -> Iterator[StepReport]:
         """The steps of a run of `NUM_LEASES` leases."""
         problem = Wide(num_params)
@@ -251,8 +254,8 @@ class Cluster:
             report_every=1_000_000,
         )
         self._policy.current = policy
-        state = OuterVariable(problem.init_outer(torch.Generator()), ADAM).state()
-        self._executor.start(workload, ADAM, state)
+        state = OuterVariable(problem.init_outer(torch.Generator()), optimizer).state()
+        self._executor.start(workload, optimizer, state)
         return self._executor.run(NUM_LEASES // policy.leases_per_step(leases_per_step))
 
 
@@ -307,24 +310,28 @@ def waiting(num_params: int, step_s: float) -> None:
     """
     num = 2
     start_ray(num)
-    table = Table("x, MB", "policy", "leases a step", "prefetch", "waiting", "leases/s", "staleness",
-                  title=f"{num} workers, {step_s:g} s of sleep a worker and step")  # fmt: skip
+    names = ("x, MB", "policy", "leases a step", "prefetch", "adam", "waiting", "leases/s")
+    title = f"{num} workers, {step_s:g} s of sleep each a step"
+    table = Table(*names, "staleness", title=title)
+    fused = OuterOptimizer("adam", lr=1e-3, options={"fused": True})
     for prefetch in (0, 1):
         with Cluster(num, prefetch) as cluster:
             cluster.run(ASP(), num_params, 0.0, 1)  # processes that have done everything once
-            for size in (SMALL, num_params):
-                for policy, leases in ((BSP(), num), (BSP(), 4 * num), (ASP(), 1)):
-                    sleep_s = step_s * min(num / leases, 1)
-                    # Without the first step, in which nobody has x yet.
-                    _, *found = cluster.reports(policy, size, sleep_s, leases)
-                    seconds = sum(report.seconds for report in found)
-                    waited = sum(report.waiting_s for report in found) / seconds / num
-                    speed = sum(len(report.results) for report in found) / seconds
-                    ages = [age for report in found for age in report.step.staleness]
-                    table.add_row(
-                        f"{4e-6 * size:.3g}", type(policy).__name__.lower(), str(leases),
-                        str(prefetch), f"{waited:.1%}", f"{speed:.2f}", f"{np.mean(ages):.2f}",
-                    )  # fmt: skip
+            for size, (policy, leases), optimizer in itertools.product(
+                (SMALL, num_params), ((BSP(), num), (BSP(), 4 * num), (ASP(), 1)), (ADAM, fused)
+            ):
+                sleep_s = step_s * min(num / leases, 1)
+                found = list(cluster.reports(policy, size, sleep_s, leases, optimizer=optimizer))
+                found = found[1:]  # in the first step nobody has x yet
+                seconds = sum(report.seconds for report in found)
+                waited = sum(report.waiting_s for report in found) / seconds / num
+                speed = sum(len(report.results) for report in found) / seconds
+                ages = [age for report in found for age in report.step.staleness]
+                table.add_row(
+                    f"{4e-6 * size:.3g}", type(policy).__name__.lower(), str(leases), str(prefetch),
+                    "plain" if optimizer is ADAM else "fused", f"{waited:.1%}", f"{speed:.2f}",
+                    f"{np.mean(ages):.2f}",
+                )  # fmt: skip
     ray.shutdown()
     console.print(table)
 
@@ -335,7 +342,7 @@ def measure(num_params: int) -> None:
     seconds: dict[tuple[str, int], float] = {}
     real: dict[tuple[int, str, int], Outcome] = {}
     for num in ACTORS:
-        with Cluster(num) as cluster:
+        with Cluster(num, prefetch=0) as cluster:  # as it is simulated
             cluster.run(ASP(), num_params, 0.0, 1)  # processes that have done everything once
             for params in (SMALL, num_params):
                 if num == 1:
