@@ -96,6 +96,7 @@ class Scheduler:
         now = time.perf_counter()
         # The workers go on while the caller looks at the report.
         self._hand_out(ledger)
+        self._keeper.stepped(step.version)
         seconds, self._ended = now - self._ended, now
         return self._report(step, done, seconds)
 
@@ -160,7 +161,6 @@ class Scheduler:
         ledger.apply(weights, step.version)
         for lease_id in weights:
             del self._done[lease_id]
-        self._keeper.stepped(step.version)
         return step
 
     def _report(self, step: StepResult, done: list[Done], seconds: float) -> StepReport:

@@ -2,6 +2,7 @@
 
     python scripts/simulate_cluster.py              simulated to 1,000 workers, docs/scaling_*.png
     python scripts/simulate_cluster.py measure      1 to 4 workers on Ray, beside their simulation
+    python scripts/simulate_cluster.py waiting      how long 2 workers on Ray are without work
     python scripts/simulate_cluster.py --help       the cluster that is simulated
 
 The policies and the ledger are those of `metadist.cluster`; docs/scaling.md explains the figures.
@@ -12,10 +13,11 @@ with workers that sleep instead of computing, and messages of real size.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +38,7 @@ from metadist import Batch, OuterOptimizer, Params, Problem, Task
 from metadist.algorithms import ITD
 from metadist.cluster import ASP, BSP, SSP, Buffered, Policy, RayExecutor, View
 from metadist.cluster.simulation import Costs, Outcome, Step, Workers, simulate
+from metadist.executor import StepReport
 from metadist.lease import Workload
 from metadist.outer import OuterVariable
 
@@ -209,10 +212,12 @@ ACTORS = (1, 2, 4)
 class Cluster:
     """Some workers on Ray; use it as a context manager."""
 
-    def __init__(self, num: int) -> None:
+    def __init__(self, num: int, prefetch: int = 1) -> None:
         self._num = num
         self._policy = Chosen()
-        self._executor = RayExecutor(num, policy=self._policy, device="cpu", start_timeout_s=300)
+        self._executor = RayExecutor(
+            num, policy=self._policy, device="cpu", start_timeout_s=300, prefetch=prefetch
+        )
 
     def __enter__(self) -> Cluster:
         return self
@@ -222,23 +227,36 @@ class Cluster:
 
     def run(self, policy: Policy, num_params: int, sleep_s: float, leases_per_step: int) -> Outcome:
         """A real run, as the simulation would tell of it."""
+        outcome = Outcome(self._num)
+        began = None
+        for report in self.reports(policy, num_params, sleep_s, leases_per_step, SPREAD):
+            now = time.perf_counter()
+            began = now - report.seconds if began is None else began
+            outcome.steps.append(Step(now - began, report.step.applied, report.step.staleness))
+        return outcome
+
+    def reports(
+        self,
+        policy: Policy,
+        num_params: int,
+        sleep_s: float,
+        leases_per_step: int,
+        spread: float = 0.0,
+        optimizer: OuterOptimizer = ADAM,
+    ) -> Iterator[StepReport]:
+        """The steps of a run of `NUM_LEASES` leases."""
         problem = Wide(num_params)
         workload = Workload(
             problem,
-            Sleeping(Workers(self._num, sleep_s, SPREAD)),
+            Sleeping(Workers(self._num, sleep_s, spread)),
             ITD(inner_steps=1, inner_lr=0.1),
             meta_batch_size=leases_per_step,
             report_every=1_000_000,
         )
         self._policy.current = policy
-        state = OuterVariable(problem.init_outer(torch.Generator()), ADAM).state()
-        self._executor.start(workload, ADAM, state)
-        outcome = Outcome(self._num)
-        began = time.perf_counter()
-        for report in self._executor.run(NUM_LEASES // policy.leases_per_step(leases_per_step)):
-            now = time.perf_counter() - began
-            outcome.steps.append(Step(now, report.step.applied, report.step.staleness))
-        return outcome
+        state = OuterVariable(problem.init_outer(torch.Generator()), optimizer).state()
+        self._executor.start(workload, optimizer, state)
+        return self._executor.run(NUM_LEASES // policy.leases_per_step(leases_per_step))
 
 
 SPREAD = 0.3
@@ -274,19 +292,57 @@ SMALL = 1000
 """Numbers in an x whose size takes no time."""
 
 
-def measure(num_params: int) -> None:
-    """Compare simulated with measured runs on this machine."""
+def start_ray(num_cpus: int) -> None:
+    """A cluster on this machine."""
     # Ray's processes give way to all others, which on a busy machine would be what is measured.
     os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
-        address="local", num_cpus=max(ACTORS), include_dashboard=False, log_to_driver=False,
+        address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False,
         logging_level=logging.ERROR,
         _system_config={"preload_python_modules": ["torch", "metadist.cluster"]},
     )  # fmt: skip
+
+
+def waiting(num_params: int, step_s: float) -> None:
+    """The share of their time in which two workers have nothing to compute, with steps of `step_s`.
+
+    All leases take the same time, so that under bsp nobody waits for a slower one.
+    """
+    num = 2
+    start_ray(num)
+    names = ("x, MB", "policy", "leases a step", "prefetch", "adam", "waiting", "leases/s")
+    title = f"{num} workers, {step_s:g} s of sleep each a step"
+    table = Table(*names, "staleness", title=title)
+    fused = OuterOptimizer("adam", lr=1e-3, options={"fused": True})
+    for prefetch in (0, 1):
+        with Cluster(num, prefetch) as cluster:
+            cluster.run(ASP(), num_params, 0.0, 1)  # processes that have done everything once
+            for size, (policy, leases), optimizer in itertools.product(
+                (SMALL, num_params), ((BSP(), num), (BSP(), 4 * num), (ASP(), 1)), (ADAM, fused)
+            ):
+                sleep_s = step_s * min(num / leases, 1)
+                found = list(cluster.reports(policy, size, sleep_s, leases, optimizer=optimizer))
+                found = found[1:]  # in the first step nobody has x yet
+                seconds = sum(report.seconds for report in found)
+                waited = sum(report.waiting_s for report in found) / seconds / num
+                speed = sum(len(report.results) for report in found) / seconds
+                ages = [age for report in found for age in report.step.staleness]
+                table.add_row(
+                    f"{4e-6 * size:.3g}", type(policy).__name__.lower(), str(leases), str(prefetch),
+                    "plain" if optimizer is ADAM else "fused", f"{waited:.1%}", f"{speed:.2f}",
+                    f"{np.mean(ages):.2f}",
+                )  # fmt: skip
+    ray.shutdown()
+    console.print(table)
+
+
+def measure(num_params: int) -> None:
+    """Compare simulated with measured runs on this machine."""
+    start_ray(max(ACTORS))
     seconds: dict[tuple[str, int], float] = {}
     real: dict[tuple[int, str, int], Outcome] = {}
     for num in ACTORS:
-        with Cluster(num) as cluster:
+        with Cluster(num, prefetch=0) as cluster:  # as it is simulated
             cluster.run(ASP(), num_params, 0.0, 1)  # processes that have done everything once
             for params in (SMALL, num_params):
                 if num == 1:
@@ -343,7 +399,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("simulate", "measure"), default="simulate")
+    parser.add_argument(
+        "what", nargs="?", choices=("simulate", "measure", "waiting"), default="simulate"
+    )
     for option, default, text in (
         ("num_params", 5e6, "numbers in x, of 4 bytes"),
         ("compute_s", 0.5, "mean computing time of a lease"),
@@ -361,6 +419,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "measure":
         measure(int(options.num_params))
+        return
+    if options.what == "waiting":
+        waiting(int(options.num_params), options.compute_s)
         return
     workers = Workers(
         1, options.compute_s, options.spread, options.slow_share, options.slow_factor,

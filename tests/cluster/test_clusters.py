@@ -4,60 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.processes import Script
 from tests.cluster.toy import wait_until
-
-ROOT = Path(__file__).parents[2]
-
-
-class Script:
-    """A Python process whose descendants can be found by a mark in their environment."""
-
-    def __init__(self, source: str, home: str, *arguments: str) -> None:
-        self.mark = f"METADIST_TEST={uuid.uuid4()}"
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        name, _, value = self.mark.partition("=")
-        environment |= {name: value, "HOME": home, "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", source, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-
-    def finish(self) -> tuple[str, str]:
-        """(stdout, stderr) at the end."""
-        output, errors = self.process.communicate(timeout=200)
-        assert self.process.returncode == 0, errors
-        return output, errors
-
-    def processes(self) -> list[int]:
-        """The ids of the live processes that descend from it, itself included."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                is_ours = self.mark.encode() in (folder / "environ").read_bytes()
-            except OSError:
-                continue
-            if is_ours:
-                found.append(int(folder.name))
-        return found
-
-    def stop(self) -> None:
-        """Kill whatever is left."""
-        for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
-        self.process.communicate()
 
 
 @pytest.fixture
@@ -156,6 +110,21 @@ def test_a_cluster_of_others_is_used_and_left_as_it_was(home):
     assert lines[2].startswith("(True, 0, 2.0, True)")
 
 
+def lines_until_closed(script: Script) -> list[str]:
+    """What a script of ours prints until "closed", without what Ray says; kills it then."""
+    assert script.process.stdout is not None
+    seen: list[str] = []
+    try:
+        for line in script.process.stdout:
+            if line.startswith("closed"):
+                return seen
+            if line.startswith(("alive", "same", "lost", "[")):
+                seen.append(line.strip())
+        raise AssertionError(f"{seen}\n{script.process.communicate()[1]}")
+    finally:
+        script.stop()
+
+
 GROWING = """
 import os, time
 os.environ |= {
@@ -208,20 +177,75 @@ time.sleep(1000)
 @pytest.mark.cluster
 @pytest.mark.timeout(1500)
 def test_workers_come_and_go_with_the_nodes(home):
-    script = Script(GROWING, home)
-    assert script.process.stdout is not None
-    seen: list[str] = []
-    try:
-        for line in script.process.stdout:
-            if line.startswith(("alive", "same", "lost", "closed")):
-                seen.append(line.strip())
-            if line.startswith("closed"):
-                break
-    finally:
-        script.stop()
-    assert seen == [
+    assert lines_until_closed(Script(GROWING, home)) == [
         *("alive 1", "alive 3", "alive 1", "alive 2"),
-        *("same bytes True", "lost 2", "closed"),
+        *("same bytes True", "lost 2"),
+    ]
+
+
+PLACES = """
+import os, time
+os.environ["RAY_AUTH_MODE"] = "disabled"
+import ray
+from ray.cluster_utils import Cluster
+from metadist.cluster import RayExecutor
+from tests.cluster.toy import ADAM, first_state, local_run, make_workload, state_bytes
+node = dict(object_store_memory=100 << 20)
+cluster = Cluster(
+    initialize_head=True, head_node_args=dict(num_cpus=3, include_dashboard=False, **node)
+)
+names = {cluster.add_node(num_cpus=2, num_gpus=1, **node).node_id: "one"}
+ray.init(address=cluster.address, logging_level="WARNING", log_to_driver=False)
+
+def where(_):
+    context = ray.get_runtime_context()
+    gpus = context.get_accelerator_ids()["GPU"]
+    return context.get_node_id(), gpus, os.environ["CUDA_VISIBLE_DEVICES"]
+
+def places(executor):
+    actors = [slot.actor for slot in executor._fleet._slots if slot.alive]
+    found = ray.get([actor.__ray_call__.remote(where) for actor in actors])
+    return sorted((names[node], *gpus, visible) for node, gpus, visible in found)
+
+def run(growing=False, **options):
+    executor = RayExecutor(device="cpu", start_timeout_s=300, **options)
+    executor.start(make_workload(), ADAM, first_state())
+    version, reports = 2, list(executor.run(2))
+    print(places(executor), flush=True)
+    if growing:
+        names[cluster.add_node(num_cpus=1, num_gpus=1, **node).node_id] = "two"
+        deadline = time.monotonic() + 300
+        while reports[-1].num_workers < 2:
+            assert time.monotonic() < deadline
+            version += 1
+            reports += executor.run(version)
+            time.sleep(0.1)
+        print(places(executor), flush=True)
+    same = state_bytes(executor.state()) == state_bytes(local_run(version)[0])
+    executor.close()
+    print("same bytes", same, flush=True)
+
+print([RayExecutor(num_workers=number)._num_gpus() for number in (1, 2, 3)])
+run(num_workers=2, gpus_per_worker=0.5)
+run(num_workers=2, min_workers=1, gpus_per_worker=1.0, growing=True)
+print([RayExecutor(num_workers=number)._num_gpus() for number in (1, 2, 3)])
+run(num_workers=2, gpus_per_worker=1.0)
+print("closed", flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_workers_go_where_the_gpus_are(home):
+    seen = lines_until_closed(Script(PLACES, home))
+    one, two = "('one', '0', '0')", "('two', '0', '0')"
+    assert seen == [
+        "[1.0, 0.5, 0.3333333333333333]",
+        *(f"[{one}, {one}]", "same bytes True"),
+        *(f"[{one}]", f"[{one}, {two}]", "same bytes True"),
+        "[1.0, 1.0, 0.5]",
+        *(f"[{one}, {two}]", "same bytes True"),
     ]
 
 

@@ -214,7 +214,8 @@ def prepared(tmp_path_factory):
     assert main(["train", *CURVES, "--run_dir", str(folder / "damaged"), "--num_steps", "2"]) == 0
     sys.path[:] = path
     shutil.copytree(folder / "damaged", folder / "other")
-    (folder / "damaged/checkpoints/step-00000002/tensors.safetensors").write_text("???")
+    for tensors in (folder / "damaged").glob("checkpoints/*/tensors.safetensors"):
+        tensors.write_text("???")
     shutil.rmtree(folder / "other" / "checkpoints")
     make_trainer(problem=regression(MLP(hidden=(5,))), run_dir=folder / "elsewhere").fit(2)
     (folder / "elsewhere" / "checkpoints").rename(folder / "other" / "checkpoints")

@@ -1,0 +1,60 @@
+"""Python processes that start Ray, and whatever descends from them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+class Script:
+    """A Python process whose descendants can be found by a mark in their environment.
+
+    Args:
+        source: the program.
+        home: a private home folder; short, because paths of sockets must be.
+        arguments: of the program.
+    """
+
+    def __init__(self, source: str, home: str, *arguments: str) -> None:
+        self.mark = f"METADIST_TEST={uuid.uuid4()}"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        name, _, value = self.mark.partition("=")
+        environment |= {name: value, "HOME": home, "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", source, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def finish(self) -> tuple[str, str]:
+        """(stdout, stderr) at the end."""
+        output, errors = self.process.communicate(timeout=200)
+        assert self.process.returncode == 0, errors
+        return output, errors
+
+    def processes(self) -> list[int]:
+        """The ids of the live processes that descend from it, itself included."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                is_ours = self.mark.encode() in (folder / "environ").read_bytes()
+            except OSError:
+                continue
+            if is_ours:
+                found.append(int(folder.name))
+        return found
+
+    def stop(self) -> None:
+        """Kill whatever is left."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
