@@ -210,7 +210,7 @@ def test_loss_weighting_learns_to_distrust_large_losses(algorithm):
 def test_the_weight_of_a_loss_is_the_slope_of_its_share():
     problem = LossWeighting(5)
     outer = {name: leaf.double() for name, leaf in problem.init_outer(torch.Generator()).items()}
-    batch = None  # which neither of the two looks at
+    batch = cleaning().sample(0).support  # which neither of the two looks at
     losses = torch.linspace(0, 6, 13, dtype=DOUBLE)
     shares = [problem.weighted(outer, losses + eps, batch) for eps in (1e-5, -1e-5)]
     weights = problem.weights(outer, losses, batch)
