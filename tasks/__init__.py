@@ -1,4 +1,4 @@
-"""Task samplers and the problems posed on them, one file per family."""
+"""Task samplers, and the problems posed on them."""
 
 if __name__ != "metadist.tasks":
     raise ImportError("import metadist.tasks, not tasks: a bare name may be any module")
@@ -24,13 +24,30 @@ from metadist.tasks.reweighting import (
     LossWeighting,
 )
 from metadist.tasks.sinusoid import Sinusoid
+from metadist.tasks.synthetic import LancBiOData, LancBiOSynthetic, QuadraticData, Quadratics
+from metadist.tasks.text import TextFeatures, TextRegularisation
+from metadist.tasks.toys import (
+    AmigoToy,
+    Coreset,
+    Degenerate,
+    Lasso,
+    MerelyConvex,
+    Minimax,
+    NoData,
+    PBGDToy,
+    PenaltyToy,
+    Sine,
+)
 
 __all__ = [
     "CIFARFS",
     "FC100",
+    "AmigoToy",
     "ClassImages",
     "ClassWeights",
+    "Coreset",
     "CorruptedImages",
+    "Degenerate",
     "Draws",
     "EpisodeSampler",
     "ExampleWeighting",
@@ -41,13 +58,26 @@ __all__ = [
     "Glyphs",
     "HyperCleaning",
     "ImageFolder",
+    "LancBiOData",
+    "LancBiOSynthetic",
+    "Lasso",
     "LinearClassifier",
     "LongTail",
     "LossWeighting",
+    "MerelyConvex",
+    "Minimax",
+    "NoData",
     "Omniglot",
+    "PBGDToy",
+    "PenaltyToy",
+    "QuadraticData",
+    "Quadratics",
     "SamplerError",
     "SamplerReport",
+    "Sine",
     "Sinusoid",
+    "TextFeatures",
+    "TextRegularisation",
     "check_sampler",
     "fetch",
     "read_splits",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metadist.hypergradient_check import lbfgs
 from metadist.problem import Problem
-from metadist.task import Batch
+from metadist.task import Batch, to_device
 from metadist.tasks.dataset import LabelledDataset
 from metadist.tasks.episodes import Draws, require_integer, require_word
 from metadist.tasks.image_sets import (
@@ -106,7 +106,8 @@ class CorruptedImages(ImageProblemData):
         """
         figures = super().figures(problem, outer, inner)
         if isinstance(problem, HyperCleaning | LossWeighting):
-            batch = self.scaling.batch(self.train, like=inner)
+            like = next(iter(inner.values()))
+            batch = to_device(self.sample(0), like.device, like.dtype).support
             with torch.no_grad():
                 weights = problem.weights(outer, problem.losses(inner, batch), batch)
             figures |= self.found(weights < 0.5)

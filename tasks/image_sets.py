@@ -20,6 +20,7 @@ from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.tasks.data_sources import MNIST_5K, data_root, fetch
 from metadist.tasks.dataset import LabelledDataset, decode, labels_of
+from metadist.tasks.one_task import figures_on
 from metadist.trees import Params
 
 
@@ -172,11 +173,10 @@ class Scaling:
         if not self.std > 0:
             raise ValueError(f"std must be > 0, got {self.std}")
 
-    def batch(self, images: Images, like: Params | None = None) -> Batch:
-        """Inputs (n, C, H, W) and labels (n,), of the device and precision of `like`."""
-        leaf = torch.zeros(()) if like is None else next(iter(like.values()))
-        inputs = torch.from_numpy(images.pixels).to(leaf).div_(255).sub_(self.mean).div_(self.std)
-        return Batch.of(inputs, torch.from_numpy(images.labels).to(leaf.device))
+    def batch(self, images: Images) -> Batch:
+        """Inputs float32 (n, C, H, W) and labels (n,)."""
+        inputs = torch.from_numpy(images.pixels).float().div_(255).sub_(self.mean).div_(self.std)
+        return Batch.of(inputs, torch.from_numpy(images.labels))
 
 
 class ImageProblemData:
@@ -211,11 +211,7 @@ class ImageProblemData:
 
     def figures(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
         """How good an adapted variable `inner` is on the test images: accuracy and loss."""
-        batch = self.scaling.batch(self.test, like=inner)
-        with torch.no_grad():
-            metrics = problem.metrics(outer, inner, batch)
-            metrics["loss"] = problem.outer_loss(outer, inner, batch)
-        return {f"test_{name}": float(value) for name, value in metrics.items()}
+        return figures_on(problem, outer, inner, self.scaling.batch(self.test))
 
 
 def require_classes(images: Images, classes: NDArray[np.int64], field: str) -> None:

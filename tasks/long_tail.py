@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from metadist.problem import Problem
@@ -20,6 +19,7 @@ from metadist.tasks.image_sets import (
     open_dataset,
     require_classes,
 )
+from metadist.tasks.one_task import figures_on
 from metadist.trees import Params
 
 
@@ -89,9 +89,8 @@ class LongTail(ImageProblemData):
         figures = super().figures(problem, outer, inner)
         if rarest.any():
             images = Images(self.test.pixels[rarest], self.test.labels[rarest])
-            with torch.no_grad():
-                metrics = problem.metrics(outer, inner, self.scaling.batch(images, like=inner))
-            figures["test_accuracy_rarest_class"] = float(metrics["accuracy"])
+            on_it = figures_on(problem, outer, inner, self.scaling.batch(images))
+            figures["test_accuracy_rarest_class"] = on_it["test_accuracy"]
         return figures
 
 

@@ -73,6 +73,10 @@ class ExampleWeighting(Problem):
     def weights(self, outer: Params, losses: Tensor, batch: Batch) -> Tensor:
         """w >= 0 of the support examples of `batch`, whose `losses` are given; (examples,)."""
 
+    def weighted(self, outer: Params, losses: Tensor, batch: Batch) -> Tensor:
+        """What of each loss goes into the inner loss: a function with derivative w in `losses`."""
+        return self.weights(outer, losses, batch) * losses
+
     def init_inner(self, outer: Params, task: Task) -> Params:
         like = next(iter(outer.values()))
         return {name: leaf.to(like) for name, leaf in self._start.items()}
@@ -88,9 +92,8 @@ class ExampleWeighting(Problem):
         return F.cross_entropy(self.logits(inner, inputs), labels, reduction="none")
 
     def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        losses = self.losses(inner, batch)
-        weighted = (self.weights(outer, losses, batch) * losses).mean()
-        return weighted + self.weight_decay / 2 * dot(inner, inner)
+        weighted = self.weighted(outer, self.losses(inner, batch), batch)
+        return weighted.mean() + self.weight_decay / 2 * dot(inner, inner)
 
     def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
         return self.losses(inner, batch).mean()
@@ -185,44 +188,54 @@ class ClassWeights(ExampleWeighting):
 
 
 class LossWeighting(ExampleWeighting):
-    """Meta-Weight-Net: the weight of an example is a small network of its loss.
+    """Meta-Weight-Net: the weight of an example is a learned function of its loss.
 
-        w_i = sigmoid(x_2' relu(x_1 CE_i + b_1) + b_2)
+        w_i = V(CE_i),   V(l) = sum_k a_k sigmoid(b_k (l - t_k)),   a = softmax of x["mixture"],
+        g = mean_i of the integral of V from 0 to CE_i, so that  grad_y g = mean_i w_i grad CE_i
 
     It learns to take large losses less seriously where labels are wrong, and more seriously where
-    classes are rare, and does so with a few hundred numbers for data of any size.
+    classes are rare, and does so with some dozen numbers for data of any size. Half the slopes b
+    are positive, half negative.
 
-        trainer = Trainer(LossWeighting(), CorruptedImages("fashion_mnist"), ITD(inner_steps=1),
+        data = CorruptedImages("fashion_mnist")
+        trainer = Trainer(LossWeighting(), data, ITD(inner_steps=5, inner_lr=0.1),
                           meta_batch_size=1, keep_state=True, batch_size=100)
 
     Args:
-        hidden: width of the network.
+        num_sigmoids: k, >= 2.
         model, weight_decay: see `ExampleWeighting`.
 
-    Source: Shu et al., Meta-Weight-Net (NeurIPS 2019), equations 1 and 2.
-    Differs from it in: the inner gradient differentiates the weight too, as equation 1 asks; their
-    code takes it for a constant, which is the gradient of no inner loss.
+    Source: Shu et al., Meta-Weight-Net (NeurIPS 2019).
+    Differs from it in: V is a mixture of sigmoids, whose integral is known, and not a small MLP. So
+    their inner gradient, which holds weights constant, is the gradient of an inner loss.
     """
 
     def __init__(
-        self, hidden: int = 100, model: nn.Module | None = None, weight_decay: float = 1e-3
+        self, num_sigmoids: int = 16, model: nn.Module | None = None, weight_decay: float = 1e-3
     ) -> None:
-        require_integer("hidden", hidden, 1)
+        require_integer("num_sigmoids", num_sigmoids, 2)
         super().__init__(model, weight_decay)
-        self.hidden = hidden
+        self.num_sigmoids = num_sigmoids
 
     def init_outer(self, generator: torch.Generator) -> Params:
-        def uniform(*shape: int, fan_in: int) -> Tensor:
-            bound = 1 / math.sqrt(fan_in)
-            return (2 * torch.rand(*shape, generator=generator) - 1) * bound
-
+        size = self.num_sigmoids
         return {
-            "hidden.weight": uniform(self.hidden, fan_in=1),
-            "hidden.bias": uniform(self.hidden, fan_in=1),
-            "out.weight": uniform(self.hidden, fan_in=self.hidden),
-            "out.bias": uniform(1, fan_in=self.hidden),
+            "mixture": torch.zeros(size),
+            "log_slopes": torch.randn(size, generator=generator) / 2,
+            "thresholds": 4 * torch.rand(size, generator=generator),  # where cross entropies are
         }
 
+    def _slopes(self, outer: Params) -> Tensor:
+        sizes = outer["log_slopes"].exp()
+        rising = torch.arange(len(sizes), device=sizes.device) % 2 == 1
+        return torch.where(rising, sizes, -sizes)
+
     def weights(self, outer: Params, losses: Tensor, batch: Batch) -> Tensor:
-        hidden = (losses[:, None] * outer["hidden.weight"] + outer["hidden.bias"]).relu()
-        return (hidden @ outer["out.weight"] + outer["out.bias"]).sigmoid()
+        shifted = losses[:, None] - outer["thresholds"]
+        return (self._slopes(outer) * shifted).sigmoid() @ outer["mixture"].softmax(0)
+
+    def weighted(self, outer: Params, losses: Tensor, batch: Batch) -> Tensor:
+        slopes, thresholds = self._slopes(outer), outer["thresholds"]
+        upper = F.softplus(slopes * (losses[:, None] - thresholds))
+        lower = F.softplus(-slopes * thresholds)
+        return ((upper - lower) / slopes) @ outer["mixture"].softmax(0)

@@ -16,25 +16,15 @@ from metadist.oracle import AutogradOracle
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.tasks.episodes import require_integer, require_word
+from metadist.tasks.one_task import OneTask
 from metadist.trees import Params
 
 DOUBLE = torch.float64
 NEWTON_STEPS = 30
 
 
-class OneTask:
-    """A sampler of one task that tells how good a solution of it is.
-
-    `sample(index)` is the same task at every index, which is its id.
-    """
-
-    def __init__(self, support: Batch, query: Batch) -> None:
-        self.support = support
-        self.query = query
-
-    def sample(self, index: int) -> Task:
-        """The task."""
-        return Task(self.support, self.query, index)
+class DenseTask(OneTask):
+    """A task small enough for a dense Hessian, which tells how good a solution of it is."""
 
     def figures(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
         """|grad Phi(x)| and |y - y*(x)|, by Newton's method with a dense Hessian.
@@ -136,7 +126,7 @@ class LancBiOSynthetic(Synthetic):
         return (0.1 * wave + 0.5 * (d_nP * x - y).square().sum(1)).mean()
 
 
-class LancBiOData(OneTask):
+class LancBiOData(DenseTask):
     """The data of `LancBiOSynthetic`.
 
     c_i is uniform on (-5, 5), d_i on (.1, 1.1), e_i on (0, gamma); G = Q diag(1 .. condition) Q'
@@ -207,7 +197,7 @@ class Quadratics(Synthetic):
         return 0.5 * (u_nP @ inner["y"] + w_nL @ outer["x"] - t_n).square().mean()
 
 
-class QuadraticData(OneTask):
+class QuadraticData(DenseTask):
     """The data of `Quadratics`: u_i of mean square 1, w_i of mean square cross^2, t_i normal.
 
     Args:

@@ -1,0 +1,309 @@
+"""Classification of texts by many sparse features, each with a regularisation strength to learn.
+
+Shape letters: n texts, m largest number of terms of a text, D features (terms), C classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from metadist.hypergradient_check import lbfgs
+from metadist.problem import Problem
+from metadist.task import Batch, Task
+from metadist.tasks.data_sources import NEWS_ARTICLES, data_root, fetch
+from metadist.tasks.episodes import Draws, require_integer, require_word
+from metadist.tasks.one_task import OneTask, figures_on
+from metadist.tasks.sparse import sparse_matmul
+from metadist.trees import Params
+
+NAMES = ("news_articles", "20newsgroups")
+NEEDS = "texts need scikit-learn: pip install 'metadist[text]'"
+
+
+class TextRegularisation(Problem):
+    """Multinomial logistic regression whose L2 penalties are learned, one for each feature.
+
+        g = mean CE(X y) + 1/2 sum_d exp(x_d) |y_d|^2,    f = mean validation CE(X y)
+
+    Examples are (columns (n, m), values (n, m), labels (n,)): sparse rows, see `sparse_matmul`;
+    y is (D, C), from 0. A penalty of exp(x_d) wants inner_lr < 2 / (1 + exp(x_d)) at the latest.
+
+        data = TextFeatures("news_articles")
+        problem = TextRegularisation(data.num_features, data.num_classes)
+        trainer = Trainer(problem, data, SOBA(inner_lr=10.0, adjoint_lr=10.0),
+                          outer_optimizer=OuterOptimizer("adam", lr=0.1),
+                          meta_batch_size=1, keep_state=True)
+        trainer.fit(500)
+        data.figures(problem, trainer.outer, trainer.inner(0))
+
+    Args:
+        num_features, num_classes: D and C.
+        per_feature: one strength a feature; otherwise one for all.
+        strength: exp(x_d) at the start, > 0.
+
+    Source: Grazzi et al. (2020), section 4.2, and Ji et al., stocBiO (2021). Differs from theirs by
+    a shift of x: they divide the penalty by D C.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        per_feature: bool = True,
+        strength: float = 1e-3,
+    ) -> None:
+        require_integer("num_features", num_features, 1)
+        require_integer("num_classes", num_classes, 2)
+        if not 0 < strength < math.inf:
+            raise ValueError(f"strength must be > 0 and finite, got {strength}")
+        self.num_features = num_features
+        self.num_classes = num_classes
+        self.per_feature = per_feature
+        self.strength = strength
+
+    def init_outer(self, generator: torch.Generator) -> Params:
+        size = self.num_features if self.per_feature else 1
+        return {"log_strengths": torch.full((size,), math.log(self.strength))}
+
+    def init_inner(self, outer: Params, task: Task) -> Params:
+        shape = (self.num_features, self.num_classes)
+        return {"weight": outer["log_strengths"].new_zeros(shape)}
+
+    def logits(self, inner: Params, batch: Batch) -> Tensor:
+        """(n, C)."""
+        columns, values, _ = batch.tensors
+        return sparse_matmul(columns, values, inner["weight"])
+
+    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        squares_D = inner["weight"].square().sum(1)
+        penalty = (outer["log_strengths"].exp() * squares_D).sum()
+        return self.outer_loss(outer, inner, batch) + 0.5 * penalty
+
+    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        return F.cross_entropy(self.logits(inner, batch), batch.tensors[-1])
+
+    def metrics(self, outer: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
+        hits = self.logits(inner, batch).argmax(1) == batch.tensors[-1]
+        return {"accuracy": hits.double().mean()}
+
+
+class TextFeatures(OneTask):
+    """A sampler of one task: TF-IDF features of texts, for training and for validation.
+
+    A row is as scikit-learn's `TfidfVectorizer` makes it, which sees training texts only. Texts of
+    the same words are one text.
+
+    Args:
+        source: "news_articles" (3,824 articles of nine publishers, fetched where they are missing,
+            see `fetch`; the publisher is the label, its name is taken out of the text),
+            "20newsgroups" (by scikit-learn, from the internet), a folder with a folder of text
+            files for each class, or (texts, labels).
+        root: folder of the data, see `data_root`.
+        num_train, num_val, num_test: texts >= 1. Those of 20 Newsgroups in the papers: 5657, 5657
+            and 7532, the last from its test part.
+        min_df: terms of fewer training texts are left out, >= 1.
+        max_features: keep so many terms, the most frequent; None: all.
+        max_terms: keep so many terms of a text, those of the largest values, since a text of m
+            terms makes every row m long; None: all.
+        seed: of the choice of texts, 0 <= seed < 2^64.
+
+    Raises:
+        ValueError: more texts asked for than there are, a class without training or validation
+            text, an argument out of its range, no scikit-learn.
+        FetchError: the data is not here and cannot be had.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | tuple[Sequence[str], Sequence[Any]] = "news_articles",
+        root: str | Path | None = None,
+        num_train: int = 1800,
+        num_val: int = 900,
+        num_test: int = 900,
+        min_df: int = 2,
+        max_features: int | None = None,
+        max_terms: int | None = 512,
+        seed: int = 0,
+    ) -> None:
+        sizes = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
+        for field, value in {**sizes, "min_df": min_df}.items():
+            require_integer(field, value, 1)
+        for field, limit in (("max_features", max_features), ("max_terms", max_terms)):
+            if limit is not None:
+                require_integer(field, limit, 1)
+        require_word("seed", seed)
+        try:
+            from sklearn.feature_extraction.text import TfidfVectorizer
+        except ImportError as error:
+            raise ValueError(NEEDS) from error
+        vectorizer = TfidfVectorizer(min_df=min_df, max_features=max_features, dtype=np.float32)
+        texts, labels, held_out = _read(source, root)
+        order = Draws(seed, "texts", 0).choose(len(texts), len(texts))
+        chosen = _different(texts, [*order, *held_out], vectorizer.build_analyzer())
+        for_test = set(held_out or chosen[-num_test:])
+        test = [i for i in chosen if i in for_test]
+        rest = [i for i in chosen if i not in for_test]
+        for field, needed, there in (
+            ("num_train + num_val", num_train + num_val, len(rest)),
+            ("num_test", num_test, len(test)),
+        ):
+            if needed > there:
+                raise ValueError(f"{field} must be <= {there}, the different texts, got {needed}")
+        self.class_names, numbers = np.unique(np.array(labels), return_inverse=True)
+        parts = (rest[:num_train], rest[num_train : num_train + num_val], test[:num_test])
+        for part, field in zip(parts[:2], sizes, strict=False):
+            missing = set(range(len(self.class_names))) - set(numbers[part].tolist())
+            if missing:
+                raise ValueError(
+                    f"{field} must hold a text of every class, got none of "
+                    f"{', '.join(str(self.class_names[c]) for c in sorted(missing))} among "
+                    f"{len(part)}: ask for more, or use another seed"
+                )
+        vectorizer.fit([texts[i] for i in parts[0]])
+        self.terms: list[str] = vectorizer.get_feature_names_out().tolist()
+        train, val, self.test = (
+            Batch.of(
+                *_rows(vectorizer.transform([texts[i] for i in part]), max_terms),
+                torch.from_numpy(numbers[part].astype(np.int64)),
+            )
+            for part in parts
+        )
+        super().__init__(train, val)
+
+    @property
+    def num_features(self) -> int:
+        """D."""
+        return len(self.terms)
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    def figures(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
+        """Accuracy and loss on the test texts."""
+        return figures_on(problem, outer, inner, self.test)
+
+    def best_single_strength(
+        self,
+        strengths: Sequence[float] = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
+        max_iter: int = 100,
+    ) -> dict[str, float]:
+        """What a grid search finds: the one strength for all features of the least validation loss.
+
+        Args:
+            strengths: to try, all > 0.
+            max_iter: of L-BFGS, for each of them.
+
+        Returns:
+            `strength`, `val_loss` and the figures on the test texts.
+        """
+        found: dict[str, float] = {}
+        for strength in strengths:
+            problem = TextRegularisation(self.num_features, self.num_classes, False, strength)
+            outer = problem.init_outer(torch.Generator())
+            inner = lbfgs(
+                lambda y, p=problem, x=outer: p.inner_loss(x, y, self.support),  # type: ignore[misc]
+                problem.init_inner(outer, self.sample(0)),
+                max_iter,
+            )
+            val_loss = float(problem.outer_loss(outer, inner, self.query))
+            if not found or val_loss < found["val_loss"]:
+                found = {"strength": strength, "val_loss": val_loss}
+                found |= self.figures(problem, outer, inner)
+        return found
+
+
+def _rows(matrix: Any, max_terms: int | None) -> tuple[Tensor, Tensor]:
+    """(columns int32 (n, m), values float32 (n, m)) of a SciPy matrix by compressed rows."""
+    longest = int(np.diff(matrix.indptr).max())
+    width = max(1, longest if max_terms is None else min(longest, max_terms))
+    columns = np.zeros((matrix.shape[0], width), dtype=np.int32)
+    values = np.zeros((matrix.shape[0], width), dtype=np.float32)
+    for i in range(matrix.shape[0]):
+        part = slice(matrix.indptr[i], matrix.indptr[i + 1])
+        data: NDArray[np.float32] = matrix.data[part]
+        largest = np.sort(np.argsort(-data, kind="stable")[:width])
+        columns[i, : len(largest)] = matrix.indices[part][largest]
+        values[i, : len(largest)] = data[largest]
+    norms = np.linalg.norm(values, axis=1, keepdims=True)
+    return torch.from_numpy(columns), torch.from_numpy(values / np.where(norms > 0, norms, 1))
+
+
+def _different(texts: Sequence[str], order: Sequence[int], words: Any) -> list[int]:
+    """The positions in `order` without those of a text that came before, or has no words."""
+    seen: set[tuple[str, ...]] = {()}
+    kept = []
+    for i in order:
+        content = tuple(words(texts[i]))
+        if content not in seen:
+            seen.add(content)
+            kept.append(i)
+    return kept
+
+
+Corpus = tuple[list[str], list[Any], list[int]]
+"""Texts, their labels, and the positions of those that are for the test (empty: no such part)."""
+
+
+def _read(source: str | Path | tuple[Sequence[str], Sequence[Any]], root: Any) -> Corpus:
+    if isinstance(source, tuple):
+        texts, labels = source
+        if len(texts) != len(labels):
+            raise ValueError(
+                f"source must hold a label for each text, got {len(texts)} texts and "
+                f"{len(labels)} labels"
+            )
+        return list(texts), list(labels), []
+    if source == "news_articles":
+        return _news_articles(fetch("news_articles", root) / NEWS_ARTICLES)
+    from sklearn.datasets import fetch_20newsgroups, load_files
+
+    if source == "20newsgroups":
+        train, test = (
+            fetch_20newsgroups(data_home=data_root(root), subset=subset)
+            for subset in ("train", "test")
+        )
+        positions = range(len(train.data), len(train.data) + len(test.data))
+        return train.data + test.data, [*train.target, *test.target], list(positions)
+    if not Path(source).is_dir():
+        raise ValueError(
+            f"source must be one of {', '.join(map(repr, NAMES))}, a folder, or (texts, labels), "
+            f"got {source!r}"
+        )
+    files = load_files(source, encoding="utf-8", decode_error="replace")
+    return files.data, [files.target_names[c] for c in files.target], []
+
+
+PUBLISHERS = {
+    "www.aljazeera.com": ("al jazeera", "aljazeera"),
+    "tass.com": ("itar-tass", "tass"),
+    "abcnews.go.com": ("abc news", "abcnews", "abc"),
+    "www.rte.ie": ("rté", "rte"),
+    "www.huffingtonpost.com": ("the huffington post", "huffington post", "huffpost"),
+    "www.dw.com": ("deutsche welle", "dw"),
+    "europe.chinadaily.com.cn": ("china daily", "chinadaily", "xinhua"),
+    "www.bbc.co.uk": ("bbc",),
+    "www.cnn.com": ("cnn",),
+}
+
+
+def _news_articles(file: Path) -> Corpus:
+    with file.open(encoding="utf-8", newline="") as lines:
+        articles = list(csv.DictReader(lines))
+    names = [name for own in PUBLISHERS.values() for name in own]
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b", re.IGNORECASE)
+    texts = [pattern.sub(" ", f"{article['title']}\n{article['text']}") for article in articles]
+    return texts, [urlparse(article["article_source_link"]).netloc for article in articles], []

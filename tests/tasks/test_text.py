@@ -1,0 +1,320 @@
+"""Sparse rows against dense ones, and regularisation strengths learned on texts made here."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from metadist import OuterOptimizer, Trainer, check_hypergradient
+from metadist.algorithms import AID, ITD, SOBA
+from metadist.task import Batch, Task
+from metadist.tasks import TextFeatures, TextRegularisation, check_sampler
+from metadist.tasks import text as text_module
+from metadist.tasks.sparse import KEPT, _kept, sparse_matmul
+from metadist.trees import add, scale
+from tests.problems import (
+    DOUBLE,
+    assert_close,
+    central_difference,
+    generator,
+    oracle_of,
+    randn,
+    random_like,
+)
+from tests.tasks.helpers import equal, refusal
+
+NUM_FEATURES, NUM_CLASSES = 7, 3
+
+
+def sparse_rows(size, seed=0, width=4):
+    """(columns, values, the same dense): padded rows, one of them empty."""
+    random = generator(seed, 5)
+    columns = torch.stack(
+        [torch.randperm(NUM_FEATURES, generator=random)[:width] for _ in range(size)]
+    )
+    values = torch.rand(size, width, generator=random, dtype=DOUBLE) + 0.1
+    values = values * (torch.rand(size, width, generator=random) < 0.7)
+    values[0] = 0
+    dense = torch.zeros(size, NUM_FEATURES, dtype=DOUBLE).scatter(1, columns, values)
+    return columns.int(), values, dense
+
+
+def sparse_task(seed=0):
+    """(task of `TextRegularisation`, the inputs of both sets as dense matrices)."""
+    parts = [sparse_rows(size, seed + i) for i, size in enumerate((9, 6))]
+    batches = [
+        Batch.of(columns, values, torch.arange(len(columns)) % NUM_CLASSES)
+        for columns, values, _ in parts
+    ]
+    return Task(*batches, 0), [dense for _, _, dense in parts]
+
+
+def test_products_and_their_derivatives_are_those_of_dense_matrices():
+    columns, values, dense = sparse_rows(5)
+    matrix, direction = randn(1, NUM_FEATURES, 2), randn(2, NUM_FEATURES, 2)
+    target = randn(3, 5, 2)
+
+    def results(product):
+        def loss(w):
+            return (product(w) - target).sin().square().sum()
+
+        gradient = torch.func.grad(loss)
+        hvp = torch.func.grad(lambda w: (gradient(w) * direction).sum())
+        leaf = matrix.clone().requires_grad_()
+        (eager,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        (eager_hvp,) = torch.autograd.grad((eager * direction).sum(), leaf, create_graph=True)
+        (third,) = torch.autograd.grad((eager_hvp * direction).sum(), leaf)
+        both = torch.stack([matrix, direction])
+        mapped = torch.func.vmap(hvp)(both)
+        return loss(matrix), gradient(matrix), hvp(matrix), eager, eager_hvp, third, mapped
+
+    found = results(lambda w: sparse_matmul(columns, values, w))
+    for one, two in zip(found, results(lambda w: dense @ w), strict=True):
+        assert torch.allclose(one, two, atol=1e-12)
+    w = matrix.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: sparse_matmul(columns, values, w), w)
+    assert torch.autograd.gradgradcheck(lambda w: sparse_matmul(columns, values, w), w)
+
+
+def test_rows_are_compressed_once_and_few_are_kept():
+    columns, values, dense = sparse_rows(5)
+    matrix = randn(1, NUM_FEATURES, 2)
+    _kept.clear()
+    for _ in range(3):
+        sparse_matmul(columns, values, matrix)
+    assert len(_kept) == 1
+    for seed in range(3 * KEPT):
+        other_columns, other, other_dense = sparse_rows(5, seed)
+        product = sparse_matmul(other_columns, other, matrix)
+        assert torch.allclose(product, other_dense @ matrix)
+    assert len(_kept) == KEPT
+    assert torch.allclose(sparse_matmul(columns, values, matrix), dense @ matrix)
+
+
+def test_a_column_beyond_the_matrix_is_refused():
+    columns, values, _ = sparse_rows(5)
+    message = refusal(lambda: sparse_matmul(columns, values, randn(0, NUM_FEATURES - 1, 2)))
+    assert message == "columns must be < 6, the rows of the dense matrix, got 6"
+
+
+@pytest.mark.parametrize("per_feature", [True, False])
+def test_the_derivatives_are_those_of_the_formula(per_feature):
+    problem = TextRegularisation(NUM_FEATURES, NUM_CLASSES, per_feature)
+    task, (train, val) = sparse_task()
+    outer = random_like(problem.init_outer(generator(0)), 1)
+    oracle, context, start = oracle_of(problem, outer, task)
+    inner, v = random_like(start, 2), random_like(start, 3)
+    x, y = outer["log_strengths"], inner["weight"]
+
+    def residual(inputs, labels):
+        one_hot = torch.nn.functional.one_hot(labels, NUM_CLASSES)
+        return inputs.T @ ((inputs @ y).softmax(1) - one_hot) / len(labels)
+
+    along_x, along_y = oracle.inner_grads(context, inner, oracle.draw_inner())
+    strengths = x.exp().expand(NUM_FEATURES)
+    expected = residual(train, task.support.tensors[-1]) + strengths[:, None] * y
+    assert torch.allclose(along_y["weight"], expected)
+    per_term = 0.5 * strengths * y.square().sum(1)
+    assert torch.allclose(along_x["log_strengths"], per_term if per_feature else per_term.sum())
+    _, along_y = oracle.outer_grads(context, inner, oracle.draw_outer())
+    assert torch.allclose(along_y["weight"], residual(val, task.query.tensors[-1]))
+    j_v, h_v = oracle.second_order(context, inner, v, oracle.draw_inner())
+
+    def slope(tree):
+        found = oracle.inner_grad(context, tree, oracle.draw_inner())["weight"]
+        return (found * v["weight"]).sum()
+
+    assert_close(h_v, central_difference(slope, inner), 1e-6)
+    per_term = (strengths[:, None] * y * v["weight"]).sum(1)
+    assert torch.allclose(j_v["log_strengths"], per_term if per_feature else per_term.sum())
+
+
+def test_shards_and_mini_batches_are_parts_of_the_whole():
+    problem = TextRegularisation(NUM_FEATURES, NUM_CLASSES)
+    task, _ = sparse_task()
+    outer = random_like(problem.init_outer(generator(0)), 1)
+    oracle, context, start = oracle_of(problem, outer, task)
+    inner, v = random_like(start, 2), random_like(start, 3)
+    whole = oracle.second_order(context, inner, v, oracle.draw_inner())
+    parts = []
+    for positions in (torch.arange(4), torch.arange(4, 9)):
+        shard = task._replace(support=task.support.take(positions))
+        part, _, _ = oracle_of(problem, outer, shard)
+        found = part.second_order(context, inner, v, part.draw_inner())
+        parts.append([scale(tree, len(positions) / 9) for tree in found])
+    for tree, one, two in zip(whole, *parts, strict=True):
+        assert_close(add(one, two), tree)
+
+
+def test_check_hypergradient_finds_methods_exact():
+    problem = TextRegularisation(NUM_FEATURES, NUM_CLASSES, strength=0.3)
+    task, _ = sparse_task()
+    unrolled = ITD(inner_steps=5, inner_lr=1.0)
+    assert check_hypergradient(problem, task, unrolled, repeats=[]).error < 1e-5
+    solved = AID(inner_steps=60, inner_lr=1.0, adjoint_steps=30)
+    assert check_hypergradient(problem, task, solved, repeats=[]).error < 1e-4
+
+
+def corpus(size=150, seed=0):
+    """(texts, labels): words that tell the class, and more words that tell nothing."""
+    random = np.random.default_rng(seed)
+    texts, labels = [], []
+    for i in range(size):
+        label = i % NUM_CLASSES
+        telling = [f"topic{label}word{random.integers(12)}" for _ in range(3)]
+        telling += [f"topic{random.integers(NUM_CLASSES)}word{random.integers(12)}"]
+        noise = [f"noise{random.integers(60)}" for _ in range(12)]
+        texts.append(" ".join(random.permutation(telling + noise)))
+        labels.append("abc"[label])
+    return texts, labels
+
+
+def features(**options):
+    sizes = {"num_train": 60, "num_val": 45, "num_test": 45, **options}
+    return TextFeatures(corpus(), **sizes)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "batch_size"),
+    [(SOBA(inner_lr=5.0, adjoint_lr=5.0), None), (ITD(10, 5.0), None), (ITD(5, 5.0), 30)],
+)
+def test_training_learns_which_words_to_distrust(algorithm, batch_size):
+    data = features()
+    problem = TextRegularisation(data.num_features, data.num_classes, strength=0.01)
+    trainer = Trainer(
+        problem,
+        data,
+        algorithm,
+        outer_optimizer=OuterOptimizer("adam", lr=0.1),
+        meta_batch_size=1,
+        keep_state=True,
+        quiet=True,
+        batch_size=batch_size,
+    )
+    trainer.fit(40)
+    is_noise = torch.tensor([term.startswith("noise") for term in data.terms])
+    strengths = trainer.outer["log_strengths"]
+    assert strengths[is_noise].mean() > strengths[~is_noise].mean() + 0.2
+    figures = data.figures(problem, trainer.outer, trainer.inner(0))
+    assert figures["test_accuracy"] > 0.75
+    assert set(figures) == {"test_accuracy", "test_loss"}
+
+
+def test_the_best_single_strength_is_that_of_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+
+    data = features()
+    found = data.best_single_strength([1e-3, 1e-2, 1e-1], max_iter=200)
+    losses = {}
+    (columns, values, labels), (val_columns, val_values, val_labels) = (
+        batch.tensors for batch in (data.support, data.query)
+    )
+
+    def dense(columns, values):
+        empty = torch.zeros(len(columns), data.num_features)
+        return empty.scatter_add(1, columns.long(), values).numpy()
+
+    for strength in (1e-3, 1e-2, 1e-1):
+        model = LogisticRegression(
+            C=1 / (strength * len(labels)), fit_intercept=False, tol=1e-8, max_iter=1000
+        ).fit(dense(columns, values), labels.numpy())
+        chances = model.predict_proba(dense(val_columns, val_values))
+        own = chances[np.arange(len(val_labels)), val_labels.numpy()]
+        losses[strength] = float(-np.log(own).mean())
+    best = min(losses, key=losses.__getitem__)
+    assert found["strength"] == best
+    assert found["val_loss"] == pytest.approx(losses[best], abs=1e-3)
+
+
+def test_rows_are_those_of_scikit_learn_and_the_vocabulary_that_of_training_texts():
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    data, again = features(), features()
+    assert equal(data.sample(0), again.sample(0))
+    assert not equal(data.sample(0), features(seed=1).sample(0))
+    check_sampler(data, 2, processes=False)
+    columns, values, _ = data.support.tensors
+    counts = (values > 0).sum(1)
+    words = [
+        {data.terms[c] for c in row[:n].tolist()}
+        for row, n in zip(columns, counts.tolist(), strict=True)
+    ]
+    training = [text for text in corpus()[0] if set(text.split()) & set(data.terms) in words]
+    reference = TfidfVectorizer(min_df=2).fit(training)
+    assert reference.get_feature_names_out().tolist() == data.terms
+    assert torch.allclose(values.norm(dim=1), torch.ones(60))
+    short = features(max_terms=3, max_features=20)
+    assert short.num_features == 20 and short.support.tensors[0].shape == (60, 3)
+    assert torch.allclose(short.support.tensors[1].norm(dim=1), torch.ones(60))
+
+
+def test_equal_texts_are_taken_once():
+    texts, labels = corpus(90)
+    doubled = TextFeatures((texts + [text.upper() for text in texts], labels * 2), None, 40, 20, 30)
+    check_sampler(doubled, 2, processes=False)
+    message = refusal(lambda: TextFeatures((texts * 2, labels * 2), None, 60, 20, 20))
+    assert message == "num_train + num_val must be <= 70, the different texts, got 80"
+
+
+def test_a_folder_of_files_is_a_source(tmp_path):
+    for i, (text, label) in enumerate(zip(*corpus(), strict=True)):
+        (tmp_path / label).mkdir(exist_ok=True)
+        (tmp_path / label / f"{i}.txt").write_text(text)
+    data = TextFeatures(tmp_path, num_train=60, num_val=45, num_test=45)
+    assert data.class_names.tolist() == ["a", "b", "c"]
+
+
+def test_news_articles_lose_the_names_of_their_publishers(tmp_path, monkeypatch):
+    file = tmp_path / text_module.NEWS_ARTICLES
+    file.parent.mkdir()
+    texts, _ = corpus(40)
+    with file.open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, ["article_source_link", "title", "text"])
+        writer.writeheader()
+        for i, text in enumerate(texts):
+            host, name = (("www.bbc.co.uk", "BBC"), ("tass.com", "TASS"))[i % 2]
+            link = f"http://{host}/{i}"
+            writer.writerow(
+                {"article_source_link": link, "title": f"{name} news", "text": f"{text} {name}"}
+            )
+    monkeypatch.setattr(text_module, "fetch", lambda name, root: root)
+    data = TextFeatures("news_articles", tmp_path, 20, 10, 10)
+    assert data.class_names.tolist() == ["tass.com", "www.bbc.co.uk"]
+    assert "news" in data.terms and not {"bbc", "tass"} & set(data.terms)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: features(num_train=0), "num_train must be an integer >= 1, got 0"),
+        (lambda: features(max_terms=0), "max_terms must be an integer >= 1, got 0"),
+        (lambda: features(num_val=100), "num_train + num_val must be <= 105, the different texts"),
+        (
+            lambda: features(num_val=1),
+            "num_val must hold a text of every class, got none of ",
+        ),
+        (lambda: TextFeatures((["a"], [])), "source must hold a label for each text, got 1 texts"),
+        (lambda: TextFeatures("20news"), "source must be one of 'news_articles', '20newsgroups', "),
+        (
+            lambda: TextRegularisation(0, 2),
+            "num_features must be an integer >= 1, got 0",
+        ),
+        (lambda: TextRegularisation(5, 1), "num_classes must be an integer >= 2, got 1"),
+        (
+            lambda: TextRegularisation(5, 2, strength=0.0),
+            "strength must be > 0 and finite, got 0.0",
+        ),
+    ],
+)
+def test_bad_input(call, message):
+    assert refusal(call).startswith(message)
+
+
+@pytest.mark.slow
+def test_real_news_articles_are_classified(tmp_path):
+    """Needs a package index, unless METADIST_DATA has the files."""
+    data = TextFeatures("news_articles")
+    assert data.num_classes == 9 and data.num_features > 15_000
+    found = data.best_single_strength([1e-5, 1e-4], max_iter=50)
+    assert found["test_accuracy"] > 0.65
