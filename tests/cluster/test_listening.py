@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.test_clusters import Script
+from tests.cluster.processes import Script
 
 ROOT = Path(__file__).parents[2]
 
