@@ -100,9 +100,11 @@ def compare(config: Namespace) -> int:
         good = [(run, records) for run, records, error in outcomes[entry] if error is None]
         best = comparison.chosen(good)
         chosen += best
-        if best:
-            run_all(best[1:])
-            outcomes[entry] = [_outcome(comparison, folder, run) for run in best]
+        run_all(best[1:])
+        outcomes[entry] = [_outcome(comparison, folder, run) for run in best] or [
+            outcome._replace(error=outcome.error or f"{comparison.figure} is not finite")
+            for outcome in outcomes[entry]
+        ]
     _report(comparison, folder, outcomes, config.plots)
     if searched:
         folder.write("grid.csv", grid_to_csv(comparison, searched, chosen).encode())

@@ -227,6 +227,19 @@ def test_a_grid_is_tried_with_the_first_seed_and_the_best_point_runs_with_all(cl
     assert aid["point"] == ", ".join(f"{name}={value}" for name, value in point.items())
 
 
+def test_a_grid_without_a_finite_figure_is_a_failure(cli):
+    source = Path("mine.py").read_text().replace("float((inner", "float('nan') * float((inner")
+    Path("mine.py").write_text(source.replace("test_error", "distance"))
+    entries = {"AID": {**CONFIG["entries"]["AID"], "grid": {"algorithm.inner_steps": [2, 5]}}}
+    Path("config.yaml").write_text(
+        yaml.safe_dump({**CONFIG, "entries": entries, "figure": "distance"})
+    )
+    code, out, _ = cli("compare", "config.yaml", "--folder", "out", "--plots", "false")
+    assert code == 1
+    assert "failed: runs/AID/point-1/seed-0: distance is not finite" in out
+    assert table()[0]["runs"] == "0"
+
+
 def test_a_killed_comparison_goes_on_to_the_same_results(cli, here):
     steps = {"budget": {"steps": 80}, "evaluations": 40, "seeds": [0]}
     config = write(steps)
@@ -404,8 +417,8 @@ def test_what_was_begun_without_an_evaluation_begins_anew():
 
 
 def test_evaluations_that_round_badly_are_not_missed():
-    records = run_on_budget(contender, Folder("run"), Budget(steps=100), 100)
-    assert [record.spent.step for record in records] == list(range(1, 101))
+    records = run_on_budget(contender, Folder("run"), Budget(steps=49), 49)
+    assert [record.spent.step for record in records] == list(range(1, 50))
 
 
 def test_records_survive_the_file_with_figures_that_are_not_finite():
