@@ -166,6 +166,11 @@ def run_on_budget(
 
     def on_step(report: StepReport) -> bool:
         spent = meter.add(report)
+        if budget.calls is not None and not spent.gradients:
+            raise ValueError(
+                "budget must not be of calls with an executor that does not count them, got none "
+                "after a step: give seconds or steps"
+            )
         share = budget.share(spent)
         done = budget.share(records[-1].spent) if records else -1.0
         # 1e-9: 1 / 49 * 49 is less than 1.

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
-from metadist.cli.comparing import check_contender, contender, go_to, keep_config
+from metadist.cli.contending import check_contender, contender, go_to, keep_config
 from metadist.cli.parsing import Parser, read_yaml
 from metadist.cli.training import parse_training, train_parser
 from metadist.cluster.tune import plan

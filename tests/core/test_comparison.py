@@ -18,8 +18,8 @@ import yaml
 
 from metadist import LocalExecutor, OuterOptimizer, Trainer
 from metadist.algorithms import AID, SOBA
-from metadist.comparison import Comparison, Run, differences, merge
-from metadist.comparison_report import AXES, Outcome, curves, rows, to_csv, to_markdown
+from metadist.comparison import Comparison, Outcome, Run, differences, merge
+from metadist.comparison_report import AXES, curves, rows, to_csv, to_markdown
 from metadist.comparison_run import (
     Budget,
     Contender,
@@ -186,6 +186,23 @@ def test_a_changed_config_is_refused_with_the_difference(cli, here):
         assert contents(here / "out") == before
 
 
+def test_options_may_take_the_seed(cli):
+    entries = {"AID": CONFIG["entries"]["AID"]}
+    tree = {**CONFIG, "entries": entries, "budget": {"steps": 1}, "evaluations": 1}
+    for folder, changes in (("same", {}), ("own", {"seeded": ["sampler.seed"]})):
+        Path("config.yaml").write_text(yaml.safe_dump({**tree, **changes}))
+        cli.good("compare", "config.yaml", "--folder", folder, "--plots", "false")
+    (same, own) = table("same"), table("own")
+    assert float(same[0]["support_loss +-"]) > 0  # of another start of x
+    one, other = (
+        yaml.safe_load(Path(f"own/runs/AID/seed-{seed}/run/config.yaml").read_text())
+        for seed in (0, 1)
+    )
+    assert [c["sampler"]["init_args"]["seed"] for c in (one, other)] == [0, 1]
+    assert [c["seed"] for c in (one, other)] == [0, 1]
+    assert own[0]["support_loss +-"] != same[0]["support_loss +-"]
+
+
 def test_a_failed_run_does_not_stop_the_others(cli):
     changes = {"entries": {"AID": {"sampler": "mine.Faulty"}}}
     code, out, _ = compare(cli, changes=changes)
@@ -267,6 +284,8 @@ def test_a_killed_comparison_goes_on_to_the_same_results(cli, here):
         ({"budget": {"steps": 0}}, "budget.steps must be an integer > 0, got 0"),
         ({"budget": {"steps": None, "seconds": "1h"}}, "budget.seconds must be a number > 0"),
         ({"seeds": []}, r"seeds must be a list of different integers >= 0, got \[\]"),
+        ({"seeded": "sampler.seed"}, "seeded must be a list of options, got 'sampler.seed'"),
+        ({"seeded": ["sampler.sea"]}, "entry AID: .*'sea' is not accepted"),
         ({"seeds": [1, 1]}, "seeds must be a list of different integers"),
         ({"evaluations": 0}, "evaluations must be an integer >= 1, got 0"),
         ({"mode": "best"}, "mode must be 'min' or 'max', got 'best'"),
@@ -386,6 +405,22 @@ def test_what_happens_between_two_steps_is_no_training(monkeypatch):
     )
     # 3 - 1 of the first step, of which nothing is known; 1 - 1 of each other.
     assert records[-1].spent.seconds == 2
+
+
+class Uncounted(LocalExecutor):
+    def run(self, until_version):
+        for report in super().run(until_version):
+            yield report._replace(results=tuple(r._replace(calls={}) for r in report.results))
+
+
+def test_a_budget_of_calls_needs_them_counted():
+    with pytest.raises(ValueError, match="budget must not be of calls with an executor that does"):
+        run_on_budget(
+            lambda run_dir: contender(run_dir, executor=Uncounted()),
+            Folder("run"),
+            Budget(calls=9),
+            1,
+        )
 
 
 @pytest.mark.parametrize("spoil", ["record", "checkpoint", "both"])
@@ -514,12 +549,16 @@ def test_a_point_without_a_finite_figure_is_never_chosen():
     it = comparison(entries={"A": {"grid": {"x": [1, 2, 3]}}}, seeds=[5, 6])
     one, two, three = it.runs("A")
     assert [run.point for run in (one, two, three)] == [{"x": 1}, {"x": 2}, {"x": 3}]
-    bad = (one, [record(2, query_loss=math.nan)])
+    bad = Outcome(one, [record(2, query_loss=math.nan)], None)
     assert it.chosen([bad]) == [] == it.chosen([])
     chosen = it.chosen(
-        [bad, (two, [record(1, query_loss=0.0), record(2, query_loss=3.0)]),
-         (three, [record(2, query_loss=2.0)])]
-    )  # fmt: skip
+        [
+            bad,
+            Outcome(two, [record(1, query_loss=0.0), record(2, query_loss=3.0)], None),
+            Outcome(three, [record(2, query_loss=2.0)], None),
+            Outcome(one, [record(2, query_loss=1.0)], "failed"),
+        ]
+    )
     assert chosen == [three, three._replace(seed=6)]
     assert chosen[1].name == "runs/A/point-2/seed-6"
 
