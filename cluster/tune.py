@@ -94,26 +94,19 @@ def tune(
     Raises:
         ValueError: what could not be searched, or Ray Tune is not installed.
     """
-    api = _ray_tune()
-    for name, value in (
-        ("num_steps", num_steps),
-        ("evaluate_every", evaluate_every),
-        ("num_samples", num_samples),
-        ("num_workers", num_workers),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
-    params = {name: _domain(api, name, spec) for name, spec in space.items()}
-    config = api.TuneConfig(
+    params, config = plan(
+        space,
+        num_steps=num_steps,
+        evaluate_every=evaluate_every,
         metric=metric,
         mode=mode,
         num_samples=num_samples,
-        max_concurrent_trials=num_workers,
-        scheduler=_scheduler(scheduler, num_steps),
-        search_alg=_searcher(search, seed),
+        scheduler=scheduler,
+        search=search,
+        num_workers=num_workers,
+        seed=seed,
     )
+    api = _ray_tune()
     # By value, as the user's modules are not installed where the trial runs.
     trial = partial(_trial, payload=pickle_by_value((make, num_steps, evaluate_every, metric)))
     resources = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}
@@ -139,6 +132,44 @@ def tune(
     finally:
         if is_ours:
             ray.shutdown()
+
+
+def plan(
+    space: Mapping[str, Mapping[str, Any]],
+    *,
+    num_steps: int,
+    evaluate_every: int,
+    metric: str = "query_loss",
+    mode: str = "min",
+    num_samples: int = 10,
+    scheduler: Mapping[str, Any] | None = None,
+    search: Mapping[str, Any] | None = None,
+    num_workers: int = 2,
+    seed: int = 0,
+) -> tuple[dict[str, Any], Any]:
+    """(parameter space, `TuneConfig`) of Ray Tune; arguments and errors as of `tune`."""
+    api = _ray_tune()
+    for name, value in (
+        ("num_steps", num_steps),
+        ("evaluate_every", evaluate_every),
+        ("num_samples", num_samples),
+        ("num_workers", num_workers),
+    ):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
+    if not isinstance(metric, str):
+        raise ValueError(f"metric must be the name of a figure, got {metric!r}")
+    config = api.TuneConfig(
+        metric=metric,
+        mode=mode,
+        num_samples=num_samples,
+        max_concurrent_trials=num_workers,
+        scheduler=_scheduler(scheduler, num_steps),
+        search_alg=_searcher(search, seed),
+    )
+    return {name: _domain(api, name, spec) for name, spec in space.items()}, config
 
 
 def _trial(values: Mapping[str, Any], payload: bytes) -> None:
@@ -223,10 +254,11 @@ def _scheduler(given: Mapping[str, Any] | None, num_steps: int) -> Any:
         return FIFOScheduler()
     known = {**SCHEDULER_IMPORT, "asha": SCHEDULER_IMPORT["async_hyperband"]}
     known = {name: cls for name, cls in known.items() if name not in CHANGING}
-    if given.get("name") in CHANGING:
+    name = given.get("name") if isinstance(given, Mapping) else given
+    if name in CHANGING:
         raise ValueError(
-            f"scheduler must not be one of {', '.join(CHANGING)}, got {given['name']!r}: they "
-            "change hyperparameters of a training that goes on, and a checkpoint is bound to its"
+            f"scheduler must not be one of {', '.join(CHANGING)}, got {name!r}: they change "
+            "hyperparameters of a training that goes on, and a checkpoint is bound to its"
         )
     return _make("scheduler", known, given, {"time_attr": STEP, "max_t": num_steps})
 
@@ -243,7 +275,7 @@ def _make(
     field: str, known: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> Any:
     """An object of Ray Tune by name; what its class does not know is refused."""
-    options = dict(given)
+    options = dict(given) if isinstance(given, Mapping) else {"name": given}
     name = options.pop("name", None)
     if name not in known:
         raise ValueError(f"{field}.name must be one of {', '.join(known)}, got {name!r}")

@@ -37,6 +37,7 @@ class Run(NamedTuple):
         options: the shared options as changed by the entry.
         point: the values of this point of the entry's grid by option, if it has one.
         number: which point it is.
+        seeded: further options that are the seed.
     """
 
     entry: str
@@ -44,12 +45,26 @@ class Run(NamedTuple):
     options: dict[str, Any]
     point: dict[str, Any]
     number: int
+    seeded: tuple[str, ...] = ()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What comes after the options."""
+        return {**dict.fromkeys(("seed", *self.seeded), self.seed), **self.point}
 
     @property
     def name(self) -> str:
         """Its folder within that of the comparison."""
         point = f"/point-{self.number}" if self.point else ""
         return f"runs/{self.entry}{point}/seed-{self.seed}"
+
+
+class Outcome(NamedTuple):
+    """How a run ended: its evaluations, and the error if it did not reach its budget."""
+
+    run: Run
+    records: list[Record]
+    error: str | None
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,8 @@ class Comparison:
         budget: exactly one of `seconds` of training, `steps`, and `calls` (see `Budget`).
         shared: the options that all entries share.
         seeds: of the runs. The points of a grid are tried with the first of them.
+        seeded: further options that take the seed of the run, for example "sampler.seed": without
+            it all seeds have the same data, and methods that draw nothing have the same result.
         evaluations: at so many equal parts of the budget, and after the first step.
         figure: what chooses the point of a grid and the best evaluation of a run; no figure of
             test data.
@@ -72,6 +89,7 @@ class Comparison:
     budget: Budget
     shared: Mapping[str, Any]
     seeds: Sequence[int] = (0,)
+    seeded: Sequence[str] = ()
     evaluations: int = 20
     figure: str = "query_loss"
     mode: str = "min"
@@ -93,6 +111,8 @@ class Comparison:
             or len(set(seeds)) < len(seeds)
         ):
             raise ValueError(f"seeds must be a list of different integers >= 0, got {seeds!r}")
+        if isinstance(self.seeded, str) or not all(isinstance(name, str) for name in self.seeded):
+            raise ValueError(f"seeded must be a list of options, got {self.seeded!r}")
         if type(self.evaluations) is not int or self.evaluations < 1:
             raise ValueError(f"evaluations must be an integer >= 1, got {self.evaluations!r}")
         if self.mode not in ("min", "max"):
@@ -122,22 +142,24 @@ class Comparison:
         """What is run first: every point of the entry's grid with the first seed, or all seeds."""
         options = dict(self.entries[entry])
         grid = options.pop(GRID, None)
-        merged = merge(self.shared, options)
+        first = Run(entry, self.seeds[0], merge(self.shared, options), {}, 0, tuple(self.seeded))
         if not grid:
-            return [Run(entry, seed, merged, {}, 0) for seed in self.seeds]
+            return [first._replace(seed=seed) for seed in self.seeds]
         points = [
             dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
         ]
-        return [
-            Run(entry, self.seeds[0], merged, point, number) for number, point in enumerate(points)
-        ]
+        return [first._replace(point=point, number=n) for n, point in enumerate(points)]
 
-    def chosen(self, tried: Sequence[tuple[Run, Sequence[Record]]]) -> list[Run]:
-        """All seeds of the best of the points that were `tried`; none if all have failed.
+    def chosen(self, tried: Sequence[Outcome]) -> list[Run]:
+        """All seeds of the best of the points of a grid; none if all have failed, or no grid.
 
         The best is by `figure` at the end of the budget.
         """
-        good = [(self.score(records[-1]), -run.number, run) for run, records in tried if records]
+        good = [
+            (self.score(records[-1]), -run.number, run)
+            for run, records, error in tried
+            if run.point and error is None
+        ]
         score, _, best = max(good, default=(-math.inf, 0, None))
         if best is None or score == -math.inf:
             return []

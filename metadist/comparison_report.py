@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from metadist.comparison import Comparison, Run
+from metadist.comparison import Comparison, Outcome, Run
 from metadist.comparison_run import Record
 from metadist.evaluation import Interval, mean_interval
 
@@ -22,14 +22,6 @@ AXES: dict[str, Callable[[Record], float]] = {
     "seconds of training": lambda record: record.spent.seconds,
     "oracle calls, in gradients": lambda record: record.spent.gradients,
 }
-
-
-class Outcome(NamedTuple):
-    """How a run ended: its evaluations, and the error if it did not reach its budget."""
-
-    run: Run
-    records: list[Record]
-    error: str | None
 
 
 class Row(NamedTuple):

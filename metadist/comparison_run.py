@@ -166,9 +166,14 @@ def run_on_budget(
 
     def on_step(report: StepReport) -> bool:
         spent = meter.add(report)
+        if budget.calls is not None and not spent.gradients:
+            raise ValueError(
+                "budget must not be of calls with an executor that does not count them, got none "
+                "after a step: give seconds or steps"
+            )
         share = budget.share(spent)
         done = budget.share(records[-1].spent) if records else -1.0
-        # 1e-9: 29 / 100 * 100 is less than 29.
+        # 1e-9: 1 / 49 * 49 is less than 1.
         due, last = (math.floor(part * evaluations + 1e-9) for part in (share, done))
         # After a loss of the server the saved step is an earlier one, and this one comes again.
         if (due > last or share >= 1) and trainer.save() == spent.step:

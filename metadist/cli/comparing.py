@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from metadist import __version__
-from metadist.cli.names import NAMES
-from metadist.cli.parsing import MAX_CONFIG_BYTES, Parser, read_yaml
-from metadist.cli.training import build, parse_training
+from metadist.cli.contending import check_contender, contender, go_to, keep_config
+from metadist.cli.parsing import Parser, read_yaml
 from metadist.cluster.parallel import in_parallel
-from metadist.comparison import Comparison, Run, differences
+from metadist.comparison import Comparison, Outcome, Run
 from metadist.comparison_report import (
-    Outcome,
     check_matplotlib,
     curves,
     grid_to_csv,
@@ -37,9 +32,7 @@ from metadist.comparison_run import (
     read_records,
     run_on_budget,
 )
-from metadist.evaluation import EvaluationResult
-from metadist.figures import kept_figures
-from metadist.storage import Folder, write_json
+from metadist.storage import Folder
 
 CONFIG = "comparison.json"
 ERROR = "error.txt"
@@ -83,7 +76,8 @@ def compare(config: Namespace) -> int:
     folder = Folder(config.folder)
     tried = {entry: comparison.runs(entry) for entry in comparison.entries}
     for run in (run for runs in tried.values() for run in runs):
-        _check(comparison, run, config.num_workers)
+        where = f"entry {run.entry}" + (f" at {run.point}" if run.point else "")
+        check_contender(where, run.options, run.values, config.num_workers)
     keep_config(folder, tree, CONFIG)
 
     def run_all(runs: Sequence[Run]) -> None:
@@ -92,20 +86,21 @@ def compare(config: Namespace) -> int:
             print(f"{runs[number].name}: {line}", flush=True)
 
     run_all([run for runs in tried.values() for run in runs])
-    outcomes = {entry: [_outcome(comparison, folder, run) for run in runs]
-                for entry, runs in tried.items()}  # fmt: skip
+    outcomes = {
+        entry: [_outcome(comparison, folder, run) for run in runs] for entry, runs in tried.items()
+    }
     searched = [found for entry in outcomes for found in outcomes[entry] if found.run.point]
-    chosen = []
+    chosen = {entry: comparison.chosen(found) for entry, found in outcomes.items()}
+    run_all([run for runs in chosen.values() for run in runs[1:]])
     for entry in {outcome.run.entry: None for outcome in searched}:
-        good = [(run, records) for run, records, error in outcomes[entry] if error is None]
-        best = comparison.chosen(good)
-        chosen += best
-        if best:
-            run_all(best[1:])
-            outcomes[entry] = [_outcome(comparison, folder, run) for run in best]
+        outcomes[entry] = [_outcome(comparison, folder, run) for run in chosen[entry]] or [
+            outcome._replace(error=outcome.error or f"{comparison.figure} is not finite")
+            for outcome in outcomes[entry]
+        ]
     _report(comparison, folder, outcomes, config.plots)
     if searched:
-        folder.write("grid.csv", grid_to_csv(comparison, searched, chosen).encode())
+        best = [run for runs in chosen.values() for run in runs]
+        folder.write("grid.csv", grid_to_csv(comparison, searched, best).encode())
     return int(any(outcome.error for found in outcomes.values() for outcome in found))
 
 
@@ -172,92 +167,9 @@ def _execute(job: Job) -> str:
     )
 
 
-def go_to(here: str) -> None:
-    """Let relative paths and users' modules be found as where the command was given."""
-    with suppress(FileNotFoundError):  # on another machine, where they must be absolute
-        os.chdir(here)
-    if here not in sys.path:
-        sys.path.insert(0, here)
-
-
 def _contender(comparison: Comparison, run: Run, run_dir: str) -> Contender:
     num_steps = comparison.budget.steps or MAX_STEPS
-    return contender({**run.options, "seed": run.seed, "num_steps": num_steps}, run.point, run_dir)
-
-
-def contender(options: Mapping[str, Any], values: Mapping[str, Any], run_dir: str) -> Contender:
-    """The training with these options, and these values of some of them, and its figures."""
-    ours = {"quiet": True, "run_dir": run_dir, "checkpoint_every": MAX_STEPS}
-    # A report of losses costs forward passes.
-    parsed = parse_training({"log_every": 1000, **options, **ours}, values)
-    trainer, samplers = build(parsed)
-    if parsed.keep_state:
-        return Contender(trainer, partial(kept_figures, trainer))
-
-    def judged(split: str, num_tasks: int, prefix: str = "") -> dict[str, float]:
-        if split not in samplers:
-            return {}
-        result: EvaluationResult = trainer.test(samplers[split], num_tasks)
-        return {prefix + name: interval.mean for name, interval in result.metrics.items()}
-
-    return Contender(
-        trainer,
-        partial(judged, "val", parsed.val_tasks),
-        partial(judged, "test", parsed.test_tasks, "test_"),
-    )
-
-
-def _check(comparison: Comparison, run: Run, num_workers: int) -> None:
-    """Raise ValueError for a run that could not be started."""
-    where = f"entry {run.entry}" + (f" at {run.point}" if run.point else "")
-    check_contender(where, run.options, run.point, num_workers)
-
-
-def check_contender(
-    where: str, options: Mapping[str, Any], values: Mapping[str, Any], num_workers: int
-) -> None:
-    """Raise ValueError for a training that could not be judged, or not in a process of Ray."""
-    try:
-        parsed = parse_training({**options, "run_dir": "x"}, values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    if num_workers and parsed.executor.class_path != NAMES["local"]:
-        raise ValueError(
-            f"{where}: executor must be local with num_workers={num_workers}, got "
-            f"{parsed.executor.class_path}: every run is in a process of Ray already"
-        )
-    judges = parsed.val_sampler or parsed.val_split
-    if parsed.keep_state and (judges or parsed.test_sampler or parsed.test_split):
-        raise ValueError(
-            f"{where}: val and test samplers must not be given with keep_state: the figures are "
-            "those of the kept solution"
-        )
-    if not parsed.keep_state and not judges:
-        raise ValueError(
-            f"{where}: val_split or val_sampler must be given, got neither: new tasks at every "
-            "step are judged on those (for a single problem set keep_state)"
-        )
-
-
-def keep_config(folder: Folder, tree: dict[str, Any], name: str) -> None:
-    """Write the config; raise ValueError if the folder is of another comparison."""
-    now = json.loads(json.dumps(tree))
-    try:
-        before = json.loads(folder.read(name, MAX_CONFIG_BYTES))["config"]
-    except FileNotFoundError:
-        if folder.names():
-            raise ValueError(
-                f"folder must be new, empty, or hold {name}, got {folder.uri!r}, which holds "
-                "other files"
-            ) from None
-        folder.check_writable()
-    else:
-        if found := differences(before, now):
-            raise ValueError(
-                f"folder {folder.uri!r} is of another config: {'; '.join(found)}. Choose another "
-                "folder (entries and seeds may be added)"
-            )
-    write_json(f"{folder.uri.rstrip('/')}/{name}", {"metadist": __version__, "config": now})
+    return contender({**run.options, "num_steps": num_steps}, run.values, run_dir)
 
 
 def _outcome(comparison: Comparison, folder: Folder, run: Run) -> Outcome:

@@ -13,10 +13,11 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
-from metadist.cli.comparing import check_contender, contender, go_to, keep_config
+from metadist.cli.contending import check_contender, contender, go_to, keep_config
 from metadist.cli.parsing import Parser, read_yaml
 from metadist.cli.training import parse_training, train_parser
-from metadist.cluster import tune as search
+from metadist.cluster.tune import plan
+from metadist.cluster.tune import tune as search
 from metadist.comparison_run import Contender
 from metadist.storage import Folder
 
@@ -60,15 +61,15 @@ def tune(config: Namespace) -> int:
             raise ValueError(f"config must not have {field}: every trial has its own")
     check_contender("the config", options, {}, config.num_workers)
     _check_names(options, space)
-    folder = Folder(config.folder)
     defaults = train_parser().get_defaults()
+    own |= {name: options.get(name, defaults[name]) for name in ("num_steps", "seed")}
+    plan(space, num_workers=config.num_workers, **own)
+    folder = Folder(config.folder)
     keep_config(folder, tree, CONFIG)
     found = search(
         partial(_make, options, os.getcwd()),
         space,
         config.folder,
-        num_steps=options.get("num_steps", defaults.num_steps),
-        seed=options.get("seed", defaults.seed),
         **own,
         **{
             name: value
@@ -105,9 +106,7 @@ def _check_names(options: Mapping[str, Any], space: Mapping[str, Any]) -> None:
     for name, spec in space.items():
         first = next(iter(spec.values())) if isinstance(spec, Mapping) and spec else None
         if isinstance(first, list) and first:
-            kind = next(iter(spec))
-            value = 0.5 * sum(first[:2]) if kind in ("uniform", "loguniform") else first[0]
             try:
-                parse_training(options, {name: value})
+                parse_training(options, {name: first[0]})
             except ValueError as error:
                 raise ValueError(f"space of {name}: {error}") from error

@@ -18,8 +18,8 @@ import yaml
 
 from metadist import LocalExecutor, OuterOptimizer, Trainer
 from metadist.algorithms import AID, SOBA
-from metadist.comparison import Comparison, Run, differences, merge
-from metadist.comparison_report import AXES, Outcome, curves, rows, to_csv, to_markdown
+from metadist.comparison import Comparison, Outcome, Run, differences, merge
+from metadist.comparison_report import AXES, curves, rows, to_csv, to_markdown
 from metadist.comparison_run import (
     Budget,
     Contender,
@@ -169,7 +169,8 @@ def test_seeds_and_entries_may_be_added(cli, here):
 
 
 def test_a_changed_config_is_refused_with_the_difference(cli, here):
-    assert compare(cli)[0] == 0
+    few = {"seeds": [0, 1], "budget": {"steps": 12}, "evaluations": 1}
+    assert compare(cli, changes=few)[0] == 0
     before = contents(here / "out")
     for changes, message in (
         ({"budget": {"steps": 13}}, "budget.steps was 12, is 13"),
@@ -180,10 +181,27 @@ def test_a_changed_config_is_refused_with_the_difference(cli, here):
             "entries.SOBA.outer_optimizer.lr was 0.01, is 0.02. Choose another folder",
         ),
     ):
-        code, out, err = compare(cli, changes=changes)
+        code, out, err = compare(cli, changes={**few, **changes})
         assert (code, out) == (2, "")
         assert f"metadist compare: error: folder 'out' is of another config: {message}" in err
         assert contents(here / "out") == before
+
+
+def test_options_may_take_the_seed(cli):
+    entries = {"AID": CONFIG["entries"]["AID"]}
+    tree = {**CONFIG, "entries": entries, "budget": {"steps": 1}, "evaluations": 1}
+    for folder, changes in (("same", {}), ("own", {"seeded": ["sampler.seed"]})):
+        Path("config.yaml").write_text(yaml.safe_dump({**tree, **changes}))
+        cli.good("compare", "config.yaml", "--folder", folder, "--plots", "false")
+    (same, own) = table("same"), table("own")
+    assert float(same[0]["support_loss +-"]) > 0  # of another start of x
+    one, other = (
+        yaml.safe_load(Path(f"own/runs/AID/seed-{seed}/run/config.yaml").read_text())
+        for seed in (0, 1)
+    )
+    assert [c["sampler"]["init_args"]["seed"] for c in (one, other)] == [0, 1]
+    assert [c["seed"] for c in (one, other)] == [0, 1]
+    assert own[0]["support_loss +-"] != same[0]["support_loss +-"]
 
 
 def test_a_failed_run_does_not_stop_the_others(cli):
@@ -227,6 +245,20 @@ def test_a_grid_is_tried_with_the_first_seed_and_the_best_point_runs_with_all(cl
     assert aid["point"] == ", ".join(f"{name}={value}" for name, value in point.items())
 
 
+def test_a_grid_without_a_finite_figure_is_a_failure(cli):
+    source = Path("mine.py").read_text().replace("float((inner", "float('nan') * float((inner")
+    Path("mine.py").write_text(source.replace("test_error", "distance"))
+    entries = {"AID": {**CONFIG["entries"]["AID"], "grid": {"algorithm.inner_steps": [2, 5]}}}
+    Path("config.yaml").write_text(
+        yaml.safe_dump({**CONFIG, "entries": entries, "figure": "distance"})
+    )
+    code, out, _ = cli("compare", "config.yaml", "--folder", "out", "--plots", "false")
+    assert code == 1
+    assert "failed: runs/AID/point-1/seed-0: distance is not finite" in out
+    assert table()[0]["runs"] == "0"
+
+
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_to_the_same_results(cli, here):
     steps = {"budget": {"steps": 80}, "evaluations": 40, "seeds": [0]}
     config = write(steps)
@@ -254,6 +286,8 @@ def test_a_killed_comparison_goes_on_to_the_same_results(cli, here):
         ({"budget": {"steps": 0}}, "budget.steps must be an integer > 0, got 0"),
         ({"budget": {"steps": None, "seconds": "1h"}}, "budget.seconds must be a number > 0"),
         ({"seeds": []}, r"seeds must be a list of different integers >= 0, got \[\]"),
+        ({"seeded": "sampler.seed"}, "seeded must be a list of options, got 'sampler.seed'"),
+        ({"seeded": ["sampler.sea"]}, "entry AID: .*'sea' is not accepted"),
         ({"seeds": [1, 1]}, "seeds must be a list of different integers"),
         ({"evaluations": 0}, "evaluations must be an integer >= 1, got 0"),
         ({"mode": "best"}, "mode must be 'min' or 'max', got 'best'"),
@@ -375,6 +409,22 @@ def test_what_happens_between_two_steps_is_no_training(monkeypatch):
     assert records[-1].spent.seconds == 2
 
 
+class Uncounted(LocalExecutor):
+    def run(self, until_version):
+        for report in super().run(until_version):
+            yield report._replace(results=tuple(r._replace(calls={}) for r in report.results))
+
+
+def test_a_budget_of_calls_needs_them_counted():
+    with pytest.raises(ValueError, match="budget must not be of calls with an executor that does"):
+        run_on_budget(
+            lambda run_dir: contender(run_dir, executor=Uncounted()),
+            Folder("run"),
+            Budget(calls=9),
+            1,
+        )
+
+
 @pytest.mark.parametrize("spoil", ["record", "checkpoint", "both"])
 def test_a_run_goes_on_from_its_last_evaluation_with_a_good_checkpoint(spoil):
     whole = run_on_budget(contender, Folder("whole"), Budget(steps=9), 3)
@@ -404,8 +454,8 @@ def test_what_was_begun_without_an_evaluation_begins_anew():
 
 
 def test_evaluations_that_round_badly_are_not_missed():
-    records = run_on_budget(contender, Folder("run"), Budget(steps=100), 100)
-    assert [record.spent.step for record in records] == list(range(1, 101))
+    records = run_on_budget(contender, Folder("run"), Budget(steps=49), 49)
+    assert [record.spent.step for record in records] == list(range(1, 50))
 
 
 def test_records_survive_the_file_with_figures_that_are_not_finite():
@@ -501,12 +551,16 @@ def test_a_point_without_a_finite_figure_is_never_chosen():
     it = comparison(entries={"A": {"grid": {"x": [1, 2, 3]}}}, seeds=[5, 6])
     one, two, three = it.runs("A")
     assert [run.point for run in (one, two, three)] == [{"x": 1}, {"x": 2}, {"x": 3}]
-    bad = (one, [record(2, query_loss=math.nan)])
+    bad = Outcome(one, [record(2, query_loss=math.nan)], None)
     assert it.chosen([bad]) == [] == it.chosen([])
     chosen = it.chosen(
-        [bad, (two, [record(1, query_loss=0.0), record(2, query_loss=3.0)]),
-         (three, [record(2, query_loss=2.0)])]
-    )  # fmt: skip
+        [
+            bad,
+            Outcome(two, [record(1, query_loss=0.0), record(2, query_loss=3.0)], None),
+            Outcome(three, [record(2, query_loss=2.0)], None),
+            Outcome(one, [record(2, query_loss=1.0)], "failed"),
+        ]
+    )
     assert chosen == [three, three._replace(seed=6)]
     assert chosen[1].name == "runs/A/point-2/seed-6"
 

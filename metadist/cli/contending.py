@@ -1,0 +1,98 @@
+"""What `metadist compare` and `metadist tune` share: trainings made of options, and judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from metadist import __version__
+from metadist.cli.names import NAMES
+from metadist.cli.parsing import MAX_CONFIG_BYTES
+from metadist.cli.training import build, parse_training
+from metadist.comparison import differences
+from metadist.comparison_run import MAX_STEPS, Contender
+from metadist.evaluation import EvaluationResult
+from metadist.figures import kept_figures
+from metadist.storage import Folder, write_json
+
+
+def contender(options: Mapping[str, Any], values: Mapping[str, Any], run_dir: str) -> Contender:
+    """The training with these options, and these values of some of them, and its figures."""
+    ours = {"quiet": True, "run_dir": run_dir, "checkpoint_every": MAX_STEPS}
+    # A report of losses costs forward passes.
+    parsed = parse_training({"log_every": 1000, **options, **ours}, values)
+    trainer, samplers = build(parsed)
+    if parsed.keep_state:
+        return Contender(trainer, partial(kept_figures, trainer))
+
+    def judged(split: str, num_tasks: int, prefix: str = "") -> dict[str, float]:
+        if split not in samplers:
+            return {}
+        result: EvaluationResult = trainer.test(samplers[split], num_tasks)
+        return {prefix + name: interval.mean for name, interval in result.metrics.items()}
+
+    return Contender(
+        trainer,
+        partial(judged, "val", parsed.val_tasks),
+        partial(judged, "test", parsed.test_tasks, "test_"),
+    )
+
+
+def check_contender(
+    where: str, options: Mapping[str, Any], values: Mapping[str, Any], num_workers: int
+) -> None:
+    """Raise ValueError for a training that could not be judged, or not in a process of Ray."""
+    try:
+        parsed = parse_training({**options, "run_dir": "x"}, values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if num_workers and parsed.executor.class_path != NAMES["local"]:
+        raise ValueError(
+            f"{where}: executor must be local with num_workers={num_workers}, got "
+            f"{parsed.executor.class_path}: every run is in a process of Ray already"
+        )
+    judges = parsed.val_sampler or parsed.val_split
+    if parsed.keep_state and (judges or parsed.test_sampler or parsed.test_split):
+        raise ValueError(
+            f"{where}: val and test samplers must not be given with keep_state: the figures are "
+            "those of the kept solution"
+        )
+    if not parsed.keep_state and not judges:
+        raise ValueError(
+            f"{where}: val_split or val_sampler must be given, got neither: new tasks at every "
+            "step are judged on those (for a single problem set keep_state)"
+        )
+
+
+def keep_config(folder: Folder, tree: dict[str, Any], name: str) -> None:
+    """Write the config; raise ValueError if the folder is of another one."""
+    now = json.loads(json.dumps(tree))
+    try:
+        before = json.loads(folder.read(name, MAX_CONFIG_BYTES))["config"]
+    except FileNotFoundError:
+        if folder.names():
+            raise ValueError(
+                f"folder must be new, empty, or hold {name}, got {folder.uri!r}, which holds "
+                "other files"
+            ) from None
+        folder.check_writable()
+    else:
+        if found := differences(before, now):
+            raise ValueError(
+                f"folder {folder.uri!r} is of another config: {'; '.join(found)}. Choose another "
+                "folder"
+            )
+    write_json(f"{folder.uri.rstrip('/')}/{name}", {"metadist": __version__, "config": now})
+
+
+def go_to(here: str) -> None:
+    """Let relative paths and users' modules be found as where the command was given."""
+    with suppress(FileNotFoundError):  # on another machine, where they must be absolute
+        os.chdir(here)
+    if here not in sys.path:
+        sys.path.insert(0, here)

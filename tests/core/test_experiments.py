@@ -1,0 +1,30 @@
+"""Every config of an experiment is one that `metadist compare` takes, and is in the docs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from metadist.cli.comparing import check_contender
+from metadist.cli.parsing import read_yaml
+from metadist.comparison import Comparison
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "scripts" / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_is_parsed_and_its_head_says_what_it_is(path):
+    comparison = Comparison.of(read_yaml(str(path)))
+    for entry in comparison.entries:
+        # The first point: all others have the same options.
+        run = comparison.runs(entry)[0]
+        check_contender(entry, run.options, run.point, num_workers=2)
+    head = path.read_text().partition("\n\n")[0]
+    assert all(f"\n# {word}" in head for word in ("Paper", "Known: ", "Tuned: "))
+    assert path.stem in (ROOT / "docs" / "experiments.md").read_text()
+
+
+def test_there_are_configs():
+    assert len(CONFIGS) >= 10
