@@ -90,8 +90,8 @@ class RayExecutor:
             takes the server about half the time of a step, and the driver's node the memory of
             two checkpoints.
         num_shards: processes among which the parameter server is divided, to the same bytes. The
-            first is on the driver's node, the others are spread over all nodes. For an x that is
-            too large for one node's memory or network; on one node they are no faster. A shard
+            first is on the driver's node, the second on another, and so on in turn. For an x that
+            is too large for one node's memory or network; on one node they are no faster. A shard
             has at least 65536 numbers of x, and a problem with `project_outer` only one shard.
         server_timeout_s: a parameter server that does not answer for longer is replaced; None:
             never.
@@ -341,10 +341,12 @@ class RayExecutor:
 
 
 def _make_server(number: int) -> Any:
-    # Beside the driver: the run ends with that node anyway. Further shards are for the sake of
-    # other nodes' memory and network.
-    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    place = "SPREAD" if number else node
+    # The first beside the driver: the run ends with that node anyway. The others on other nodes,
+    # for the sake of their memory and network.
+    here = ray.get_runtime_context().get_node_id()
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    nodes = [here, *sorted(alive - {here})]
+    place = NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=True)
     return ray.remote(ParameterServer).options(num_cpus=0, scheduling_strategy=place).remote()
 
 

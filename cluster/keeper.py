@@ -111,7 +111,8 @@ class Keeper:
             raise  # it lives
         except exceptions.GetTimeoutError as error:
             raise ServerGone(f"no answer for {limit_s:g} s") from error
-        except exceptions.RayActorError as error:
+        except (exceptions.RayActorError, exceptions.ObjectLostError) as error:
+            # An answer is lost with the node of the server that gave it.
             raise ServerGone(message(error)) from error
 
     def check(self) -> float | None:

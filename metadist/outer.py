@@ -212,7 +212,8 @@ class OuterVariable:
             self._blocks, lr=optimizer.lr, **optimizer.options
         )
         self._moments: dict[str, Tensor] = {}
-        self._join_moments()
+        self._join_moments(slice(None))
+        self._has_stepped = False
         self._rules = rules or StepRules()
         self._recursion: dict[str, Tensor] = {}
         self.states: dict[int, Tensor] = {}
@@ -314,15 +315,20 @@ class OuterVariable:
         lr = self._config.lr_at(self.version)
         if num_tasks:
             clip = self._config.clip_norm
-            scale = clip / norm if clip is not None and norm > clip else None
-            mean = self._mean[: len(self._flat)]
-            for parameter, block in zip(self._blocks, mean.split(BLOCK), strict=True):
-                parameter.grad = block if scale is None else block.mul_(scale)
+            if clip is not None and norm > clip:
+                for block in self._mean[: len(self._flat)].split(BLOCK):
+                    block.mul_(clip / norm)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
-            self._join_moments()
+            if self._has_stepped:
+                self._step(slice(None))
+            else:
+                # What it makes for itself is moved before there is much of it.
+                for start in range(0, len(self._blocks), 64):
+                    some = slice(start, start + 64)
+                    self._step(some)
+                    self._join_moments(some)
+                self._has_stepped = True
             if self._rules.project is not None:
                 self._flat.copy_(flatten(self._rules.project(self.params)).detach())
         for item in fresh:
@@ -353,19 +359,27 @@ class OuterVariable:
                 block.add_(piece, alpha=item.weight)
             block.div_(num_tasks)
 
-    def _join_moments(self) -> None:
-        """Make one vector of what the optimiser keeps of all blocks, of which its own are views."""
-        state = self._optimizer.state
-        first = state.get(self._blocks[0], {})
-        for name, leaf in first.items():
-            if isinstance(leaf, Tensor) and leaf.ndim and name not in self._moments:
-                self._moments[name] = torch.cat([state[block][name] for block in self._blocks])
-                self._share(name)
+    def _step(self, blocks: slice) -> None:
+        """Step these blocks of x along what is left of their mean."""
+        gradients = self._mean[: len(self._flat)].split(BLOCK)
+        for parameter, gradient in zip(self._blocks[blocks], gradients[blocks], strict=True):
+            parameter.grad = gradient
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
 
-    def _share(self, name: str) -> None:
-        pieces = self._moments[name].split(BLOCK)
-        for block, piece in zip(self._blocks, pieces, strict=True):
-            self._optimizer.state[block][name] = piece
+    def _join_moments(self, blocks: slice) -> None:
+        """Move what the optimiser keeps of these blocks to vectors of the whole of x.
+
+        Its own are views of them from then on.
+        """
+        state = self._optimizer.state
+        for name, leaf in state.get(self._blocks[blocks][0], {}).items():
+            if isinstance(leaf, Tensor) and leaf.ndim:
+                if name not in self._moments:
+                    self._moments[name] = torch.empty_like(self._flat, dtype=leaf.dtype)
+                pieces = self._moments[name].split(BLOCK)[blocks]
+                for block, piece in zip(self._blocks[blocks], pieces, strict=True):
+                    state[block][name] = piece.copy_(state[block][name])
 
     def _weight(self) -> float | None:
         """a_k of the step to come; 1 as long as there is nothing to go back to."""
@@ -443,10 +457,12 @@ class OuterVariable:
         for name, leaf in state.optimizer.items():
             if leaf.ndim:
                 variable._moments[name] = leaf.clone()
-                variable._share(name)
-                continue
-            for block in variable._blocks:
-                variable._optimizer.state[block][name] = leaf.clone()
+                pieces: Iterable[Tensor] = variable._moments[name].split(BLOCK)
+            else:
+                pieces = (leaf.clone() for _ in variable._blocks)
+            for block, piece in zip(variable._blocks, pieces, strict=True):
+                variable._optimizer.state[block][name] = piece
+        variable._has_stepped = bool(state.optimizer)
         variable.version = state.version
         variable._applied_below = state.applied_below
         variable._applied = set(state.applied)

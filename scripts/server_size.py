@@ -138,6 +138,7 @@ def measure(keeper: Keeper, worker: Any, num_shards: int, repeats: int) -> dict[
         times.append(time.perf_counter())
         _, outer = keeper.apply([Arrival(turn, turn, 1, 1.0)], [tuple(totals)])
         times.append(time.perf_counter())
+        del totals
         ray.get(worker.pull.remote(*outer))
         times.append(time.perf_counter())
         push_s, apply_s, pull_s = (after - before for before, after in itertools.pairwise(times))
@@ -157,7 +158,7 @@ def run(num_params: int, num_shards: int, transfer: Transfer, repeats: int) -> N
         address="local",
         include_dashboard=False,
         log_to_driver=False,
-        object_store_memory=5 * size_bytes + (100 << 20),
+        object_store_memory=9 * size_bytes // 2 + (100 << 20),
     )
     bounds = shard_bounds(num_params, num_shards)
     spec = OuterSpec({"x": (num_params,)}, torch.float32)

@@ -19,6 +19,7 @@ from metadist.outer import BLOCK, OuterOptimizer, OuterState, OuterVariable
 from metadist.task import Batch, Task
 from metadist.trees import Params
 from tests.algorithms.directions import NEW_TASKS, Directions, DirectionSampler
+from tests.cluster.test_clusters import Script
 from tests.cluster.toy import (
     ADAM,
     Regression,
@@ -244,3 +245,65 @@ def test_a_server_that_hangs_while_the_workers_compute_is_noticed(executor, tmp_
 def test_what_cannot_be_sharded_is_refused_before_the_start(options, problem, message):
     with pytest.raises(ValueError, match=message):
         RayExecutor(**options).start(make_workload(problem=problem), ADAM, first_state(problem))
+
+
+NODES = """
+import os
+os.environ |= {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+import ray
+from ray.cluster_utils import Cluster
+from metadist.cluster import RayExecutor
+from tests.cluster.test_shards import wide_workload, Wide
+from tests.cluster.toy import ADAM, first_state, local_run, state_bytes
+node = dict(object_store_memory=100 << 20)
+cluster = Cluster(
+    initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, **node)
+)
+added = cluster.add_node(num_cpus=0, **node)
+ray.init(address=cluster.address, logging_level="WARNING", log_to_driver=False)
+here = ray.get_runtime_context().get_node_id()
+executor = RayExecutor(num_workers=1, num_shards=2, start_timeout_s=300, max_losses=100)
+executor.start(wide_workload(), ADAM, first_state(Wide()))
+
+def places():
+    where = lambda _: ray.get_runtime_context().get_node_id()
+    return [ray.get(s.__ray_call__.remote(where)) == here for s in executor._keeper.servers]
+
+print("beside the driver", places(), flush=True)
+reports = list(executor.run(3))
+cluster.remove_node(added, allow_graceful=False)
+reports += executor.run(6)
+print("beside the driver", places(), flush=True)
+print("lost", sum(report.lost_servers for report in reports) >= 1, flush=True)
+expected, _ = local_run(6, wide_workload())
+print("same bytes", state_bytes(executor.state()) == state_bytes(expected), flush=True)
+executor.close()
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_shards_are_spread_over_nodes_and_survive_them(tmp_path):
+    script = Script(NODES, str(tmp_path))
+    try:
+        output, errors = script.process.communicate(timeout=600)
+        assert script.process.returncode == 0, errors
+    finally:
+        script.stop()
+    # Ray prints the last words of the node in between.
+    words = ("beside", "lost", "same")
+    assert [line for line in output.splitlines() if line.startswith(words)] == [
+        "beside the driver [True, False]",
+        "beside the driver [True, True]",
+        "lost True",
+        "same bytes True",
+    ]

@@ -458,3 +458,22 @@ def test_a_state_that_is_no_copy_is_the_memory_of_the_variable():
     assert_same_bytes({**live.outer, **live.optimizer}, {**after.outer, **after.optimizer})
     assert not torch.equal(before["x"], after.outer["x"])
     assert live.outer["x"].data_ptr() == variable.flat.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("adam", {"amsgrad": True}), ("sgd", MOMENTUM), ("adagrad", {})]
+)
+def test_the_first_step_of_many_blocks_is_that_of_torch_optim_too(name, options):
+    length = 130 * BLOCK + 3
+    outer = torch.randn(length, generator=generator(2))
+    variable = OuterVariable({"x": outer}, OuterOptimizer(name, lr=0.05, options=options))
+    leaf = torch.nn.Parameter(outer.clone())
+    reference = OPTIMIZERS[name]([leaf], lr=0.05, **options)
+    for version in range(2):
+        leaf.grad = torch.randn(length, generator=generator(version, 3))
+        variable.apply([Contribution(version, version, leaf.grad, 1)])
+        reference.step()
+    assert torch.equal(variable.flat, leaf.detach())
+    found = variable.state().optimizer
+    for key, moment in reference.state[leaf].items():
+        assert torch.equal(found[key], moment)
