@@ -142,6 +142,11 @@ class Outcome:
         return np.array([age for step in steps for age in step.staleness], dtype=np.int64)
 
     @property
+    def waiting_share(self) -> float:
+        """Of the workers' time, what they did not spend on computing what went into x."""
+        return 1 - self.computing_s / (self.num_workers * self.seconds)
+
+    @property
     def server_share(self) -> float:
         """Of the time, the server's work."""
         return self.server_s / self.seconds
@@ -154,6 +159,7 @@ def simulate(
     costs: Costs,
     num_leases: int,
     seed: int = 0,
+    prefetch: int = 0,
 ) -> Outcome:
     """A run of at least `num_leases` leases.
 
@@ -164,8 +170,9 @@ def simulate(
         costs: what everything else takes.
         num_leases: leases in the whole run; rounded up to whole steps.
         seed: of durations, slow workers and failures.
+        prefetch: as in `Fleet`; but what is stuck behind a slow lease stays there.
     """
-    return _Simulation(policy, leases_per_step, workers, costs, num_leases, seed).run()
+    return _Simulation(policy, leases_per_step, workers, costs, num_leases, seed, prefetch).run()
 
 
 class _Event(NamedTuple):
@@ -186,6 +193,7 @@ class _Simulation:
         costs: Costs,
         num_leases: int,
         seed: int,
+        prefetch: int,
     ) -> None:
         if min(leases_per_step, workers.num, num_leases, costs.num_shards) < 1:
             raise ValueError(
@@ -201,7 +209,13 @@ class _Simulation:
         slow = self._random.permutation(workers.num) < num_slow
         self._factors = np.where(slow, workers.slow_factor, 1.0)
         self._now = 0.0
+        self._prefetch = prefetch
         self._idle = deque(range(workers.num))
+        self._half_done: dict[int, None] = {}
+        """Busy workers with room for another lease, first come first."""
+        self._has: list[list[tuple[int, float]]] = [[] for _ in range(workers.num)]
+        """By worker: (lease, when x is there), the one it computes first."""
+        self._last_s = [math.inf] * workers.num
         self._events: list[_Event] = []
         self._link_free_at = 0.0
         self._held: dict[int, tuple[int, float]] = {}  # node -> (version of x, when it is there)
@@ -229,14 +243,24 @@ class _Simulation:
         self._outcome.steps.append(Step(self._now, leases, staleness))
 
     def _hand_out(self) -> None:
-        while self._idle and (lease := self._ledger.issue()) is not None:
+        while (self._idle or self._half_done) and (lease := self._ledger.issue()) is not None:
             self._now += self._costs.driver_s
-            self._start(self._idle.popleft(), lease)
+            if self._idle:
+                worker = self._idle.popleft()
+            else:
+                worker = next(iter(self._half_done))
+            x_at = self._pull(worker // self._costs.workers_per_node)
+            self._has[worker].append((lease, x_at))
+            if len(self._has[worker]) > self._prefetch:
+                self._half_done.pop(worker, None)
+            if len(self._has[worker]) == 1:
+                self._start(worker, self._now)
 
-    def _start(self, worker: int, lease: int) -> None:
-        """Let `worker` compute `lease` as soon as it has x."""
+    def _start(self, worker: int, now: float) -> None:
+        """Let `worker` compute the first lease it has, as soon as it has x."""
         costs, workers = self._costs, self._workers
-        begin = self._pull(worker // costs.workers_per_node)
+        lease, x_at = self._has[worker][0]
+        begin = max(now, x_at)
         duration = float(self._durations[lease % len(self._durations)] * self._factors[worker])
         whole = duration + costs.worker_s + costs.worker_byte_s * costs.size_bytes
         lost_after = (
@@ -249,6 +273,9 @@ class _Simulation:
         else:
             self._computing[lease] = duration
             self._add(begin + whole, worker, "done", lease)
+        if len(self._has[worker]) <= self._prefetch and self._last_s[worker] < math.inf:
+            self._add(now + self._last_s[worker] / 2, worker, "half done", lease)
+        self._last_s[worker] = begin + whole - now
 
     def _pull(self, node: int) -> float:
         """When the node has the current x; it comes through the server's link, one at a time."""
@@ -265,11 +292,25 @@ class _Simulation:
         while self._events and self._events[0].time_s <= self._now:
             ready.append(heapq.heappop(self._events))
         for event in sorted(ready, key=lambda event: event.worker):
+            has = self._has[event.worker]
             if event.what == "done":
                 self._ledger.arrive(event.lease)
-                self._idle.append(event.worker)
+                del has[0]
+                self._half_done.pop(event.worker, None)
+                if has:
+                    self._start(event.worker, event.time_s)
+                else:
+                    self._idle.append(event.worker)
+            elif event.what == "half done":
+                # It may have ended, or been lost, since this was planned.
+                if has and has[0][0] == event.lease:
+                    self._half_done[event.worker] = None
             elif event.what == "lost":
-                self._ledger.lose(event.lease)
+                for lease, _ in has:
+                    self._ledger.lose(lease)
+                has.clear()
+                self._half_done.pop(event.worker, None)
+                self._last_s[event.worker] = math.inf
                 self._outcome.num_losses += 1
                 self._add(event.time_s + self._workers.replace_s, event.worker, "back", -1)
             else:

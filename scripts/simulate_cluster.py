@@ -130,6 +130,29 @@ def show_server(workers: Workers, costs: Costs) -> None:
     save(figure, "scaling_server.png")
 
 
+def show_prefetch(workers: Workers, costs: Costs) -> None:
+    """A table of what handing out leases ahead of time changes, while the server has time left."""
+    table = Table("workers", "policy", "waiting", "leases/s", "staleness",
+                  title="simulated, without and with prefetch")  # fmt: skip
+    for num in (2, 4, 6):
+        policies: dict[str, Policy] = {
+            "bsp": BSP(), "asp": ASP(), "ssp, 0": SSP(0), f"ssp, {num}": SSP(num),
+            f"ssp, {3 * num}": SSP(3 * num), f"buffered, {num}": Buffered(num),
+        }  # fmt: skip
+        for name, policy in policies.items():
+            without, ahead = (
+                simulate(policy, 4 * num, replace(workers, num=num), costs, 1000, prefetch=prefetch)
+                for prefetch in (0, 1)
+            )
+            table.add_row(
+                str(num), name,
+                f"{without.waiting_share:.1%}, {ahead.waiting_share:.1%}",
+                f"{without.leases_per_s:.2f}, {ahead.leases_per_s:.2f}",
+                f"{without.staleness.mean():.2f}, {ahead.staleness.mean():.2f}",
+            )  # fmt: skip
+    console.print(table)
+
+
 def shards(num: int) -> str:
     """So many shards."""
     return f"{num} shard{'s' * (num > 1)}"
@@ -436,6 +459,7 @@ def main() -> None:
     )
     show_policies(workers, costs)
     show_server(workers, costs)
+    show_prefetch(replace(workers, slow_share=0.0), costs)
 
 
 if __name__ == "__main__":

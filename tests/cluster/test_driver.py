@@ -93,6 +93,7 @@ def head() -> Iterator[dict[str, str]]:
         assert script.process.stdout is not None
         try:
             address = script.process.stdout.readline().strip()
+            assert address, "the head did not start"
             yield {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
         finally:
             script.stop()

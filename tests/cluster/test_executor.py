@@ -22,6 +22,7 @@ from tests.cluster.toy import (
     Lines,
     Regression,
     Slow,
+    Steady,
     cpus_taken,
     first_state,
     local_run,
@@ -75,6 +76,24 @@ def test_a_run_that_goes_on_gives_the_bytes_of_an_uninterrupted_one(executor):
     list(running.run(6))
     assert state_bytes(running.state()) == state_bytes(expected)
     assert all(torch.equal(running.outer()[name], x) for name, x in expected.outer.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"prefetch": 0}], ids=["ahead", "one at a time"])
+def test_a_lease_that_is_handed_out_ahead_changes_no_byte(executor, monkeypatch, options):
+    running = executor(make_workload(Steady(), meta_batch_size=8), **options)
+    fleet = running._fleet
+    submit, at_once = fleet.submit, []
+
+    def note(*arguments):
+        submit(*arguments)
+        at_once.append(max(len(slot.calls) for slot in fleet._slots))
+
+    monkeypatch.setattr(fleet, "submit", note)
+    list(running.run(2))
+    assert max(at_once) == (1 if options else 2)
+    assert state_bytes(running.state()) == state_bytes(
+        local_run(2, make_workload(meta_batch_size=8))[0]
+    )
 
 
 def test_old_versions_of_x_are_let_go(executor):
@@ -235,6 +254,7 @@ def test_gpus_that_do_not_exist_are_reported(executor):
         ({"lease_timeout_s": 0.0}, "lease_timeout_s must be > 0"),
         ({"backup_factor": 0.5}, "backup_factor must be >= 1 or None .* got 0.5"),
         ({"snapshot_every": 0}, "snapshot_every must be >= 1, got 0"),
+        ({"prefetch": -1}, "prefetch must be >= 0, got -1"),
         ({"num_workers": 2, "min_workers": 3}, "min_workers must be .* <= num_workers=2.* got 3"),
         ({"min_workers": 0}, "min_workers must be >= 1 .* got 0"),
     ],

@@ -119,3 +119,33 @@ def test_a_run_is_a_function_of_its_seed():
 def test_what_cannot_be_simulated_is_refused():
     with pytest.raises(ValueError, match="must be >= 1, got 0, 1, 10 and 1"):
         simulate(BSP(), 0, Workers(1, 1.0), FREE, 10)
+
+
+def test_a_lease_that_is_there_in_time_hides_what_the_driver_and_the_server_take():
+    costs = Costs(1e6, 0.01, 0.02, 0.0, 0.04, 5e-8, 6e-8, link_bytes_per_s=1e7)
+    workers = Workers(1, 0.5)
+    without, ahead = (simulate(ASP(), 1, workers, costs, 40, prefetch=n) for n in (0, 1))
+    assert without.waiting_share == pytest.approx(1 - 0.5 / (0.5 + 0.01 + 0.02 + 0.15 + 0.2))
+    assert ahead.leases_per_s == pytest.approx(1 / (0.5 + 0.02))
+    # x over the link and the first lease are not hidden.
+    assert ahead.waiting_share < 0.08 < 0.4 < without.waiting_share
+    # Handed out when the lease before it was half done.
+    assert set(ahead.staleness) == {1}
+
+
+def test_what_is_handed_out_late_is_half_a_lease_older():
+    workers = Workers(20, 1.0, spread=0.1)
+    for prefetch, staleness in ((0, 19), (1, 1.5 * 20 - 1)):
+        outcome = simulate(ASP(), 1, workers, FREE, 2000, prefetch=prefetch)
+        assert outcome.staleness.mean() == pytest.approx(staleness, rel=0.05)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_every_lease_is_applied_once_with_what_waited_at_a_lost_worker(policy):
+    workers = Workers(6, 1.0, 0.3, 0.2, 4.0, failure_s=5.0, replace_s=3.0)
+    outcome = simulate(policy, 12, workers, Costs(step_s=0.01), 300, prefetch=1)
+    leases = applied(outcome)
+    assert outcome.num_losses > 20
+    assert sorted(leases) == list(range(len(leases)))
+    if isinstance(policy, SSP):
+        assert outcome.staleness.max() <= policy.staleness

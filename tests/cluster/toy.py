@@ -204,6 +204,17 @@ class Slow(Lines):
         return super().sample(index)
 
 
+@dataclass(frozen=True)
+class Steady(Lines):
+    """Every task takes so many seconds, wherever it is sampled."""
+
+    seconds: float = 0.4
+
+    def sample(self, index: int) -> Task:
+        time.sleep(self.seconds)
+        return super().sample(index)
+
+
 class BrokenTaskError(Exception):
     """What a user's own code may raise."""
 
