@@ -410,7 +410,7 @@ def test_list_names_everything_that_has_a_short_name(cli):
     out = flat(cli.good("list"))
     for name in NAMES:
         assert re.search(rf"\b{name}\b", out), name
-    assert re.search(r"algorithms --algorithm itd, .* problems --problem few_shot models", out)
+    assert re.search(r"algorithms --algorithm itd, .* problems --problem few_shot, .* models", out)
     assert "glyphs A sampler of N-way K-shot tasks" in flat(cli.good("list", "samplers"))
     assert "conv4 Four blocks" in flat(cli.good("list", "models"))
     assert "local " in cli.good("list", "executors")

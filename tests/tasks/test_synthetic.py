@@ -99,8 +99,8 @@ def test_the_hypergradient_of_the_figures_is_that_of_central_differences(problem
 @both
 def test_check_hypergradient_finds_an_implicit_method_exact(problem, data):
     largest = {LANCBIO[0]: 12.0, QUADRATICS[0]: 3.0}[problem]
-    algorithm = AID(inner_steps=200, inner_lr=1.8 / largest, adjoint_steps=10)
-    assert check_hypergradient(problem, data, algorithm, repeats=[]).error < 1e-4
+    algorithm = AID(inner_steps=120, inner_lr=1.8 / largest, adjoint_steps=10)
+    assert check_hypergradient(problem, data, algorithm, repeats=[]).error < 1e-2
 
 
 @both
@@ -139,9 +139,9 @@ def test_training_brings_the_hypergradient_down(problem, data, algorithm, lr):
     )
     start = problem.init_inner(trainer.outer, data.sample(0))
     before = data.figures(problem, trainer.outer, start)["hypergradient_norm"]
-    trainer.fit(150)
+    trainer.fit(80)
     after = data.figures(problem, trainer.outer, trainer.inner(0))
-    assert after["hypergradient_norm"] < 0.05 * before
+    assert after["hypergradient_norm"] < 0.2 * before
 
 
 @both

@@ -11,6 +11,7 @@ from metadist.algorithms import AID, ITD, SOBA
 from metadist.task import Batch, Task
 from metadist.tasks import TextFeatures, TextRegularisation, check_sampler
 from metadist.tasks import text as text_module
+from metadist.tasks.data_sources import NEWS_ARTICLES
 from metadist.tasks.sparse import KEPT, _kept, sparse_matmul
 from metadist.trees import add, scale
 from tests.problems import (
@@ -43,11 +44,11 @@ def sparse_rows(size, seed=0, width=4):
 def sparse_task(seed=0):
     """(task of `TextRegularisation`, the inputs of both sets as dense matrices)."""
     parts = [sparse_rows(size, seed + i) for i, size in enumerate((9, 6))]
-    batches = [
+    support, query = (
         Batch.of(columns, values, torch.arange(len(columns)) % NUM_CLASSES)
         for columns, values, _ in parts
-    ]
-    return Task(*batches, 0), [dense for _, _, dense in parts]
+    )
+    return Task(support, query, 0), [dense for _, _, dense in parts]
 
 
 def test_products_and_their_derivatives_are_those_of_dense_matrices():
@@ -266,7 +267,7 @@ def test_a_folder_of_files_is_a_source(tmp_path):
 
 
 def test_news_articles_lose_the_names_of_their_publishers(tmp_path, monkeypatch):
-    file = tmp_path / text_module.NEWS_ARTICLES
+    file = tmp_path / NEWS_ARTICLES
     file.parent.mkdir()
     texts, _ = corpus(40)
     with file.open("w", newline="") as lines:

@@ -148,9 +148,9 @@ def test_a_hypergradient_of_it_is_exact_in_the_limit(name):
 @pytest.mark.parametrize(
     ("toy", "algorithm", "lr", "num_steps", "distance"),
     [
-        (Coreset(), BOME(), 0.5, 300, 0.5),
-        (Coreset(), AID(inner_steps=5, inner_lr=0.2), 0.5, 300, 0.5),
-        (Degenerate(), BOME(), 0.1, 300, 0.3),
+        (Coreset(), BOME(), 0.5, 150, 0.9),
+        (Coreset(), AID(inner_steps=5, inner_lr=0.2), 0.5, 150, 0.9),
+        (Degenerate(), BOME(), 0.1, 150, 0.5),
         (AmigoToy(3, 4), AID(inner_steps=20, inner_lr=1.0), 1.0, 100, 1e-2),
         (AmigoToy(3, 4), VPBGD(), 0.1, 100, None),
         (Lasso(), MEHA(), 0.05, 30, None),

@@ -1,0 +1,38 @@
+"""docs/problems.md: what it names is there, and what it shows runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import metadist.tasks
+from metadist.cli import NAMES
+from metadist.tasks.data_sources import SOURCES
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "problems.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+NEW = "CorruptedImages LongTail TextFeatures QuadraticData LancBiOData NoData LinearClassifier"
+
+
+@pytest.mark.filterwarnings("ignore:these outer variables got no hypergradient")
+@pytest.mark.parametrize("example", [e for e in EXAMPLES if not any(s in e for s in SOURCES)])
+def test_examples_run(example, capsys):
+    exec(example.replace("keep_state=True)", "keep_state=True, quiet=True)"), {})
+    assert "{" in capsys.readouterr().out
+
+
+def test_every_problem_is_described_and_has_a_short_name():
+    problems = [
+        name
+        for name in metadist.tasks.__all__
+        if hasattr(getattr(metadist.tasks, name), "inner_loss")
+        and name not in ("FewShotProblem", "ExampleWeighting")
+    ]
+    for name in (*problems, *NEW.split()):
+        assert f"`{name}`" in TEXT or f"{name}(" in TEXT, name
+        assert f"metadist.tasks.{name}" in NAMES.values(), name
+    assert all(f"| {name} |" in TEXT for name in SOURCES)
+
+
+def test_lines_are_short_outside_of_tables():
+    assert not [line for line in TEXT.splitlines() if len(line) > 100 and line[0] != "|"]
