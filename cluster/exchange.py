@@ -1,4 +1,4 @@
-"""`Exchange`: a round of questions becomes one message per shard, and the replies become answers."""
+"""`Exchange`: a round of questions becomes a message per shard, and the replies answers."""
 
 from __future__ import annotations
 

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from ray import cloudpickle
 from torch import Tensor
 
+from metadist import Trainer
 from metadist.algorithm import Algorithm
 from metadist.cluster import DataParallelExecutor
 from metadist.cluster.buffers import Array
 from metadist.cluster.data_parallel import check_workload
 from metadist.cluster.exchange import Package, Round
-from metadist.cluster.runtime_env import pickle_by_value
 from metadist.cluster.shard import Key, Layout, Reply, ShardCheck, ShardInfo, ShardWorker
 from metadist.executor import Executor, StepReport
 from metadist.lease import Workload
@@ -158,7 +159,7 @@ class InProcess(DataParallelExecutor):
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         check_workload(workload, self._staleness)
         self.fleet = LocalFleet(self._num_workers)
-        infos = self.fleet.start(pickle_by_value(workload))
+        infos = self.fleet.start(cloudpickle.dumps(workload))
         self._fleet = self.fleet  # type: ignore[assignment]
         self._open(self.fleet, infos, workload, optimizer, state)  # type: ignore[arg-type]
 
@@ -204,3 +205,21 @@ def assert_same_state(actual: OuterState, expected: OuterState, tolerance: float
 def bytes_of(state: OuterState) -> bytes:
     """Everything in a state, bit for bit."""
     return state_bytes(state) + state.states[0].numpy().tobytes()
+
+
+def cleaning(algorithm: Algorithm, executor: Executor, **options: Any) -> Trainer:
+    """The same by a `Trainer`."""
+    return Trainer(
+        Cleaning(),
+        options.pop("sampler", Unequal()),
+        algorithm,
+        **{
+            "outer_optimizer": ADAM,
+            "meta_batch_size": 1,
+            "keep_state": True,
+            "quiet": True,
+            "seed": 3,
+            "executor": executor,
+            **options,
+        },
+    )
