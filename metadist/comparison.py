@@ -104,14 +104,15 @@ class Comparison:
         _check_options("a comparison", self.shared)
         seeds = self.seeds
         if (
-            isinstance(seeds, (str, Mapping))
-            or not isinstance(seeds, Sequence)
+            not isinstance(seeds, (list, tuple))
             or not seeds
             or not all(type(seed) is int and seed >= 0 for seed in seeds)
             or len(set(seeds)) < len(seeds)
         ):
             raise ValueError(f"seeds must be a list of different integers >= 0, got {seeds!r}")
-        if isinstance(self.seeded, str) or not all(isinstance(name, str) for name in self.seeded):
+        if not isinstance(self.seeded, (list, tuple)) or not all(
+            isinstance(name, str) for name in self.seeded
+        ):
             raise ValueError(f"seeded must be a list of options, got {self.seeded!r}")
         if type(self.evaluations) is not int or self.evaluations < 1:
             raise ValueError(f"evaluations must be an integer >= 1, got {self.evaluations!r}")

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from metadist import LocalExecutor, OuterOptimizer, Trainer
+from metadist import CheckpointStore, LocalExecutor, OuterOptimizer, Trainer
 from metadist.algorithms import AID, SOBA
 from metadist.comparison import Comparison, Outcome, Run, differences, merge
 from metadist.comparison_report import AXES, curves, rows, to_csv, to_markdown
@@ -287,6 +287,7 @@ def test_a_killed_comparison_goes_on_to_the_same_results(cli, here):
         ({"budget": {"steps": None, "seconds": "1h"}}, "budget.seconds must be a number > 0"),
         ({"seeds": []}, r"seeds must be a list of different integers >= 0, got \[\]"),
         ({"seeded": "sampler.seed"}, "seeded must be a list of options, got 'sampler.seed'"),
+        ({"seeded": 3}, "seeded must be a list of options, got 3"),
         ({"seeded": ["sampler.sea"]}, "entry AID: .*'sea' is not accepted"),
         ({"seeds": [1, 1]}, "seeds must be a list of different integers"),
         ({"evaluations": 0}, "evaluations must be an integer >= 1, got 0"),
@@ -444,6 +445,36 @@ def test_a_run_goes_on_from_its_last_evaluation_with_a_good_checkpoint(spoil):
     again = run_on_budget(contender, Folder("run"), Budget(steps=9), 3)
     assert [r.figures for r in again] == [r.figures for r in whole]
     assert again[:kept] == begun[:kept]
+
+
+class Interrupted(LocalExecutor):
+    """By Ctrl-C in its sixth step, once."""
+
+    done = False
+
+    def run(self, until_version):
+        for report in super().run(until_version):
+            if report.step.version == 6 and not self.done:
+                self.done = True
+                raise KeyboardInterrupt
+            yield report
+
+
+def test_an_interrupted_run_goes_on_to_the_same_figures():
+    whole = run_on_budget(contender, Folder("whole"), Budget(steps=9), 3)
+    executor = Interrupted()
+
+    def make(run_dir: str) -> Contender:
+        return contender(run_dir, executor=executor)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_on_budget(make, Folder("run"), Budget(steps=9), 3)
+    # The trainer has saved a step that was not evaluated.
+    store = CheckpointStore("run/run/checkpoints")
+    assert store.load()[1].state.version == 6
+    assert [record.spent.step for record in read_records(Folder("run"))] == [1, 3]
+    again = run_on_budget(make, Folder("run"), Budget(steps=9), 3)
+    assert [record.figures for record in again] == [record.figures for record in whole]
 
 
 def test_what_was_begun_without_an_evaluation_begins_anew():
