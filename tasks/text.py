@@ -151,7 +151,7 @@ class TextFeatures(OneTask):
         vectorizer = TfidfVectorizer(min_df=min_df, max_features=max_features, dtype=np.float32)
         texts, labels, held_out = _read(source, root)
         order = Draws(seed, "texts", 0).choose(len(texts), len(texts))
-        chosen = _different(texts, [*order, *held_out], vectorizer.build_analyzer())
+        chosen = _different(texts, order, vectorizer.build_analyzer())
         for_test = set(held_out or chosen[-num_test:])
         test = [i for i in chosen if i in for_test]
         rest = [i for i in chosen if i not in for_test]
