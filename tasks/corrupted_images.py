@@ -140,7 +140,7 @@ class CorruptedImages(ImageProblemData):
         if model is None:
             model = LinearClassifier(math.prod(self.train.pixels.shape[1:]), self.num_classes)
         problem = HyperCleaning(len(self.wrong), model, weight_decay)
-        start = {name: leaf.detach() for name, leaf in model.named_parameters()}
+        start = problem.init_inner(problem.init_outer(torch.Generator()), self.sample(0))
         train, val = self.scaling.batch(self.train), self.scaling.batch(self.val)
         clean = self.scaling.batch(Images(self.train.pixels, self.clean_labels))
         right = train.take((~self.wrong).nonzero()[:, 0])

@@ -6,6 +6,7 @@ Shape letters: n images, C channels, H height, W width.
 from __future__ import annotations
 
 import gzip
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -75,7 +76,10 @@ def open_dataset(
             f"dataset must be one of {', '.join(map(repr, NAMES))}, an import path such as "
             f"'torchvision.datasets.KMNIST', or a data set, got {dataset!r}"
         )
-    kind: Any = getattr(import_module(module), name)
+    try:
+        kind: Any = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"dataset must be an import path, got {dataset!r}: {error}") from error
     return kind(data_root(root), train=True), kind(data_root(root), train=False)
 
 
@@ -170,8 +174,10 @@ class Scaling:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise ValueError(f"std must be > 0, got {self.std}")
+        if not 0 < self.std < math.inf:
+            raise ValueError(f"std must be > 0 and finite, got {self.std}")
+        if not math.isfinite(self.mean):
+            raise ValueError(f"mean must be finite, got {self.mean}")
 
     def batch(self, images: Images) -> Batch:
         """Inputs float32 (n, C, H, W) and labels (n,)."""

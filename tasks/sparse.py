@@ -34,7 +34,7 @@ def sparse_matmul(columns: Tensor, values: Tensor, dense: Tensor) -> Tensor:
     Raises:
         ValueError: a column beyond D.
 
-    Cost: two compressed sparse products per forward and backward pass, 2 C per value that is not 0.
+    Cost: one compressed sparse product per pass, 2 C operations per value that is not 0.
     """
     return _Product.apply(columns, values, dense, None)
 
@@ -47,7 +47,7 @@ class _Matrix(NamedTuple):
 
 
 class _Product(Function):
-    """X W, or with `num_rows` X' W; each is the derivative of the other."""
+    """X W, or with `num_columns` X' W; each is the derivative of the other."""
 
     @staticmethod
     def forward(columns: Tensor, values: Tensor, dense: Tensor, num_columns: int | None) -> Tensor:

@@ -54,10 +54,10 @@ def implicit_hypergradient(
 
     y = near
     for _ in range(NEWTON_STEPS):
-        hessian = torch.func.hessian(g)(y)
+        hessian = torch.func.jacrev(torch.func.grad(g))(y)
         step = torch.linalg.solve(hessian, torch.func.grad(g)(y))
         y = y - step
-        if float(step.norm()) <= 1e-12 * (1 + float(y.norm())):
+        if float(step.norm()) <= 1e-9 * (1 + float(y.norm())):
             break
     else:
         raise ValueError(

@@ -22,7 +22,7 @@ from torch import Tensor
 from metadist.hypergradient_check import lbfgs
 from metadist.problem import Problem
 from metadist.task import Batch, Task
-from metadist.tasks.data_sources import NEWS_ARTICLES, data_root, fetch
+from metadist.tasks.data_sources import NEWS_ARTICLES, FetchError, data_root, fetch
 from metadist.tasks.episodes import Draws, require_integer, require_word
 from metadist.tasks.one_task import OneTask, figures_on
 from metadist.tasks.sparse import sparse_matmul
@@ -151,7 +151,7 @@ class TextFeatures(OneTask):
         vectorizer = TfidfVectorizer(min_df=min_df, max_features=max_features, dtype=np.float32)
         texts, labels, held_out = _read(source, root)
         order = Draws(seed, "texts", 0).choose(len(texts), len(texts))
-        chosen = _different(texts, [*order, *held_out], vectorizer.build_analyzer())
+        chosen = _different(texts, order, vectorizer.build_analyzer())
         for_test = set(held_out or chosen[-num_test:])
         test = [i for i in chosen if i in for_test]
         rest = [i for i in chosen if i not in for_test]
@@ -272,12 +272,19 @@ def _read(source: str | Path | tuple[Sequence[str], Sequence[Any]], root: Any) -
     from sklearn.datasets import fetch_20newsgroups, load_files
 
     if source == "20newsgroups":
-        train, test = (
-            fetch_20newsgroups(data_home=data_root(root), subset=subset)
-            for subset in ("train", "test")
-        )
-        positions = range(len(train.data), len(train.data) + len(test.data))
-        return train.data + test.data, [*train.target, *test.target], list(positions)
+        folder = data_root(root)
+        try:
+            parts = [fetch_20newsgroups(data_home=folder, subset=s) for s in ("train", "test")]
+        except OSError as error:
+            raise FetchError(
+                f"data set '20newsgroups' must be fetched by scikit-learn, got {error}: run "
+                f"sklearn.datasets.fetch_20newsgroups(data_home={str(folder)!r}) where there is "
+                "internet, and copy the folder"
+            ) from error
+        labels = [part.target_names[number] for part in parts for number in part.target]
+        num_train, num_test = (len(part.data) for part in parts)
+        held_out = list(range(num_train, num_train + num_test))
+        return parts[0].data + parts[1].data, labels, held_out
     if not Path(source).is_dir():
         raise ValueError(
             f"source must be one of {', '.join(map(repr, NAMES))}, a folder, or (texts, labels), "

@@ -334,7 +334,12 @@ def broken(value):
         (lambda: cleaning(num_train=0), "num_train must be an integer >= 1, got 0"),
         (lambda: cleaning(corruption=1.5), "corruption must be in [0, 1], got 1.5"),
         (lambda: cleaning(redraw="all"), "redraw must be 'any' or 'other', got 'all'"),
-        (lambda: cleaning(std=0.0), "std must be > 0, got 0.0"),
+        (lambda: cleaning(std=0.0), "std must be > 0 and finite, got 0.0"),
+        (lambda: cleaning(mean=float("nan")), "mean must be finite, got nan"),
+        (
+            lambda: CorruptedImages("torchvision.datasets.NMIST"),
+            "dataset must be an import path, got 'torchvision.datasets.NMIST': module ",
+        ),
         (
             lambda: cleaning(num_test=200),
             "num_test must be <= 135, the different images that are left in the data set, got 200",

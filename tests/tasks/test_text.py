@@ -1,15 +1,18 @@
 """Sparse rows against dense ones, and regularisation strengths learned on texts made here."""
 
 import csv
+from urllib.error import URLError
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
+from sklearn.utils import Bunch
 
 from metadist import OuterOptimizer, Trainer, check_hypergradient
 from metadist.algorithms import AID, ITD, SOBA
 from metadist.task import Batch, Task
-from metadist.tasks import TextFeatures, TextRegularisation, check_sampler
+from metadist.tasks import FetchError, TextFeatures, TextRegularisation, check_sampler
 from metadist.tasks import text as text_module
 from metadist.tasks.data_sources import NEWS_ARTICLES
 from metadist.tasks.sparse import KEPT, _kept, sparse_matmul
@@ -310,6 +313,28 @@ def test_news_articles_lose_the_names_of_their_publishers(tmp_path, monkeypatch)
 )
 def test_bad_input(call, message):
     assert refusal(call).startswith(message)
+
+
+def fake_newsgroups(data_home, subset):
+    """What scikit-learn returns, without the internet."""
+    texts, labels = corpus(60, seed=int(subset == "test"))
+    names = ["a", "b", "c"]
+    return Bunch(data=texts, target=[names.index(label) for label in labels], target_names=names)
+
+
+def test_newsgroups_are_tested_on_their_test_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(sklearn.datasets, "fetch_20newsgroups", fake_newsgroups)
+    data = TextFeatures("20newsgroups", tmp_path, 30, 20, 60)
+    assert len(data.test.index) == 60 and data.class_names.tolist() == ["a", "b", "c"]
+
+    def offline(data_home, subset):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(sklearn.datasets, "fetch_20newsgroups", offline)
+    message = refusal(lambda: TextFeatures("20newsgroups", tmp_path), FetchError)
+    assert message.startswith(
+        "data set '20newsgroups' must be fetched by scikit-learn, got <urlopen error no route"
+    )
 
 
 @pytest.mark.slow
