@@ -190,7 +190,11 @@ class ShardFleet:
             ages = [self._age(slot, work) for slot in self._slots]
             if max(ages) <= staleness and 2 * ages.count(0) >= len(ages):
                 self.oldest = max(self.oldest, *map(int, ages))
-                return [slot.done[work.place].answer for slot in self._slots]
+                answers = [slot.done[work.place].answer for slot in self._slots]
+                if not staleness:
+                    for slot in self._slots:
+                        del slot.done[work.place]
+                return answers
             self._wait()
 
     def _age(self, slot: _Slot, work: _Work) -> float:

@@ -155,10 +155,11 @@ class InProcess(DataParallelExecutor):
     """The executor without Ray: everything but the processes is the same."""
 
     fleet: LocalFleet
+    make_fleet = LocalFleet
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         check_workload(workload, self._staleness)
-        self.fleet = LocalFleet(self._num_workers)
+        self.fleet = self.make_fleet(self._num_workers)
         infos = self.fleet.start(cloudpickle.dumps(workload))
         self._fleet = self.fleet  # type: ignore[assignment]
         self._open(self.fleet, infos, workload, optimizer, state)  # type: ignore[arg-type]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -34,7 +38,8 @@ from metadist.algorithms import (
     SubBiO,
 )
 from metadist.cluster import DataParallelExecutor
-from metadist.cluster.shard import FIGURES
+from metadist.cluster.exchange import Round
+from metadist.cluster.shard import FIGURES, METHODS, Reply
 from metadist.hypergradient import task_hypergradients
 from metadist.outer import OuterOptimizer
 from metadist.shards import cut
@@ -44,6 +49,7 @@ from tests.algorithms.directions import NEW_TASKS
 from tests.cluster.shards import (
     Cleaning,
     InProcess,
+    LocalFleet,
     Shared,
     Unequal,
     Whole,
@@ -66,8 +72,18 @@ ALL = {
 }
 
 
-@pytest.mark.parametrize("batch_size", [None, 4], ids=["whole", "batches"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("name", "batch_size"),
+    [
+        *(pytest.param(name, 4, id=f"{name}-batches") for name in ALL),
+        *(pytest.param(name, None, id=name) for name in ("aid", "bome", "itd", "lancbio", "soba")),
+        *(
+            pytest.param(name, None, id=name, marks=pytest.mark.slow)
+            for name in ALL
+            if name not in ("aid", "bome", "itd", "lancbio", "soba")
+        ),
+    ],
+)
 def test_three_unequal_shards_are_one_process(name, batch_size):
     expected, reference = solve(LocalExecutor("cpu"), ALL[name], 2, batch_size=batch_size)
     found, reports = solve(InProcess(3), ALL[name], 2, batch_size=batch_size)
@@ -133,7 +149,7 @@ ROUNDS: dict[str, tuple[Algorithm, int]] = {
     "penalty": (Penalty(T), 2 * T + 2),
     "pzobo": (PZOBO(T, num_directions=2), T + 1),
     "fg2u": (FG2U(T, num_directions=2), T + 1),
-    "nystrom": (Nystrom(T, rank=Q), T + 1 + 1),
+    "nystrom": (Nystrom(T, rank=Q), T + 2),
     "darts": (DARTS(T), T + 1 + 1),
     "sama": (SAMA(T), T + 1 + 1),
     "t1t2": (T1T2(T), T + 1 + 1),
@@ -141,14 +157,32 @@ ROUNDS: dict[str, tuple[Algorithm, int]] = {
 """Rounds per outer step from the second on, as docs/data_parallel.md has them."""
 
 
-@pytest.mark.parametrize("name", ROUNDS)
-def test_rounds_per_step(name):
+PAGE = Path(__file__).parents[2] / "docs" / "data_parallel.md"
+ROWS = re.findall(
+    r"^\| `(\w+)`.*? \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", PAGE.read_text(), re.MULTILINE
+)
+
+
+def test_the_page_has_all_of_them():
+    assert sorted(name for name, *_ in ROWS) == sorted(ROUNDS)
+
+
+@pytest.mark.parametrize(("name", "rounds", "sent", "answered"), ROWS, ids=[r[0] for r in ROWS])
+def test_rounds_and_vectors_of_a_step_are_those_of_the_page(name, rounds, sent, answered):
+    """Of the third step: the first begins from less, and a report before it has sent y."""
     algorithm, num_rounds = ROUNDS[name]
     executor = InProcess(2)
-    _, reports = solve(executor, algorithm, 2)
-    assert reports[1].results[0].metrics["rounds"] == num_rounds
-    asked = [p for p in executor.fleet.packages if p[0].message.requests[0].method != FIGURES]
-    assert len(asked) == sum(r.results[0].metrics["rounds"] for r in reports)
+    _, reports = solve(executor, algorithm, 3, report_every=3)
+    assert reports[2].results[0].metrics["rounds"] == num_rounds
+    packages = [p[0] for p in executor.fleet.packages]
+    step = [p for p in packages if p.message.step == 2 and p.message.requests[0].draw]
+    assert len(step) == num_rounds
+    trees = [key[0] for package in step for key in package.shared]
+    back = [role for p in step for r in p.message.requests for role in METHODS[r.method][1]]
+    values = {"T": T, "Q": Q, "b": 2}
+    assert eval(rounds, values) == num_rounds
+    assert eval(sent, values) == (trees.count("x"), trees.count("y"))
+    assert eval(answered, values) == (back.count("x"), back.count("y"))
 
 
 def test_sustain_makes_a_chain_of_random_length():
@@ -160,16 +194,67 @@ def test_sustain_makes_a_chain_of_random_length():
 def test_averages_of_local_hypergradients_are_wrong_and_this_is_not():
     """Closed form: grad Phi = rho x + B' A^-1 (A^-1 (B x + c) - t), A the mean over examples."""
     problem, task = Quadratic(2, 4), quadratic_task(0, num_support=6, num_query=6, noise=0.7)
-    algorithm = AID(150, 0.3, adjoint_steps=8)
+    algorithm = AID(100, 0.5, adjoint_steps=4)
     outer = problem.init_outer(torch.Generator().manual_seed(3))
     truth = true_hypergradient(problem, outer, task)
     shards = [cut(task, part, 3) for part in range(3)]
     local = task_hypergradients(problem, algorithm, outer, shards).total["x"] / 3
     assert float((local - truth).norm() / truth.norm()) > 0.05
     sgd = OuterOptimizer("sgd", lr=1.0)
-    options = {"problem": problem, "sampler": FixedTasks([task]), "optimizer": sgd}
+    options: dict[str, Any] = {
+        "problem": problem, "sampler": FixedTasks([task]), "optimizer": sgd
+    }  # fmt: skip
     state, _ = solve(InProcess(3), algorithm, 1, **options)
     torch.testing.assert_close(outer["x"] - state.outer["x"], truth, rtol=1e-8, atol=1e-9)
+
+
+# Old answers.
+
+
+class Late(LocalFleet):
+    """Shard i answers with what it said i steps ago."""
+
+    def __init__(self, num_shards: int) -> None:
+        super().__init__(num_shards)
+        self._said: dict[Any, list[list[Reply]]] = {}
+
+    def ask(self, round: Round) -> list[Reply]:
+        said = self._said.setdefault(round.place, [])
+        said.append(super().ask(round))
+        return [said[max(0, len(said) - 1 - part)][part] for part in range(len(said[0]))]
+
+
+class LateExecutor(InProcess):
+    make_fleet = Late
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        SOBA(inner_lr=0.15, adjoint_lr=0.15),
+        FSLA(inner_lr=0.15, adjoint_lr=0.15),
+        pytest.param(AmIGO(2, 0.15, adjoint_steps=2), marks=pytest.mark.slow),
+        MEHA(inner_lr=0.15, y_lr=0.15, c=30.0, c_power=0.0),
+        pytest.param(F2SA(5, 0.15, lam=1000.0), marks=pytest.mark.slow),
+    ],
+    ids=lambda algorithm: type(algorithm).__name__,
+)
+def test_answers_of_one_and_two_steps_ago_still_lead_to_the_solution(algorithm):
+    task = quadratic_task(0, num_support=6, num_query=6)
+    problem = Quadratic(2, 4, rho=1.0)
+    rate = 0.5 if isinstance(algorithm, MEHA) else 0.03
+    options: dict[str, Any] = {
+        "problem": problem,
+        "sampler": FixedTasks([task]),
+        "optimizer": OuterOptimizer("sgd", lr=rate),
+        "report_every": 1000,
+    }
+    state, _ = solve(LateExecutor(3, staleness=2), algorithm, 150, **options)
+    start = problem.init_outer(torch.Generator().manual_seed(3))
+    before, after = (
+        float(true_hypergradient(problem, x, task).norm()) for x in (start, state.outer)
+    )
+    assert after < 0.05 * before
 
 
 # What travels.

@@ -127,7 +127,7 @@ def test_workers_are_one_process(workers, name):
         assert mine.num_workers == 3 and mine.lost_workers == 0
 
 
-@pytest.mark.parametrize("problem", [Dying, Hanging])
+@pytest.mark.parametrize("problem", [Dying, pytest.param(Hanging, marks=pytest.mark.slow)])
 def test_a_worker_that_dies_or_hangs_in_a_round_changes_no_byte(workers, tmp_path, problem):
     options = {"round_timeout_s": 5.0, "max_losses": 50} if problem is Hanging else {}
     expected, _ = solve(InProcess(3), ALL["fsla"], 4, batch_size=8)
@@ -141,6 +141,7 @@ def test_a_worker_that_dies_or_hangs_in_a_round_changes_no_byte(workers, tmp_pat
     assert sum(report.lost_workers for report in rest) >= 1
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_between_rounds_changes_no_byte(workers):
     expected, _ = solve(InProcess(3), ALL["aid"], 3)
     executor = workers()
@@ -167,7 +168,7 @@ def test_an_error_of_the_problem_ends_the_run_with_its_traceback(workers, tmp_pa
 
 def test_one_slow_worker_holds_up_the_others_after_so_many_steps(workers, tmp_path):
     executor = workers(staleness=2)
-    options = {"problem": Waiting(tmp_path), "report_every": 100}
+    options: dict[str, Any] = {"problem": Waiting(tmp_path), "report_every": 100}
     solve(executor, SOBA(), 1, **options)
     reports = executor.run(7)
     next(reports)
@@ -201,6 +202,7 @@ class Uneven(Quadratic):
         return super().inner_loss(outer, inner, batch)
 
 
+@pytest.mark.slow
 def test_stale_answers_still_lead_to_the_solution(workers):
     task = quadratic_task(0, num_support=6, num_query=6)
     problem = Uneven(2, 4, rho=1.0)
@@ -224,6 +226,7 @@ def test_stale_answers_still_lead_to_the_solution(workers):
     assert 0 < max(oldest) <= 2
 
 
+@pytest.mark.slow
 def test_a_trainer_runs_it_and_closes_it(workers, tmp_path):
     workers().end()
     before = cpus_taken()
@@ -263,6 +266,7 @@ class Changing(Unequal):
         return super().shard(index, part if first else (part + 1) % num_parts, num_parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "error", "message"),
     [
@@ -278,6 +282,7 @@ def test_data_that_cannot_be_read_ends_the_start(ray_session, sampler, error, me
     assert executor._fleet is None
 
 
+@pytest.mark.slow
 def test_a_shard_that_changes_is_noticed(workers, tmp_path):
     executor = workers()
     solve(executor, SOBA(), 1, sampler=Changing(tmp_path))

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metadist.oracle import AutogradOracle, Draw
+from metadist.oracle import AutogradOracle, Draw, Source
 from metadist.problem import Problem
 from metadist.shards import ShardOracle, check_partition, cut, sample_shard, shard_fault, spread
 from metadist.task import Batch, Task
-from metadist.trees import add, scale
+from metadist.trees import Params, add, scale
 from tests.cluster.shards import Cleaning, Unequal, cleaning_task
 from tests.problems import DOUBLE, Quadratic, assert_close, generator, quadratic_task
 
@@ -59,13 +59,14 @@ def test_shares_times_derivatives_of_any_shards_add_up(of_support, of_query, siz
     options = {"batch_size": size, "seed": 5, "step": step}
     whole = AutogradOracle(PROBLEM, task, **options, eager=True)
     shards = [ShardOracle(PROBLEM, shard(part), (11, 11), **options) for part in range(4)]
-    for source, method in (("support", "inner_grads"), ("query", "outer_grads")):
+    sources: list[tuple[Source, str]] = [("support", "inner_grads"), ("query", "outer_grads")]
+    for source, method in sources:
         draw = whole.parts(source)[-1] if by_part else Draw(source, 7)
         chosen = whole.batch(draw).index.tolist()
         found = [index for s in shards for index in s.batch(draw).index.tolist()]
         assert sorted(found) == sorted(chosen)
         assert sum(s.share(draw) for s in shards) == pytest.approx(1)
-        totals = None
+        totals: list[Params] = []
         for s in shards:
             if s.share(draw):
                 trees = [scale(t, s.share(draw)) for t in getattr(s, method)(OUTER, INNER, draw)]
@@ -187,5 +188,7 @@ def test_single_precision_passes():
             return {name: leaf.float() for name, leaf in super().init_inner(outer, task).items()}
 
     task = cleaning_task(200, 200)
-    sets = (Batch.of(*(t.float() for t in batch.tensors)) for batch in (task.support, task.query))
-    assert fault(Single(200), Task(*sets, 0)) is None
+    support, query = (
+        Batch.of(*(t.float() for t in batch.tensors)) for batch in (task.support, task.query)
+    )
+    assert fault(Single(200), Task(support, query, 0)) is None
