@@ -331,6 +331,8 @@ class Trainer:
                     run.count(report, self._max_dropped)
                     version = report.step.version
                     ends = on_step is not None and not on_step(report)
+                    if self.version == version:  # it has called `save`
+                        run.settle()
                     self._periodically(version, version if ends else num_steps, monitor, run)
                     if ends and self.version >= version:
                         break
