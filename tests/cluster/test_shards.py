@@ -12,6 +12,7 @@ import ray
 import torch
 from torch import Tensor
 
+from metadist.checkpoint import Checkpoint, CheckpointStore
 from metadist.cluster import RayExecutor
 from metadist.executor import LocalExecutor
 from metadist.lease import Workload
@@ -92,7 +93,7 @@ def pid_of(server: Any) -> int:
     return pid
 
 
-def test_shards_give_the_bytes_of_one_process(executor):
+def test_shards_give_the_bytes_of_one_process(executor, tmp_path):
     expected, expected_reports = local_run(5, wide_workload(), CLIPPED)
     running = executor(wide_workload(), first_state(Wide(), CLIPPED), CLIPPED, **SHARDED)
     assert len(running._keeper.servers) == 2
@@ -102,7 +103,10 @@ def test_shards_give_the_bytes_of_one_process(executor):
     assert [report.step for report in reports] == [report.step for report in expected_reports]
     assert reports[0].step.hypergradient_norm > 0.5, "clipped"
     assert all(torch.equal(running.outer()[name], x) for name, x in expected.outer.items())
-    assert state.num_shards == 2
+    store = CheckpointStore(str(tmp_path))
+    name = store.save(Checkpoint(state))
+    assert {"tensors.safetensors", "tensors-1.safetensors"} < set(os.listdir(tmp_path / name))
+    assert state_bytes(store.load()[1].state) == state_bytes(expected)
 
 
 @pytest.mark.slow
