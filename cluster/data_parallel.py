@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import ray
 import torch
 from torch import Tensor
 
-from metadist.algorithm import State, split_own
+from metadist.algorithm import Estimate, State, split_own
 from metadist.cluster.buffers import OuterSpec, to_array, to_tensor
 from metadist.cluster.connection import connect
 from metadist.cluster.exchange import Exchange
@@ -43,8 +43,8 @@ class DataParallelExecutor:
         Trainer(problem, FixedTasks([task]), SOBA(), meta_batch_size=1, keep_state=True,
                 executor=DataParallelExecutor(num_workers=4))
 
-    The algorithm runs in this process and asks all workers for every derivative; the answers are
-    averaged, and what is not linear in them is computed here. So the run is that of
+    The algorithm runs in this process, on its CPU, and asks all workers for every derivative; the
+    answers are averaged, and what is not linear in them is computed here. So the run is that of
     `LocalExecutor` on all data, to rounding, whatever the number of workers; with the same number
     of workers it has the same bytes each time, also if workers die. (Averages of hypergradients
     that workers compute on their own would be wrong: the mean of inverses of H is not the inverse
@@ -195,54 +195,68 @@ class DataParallelExecutor:
         """One estimate of the algorithm, by all workers together."""
         began = time.perf_counter()
         sent, received, fleet.oldest = fleet.bytes_sent, fleet.bytes_received, 0
-        workload, outer = self._workload, variable.params
+        outer = variable.params
+        estimate, num_rounds, calls = self._estimate(lease.version, outer, variable.states.get(0))
+        total = flatten({**zeros_like(outer), **estimate.hypergradient})
+        if not bool(total.isfinite().all()):
+            return self._done(lease, began, torch.zeros_like(total), None, {}, calls)
+        flat = flatten_state(estimate.state)
+        self._last = flat, estimate.state
+        metrics: dict[str, float] = {}
+        if lease.report:
+            metrics = {name: float(value) for name, value in estimate.metrics.items()}
+            metrics["rounds"] = float(num_rounds)
+            metrics["bytes_sent"] = float(fleet.bytes_sent - sent)
+            metrics["bytes_received"] = float(fleet.bytes_received - received)
+            if self._staleness:
+                metrics["oldest_answer"] = float(fleet.oldest)
+            y = estimate.state.inner
+            metrics |= self._exchange.figures(lease.version, split_own(outer)[0], y)
+        return self._done(lease, began, total, flat, metrics, calls)
+
+    def _estimate(
+        self, step: int, outer: Params, flat: Tensor | None
+    ) -> tuple[Estimate, int, Mapping[str, int]]:
+        """(the estimate from the kept state `flat` on, rounds it took, calls of the oracle)."""
+        workload = self._workload
         problem_outer, own = split_own(outer)
         x = {**{name: problem_outer[name] for name in self._context}, **own}
-        rounds = Rounds(partial(self._exchange.ask, lease.version))
+        rounds = Rounds(partial(self._exchange.ask, step))
         oracle = CountingOracle(
             ClusterOracle(
                 workload.problem,
                 self._num_examples,
                 workload.batch_size,
                 workload.seed,
-                lease.version,
+                step,
                 rounds,
             )
         )
-        state = self._state(workload.algorithm.init(oracle, x, self._start), variable.states.get(0))
-        estimate = known(workload.algorithm.estimate(oracle, x, state))
-        total = flatten({**zeros_like(outer), **estimate.hypergradient})
-        flat = flatten_state(estimate.state)
-        is_finite = bool(total.isfinite().all())
-        metrics: dict[str, float] = {}
-        if is_finite:
-            self._last = flat, estimate.state
-        if is_finite and lease.report:
-            metrics = {name: float(value) for name, value in estimate.metrics.items()}
-            metrics |= {
-                "rounds": float(rounds.num_rounds),
-                "bytes_sent": float(fleet.bytes_sent - sent),
-                "bytes_received": float(fleet.bytes_received - received),
-            }
-            if self._staleness:
-                metrics["oldest_answer"] = float(fleet.oldest)
-            metrics |= self._exchange.figures(lease.version, problem_outer, estimate.state.inner)
-        contribution = Contribution(
-            lease.id,
-            lease.version,
-            total if is_finite else torch.zeros_like(total),
-            int(is_finite),
-            states={0: flat} if is_finite else {},
-        )
+        state = self._state(workload.algorithm.init(oracle, x, self._start), flat)
+        estimate: Estimate = known(workload.algorithm.estimate(oracle, x, state))
+        return estimate, rounds.num_rounds, oracle.counts
+
+    def _done(
+        self,
+        lease: Lease,
+        began: float,
+        total: Tensor,
+        flat: Tensor | None,
+        metrics: dict[str, float],
+        calls: Mapping[str, int],
+    ) -> tuple[Contribution, LeaseResult]:
+        """What goes into x and into the report; no state: the hypergradient was not finite."""
+        states = {} if flat is None else {0: flat}
+        contribution = Contribution(lease.id, lease.version, total, len(states), states=states)
         result = LeaseResult(
             lease.id,
             lease.version,
-            int(is_finite),
-            () if is_finite else (0,),
+            len(states),
+            () if states else (0,),
             metrics,
             0.0,
             time.perf_counter() - began,
-            oracle.counts,
+            calls,
         )
         return contribution, result
 

@@ -232,7 +232,7 @@ class LateExecutor(InProcess):
     "algorithm",
     [
         SOBA(inner_lr=0.15, adjoint_lr=0.15),
-        FSLA(inner_lr=0.15, adjoint_lr=0.15),
+        pytest.param(FSLA(inner_lr=0.15, adjoint_lr=0.15), marks=pytest.mark.slow),
         pytest.param(AmIGO(2, 0.15, adjoint_steps=2), marks=pytest.mark.slow),
         MEHA(inner_lr=0.15, y_lr=0.15, c=30.0, c_power=0.0),
         pytest.param(F2SA(5, 0.15, lam=1000.0), marks=pytest.mark.slow),
@@ -324,8 +324,9 @@ def test_resuming_gives_the_same_bytes_and_with_other_shards_the_same_to_roundin
     half, _ = solve(InProcess(3), algorithm, 2, batch_size=4)
     again, _ = solve(InProcess(3), algorithm, 4, state=half, batch_size=4)
     assert bytes_of(again) == bytes_of(whole)
-    other, _ = solve(InProcess(2), algorithm, 4, state=half, batch_size=4)
-    assert_same_state(other, whole)
+    for executor in (InProcess(2), LocalExecutor("cpu")):
+        other, _ = solve(executor, algorithm, 4, state=half, batch_size=4)
+        assert_same_state(other, whole)
 
 
 def test_a_trainer_resumes_from_its_checkpoint(tmp_path):
