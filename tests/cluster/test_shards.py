@@ -20,7 +20,7 @@ from metadist.outer import BLOCK, OuterOptimizer, OuterState, OuterVariable
 from metadist.task import Batch, Task
 from metadist.trees import Params
 from tests.algorithms.directions import NEW_TASKS, Directions, DirectionSampler
-from tests.cluster.test_clusters import Script
+from tests.cluster.processes import Script
 from tests.cluster.toy import (
     ADAM,
     Regression,
