@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from metadist.cli.comparing import check_contender
+from metadist.cli.contending import check_contender
 from metadist.cli.parsing import read_yaml
 from metadist.comparison import Comparison
 
