@@ -38,7 +38,7 @@ class TextRegularisation(Problem):
         g = mean CE(X y) + 1/2 sum_d exp(x_d) |y_d|^2,    f = mean validation CE(X y)
 
     Examples are (columns (n, m), values (n, m), labels (n,)): sparse rows, see `sparse_matmul`;
-    y is (D, C), from 0. A penalty of exp(x_d) wants inner_lr < 2 / (1 + exp(x_d)) at the latest.
+    y is (D, C), from 0.
 
         data = TextFeatures("news_articles")
         problem = TextRegularisation(data.num_features, data.num_classes)
@@ -52,6 +52,8 @@ class TextRegularisation(Problem):
         num_features, num_classes: D and C.
         per_feature: one strength a feature; otherwise one for all.
         strength: exp(x_d) at the start, > 0.
+        max_strength: exp(x_d) is kept below it, >= strength. Gradient steps on y diverge where
+            inner_lr * exp(x_d) > 2, and x_d of a useless term would grow for ever.
 
     Source: Grazzi et al. (2020), section 4.2, and Ji et al., stocBiO (2021). Differs from theirs by
     a shift of x: they divide the penalty by D C.
@@ -63,15 +65,21 @@ class TextRegularisation(Problem):
         num_classes: int,
         per_feature: bool = True,
         strength: float = 1e-3,
+        max_strength: float = 0.1,
     ) -> None:
         require_integer("num_features", num_features, 1)
         require_integer("num_classes", num_classes, 2)
         if not 0 < strength < math.inf:
             raise ValueError(f"strength must be > 0 and finite, got {strength}")
+        if not strength <= max_strength < math.inf:
+            raise ValueError(
+                f"max_strength must be >= strength ({strength}) and finite, got {max_strength}"
+            )
         self.num_features = num_features
         self.num_classes = num_classes
         self.per_feature = per_feature
         self.strength = strength
+        self.max_strength = max_strength
 
     def init_outer(self, generator: torch.Generator) -> Params:
         size = self.num_features if self.per_feature else 1
@@ -80,6 +88,9 @@ class TextRegularisation(Problem):
     def init_inner(self, outer: Params, task: Task) -> Params:
         shape = (self.num_features, self.num_classes)
         return {"weight": outer["log_strengths"].new_zeros(shape)}
+
+    def project_outer(self, outer: Params) -> Params:
+        return {"log_strengths": outer["log_strengths"].clamp(max=math.log(self.max_strength))}
 
     def logits(self, inner: Params, batch: Batch) -> Tensor:
         """(n, C)."""
@@ -212,7 +223,9 @@ class TextFeatures(OneTask):
         """
         found: dict[str, float] = {}
         for strength in strengths:
-            problem = TextRegularisation(self.num_features, self.num_classes, False, strength)
+            problem = TextRegularisation(
+                self.num_features, self.num_classes, False, strength, max_strength=strength
+            )
             outer = problem.init_outer(torch.Generator())
             inner = lbfgs(
                 lambda y, p=problem, x=outer: p.inner_loss(x, y, self.support),  # type: ignore[misc]

@@ -152,12 +152,19 @@ def test_shards_and_mini_batches_are_parts_of_the_whole():
 
 
 def test_check_hypergradient_finds_methods_exact():
-    problem = TextRegularisation(NUM_FEATURES, NUM_CLASSES, strength=0.3)
+    problem = TextRegularisation(NUM_FEATURES, NUM_CLASSES, strength=0.3, max_strength=1.0)
     task, _ = sparse_task()
     unrolled = ITD(inner_steps=5, inner_lr=1.0)
     assert check_hypergradient(problem, task, unrolled, repeats=[]).error < 1e-5
     solved = AID(inner_steps=60, inner_lr=1.0, adjoint_steps=30)
     assert check_hypergradient(problem, task, solved, repeats=[]).error < 1e-4
+
+
+def test_strengths_are_kept_where_gradient_steps_are_stable():
+    problem = TextRegularisation(2, 2, strength=0.01, max_strength=0.02)
+    outer = {"log_strengths": torch.tensor([-9.0, 3.0])}
+    low, high = problem.project_outer(outer)["log_strengths"]
+    assert float(low) == -9.0 and float(high.exp()) == pytest.approx(0.02)
 
 
 def corpus(size=150, seed=0):
@@ -308,6 +315,10 @@ def test_news_articles_lose_the_names_of_their_publishers(tmp_path, monkeypatch)
         (
             lambda: TextRegularisation(5, 2, strength=0.0),
             "strength must be > 0 and finite, got 0.0",
+        ),
+        (
+            lambda: TextRegularisation(5, 2, strength=0.5),
+            "max_strength must be >= strength (0.5) and finite, got 0.1",
         ),
     ],
 )
