@@ -84,7 +84,7 @@ class DataParallelExecutor:
         object_store_bytes: int | None = None,
     ) -> None:
         self._places = Places(
-            num_workers, num_workers, cpus_per_worker, gpus_per_worker, device, start_timeout_s
+            num_workers, None, cpus_per_worker, gpus_per_worker, device, start_timeout_s
         )
         if staleness < 0:
             raise ValueError(f"staleness must be >= 0, got {staleness}")

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import ray
 import torch
-from ray.util.placement_group import PlacementGroup, remove_placement_group
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
-)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from metadist.cluster.buffers import (
     OuterSpec,
@@ -24,10 +20,11 @@ from metadist.cluster.buffers import (
     pack_state,
     split_state,
 )
-from metadist.cluster.connection import connect, demand, reserve
+from metadist.cluster.connection import connect
 from metadist.cluster.fleet import Fleet, Retry
 from metadist.cluster.keeper import Keeper
 from metadist.cluster.metrics import RunMetrics
+from metadist.cluster.places import Places
 from metadist.cluster.policies import BSP, Policy, make_policy
 from metadist.cluster.runtime_env import pickle_by_value
 from metadist.cluster.scheduler import Scheduler
@@ -129,12 +126,9 @@ class RayExecutor:
         show_worker_output: bool = False,
         object_store_bytes: int | None = None,
     ) -> None:
-        _check(num_workers, cpus_per_worker, gpus_per_worker, device, start_timeout_s)
-        if min_workers is not None and not 1 <= min_workers <= num_workers:
-            raise ValueError(
-                f"min_workers must be >= 1 and <= num_workers={num_workers}, or None for all of "
-                f"them, got {min_workers}"
-            )
+        self._places = Places(
+            num_workers, min_workers, cpus_per_worker, gpus_per_worker, device, start_timeout_s
+        )
         if prefetch < 0:
             raise ValueError(f"prefetch must be >= 0, got {prefetch}")
         for field, value in (("snapshot_every", snapshot_every), ("num_shards", num_shards)):
@@ -159,15 +153,12 @@ class RayExecutor:
         self._transfer = transfer
         self._num_workers = num_workers
         self._min_workers = num_workers if min_workers is None else min_workers
-        self._cpus_per_worker = cpus_per_worker
-        self._gpus_per_worker = gpus_per_worker
         self._device = device
         self._address = address
         self._start_timeout_s = start_timeout_s
         self._show_worker_output = show_worker_output
         self._object_store_bytes = object_store_bytes
         self._is_connection_ours = False
-        self._places: list[tuple[PlacementGroup, int]] = []
         self._fleet: Fleet | None = None
         self._keeper: Keeper | None = None
         self._scheduler: Scheduler | None = None
@@ -209,7 +200,7 @@ class RayExecutor:
         try:
             self._is_connection_ours |= connect(
                 self._address,
-                self._num_workers * self._cpus_per_worker,
+                self._places.num_cpus,
                 self._show_worker_output,
                 self._object_store_bytes,
             )
@@ -254,23 +245,21 @@ class RayExecutor:
                 self._fleet.stop()
             if self._keeper is not None:
                 self._keeper.stop()
-            for group in {group.id: group for group, _ in self._places}.values():
-                remove_placement_group(group)
+            self._places.release()
             if self._is_connection_ours:
                 ray.shutdown()
         self._forget_actors()
 
     def _forget_actors(self) -> None:
-        self._places = []
+        self._places.forget()
         self._fleet = self._keeper = self._scheduler = None
         self._is_connection_ours = False
 
     def _start_fleet(self, payload: bytes) -> Fleet:
-        if not self._places:
-            self._reserve_places()
+        self._places.reserve()
         if self._fleet is None:
             self._fleet = Fleet(
-                self._make_worker,
+                partial(self._places.make, Worker),
                 self._num_workers,
                 self._retry,
                 self._min_workers,
@@ -281,30 +270,6 @@ class RayExecutor:
             self._start_timeout_s, ray.put(payload), self._spec, self._bounds, self._transfer
         )
         return self._fleet
-
-    def _reserve_places(self) -> None:
-        """Wait for the places of `min_workers`, and ask for those of the others."""
-        num_gpus = self._num_gpus()
-        bundle = {"CPU": float(self._cpus_per_worker)} | ({"GPU": num_gpus} if num_gpus else {})
-        is_elastic = self._min_workers < self._num_workers
-        option = "min_workers" if is_elastic else "num_workers"
-        group = reserve([bundle] * self._min_workers, self._start_timeout_s, option)
-        self._places = [(group, index) for index in range(self._min_workers)]
-        for _ in range(self._num_workers - self._min_workers):
-            self._places.append((demand(bundle), 0))
-
-    def _make_worker(self, number: int) -> Any:
-        group, index = self._places[number]
-        bundle = group.bundle_specs[index]
-        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-        actor = ray.remote(Worker).options(
-            num_cpus=bundle["CPU"],
-            num_gpus=bundle.get("GPU", 0),
-            max_restarts=0,
-            max_task_retries=0,
-            scheduling_strategy=place,
-        )
-        return actor.remote(f"worker-{number}", self._device)
 
     def _start_server(
         self, parts: list[PackedState], optimizer: OuterOptimizer, workload: Workload
@@ -322,18 +287,6 @@ class RayExecutor:
         self._keeper.start(parts, specs, optimizer, workload.num_threads, rules)
         return self._keeper
 
-    def _num_gpus(self) -> float:
-        """GPUs per worker."""
-        if self._gpus_per_worker is not None:
-            return float(self._gpus_per_worker)
-        num_in_cluster = int(ray.cluster_resources().get("GPU", 0))
-        if self._device == "cpu" or (num_in_cluster == 0 and self._device == "auto"):
-            return 0.0
-        if num_in_cluster == 0:
-            # Nodes with GPUs may still join.
-            return 1.0
-        return 1.0 / math.ceil(self._min_workers / num_in_cluster)
-
     def _started(self) -> Scheduler:
         if self._scheduler is None:
             raise RuntimeError("the executor must be started with start(...) before it is used")
@@ -348,26 +301,3 @@ def _make_server(number: int) -> Any:
     nodes = [here, *sorted(alive - {here})]
     place = NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=True)
     return ray.remote(ParameterServer).options(num_cpus=0, scheduling_strategy=place).remote()
-
-
-def _check(
-    num_workers: int,
-    cpus_per_worker: float,
-    gpus_per_worker: float | None,
-    device: str,
-    start_timeout_s: float,
-) -> None:
-    if num_workers < 1:
-        raise ValueError(f"num_workers must be >= 1, got {num_workers}")
-    if not cpus_per_worker > 0:
-        raise ValueError(f"cpus_per_worker must be > 0, got {cpus_per_worker}")
-    if gpus_per_worker is not None and gpus_per_worker < 0:
-        raise ValueError(f"gpus_per_worker must be >= 0 or None, got {gpus_per_worker}")
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(
-            f"device must be 'auto', 'cpu' or 'cuda' (Ray picks which GPU), got {device!r}"
-        )
-    if device == "cuda" and gpus_per_worker == 0:
-        raise ValueError("gpus_per_worker must be > 0 or None with device='cuda', got 0")
-    if not start_timeout_s > 0:
-        raise ValueError(f"start_timeout_s must be > 0, got {start_timeout_s}")

@@ -17,7 +17,7 @@ class Places:
 
     Args:
         num_workers: at the most.
-        min_workers: whose places are waited for; the others are asked for as demand.
+        min_workers: whose places are waited for, the others are asked for as demand; None: all.
         cpus_per_worker, gpus_per_worker, device, start_timeout_s: see `RayExecutor`.
 
     Raises:
@@ -27,7 +27,7 @@ class Places:
     def __init__(
         self,
         num_workers: int,
-        min_workers: int,
+        min_workers: int | None,
         cpus_per_worker: float,
         gpus_per_worker: float | None,
         device: str,
@@ -47,8 +47,13 @@ class Places:
             raise ValueError("gpus_per_worker must be > 0 or None with device='cuda', got 0")
         if not start_timeout_s > 0:
             raise ValueError(f"start_timeout_s must be > 0, got {start_timeout_s}")
+        if min_workers is not None and not 1 <= min_workers <= num_workers:
+            raise ValueError(
+                f"min_workers must be >= 1 and <= num_workers={num_workers}, or None for all of "
+                f"them, got {min_workers}"
+            )
         self._num_workers = num_workers
-        self._min_workers = min_workers
+        self._min_workers = num_workers if min_workers is None else min_workers
         self._cpus_per_worker = cpus_per_worker
         self._gpus_per_worker = gpus_per_worker
         self._device = device

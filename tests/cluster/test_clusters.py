@@ -225,10 +225,10 @@ def run(growing=False, **options):
     executor.close()
     print("same bytes", same, flush=True)
 
-print([RayExecutor(num_workers=number)._num_gpus() for number in (1, 2, 3)])
+print([RayExecutor(num_workers=number)._places._num_gpus() for number in (1, 2, 3)])
 run(num_workers=2, gpus_per_worker=0.5)
 run(num_workers=2, min_workers=1, gpus_per_worker=1.0, growing=True)
-print([RayExecutor(num_workers=number)._num_gpus() for number in (1, 2, 3)])
+print([RayExecutor(num_workers=number)._places._num_gpus() for number in (1, 2, 3)])
 run(num_workers=2, gpus_per_worker=1.0)
 print("closed", flush=True)
 time.sleep(1000)

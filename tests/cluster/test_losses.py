@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from metadist.cluster import ClusterError, RayExecutor, ServerLostError, WorkerLostError
 from metadist.cluster.fleet import Retry
+from metadist.cluster.places import Places
 from tests.algorithms.directions import NEW_TASKS, trainer
 from tests.cluster.toy import (
     Deadly,
@@ -287,7 +288,7 @@ def test_a_lease_that_two_workers_compute_is_lost_with_the_second(executor, tmp_
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where torch sees no GPU")
 def test_workers_that_cannot_start_are_reported(executor, monkeypatch):
-    monkeypatch.setattr(RayExecutor, "_num_gpus", lambda self: 0.0)
+    monkeypatch.setattr(Places, "_num_gpus", lambda self: 0.0)
     with pytest.raises(ClusterError, match="device must be 'cpu' or 'auto' where torch sees no"):
         executor(num_workers=1, device="cuda")
     assert wait_until(lambda: cpus_taken() == 0)
