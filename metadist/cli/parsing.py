@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,17 @@ class Parser(ArgumentParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.first: list[str] = []
+        self.first: dict[str, str] = {}
 
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
-        args = sys.argv[1:] if args is None else args
-        return super().parse_args([*self.first, *args], *rest, **options)
+        args = sys.argv[1:] if args is None else list(args)
+        first = dict(self.first)
+        if named_problem(args) not in (None, first.get("--problem")):
+            # It would stay: another problem may take a model too, and has a default of its own.
+            first.pop("--problem.model", None)
+        return super().parse_args(
+            [*(part for pair in first.items() for part in pair), *args], *rest, **options
+        )
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         if not self.exit_on_error:  # a parser of nested arguments: the outermost one tells
@@ -38,6 +45,21 @@ class Parser(ArgumentParser):
         print(f"{self.prog}: error: {readable(message)}", file=sys.stderr)
         print(f"`{self.prog} --help` tells the options", file=sys.stderr)
         sys.exit(2)
+
+
+def named_problem(args: list[str]) -> str | None:
+    """The problem that flags, or a config among them, name last."""
+    found = None
+    for option, following in zip(args, [*args[1:], ""], strict=True):
+        option, equals, value = option.partition("=")
+        value = value if equals else following
+        if option == "--problem":
+            found = value
+        elif option == "--config":
+            with suppress(ValueError):  # which the parser will tell
+                named = read_yaml(value).get("problem")
+                found = named.get("class_path", found) if isinstance(named, dict) else named
+    return found
 
 
 def readable(message: str) -> str:
@@ -113,8 +135,8 @@ def add_workload(parser: Parser) -> None:
     parser.add_subclass_arguments(
         Algorithm, "algorithm", required=True, help="by which method; itd by default"
     )
-    parser.first += ["--problem", NAMES["few_shot"], "--problem.model", NAMES["conv4"]]
-    parser.first += ["--algorithm", NAMES["itd"]]
+    parser.first |= {"--problem": NAMES["few_shot"], "--problem.model": NAMES["conv4"]}
+    parser.first["--algorithm"] = NAMES["itd"]
 
 
 def instantiate(config: Namespace, parser: ArgumentParser, only: str | None = None) -> Namespace:

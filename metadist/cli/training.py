@@ -47,7 +47,7 @@ def train_parser() -> Parser:
     parser.add_subclass_arguments(
         ExecutorBase, "executor", required=True, help="where it runs; this process by default"
     )
-    parser.first += ["--executor", NAMES["local"]]
+    parser.first["--executor"] = NAMES["local"]
     parser.add_class_arguments(
         Trainer,
         skip={

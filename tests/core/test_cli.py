@@ -19,6 +19,7 @@ from metadist import CheckpointStore, __version__, evaluate
 from metadist.algorithms import ALGORITHMS
 from metadist.catalogue import card_of
 from metadist.cli import COMMANDS, NAMES, main, train_parser
+from metadist.cli.names import expand_names
 from tests.core.helpers import (
     CURVES,
     Outcome,
@@ -548,6 +549,25 @@ def test_the_state_of_the_process_is_left_as_it_was(cli):
     cli.good("train", *CURVES, "--run_dir", "run", "--num_steps", 1)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "model"),
+    [
+        ("--sampler glyphs", "", "metadist.models.Conv4"),
+        ("--sampler glyphs", "problem: {init_args: {adapt: head}}", "metadist.models.Conv4"),
+        ("--sampler no_data --problem hyper_cleaning --problem.num_examples 9", "", None),
+        ("--sampler no_data --problem=hyper_cleaning --problem.num_examples 9", "", None),
+        ("", "{sampler: no_data, problem: {class_path: hyper_cleaning, init_args: "
+         "{num_examples: 9}}}", None),
+    ],
+)  # fmt: skip
+def test_a_named_problem_has_its_own_model(flags, config, model, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(config or "num_steps: 1")
+    arguments = expand_names([*flags.split(), "--config", str(file)])
+    found = train_parser().parse_args(arguments).problem.init_args.model
+    assert (found and found.class_path) == model
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
