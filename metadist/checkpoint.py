@@ -314,7 +314,8 @@ class _Manifest(NamedTuple):
     def of(cls, tree: Any) -> _Manifest:
         """Of its JSON; raises one of `Malformed` if it is none."""
         listed, score = tree["files"], tree["score"]
-        names = [*map(_part_name, range(max(1, len(listed) - 1))), STATE]
+        parts = itertools.takewhile(listed.__contains__, map(_part_name, itertools.count(1)))
+        names = [TENSORS, *parts, STATE]
         return cls(
             {
                 file: (operator.index(listed[file]["size_bytes"]), str(listed[file]["sha256"]))
