@@ -68,10 +68,14 @@ class Chaos:
                 _, *plan = self._plan.pop(0)
                 self._threads.append(threading.Thread(target=self._kill_later, args=plan))
                 self._threads[-1].start()
-            if version == self._until - 1:
-                # The last step is not taken before all kills are done.
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            num_left = len(self._threads) + len(self._plan)
+            if self._until - 1 - version <= 2 * num_left:
+                # Few steps are left: one kill for each, since the next replaces who is dead.
                 for thread in self._threads:
                     thread.join()
+                if self._plan:
+                    self._kill_later(*self._plan.pop(0)[1:])
         print(", ".join(f"{number} x {kind}" for kind, number in sorted(self.kills.items())))  # noqa: T201
         return reports
 
@@ -79,9 +83,11 @@ class Chaos:
         time.sleep(seconds)
         victim, _, how = kind.partition(" by ")
         kill = self._kill_server if victim == "server" else self._kill_worker
-        while not kill(how):
-            time.sleep(0.05)  # it is being replaced
-        self.kills[kind] += 1
+        if kill(how):
+            self.kills[kind] += 1
+        else:
+            # All are dead, and the driver replaces them on its way to the next step.
+            self._plan.insert(0, (0, 0.05, kind))
 
     def _kill_server(self, how: str) -> bool:
         server = self._running._keeper.server
@@ -94,7 +100,11 @@ class Chaos:
         return self._kill(how, server, pid)
 
     def _kill_worker(self, how: str) -> bool:
-        alive = [slot for slot in self._running._fleet._slots if slot.alive]
+        alive = [
+            slot
+            for slot in self._running._fleet._slots
+            if slot.alive and slot.info.pid not in self._dead
+        ]
         if not alive:
             return False
         slot = self._random.choice(alive)
