@@ -30,7 +30,18 @@ def workers(shared: Shared) -> Iterator[Lasting]:
     executor.end()
 
 
-@pytest.mark.parametrize(("name", "keep_state"), MODES)
+# New tasks go through the same code with every algorithm, but for two-point methods.
+@pytest.mark.parametrize(
+    ("name", "keep_state"),
+    [
+        pytest.param(
+            *mode.values,
+            id=mode.id,
+            marks=() if mode.values[1] or mode.values[0] in ("itd", "mrbo") else pytest.mark.slow,
+        )
+        for mode in MODES
+    ],
+)
 def test_ray_goes_on_from_a_checkpoint_to_the_bytes_of_one_process(
     workers, name, keep_state, tmp_path
 ):

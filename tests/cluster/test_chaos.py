@@ -181,7 +181,7 @@ SSP = {"policy": "ssp", "staleness": 3}
 @pytest.mark.parametrize(
     ("options", "num_kills", "until"),
     [
-        (SSP, 4, 40),
+        pytest.param(SSP, 4, 40, marks=pytest.mark.slow),
         pytest.param(SSP, 24, 150, marks=pytest.mark.slow),
         pytest.param({"policy": "asp"}, 4, 100, marks=pytest.mark.slow),
         pytest.param({"policy": "buffered", "buffer_size": 2}, 12, 100, marks=pytest.mark.slow),

@@ -32,7 +32,7 @@ from tests.cluster.toy import (
 )
 
 
-@pytest.mark.parametrize("num_workers", [1, 3, 2])
+@pytest.mark.parametrize("num_workers", [1, 3, pytest.param(2, marks=pytest.mark.slow)])
 def test_bsp_gives_the_bytes_of_one_process(executor, num_workers):
     expected, expected_reports = local_run(5)
     # Two are the default, which the tests after this one go on with.
@@ -78,7 +78,11 @@ def test_a_run_that_goes_on_gives_the_bytes_of_an_uninterrupted_one(executor):
     assert all(torch.equal(running.outer()[name], x) for name, x in expected.outer.items())
 
 
-@pytest.mark.parametrize("options", [{}, {"prefetch": 0}], ids=["ahead", "one at a time"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"prefetch": 0}, marks=pytest.mark.slow)],
+    ids=["ahead", "one at a time"],
+)
 def test_a_lease_that_is_handed_out_ahead_changes_no_byte(executor, monkeypatch, options):
     running = executor(make_workload(Steady(), meta_batch_size=8), **options)
     fleet = running._fleet
@@ -96,6 +100,7 @@ def test_a_lease_that_is_handed_out_ahead_changes_no_byte(executor, monkeypatch,
     )
 
 
+@pytest.mark.slow
 def test_old_versions_of_x_are_let_go(executor):
     def num_references():
         gc.collect()
@@ -203,6 +208,7 @@ def test_too_few_cpus_are_reported_in_time(executor):
     assert wait_until(lambda: cpus_taken() == 0)
 
 
+@pytest.mark.slow
 def test_workers_join_when_their_resources_appear(executor):
     taken = reserve([{"CPU": 1.0}] * 3, timeout_s=60)
     try:

@@ -167,7 +167,9 @@ class Killing(RayExecutor):
 
 
 @pytest.mark.parametrize(
-    ("name", "keep_state"), [("soba", True), ("mrbo", False)], ids=["kept state", "two points"]
+    ("name", "keep_state"),
+    [("soba", True), pytest.param("mrbo", False, marks=pytest.mark.slow)],
+    ids=["kept state", "two points"],
 )
 def test_what_a_step_left_for_the_next_survives_the_server(
     free_cluster, tmp_path, name, keep_state

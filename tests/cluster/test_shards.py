@@ -197,7 +197,8 @@ def test_every_lease_is_in_x_once_without_a_barrier(executor):
     assert running.state().applied_below == len(applied)
 
 
-@pytest.mark.parametrize("num_shards", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_shards", [1, 2])
 def test_a_server_that_hangs_is_replaced(executor, caplog, num_shards):
     options = {"num_workers": 2, "num_shards": num_shards, **PATIENT}
     running = executor(wide_workload(), first_state(Wide()), **options)
