@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,14 @@ class Parser(ArgumentParser):
 def named_problem(args: list[str]) -> str | None:
     """The problem that flags, or a config among them, name last."""
     found = None
-    for option, following in zip(args, [*args[1:], ""], strict=True):
+    for option, following in pairwise([*args, ""]):
         option, equals, value = option.partition("=")
         value = value if equals else following
         if option == "--problem":
             found = value
         elif option == "--config":
             with suppress(ValueError):  # which the parser will tell
-                named = read_yaml(value).get("problem")
+                named = read_yaml(value).get("problem", {})
                 found = named.get("class_path", found) if isinstance(named, dict) else named
     return found
 
