@@ -75,7 +75,8 @@ class Shared:
         self._executor = None
 
 
-@pytest.fixture(scope="session")
+# Not of the session: it would hold CPUs that another module counts on.
+@pytest.fixture(scope="module")
 def shared(ray_session: None) -> Iterator[Shared]:
     shared = Shared()
     yield shared
