@@ -159,7 +159,7 @@ def test_an_error_in_user_code_ends_the_run_with_its_traceback(executor):
     [
         ({"policy": Buffered(3)}, 48),
         ({"policy": "ssp", "staleness": 2}, None),
-        ({"policy": "asp", "staleness_weight": "inverse"}, 16),
+        pytest.param({"policy": "asp", "staleness_weight": "inverse"}, 16, marks=pytest.mark.slow),
     ],
 )
 def test_asynchronous_policies_apply_each_lease_once(executor, tmp_path, options, num_leases):

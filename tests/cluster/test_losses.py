@@ -196,7 +196,7 @@ def test_what_a_step_left_for_the_next_survives_the_server(
 @pytest.mark.parametrize(
     "options",
     [
-        {"policy": "asp"},
+        pytest.param({"policy": "asp"}, marks=pytest.mark.slow),
         {"policy": "ssp", "staleness": 0},
     ],
 )
