@@ -66,6 +66,17 @@ def connect(
     return True
 
 
+@contextmanager
+def connected(address: str | None, num_cpus: float) -> Iterator[None]:
+    """Within the block there is a connection, see `connect`; one made for it ends with it."""
+    is_ours = connect(address, num_cpus, False, None)
+    try:
+        yield
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
 def _check_listening(address: str) -> None:
     """Raise OSError if nothing listens there: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from metadist.algorithm import Estimate, State, split_own
 from metadist.cluster.buffers import OuterSpec, to_array, to_tensor
-from metadist.cluster.connection import connect
 from metadist.cluster.exchange import Exchange
 from metadist.cluster.fleet import Retry
 from metadist.cluster.metrics import RunMetrics
@@ -25,6 +23,7 @@ from metadist.cluster.places import Places
 from metadist.cluster.runtime_env import pickle_by_value
 from metadist.cluster.shard import Layout, ShardCheck, ShardInfo, ShardWorker
 from metadist.cluster.shard_fleet import ShardFleet
+from metadist.cluster.worker import devices_of
 from metadist.executor import StepReport, signals_held
 from metadist.lease import Lease, LeaseResult, Workload, intra_op_threads
 from metadist.oracle import CountingOracle
@@ -84,7 +83,15 @@ class DataParallelExecutor:
         object_store_bytes: int | None = None,
     ) -> None:
         self._places = Places(
-            num_workers, None, cpus_per_worker, gpus_per_worker, device, start_timeout_s
+            num_workers,
+            None,
+            cpus_per_worker,
+            gpus_per_worker,
+            device,
+            start_timeout_s,
+            address,
+            show_worker_output,
+            object_store_bytes,
         )
         if staleness < 0:
             raise ValueError(f"staleness must be >= 0, got {staleness}")
@@ -96,11 +103,7 @@ class DataParallelExecutor:
         self._num_workers = num_workers
         self._staleness = staleness
         self._device = device
-        self._address = address
         self._start_timeout_s = start_timeout_s
-        self._show_worker_output = show_worker_output
-        self._object_store_bytes = object_store_bytes
-        self._is_connection_ours = False
         self._fleet: ShardFleet | None = None
         self._variable: OuterVariable | None = None
 
@@ -111,13 +114,7 @@ class DataParallelExecutor:
         if not ray.is_initialized():
             self._forget()
         try:
-            self._is_connection_ours |= connect(
-                self._address,
-                self._places.num_cpus,
-                self._show_worker_output,
-                self._object_store_bytes,
-            )
-            self._places.reserve()
+            self._places.open()
             if self._fleet is None:
                 make_worker = partial(self._places.make, ShardWorker)
                 self._fleet = ShardFleet(
@@ -276,28 +273,23 @@ class DataParallelExecutor:
 
     def describe(self) -> dict[str, str]:
         infos = self._fleet.infos if self._fleet else []
-        devices = Counter(f"{info.where.device} on {info.where.host}" for info in infos)
         return {
             "executor": "data_parallel",
             "policy": f"staleness {self._staleness}" if self._staleness else "bsp",
             "num_workers": str(self._num_workers),
-            "device": ", ".join(f"{count} x {name}" for name, count in sorted(devices.items()))
-            or self._device,
+            "device": devices_of(info.where for info in infos) or self._device,
         }
 
     def close(self) -> None:
         if ray.is_initialized():
             if self._fleet is not None:
                 self._fleet.stop()
-            self._places.release()
-            if self._is_connection_ours:
-                ray.shutdown()
+            self._places.close()
         self._forget()
 
     def _forget(self) -> None:
         self._places.forget()
         self._fleet = self._variable = None
-        self._is_connection_ours = False
 
     def _started(self) -> tuple[OuterVariable, Any]:
         if self._variable is None or self._fleet is None:

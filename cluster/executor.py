@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -20,7 +19,6 @@ from metadist.cluster.buffers import (
     pack_state,
     split_state,
 )
-from metadist.cluster.connection import connect
 from metadist.cluster.fleet import Fleet, Retry
 from metadist.cluster.keeper import Keeper
 from metadist.cluster.metrics import RunMetrics
@@ -29,7 +27,7 @@ from metadist.cluster.policies import BSP, Policy, make_policy
 from metadist.cluster.runtime_env import pickle_by_value
 from metadist.cluster.scheduler import Scheduler
 from metadist.cluster.server import ParameterServer
-from metadist.cluster.worker import Transfer, Worker
+from metadist.cluster.worker import Transfer, Worker, devices_of
 from metadist.executor import StepReport
 from metadist.lease import Workload
 from metadist.outer import OuterOptimizer, OuterState, shard_bounds
@@ -87,9 +85,10 @@ class RayExecutor:
             takes the server about half the time of a step, and the driver's node the memory of
             two checkpoints.
         num_shards: processes among which the parameter server is divided, to the same bytes. The
-            first is on the driver's node, the second on another, and so on in turn. For an x that
-            is too large for one node's memory or network; on one node they are no faster. A shard
-            has at least 65536 numbers of x, and a problem with `project_outer` only one shard.
+            first is asked for on the driver's node, the second on another, and so on in turn, which
+            Ray may decide otherwise. For an x that is too large for one node's memory or network;
+            on one node they are no faster. A shard has at least 65536 numbers of x, and a problem
+            with `project_outer` only one shard.
         server_timeout_s: a parameter server that does not answer for longer is replaced; None:
             never.
         transfer: how workers send their sums of hypergradients: "full" as they are, or "bfloat16"
@@ -127,7 +126,15 @@ class RayExecutor:
         object_store_bytes: int | None = None,
     ) -> None:
         self._places = Places(
-            num_workers, min_workers, cpus_per_worker, gpus_per_worker, device, start_timeout_s
+            num_workers,
+            min_workers,
+            cpus_per_worker,
+            gpus_per_worker,
+            device,
+            start_timeout_s,
+            address,
+            show_worker_output,
+            object_store_bytes,
         )
         if prefetch < 0:
             raise ValueError(f"prefetch must be >= 0, got {prefetch}")
@@ -154,11 +161,7 @@ class RayExecutor:
         self._num_workers = num_workers
         self._min_workers = num_workers if min_workers is None else min_workers
         self._device = device
-        self._address = address
         self._start_timeout_s = start_timeout_s
-        self._show_worker_output = show_worker_output
-        self._object_store_bytes = object_store_bytes
-        self._is_connection_ours = False
         self._fleet: Fleet | None = None
         self._keeper: Keeper | None = None
         self._scheduler: Scheduler | None = None
@@ -198,12 +201,7 @@ class RayExecutor:
         if not ray.is_initialized():
             self._forget_actors()
         try:
-            self._is_connection_ours |= connect(
-                self._address,
-                self._places.num_cpus,
-                self._show_worker_output,
-                self._object_store_bytes,
-            )
+            self._places.open()
             fleet = self._start_fleet(payload)
             parts = split_state(pack_state(state), self._bounds)
             keeper = self._start_server(parts, optimizer, workload)
@@ -226,7 +224,6 @@ class RayExecutor:
 
     def describe(self) -> dict[str, str]:
         infos = self._fleet.infos if self._fleet else []
-        devices = Counter(f"{info.device} on {info.host}" for info in infos)
         unusual = {} if self._transfer == "full" else {"transfer": self._transfer}
         return {
             "executor": "ray",
@@ -234,8 +231,7 @@ class RayExecutor:
             "num_workers": str(self._num_workers)
             if self._min_workers == self._num_workers
             else f"{self._min_workers} to {self._num_workers}",
-            "device": ", ".join(f"{count} x {name}" for name, count in sorted(devices.items()))
-            or self._device,
+            "device": devices_of(infos) or self._device,
             **unusual,
         }
 
@@ -245,18 +241,14 @@ class RayExecutor:
                 self._fleet.stop()
             if self._keeper is not None:
                 self._keeper.stop()
-            self._places.release()
-            if self._is_connection_ours:
-                ray.shutdown()
+            self._places.close()
         self._forget_actors()
 
     def _forget_actors(self) -> None:
         self._places.forget()
         self._fleet = self._keeper = self._scheduler = None
-        self._is_connection_ours = False
 
     def _start_fleet(self, payload: bytes) -> Fleet:
-        self._places.reserve()
         if self._fleet is None:
             self._fleet = Fleet(
                 partial(self._places.make, Worker),

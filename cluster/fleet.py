@@ -69,6 +69,18 @@ class Retry:
         return float(min(self.max_backoff_s, self.backoff_s * 2 ** (num_losses - 1)))
 
 
+def wait_for_any(refs: list[ObjectRef[Any]], limit_s: float) -> list[ObjectRef[Any]]:
+    """Those that are ready as soon as one is, or after `limit_s`, which may be infinite.
+
+    All that are ready at once, so that no worker is preferred for its place in the list.
+    """
+    if not refs:
+        time.sleep(limit_s)
+        return []
+    ray.wait(refs, num_returns=1, timeout=None if limit_s == math.inf else limit_s)
+    return list(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+
+
 class Done(NamedTuple):
     """A lease came back; `totals` refer to its sums by shard of x, which stay where they are."""
 
@@ -249,14 +261,7 @@ class Fleet:
                 watched[slot.setup] = slot, None
             watched |= {call.result: (slot, call) for call in slot.calls}
         limit_s = min(self._next_check_s(), math.inf if timeout_s is None else timeout_s)
-        ready: set[ObjectRef[Any]] = set()
-        if watched:
-            # All that are ready at once, so that no worker is preferred for its place in the list.
-            refs = list(watched)
-            ray.wait(refs, num_returns=1, timeout=None if limit_s == math.inf else limit_s)
-            ready = set(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
-        else:
-            time.sleep(limit_s)
+        ready = set(wait_for_any(list(watched), limit_s))
         events: list[Done | Lost] = []
         for ref, (slot, call) in watched.items():
             if ref in ready:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import ray
 from ray import cloudpickle, exceptions
 
-from metadist.cluster.connection import connect
+from metadist.cluster.connection import connected
 from metadist.cluster.errors import ClusterError, message
 from metadist.cluster.runtime_env import pickle_by_value
 
@@ -41,31 +41,29 @@ def in_parallel(
         raise ValueError(f"num_workers must be >= 1, got {num_workers}")
     if not items:
         return
-    is_ours = connect(address, num_workers * cpus_per_worker, False, None)
-    call = ray.remote(_call).options(
-        num_cpus=cpus_per_worker, num_gpus=gpus_per_worker, max_retries=2
-    )
-    payload = ray.put(pickle_by_value(function))
-    waiting = list(enumerate(items))[::-1]
-    running: dict[Any, int] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < num_workers:
-                position, item = waiting.pop()
-                running[call.remote(payload, pickle_by_value(item))] = position
-            (done,), _ = ray.wait(list(running))
-            position = running.pop(done)
-            try:
-                yield position, cloudpickle.loads(ray.get(done))
-            except exceptions.RayTaskError as error:
-                raise error.as_instanceof_cause() from None
-            except exceptions.RayError as error:
-                yield position, ClusterError(f"the process of the call died: {message(error)}")
-    finally:
-        for call_ref in running:
-            ray.cancel(call_ref, force=True)
-        if is_ours:
-            ray.shutdown()
+    with connected(address, num_workers * cpus_per_worker):
+        call = ray.remote(_call).options(
+            num_cpus=cpus_per_worker, num_gpus=gpus_per_worker, max_retries=2
+        )
+        payload = ray.put(pickle_by_value(function))
+        waiting = list(enumerate(items))[::-1]
+        running: dict[Any, int] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < num_workers:
+                    position, item = waiting.pop()
+                    running[call.remote(payload, pickle_by_value(item))] = position
+                (done,), _ = ray.wait(list(running))
+                position = running.pop(done)
+                try:
+                    yield position, cloudpickle.loads(ray.get(done))
+                except exceptions.RayTaskError as error:
+                    raise error.as_instanceof_cause() from None
+                except exceptions.RayError as error:
+                    yield position, ClusterError(f"the process of the call died: {message(error)}")
+        finally:
+            for call_ref in running:
+                ray.cancel(call_ref, force=True)
 
 
 def _call(function: bytes, item: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""`Places`: the share of a cluster that workers are reserved, one bundle each."""
+"""`Places`: a connection to a cluster, and what workers are reserved of it, one bundle each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from metadist.cluster.connection import demand, reserve
+from metadist.cluster.connection import connect, demand, reserve
 
 
 class Places:
@@ -18,7 +18,8 @@ class Places:
     Args:
         num_workers: at the most.
         min_workers: whose places are waited for, the others are asked for as demand; None: all.
-        cpus_per_worker, gpus_per_worker, device, start_timeout_s: see `RayExecutor`.
+        cpus_per_worker, gpus_per_worker, device, start_timeout_s, address, show_worker_output,
+            object_store_bytes: see `RayExecutor`.
 
     Raises:
         ValueError: numbers that no placement can have.
@@ -32,6 +33,9 @@ class Places:
         gpus_per_worker: float | None,
         device: str,
         start_timeout_s: float,
+        address: str | None,
+        show_worker_output: bool,
+        object_store_bytes: int | None,
     ) -> None:
         if num_workers < 1:
             raise ValueError(f"num_workers must be >= 1, got {num_workers}")
@@ -58,19 +62,23 @@ class Places:
         self._gpus_per_worker = gpus_per_worker
         self._device = device
         self._start_timeout_s = start_timeout_s
+        self._address = address
+        self._show_worker_output = show_worker_output
+        self._object_store_bytes = object_store_bytes
+        self._is_connection_ours = False
         self._places: list[tuple[PlacementGroup, int]] = []
 
-    @property
-    def num_cpus(self) -> float:
-        """CPUs that all workers need."""
-        return self._num_workers * self._cpus_per_worker
-
-    def reserve(self) -> None:
-        """Wait for the places of `min_workers`, and ask for those of the others; once.
+    def open(self) -> None:
+        """Connect, wait for the places of `min_workers`, and ask for those of the others; once.
 
         Raises:
+            ConnectError: the cluster cannot be reached.
             ResourcesError: they are not free in time.
         """
+        num_cpus = self._num_workers * self._cpus_per_worker
+        self._is_connection_ours |= connect(
+            self._address, num_cpus, self._show_worker_output, self._object_store_bytes
+        )
         if self._places:
             return
         num_gpus = self._num_gpus()
@@ -96,15 +104,18 @@ class Places:
         )
         return actor.remote(f"worker-{number}", self._device)
 
-    def release(self) -> None:
-        """Give everything back."""
+    def close(self) -> None:
+        """Give everything back, with the connection if it was made here."""
         for group in {group.id: group for group, _ in self._places}.values():
             remove_placement_group(group)
+        if self._is_connection_ours:
+            ray.shutdown()
         self.forget()
 
     def forget(self) -> None:
         """The cluster is gone, and the reservations with it."""
         self._places = []
+        self._is_connection_ours = False
 
     def _num_gpus(self) -> float:
         """GPUs per worker."""

@@ -7,8 +7,6 @@ examples. A tree like the inner variable ("y") goes in one.
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from typing import Any, Literal, NamedTuple
 
@@ -188,17 +186,12 @@ class ShardWorker:
         self._trees = {}
         self._data = sample_shard(self._workload.sampler, part, num_parts)
         self._shard: Task | None = None
-        hardware = (
-            torch.cuda.get_device_name(self._device)
-            if self._device.type == "cuda"
-            else str(self._device)
-        )
         form = tuple(
             tuple(f"{tuple(tensor.shape[1:])} {tensor.dtype}" for tensor in batch.tensors)
             for batch in self._data[:2]
         )
         return ShardInfo(
-            WorkerInfo(self._name, hardware, socket.gethostname(), os.getpid()),
+            WorkerInfo.here(self._name, self._device),
             to_array(self._data.support.index),
             to_array(self._data.query.index),
             (form[0], form[1]),

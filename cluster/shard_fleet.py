@@ -23,7 +23,7 @@ from metadist.cluster.errors import (
     message,
 )
 from metadist.cluster.exchange import Round
-from metadist.cluster.fleet import Retry
+from metadist.cluster.fleet import Retry, wait_for_any
 from metadist.cluster.shard import Key, Layout, Reply, ShardCheck, ShardInfo
 
 log = logging.getLogger("metadist.cluster")
@@ -221,13 +221,7 @@ class ShardFleet:
 
     def _settle_ready(self, timeout_s: float) -> None:
         watched = {slot.pending: slot for slot in self._slots if slot.pending is not None}
-        if not watched:
-            time.sleep(timeout_s)
-            return
-        refs = list(watched)
-        ray.wait(refs, num_returns=1, timeout=None if timeout_s == math.inf else timeout_s)
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        for ref in ready:
+        for ref in wait_for_any(list(watched), timeout_s):
             self._settle(watched[ref])
 
     def _settle(self, slot: _Slot) -> None:

@@ -9,9 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ray
-
-from metadist.cluster.connection import connect
+from metadist.cluster.connection import connected
 from metadist.cluster.runtime_env import pickle_by_value
 from metadist.comparison_run import Contender
 from metadist.executor import StepReport
@@ -114,8 +112,7 @@ def tune(
     uri = Folder(folder)
     place = str(uri.local.absolute()) if uri.local is not None else uri.uri.rstrip("/")
     parent, _, name = place.rpartition("/")
-    is_ours = connect(address, num_workers * cpus_per_worker, False, None)
-    try:
+    with connected(address, num_workers * cpus_per_worker):
         if api.Tuner.can_restore(place):
             tuner = api.Tuner.restore(
                 place, trainable, resume_unfinished=True, resume_errored=True, param_space=params
@@ -129,9 +126,6 @@ def tune(
             )
             tuner = api.Tuner(trainable, param_space=params, tune_config=config, run_config=run)
         return _tuned(tuner.fit(), metric, mode)
-    finally:
-        if is_ours:
-            ray.shutdown()
 
 
 def plan(

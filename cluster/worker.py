@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import ray
@@ -35,6 +36,18 @@ class WorkerInfo(NamedTuple):
     device: str
     host: str
     pid: int
+
+    @classmethod
+    def here(cls, name: str, device: torch.device) -> WorkerInfo:
+        """Of this process."""
+        hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        return cls(name, hardware, socket.gethostname(), os.getpid())
+
+
+def devices_of(infos: Iterable[WorkerInfo]) -> str:
+    """How many workers have what hardware on which host, in words; empty without workers."""
+    devices = Counter(f"{info.device} on {info.host}" for info in infos)
+    return ", ".join(f"{count} x {name}" for name, count in sorted(devices.items()))
 
 
 class Worker:
@@ -71,8 +84,7 @@ class Worker:
         self._bounds = bounds or [(0, spec.num_elements)]
         self._rounding = Bfloat16() if transfer == "bfloat16" else None
         self._outer = spec.views(self._flat)
-        hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        return WorkerInfo(self._name, hardware, socket.gethostname(), os.getpid())
+        return WorkerInfo.here(self._name, device)
 
     def compute(
         self, lease: Lease, kept: Mapping[int, Array] | None, *pulled: Pulled
