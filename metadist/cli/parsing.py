@@ -33,9 +33,11 @@ class Parser(ArgumentParser):
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
         args = sys.argv[1:] if args is None else list(args)
         first = dict(self.first)
-        if named_problem(args) not in (None, first.get("--problem")):
-            # It would stay: another problem may take a model too, and has a default of its own.
-            first.pop("--problem.model", None)
+        for option in self.first:
+            whole = option.rpartition(".")[0]
+            if whole and last_named(whole, args) not in (None, first[whole]):
+                # It would stay where another class, with a default of its own, takes it too.
+                del first[option]
         return super().parse_args(
             [*(part for pair in first.items() for part in pair), *args], *rest, **options
         )
@@ -48,17 +50,17 @@ class Parser(ArgumentParser):
         sys.exit(2)
 
 
-def named_problem(args: list[str]) -> str | None:
-    """The problem that flags, or a config among them, name last."""
+def last_named(name: str, args: list[str]) -> str | None:
+    """The class that flags, or a config among them, name last for the option `name` (--problem)."""
     found = None
     for option, following in pairwise([*args, ""]):
         option, equals, value = option.partition("=")
         value = value if equals else following
-        if option == "--problem":
+        if option == name:
             found = value
         elif option == "--config":
             with suppress(ValueError):  # which the parser will tell
-                named = read_yaml(value).get("problem", {})
+                named = read_yaml(value).get(name.removeprefix("--"), {})
                 found = named.get("class_path", found) if isinstance(named, dict) else named
     return found
 
