@@ -11,6 +11,9 @@ from torch import Tensor
 from metadist import OuterOptimizer, Trainer
 from metadist.algorithm import Algorithm
 from metadist.algorithms import ALGORITHMS, BOME, MEHA, VPBGD, Reptile
+from metadist.executor import LocalExecutor
+from metadist.lease import Workload
+from metadist.outer import OuterState, OuterVariable
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params
@@ -104,3 +107,27 @@ def trainer(algorithm: Algorithm, keep_state: bool = False, **options: object) -
             **options,
         },
     )
+
+
+def run_in_one_process(
+    name: str,
+    keep_state: bool,
+    optimizer: OuterOptimizer,
+    meta_batch_size: int = 2,
+    problem: Directions | None = None,
+) -> tuple[Workload, OuterState, LocalExecutor]:
+    """(leases of `NEW_TASKS[name]`, the first state, an executor in this process started on it)."""
+    workload = Workload(
+        problem or Directions(),
+        DirectionSampler(),
+        NEW_TASKS[name],
+        meta_batch_size=meta_batch_size,
+        keep_state=keep_state,
+        batch_size=6,
+        vectorize=False,
+    )
+    outer = workload.problem.init_outer(torch.Generator())
+    first = OuterVariable(outer, optimizer, workload.stepping_rules()).state()
+    local = LocalExecutor("cpu")
+    local.start(workload, optimizer, first)
+    return workload, first, local

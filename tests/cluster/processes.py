@@ -11,6 +11,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
+CLUSTER = """
+import os, time
+os.environ |= {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+import ray
+from ray.cluster_utils import Cluster
+from metadist.cluster import RayExecutor
+node = dict(object_store_memory=100 << 20)
+cluster = Cluster(
+    initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, **node)
+)
+"""
+"""How a program begins with a `cluster` of one CPU that soon notices when a node is gone."""
+
 
 class Script:
     """A Python process whose descendants can be found by a mark in their environment.

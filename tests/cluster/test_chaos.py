@@ -14,10 +14,9 @@ import ray
 import torch
 from ray import exceptions
 
-from metadist.executor import LocalExecutor, StepReport
-from metadist.lease import Workload
-from metadist.outer import OuterOptimizer, OuterState, OuterVariable
-from tests.algorithms.directions import NEW_TASKS, Directions, DirectionSampler
+from metadist.executor import StepReport
+from metadist.outer import OuterOptimizer
+from tests.algorithms.directions import run_in_one_process
 from tests.cluster.toy import (
     ADAM,
     Marks,
@@ -142,36 +141,18 @@ def test_a_synchronous_run_ends_with_the_same_bytes_whoever_is_killed(executor, 
     assert state_bytes(running.state()) == state_bytes(state)
 
 
-def everything(state: OuterState) -> object:
-    """All of a state, bit for bit."""
-    kept = {**state.recursion, **{str(index): leaf for index, leaf in state.states.items()}}
-    return state_bytes(state), {name: leaf.numpy().tobytes() for name, leaf in kept.items()}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "keep_state"), [("soba", True), ("mrbo", False)], ids=["kept state", "two points"]
 )
 @pytest.mark.timeout(1200)
 def test_a_run_that_needs_the_step_before_ends_with_the_same_bytes(executor, name, keep_state):
-    workload = Workload(
-        Directions(),
-        DirectionSampler(),
-        NEW_TASKS[name],
-        meta_batch_size=4,
-        keep_state=keep_state,
-        batch_size=6,
-        vectorize=False,
-    )
-    problem, rules = workload.problem, workload.stepping_rules()
-    first = OuterVariable(problem.init_outer(torch.Generator()), ADAM, rules).state()
-    local = LocalExecutor("cpu")
-    local.start(workload, ADAM, first)
+    workload, first, local = run_in_one_process(name, keep_state, ADAM, meta_batch_size=4)
     list(local.run(40))
     running = executor(workload, first, **SYNCHRONOUS)
     chaos = Chaos(running, 40, 8, seed=8)
     chaos.reports()
-    assert everything(running.state()) == everything(local.state())
+    assert state_bytes(running.state()) == state_bytes(local.state())
     assert chaos.kills.total() == 8
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.processes import Script
+from tests.cluster.processes import CLUSTER, Script
 from tests.cluster.toy import wait_until
 
 
@@ -125,23 +125,10 @@ def lines_until_closed(script: Script) -> list[str]:
         script.stop()
 
 
-GROWING = """
-import os, time
-os.environ |= {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
-}
-import ray
-from ray.cluster_utils import Cluster
-from metadist.cluster import RayExecutor
+GROWING = (
+    CLUSTER
+    + """
 from tests.cluster.toy import ADAM, first_state, local_run, make_workload, state_bytes
-node = dict(object_store_memory=100 << 20)
-cluster = Cluster(
-    initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, **node)
-)
 ray.init(address=cluster.address, logging_level="WARNING", log_to_driver=False)
 executor = RayExecutor(num_workers=3, min_workers=1, start_timeout_s=300)
 executor.start(make_workload(), ADAM, first_state())
@@ -172,6 +159,7 @@ executor.close()
 print("closed", flush=True)
 time.sleep(1000)
 """
+)
 
 
 @pytest.mark.cluster

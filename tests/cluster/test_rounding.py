@@ -13,10 +13,8 @@ from metadist.cluster.rounding import LARGEST, Bfloat16
 from metadist.cluster.runtime_env import pickle_by_value
 from metadist.cluster.server import Arrival, ParameterServer
 from metadist.cluster.worker import Worker
-from metadist.executor import LocalExecutor
-from metadist.lease import Workload
-from metadist.outer import OuterOptimizer, OuterVariable
-from tests.algorithms.directions import NEW_TASKS, Directions, DirectionSampler
+from metadist.outer import OuterOptimizer
+from tests.algorithms.directions import run_in_one_process
 from tests.cluster.toy import (
     ADAM,
     Lines,
@@ -151,19 +149,7 @@ def test_training_ends_near_the_exact_one(executor):
     ("name", "keep_state"), [("soba", True), ("mrbo", False)], ids=["kept state", "two points"]
 )
 def test_what_an_algorithm_keeps_stays_exact(executor, name, keep_state):
-    workload = Workload(
-        Directions(),
-        DirectionSampler(),
-        NEW_TASKS[name],
-        meta_batch_size=2,
-        keep_state=keep_state,
-        batch_size=6,
-        vectorize=False,
-    )
-    outer = workload.problem.init_outer(torch.Generator())
-    first = OuterVariable(outer, ADAM, workload.stepping_rules()).state()
-    local = LocalExecutor("cpu")
-    local.start(workload, ADAM, first)
+    workload, first, local = run_in_one_process(name, keep_state, ADAM)
     running = executor(workload, first, num_workers=2, transfer="bfloat16")
     list(local.run(1)), list(running.run(1))
     # They follow from the first x, which is the same.

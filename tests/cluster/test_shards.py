@@ -14,13 +14,12 @@ from torch import Tensor
 
 from metadist.checkpoint import Checkpoint, CheckpointStore
 from metadist.cluster import RayExecutor
-from metadist.executor import LocalExecutor
 from metadist.lease import Workload
-from metadist.outer import BLOCK, OuterOptimizer, OuterState, OuterVariable
+from metadist.outer import BLOCK, OuterOptimizer
 from metadist.task import Batch, Task
 from metadist.trees import Params
-from tests.algorithms.directions import NEW_TASKS, Directions, DirectionSampler
-from tests.cluster.processes import Script
+from tests.algorithms.directions import Directions, run_in_one_process
+from tests.cluster.processes import CLUSTER, Script
 from tests.cluster.toy import (
     ADAM,
     Regression,
@@ -80,12 +79,6 @@ class WideDirections(Directions):
 
 def wide_workload(**options: Any) -> Workload:
     return make_workload(problem=Wide(), **options)
-
-
-def everything(state: OuterState) -> object:
-    """All of a state, bit for bit."""
-    kept = {**state.recursion, **{str(index): leaf for index, leaf in state.states.items()}}
-    return state_bytes(state), {name: leaf.numpy().tobytes() for name, leaf in kept.items()}
 
 
 def pid_of(server: Any) -> int:
@@ -160,20 +153,8 @@ def test_a_killed_shard_changes_no_byte(executor, monkeypatch, number, when):
     ("name", "keep_state"), [("soba", True), ("mrbo", False)], ids=["kept state", "two points"]
 )
 def test_shards_keep_what_a_step_leaves_for_the_next(executor, name, keep_state):
-    workload = Workload(
-        WideDirections(),
-        DirectionSampler(),
-        NEW_TASKS[name],
-        meta_batch_size=2,
-        keep_state=keep_state,
-        batch_size=6,
-        vectorize=False,
-    )
-    rules = workload.stepping_rules()
-    outer = workload.problem.init_outer(torch.Generator())
-    first = OuterVariable(outer, CLIPPED, rules).state()
-    local = LocalExecutor("cpu")
-    local.start(workload, CLIPPED, first)
+    problem = WideDirections()
+    workload, first, local = run_in_one_process(name, keep_state, CLIPPED, problem=problem)
     list(local.run(6))
     running = executor(workload, first, CLIPPED, **SHARDED)
     reports = running.run(6)
@@ -182,7 +163,7 @@ def test_shards_keep_what_a_step_leaves_for_the_next(executor, name, keep_state)
     ray.kill(running._keeper.servers[1])
     list(reports)
     state = running.state()
-    assert everything(state) == everything(local.state())
+    assert state_bytes(state) == state_bytes(local.state())
     assert bool(state.states) == keep_state
     assert bool(state.recursion) != keep_state
 
@@ -252,24 +233,11 @@ def test_what_cannot_be_sharded_is_refused_before_the_start(options, problem, me
         RayExecutor(**options).start(make_workload(problem=problem), ADAM, first_state(problem))
 
 
-NODES = """
-import os
-os.environ |= {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
-}
-import ray
-from ray.cluster_utils import Cluster
-from metadist.cluster import RayExecutor
+NODES = (
+    CLUSTER
+    + """
 from tests.cluster.test_shards import wide_workload, Wide
 from tests.cluster.toy import ADAM, first_state, local_run, state_bytes
-node = dict(object_store_memory=100 << 20)
-cluster = Cluster(
-    initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, **node)
-)
 added = cluster.add_node(num_cpus=0, **node)
 ray.init(address=cluster.address, logging_level="WARNING", log_to_driver=False)
 here = ray.get_runtime_context().get_node_id()
@@ -293,6 +261,7 @@ executor.close()
 ray.shutdown()
 cluster.shutdown()
 """
+)
 
 
 @pytest.mark.cluster

@@ -259,7 +259,12 @@ def first_state(problem: Problem | None = None, optimizer: OuterOptimizer = ADAM
 
 def state_bytes(state: OuterState) -> bytes:
     """Everything in a state, bit for bit."""
-    tensors = {**state.outer, **{f"optimizer.{k}": v for k, v in state.optimizer.items()}}
+    tensors = {
+        **state.outer,
+        **{f"optimizer.{name}": leaf for name, leaf in state.optimizer.items()},
+        **{f"recursion.{name}": leaf for name, leaf in state.recursion.items()},
+        **{f"states.{index}": leaf for index, leaf in state.states.items()},
+    }
     parts = [f"{name}:".encode() + leaf.numpy().tobytes() for name, leaf in tensors.items()]
     return b"|".join([*parts, repr((state.version, state.applied_below, state.applied)).encode()])
 

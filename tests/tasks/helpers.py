@@ -10,8 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from metadist.problem import Problem
 from metadist.task import Task
 from metadist.tasks import ClassImages
+from metadist.trees import Params, add, scale
+from tests.problems import assert_close, oracle_of
 
 
 def striped(num_classes: int, num_images: int, channels: int = 1, side: int = 4) -> ClassImages:
@@ -57,3 +60,23 @@ def refusal(call: Callable[[], object], kind: type[Exception] = ValueError) -> s
     with pytest.raises(kind) as caught:
         call()
     return str(caught.value)
+
+
+def assert_shards_add_up(
+    problem: Problem, task: Task, outer: Params, inner: Params, v: Params, first: int
+) -> None:
+    """The products on the first examples and on the others, weighted, are those on all of them."""
+    num_examples = len(task.support.index)
+
+    def second_order(positions: torch.Tensor) -> tuple[Params, Params]:
+        shard = task._replace(support=task.support.take(positions))
+        oracle, context, _ = oracle_of(problem, outer, shard)
+        return oracle.second_order(context, inner, v, oracle.draw_inner())
+
+    whole = second_order(torch.arange(num_examples))
+    parts = [
+        [scale(tree, len(positions) / num_examples) for tree in second_order(positions)]
+        for positions in (torch.arange(first), torch.arange(first, num_examples))
+    ]
+    for tree, one, two in zip(whole, *parts, strict=True):
+        assert_close(add(one, two), tree)
