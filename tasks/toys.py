@@ -68,9 +68,9 @@ class Toy(Problem):
     def upper(self, x: Tensor, y: Tensor) -> Tensor:
         """The outer loss f."""
 
+    @abstractmethod
     def error(self, x: Tensor, y: Tensor) -> Tensor:
-        """A vector that is 0 at the solution; only `figures` asks for it."""
-        raise NotImplementedError
+        """A vector that is 0 at the solution."""
 
 
 class Sine(Toy):

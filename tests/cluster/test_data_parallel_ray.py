@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,8 @@ class Armed(Cleaning):
             self.strike()
         return super().inner_loss(outer, inner, batch)
 
-    def strike(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def strike(self) -> None: ...
 
 
 def arm(folder: Path) -> None:
