@@ -73,26 +73,11 @@ class PackedState(NamedTuple):
     states: dict[int, Array]
 
 
-class Pulled(NamedTuple):
-    """x, and for a two-point method x one version before; or a shard's slice of them."""
-
-    flat: Array
-    previous: Array | None = None
-
-
-class Pushed(NamedTuple):
-    """The sum of hypergradients of a lease, and what the algorithm keeps of its tasks.
-
-    Of several shards each gets its slice of the sum (of a two-point method, of both halves), and
-    the first the states. `bfloat16` travels as the integers of its bits, which numpy lacks.
-    """
-
-    total: Array
-    states: dict[int, Array] = {}  # noqa: RUF012 - never changed
-
-
 def to_array(tensor: Tensor) -> Array:
-    """The values of `tensor` as numpy, to be read; the same memory if it is on the CPU."""
+    """The values of `tensor` as numpy, to be read; the same memory if it is on the CPU.
+
+    `bfloat16` travels as the integers of its bits, which numpy lacks.
+    """
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.uint16)
     array: Array = tensor.detach().cpu().numpy()

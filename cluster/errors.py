@@ -47,6 +47,7 @@ _LOST = (
     exceptions.WorkerCrashedError,
     exceptions.NodeDiedError,
     exceptions.OutOfMemoryError,
+    *filter(None, [getattr(exceptions, "RayDirectTransportError", None)]),  # not in older ones
 )
 
 

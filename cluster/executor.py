@@ -27,6 +27,7 @@ from metadist.cluster.policies import BSP, Policy, make_policy
 from metadist.cluster.runtime_env import pickle_by_value
 from metadist.cluster.scheduler import Scheduler
 from metadist.cluster.server import ParameterServer
+from metadist.cluster.transport import Transport, TransportName
 from metadist.cluster.worker import Transfer, Worker, devices_of
 from metadist.executor import StepReport
 from metadist.lease import Workload
@@ -95,6 +96,12 @@ class RayExecutor:
             in 2 bytes a number, where what a worker rounds off is added to what it sends next. x
             and what an algorithm keeps of tasks are always sent as they are. With "bfloat16" the
             result depends, in the third digit of a step, on which worker computed what.
+        transport: by which way x and the sums go: "object_store", Ray's, or "nixl", from memory to
+            memory without a copy in between, over RDMA or between GPUs where the machine has it
+            (Ray's direct tensor transport, alpha in Ray 2.60; needs metadist[nixl] on all nodes).
+        gpus_per_server: GPUs reserved for each shard of the server, also a fraction; with some x
+            is kept and stepped there, and with "nixl" goes from GPU to GPU. The result has other
+            roundings than a step on the CPU. `gpus_per_worker` must be given then.
         show_worker_output: print what workers print, with Ray's own messages. Errors of user
             code come with their traceback in any case.
         object_store_bytes: shared memory of a cluster of our own; None: Ray's choice.
@@ -122,6 +129,8 @@ class RayExecutor:
         num_shards: int = 1,
         server_timeout_s: float | None = 300.0,
         transfer: Transfer = "full",
+        transport: TransportName = "object_store",
+        gpus_per_server: float = 0.0,
         show_worker_output: bool = False,
         object_store_bytes: int | None = None,
     ) -> None:
@@ -147,6 +156,16 @@ class RayExecutor:
             )
         if transfer not in ("full", "bfloat16"):
             raise ValueError(f"transfer must be 'full' or 'bfloat16', got {transfer!r}")
+        if gpus_per_server < 0:
+            raise ValueError(f"gpus_per_server must be >= 0, got {gpus_per_server}")
+        if gpus_per_server and (device == "cpu" or not gpus_per_worker):
+            raise ValueError(
+                "gpus_per_worker must be a number > 0, and device not 'cpu', with gpus_per_server="
+                f"{gpus_per_server:g}, got {gpus_per_worker} and {device!r}: the workers must "
+                "leave room for the server on a GPU, and have one themselves"
+            )
+        self._transport = Transport(transport, on_gpu=gpus_per_server > 0)
+        self._gpus_per_server = gpus_per_server
         self._policy = make_policy(
             policy, staleness, buffer_size, staleness_weight, staleness_exponent
         )
@@ -217,14 +236,15 @@ class RayExecutor:
         return self._metrics.watch(reports)
 
     def outer(self) -> Params:
-        return self._spec.views(join([part.flat for part in self._started().pull()]))
+        return self._spec.views(join(self._started().read()))
 
     def state(self) -> OuterState:
         return join_states(self._started().state(), self._spec)
 
     def describe(self) -> dict[str, str]:
         infos = self._fleet.infos if self._fleet else []
-        unusual = {} if self._transfer == "full" else {"transfer": self._transfer}
+        ways = {"transfer": self._transfer, "transport": self._transport.name}
+        unusual = {name: way for name, way in ways.items() if way not in ("full", "object_store")}
         return {
             "executor": "ray",
             "policy": str(self._policy),
@@ -259,7 +279,12 @@ class RayExecutor:
             )
         # Put once, owned by the driver: workers that start later, anywhere, read it too.
         self._fleet.start(
-            self._start_timeout_s, ray.put(payload), self._spec, self._bounds, self._transfer
+            self._start_timeout_s,
+            ray.put(payload),
+            self._spec,
+            self._bounds,
+            self._transfer,
+            self._transport,
         )
         return self._fleet
 
@@ -268,7 +293,7 @@ class RayExecutor:
     ) -> Keeper:
         if self._keeper is None:
             self._keeper = Keeper(
-                _make_server,
+                partial(_make_server, self._gpus_per_server),
                 self._retry,
                 self._snapshot_every,
                 self._start_timeout_s,
@@ -276,7 +301,7 @@ class RayExecutor:
             )
         rules = pickle_by_value(workload.stepping_rules())
         specs = self._spec.of_slices(self._bounds)
-        self._keeper.start(parts, specs, optimizer, workload.num_threads, rules)
+        self._keeper.start(parts, specs, optimizer, workload.num_threads, rules, self._transport)
         return self._keeper
 
     def _started(self) -> Scheduler:
@@ -285,11 +310,14 @@ class RayExecutor:
         return self._scheduler
 
 
-def _make_server(number: int) -> Any:
+def _make_server(num_gpus: float, number: int) -> Any:
     # The first beside the driver: the run ends with that node anyway. The others on other nodes,
     # for the sake of their memory and network.
     here = ray.get_runtime_context().get_node_id()
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     nodes = [here, *sorted(alive - {here})]
     place = NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=True)
-    return ray.remote(ParameterServer).options(num_cpus=0, scheduling_strategy=place).remote()
+    actor: Any = ray.remote(ParameterServer).options(
+        num_cpus=0, num_gpus=num_gpus, scheduling_strategy=place
+    )
+    return actor.remote()

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray import ObjectRef, exceptions
 
-from metadist.cluster.buffers import OuterSpec, PackedState
+from metadist.cluster.buffers import Array, OuterSpec, PackedState
 from metadist.cluster.errors import ServerLostError, message
 from metadist.cluster.fleet import Retry
 from metadist.cluster.server import Arrival
@@ -140,8 +140,12 @@ class Keeper:
         return [server.version.remote() for server in self.servers]
 
     def pull(self) -> tuple[ObjectRef[Any], ...]:
-        """References to x, one for each shard."""
+        """References to x as workers take it, one for each shard."""
         return tuple(server.pull.remote() for server in self.servers)
+
+    def read(self) -> list[Array]:
+        """x, the slices of all shards."""
+        return self.ask([server.read.remote() for server in self.servers])
 
     def apply(
         self, arrivals: Sequence[Arrival], totals: Sequence[tuple[ObjectRef[Any], ...]]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from ray import ObjectRef, exceptions
 
-from metadist.cluster.buffers import PackedState, Pulled
+from metadist.cluster.buffers import Array, PackedState
 from metadist.cluster.errors import is_loss
 from metadist.cluster.fleet import Done, Fleet, Lost
 from metadist.cluster.keeper import Keeper, ServerGone
@@ -59,9 +59,9 @@ class Scheduler:
         # No ledger: the server was lost, perhaps when the caller asked for the state after a step.
         return self._ledger is not None and self._ledger.version >= self._until_version
 
-    def pull(self) -> list[Pulled]:
+    def read(self) -> list[Array]:
         """The current x, the slices of all shards."""
-        return self._with_server(lambda: self._keeper.ask(self._keeper.pull()))
+        return self._with_server(self._keeper.read)
 
     def state(self) -> list[PackedState]:
         """Everything that must persist, the parts of all shards."""

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from ray import cloudpickle
+from torch import Tensor
 
 from metadist.cluster.buffers import (
     Array,
     OuterSpec,
     PackedState,
-    Pulled,
-    Pushed,
     pack_state,
-    read_only,
     to_array,
     to_tensor,
     unpack_state,
 )
-from metadist.lease import intra_op_threads
-from metadist.outer import Contribution, OuterOptimizer, OuterVariable, StepResult
+from metadist.cluster.transport import OBJECT_STORE, Pulled, Pushed, Transport, receive
+from metadist.lease import intra_op_threads, pick_device
+from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable, StepResult
+from metadist.trees import Params
 
 
 class Arrival(NamedTuple):
@@ -53,6 +54,7 @@ class ParameterServer:
         optimizer: OuterOptimizer,
         num_threads: int,
         rules: bytes | None = None,
+        transport: Transport = OBJECT_STORE,
     ) -> None:
         """Continue from `state`.
 
@@ -62,23 +64,28 @@ class ParameterServer:
             optimizer: how x is stepped.
             num_threads: intra-op threads of a step; the sum in a norm may depend on it.
             rules: the `StepRules`, if there are any, pickled by `runtime_env.pickle_by_value`.
+            transport: by which way x goes to workers, and where it is.
         """
         self.__dict__.clear()  # the memory of the last run is needed now
+        self._transport = transport
+        self._device = pick_device(transport.device)
         self._variable = OuterVariable.from_state(
-            unpack_state(state, spec), optimizer, cloudpickle.loads(rules) if rules else None
+            _on(unpack_state(state, spec), self._device),
+            optimizer,
+            cloudpickle.loads(rules) if rules else None,
         )
         self._num_threads = num_threads
 
     def apply(self, arrivals: Sequence[Arrival], *pushed: Pushed) -> tuple[StepResult, Pulled]:
         """(what one outer step with these did, the new x); each lease counts once."""
-        contributions = _contributions(arrivals, pushed)
+        contributions = self._contributions(arrivals, pushed)
         with intra_op_threads(self._num_threads):
             step = self._variable.apply(contributions)
         return step, self.pull()
 
     def prepare(self, arrivals: Sequence[Arrival], *pushed: Pushed) -> list[float]:
         """See `OuterVariable.prepare`."""
-        contributions = _contributions(arrivals, pushed)
+        contributions = self._contributions(arrivals, pushed)
         with intra_op_threads(self._num_threads):
             return self._variable.prepare(contributions)
 
@@ -90,10 +97,12 @@ class ParameterServer:
 
     def pull(self) -> Pulled:
         """x, and what else of it a lease needs."""
-        previous = self._variable.previous
-        return Pulled(
-            to_array(self._variable.flat), None if previous is None else to_array(previous)
-        )
+        send, previous = self._transport.send_copy, self._variable.previous
+        return Pulled(send(self._variable.flat), None if previous is None else send(previous))
+
+    def read(self) -> Array:
+        """x, for who is no worker."""
+        return to_array(self._variable.flat)
 
     def kept(self, indices: Sequence[int]) -> dict[int, Array]:
         """What the algorithm keeps of these tasks."""
@@ -113,16 +122,29 @@ class ParameterServer:
         """Everything that must persist."""
         return pack_state(self._variable.state(copy=False), self._variable.flat)
 
+    def _contributions(
+        self, arrivals: Sequence[Arrival], pushed: Sequence[Pushed]
+    ) -> list[Contribution]:
+        return [
+            Contribution(
+                item.lease_id,
+                item.version,
+                receive(sent.total).to(self._device),
+                item.num_tasks,
+                item.weight,
+                {index: to_tensor(state).to(self._device) for index, state in sent.states.items()},
+            )
+            for item, sent in zip(arrivals, pushed, strict=True)
+        ]
 
-def _contributions(arrivals: Sequence[Arrival], pushed: Sequence[Pushed]) -> list[Contribution]:
-    return [
-        Contribution(
-            item.lease_id,
-            item.version,
-            read_only(sent.total),
-            item.num_tasks,
-            item.weight,
-            {index: to_tensor(state) for index, state in sent.states.items()},
-        )
-        for item, sent in zip(arrivals, pushed, strict=True)
-    ]
+
+def _on(state: OuterState, device: torch.device) -> OuterState:
+    def moved(leaves: Mapping[str, Tensor]) -> Params:
+        return {name: leaf.to(device) for name, leaf in leaves.items()}
+
+    return state._replace(
+        outer=moved(state.outer),
+        optimizer=moved(state.optimizer),
+        recursion=moved(state.recursion),
+        states={index: leaf.to(device) for index, leaf in state.states.items()},
+    )

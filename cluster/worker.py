@@ -13,17 +13,9 @@ import torch
 from ray import cloudpickle
 from torch import Tensor
 
-from metadist.cluster.buffers import (
-    Array,
-    OuterSpec,
-    Pulled,
-    Pushed,
-    join,
-    read_only,
-    to_array,
-    to_tensor,
-)
+from metadist.cluster.buffers import Array, OuterSpec, to_array, to_tensor
 from metadist.cluster.rounding import Bfloat16
+from metadist.cluster.transport import OBJECT_STORE, Pulled, Pushed, Transport, receive
 from metadist.lease import Lease, LeaseResult, Workload, pick_device
 
 Transfer = Literal["full", "bfloat16"]
@@ -68,6 +60,7 @@ class Worker:
         spec: OuterSpec,
         bounds: Sequence[tuple[int, int]] | None = None,
         transfer: Transfer = "full",
+        transport: Transport = OBJECT_STORE,
     ) -> WorkerInfo:
         """Where this worker runs, ready to compute leases of another workload.
 
@@ -76,6 +69,7 @@ class Worker:
             spec: names, shapes and dtype of x.
             bounds: the slices of x that the shards of the server own; None: there is one.
             transfer: how sums of hypergradients are sent, see `RayExecutor`.
+            transport: by which way.
         """
         device = pick_device(worker_device(self._requested_device))
         self._workload: Workload = cloudpickle.loads(payload)
@@ -83,6 +77,7 @@ class Worker:
         self._spec = spec
         self._bounds = bounds or [(0, spec.num_elements)]
         self._rounding = Bfloat16() if transfer == "bfloat16" else None
+        self._transport = transport
         self._outer = spec.views(self._flat)
         return WorkerInfo.here(self._name, device)
 
@@ -99,7 +94,9 @@ class Worker:
         self.load(pulled)
         device = self._flat.device
         before = [part.previous for part in pulled if part.previous is not None]
-        previous = self._spec.views(join(before).to(device)) if before else None
+        previous = None
+        if before:
+            previous = self._spec.views(torch.cat([receive(part).to(device) for part in before]))
         states = {index: to_tensor(state).to(device) for index, state in (kept or {}).items()}
         computed = self._workload.compute(lease, self._outer, previous, states)
         return computed.result, *self.send(computed.total, computed.states, computed.result)
@@ -107,7 +104,7 @@ class Worker:
     def load(self, pulled: Sequence[Pulled]) -> None:
         """Have this x."""
         for (start, stop), part in zip(self._bounds, pulled, strict=True):
-            self._flat[start:stop].copy_(read_only(part.flat))
+            self._flat[start:stop].copy_(receive(part.flat))
 
     def send(
         self, total: Tensor, states: Mapping[int, Tensor], result: LeaseResult
@@ -119,13 +116,13 @@ class Worker:
             total = self._rounding.round(total) if is_used else total.to(torch.bfloat16)
         left = {index: to_array(state) for index, state in states.items()}
         if len(self._bounds) == 1:
-            yield Pushed(to_array(total), left)
+            yield Pushed(self._transport.send(total), left)
             return
         halves = total.split(len(self._flat))
         for start, stop in self._bounds:
             pieces = [half[start:stop] for half in halves]
             mine = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-            yield Pushed(to_array(mine), {} if start else left)
+            yield Pushed(self._transport.send(mine), {} if start else left)
 
 
 def worker_device(device: str) -> str:

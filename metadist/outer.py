@@ -32,8 +32,9 @@ class OuterOptimizer:
     Args:
         name: one of `OPTIMIZERS`.
         lr: the outer learning rate, > 0.
-        options: further arguments of that torch.optim class, e.g. {"weight_decay": 1e-4}; for a
-            large x {"fused": True} makes a step of Adam twice as fast, with other roundings.
+        options: further arguments of that torch.optim class, e.g. {"weight_decay": 1e-4}. Adam and
+            AdamW use torch's fused kernels, several times faster than its loop, which has other
+            roundings and is used with {"fused": False}.
         clip_norm: the hypergradient is scaled down to this Euclidean norm; None: never.
         schedule: of the learning rate: "constant"; falling to 0 over `schedule_steps` outer steps
             as "linear" or "cosine"; or "power", lr * (k+1)^-schedule_power at outer step k.
@@ -80,6 +81,13 @@ class OuterOptimizer:
                     f"options of {self.name} must be among {sorted(known)}, got {option!r}"
                 )
 
+    def make(self, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The torch optimiser of `params`."""
+        options = dict(self.options)
+        if self.name in ("adam", "adamw") and not options.keys() & _INSTEAD_OF_FUSED:
+            options["fused"] = True
+        return OPTIMIZERS[self.name](params, lr=self.lr, **options)
+
     def lr_at(self, version: int) -> float:
         """The learning rate of the step from `version` to `version + 1`."""
         warmup = min(1.0, (version + 1) / self.warmup_steps) if self.warmup_steps else 1.0
@@ -101,6 +109,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop,
     "adagrad": torch.optim.Adagrad,
 }
+
+_INSTEAD_OF_FUSED = {"fused", "foreach", "capturable", "differentiable"}
 
 
 class Contribution(NamedTuple):
@@ -208,9 +218,7 @@ class OuterVariable:
         self._flat = flatten({name: leaf.detach() for name, leaf in outer.items()})
         self._config = optimizer
         self._blocks = [torch.nn.Parameter(block) for block in self._flat.split(BLOCK)]
-        self._optimizer = OPTIMIZERS[optimizer.name](
-            self._blocks, lr=optimizer.lr, **optimizer.options
-        )
+        self._optimizer = optimizer.make(self._blocks)
         self._moments: dict[str, Tensor] = {}
         self._join_moments(slice(None))
         self._has_stepped = False
@@ -507,7 +515,7 @@ def check_state(state: OuterState, optimizer: OuterOptimizer) -> None:
     length = num_elements(state.outer)
     like = torch.nn.Parameter(torch.zeros(1))
     like.grad = torch.zeros(1)
-    stepped = OPTIMIZERS[optimizer.name]([like], lr=optimizer.lr, **optimizer.options)
+    stepped = optimizer.make([like])
     stepped.step()
     known = {name: leaf for name, leaf in stepped.state[like].items() if leaf is not None}
     shapes = {

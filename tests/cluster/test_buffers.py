@@ -11,8 +11,6 @@ import torch
 
 from metadist.cluster.buffers import (
     OuterSpec,
-    Pulled,
-    Pushed,
     join_states,
     pack_state,
     read_only,
@@ -20,6 +18,7 @@ from metadist.cluster.buffers import (
 )
 from metadist.cluster.runtime_env import pickle_by_value
 from metadist.cluster.server import Arrival, ParameterServer
+from metadist.cluster.transport import Pulled, Pushed, receive
 from metadist.cluster.worker import Worker, worker_device
 from metadist.outer import Contribution, OuterOptimizer, OuterVariable
 from tests.cluster.toy import ADAM, Regression, first_state, make_workload, state_bytes
@@ -99,7 +98,7 @@ def test_the_server_applies_a_lease_once():
 
 def test_the_server_weighs_contributions():
     server = make_server()
-    before = server.pull().flat.copy()
+    before = server.read().copy()
     _, after = server.apply([Arrival(0, 0, 2, 0.5)], Pushed(np.ones_like(before)))
     np.testing.assert_allclose(before - after.flat, 0.25, rtol=1e-6)
 
@@ -114,10 +113,10 @@ def test_shared_memory_is_never_written_to(ray_session):
     server: Any = ray.remote(ParameterServer).options(num_cpus=0).remote()
     server.setup.remote(pack_state(state), spec, ADAM, 1)
     flat = ray.put(Pulled(np.arange(spec.num_elements, dtype=np.float32)))
-    before = ray.get(flat).flat.copy()
+    before = receive(ray.get(flat).flat).clone()
     lease = make_workload().lease(0, 0)
     meta, pushed = worker.compute.options(num_returns=2).remote(lease, None, flat)
-    pushed_before = ray.get(pushed).total.copy()
+    pushed_before = receive(ray.get(pushed).total).clone()
     arrivals = [Arrival(0, 0, 1, 1.0)]
     _, first = ray.get(server.apply.options(num_returns=2).remote(arrivals, pushed))
     first_before = first.flat.copy()

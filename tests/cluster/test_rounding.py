@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from metadist.cluster import RayExecutor
-from metadist.cluster.buffers import OuterSpec, Pulled, pack_state, read_only
+from metadist.cluster.buffers import OuterSpec, pack_state, read_only
 from metadist.cluster.rounding import LARGEST, Bfloat16
 from metadist.cluster.runtime_env import pickle_by_value
 from metadist.cluster.server import Arrival, ParameterServer
+from metadist.cluster.transport import Pulled, receive
 from metadist.cluster.worker import Worker
 from metadist.outer import OuterOptimizer
 from tests.algorithms.directions import run_in_one_process
@@ -100,11 +101,12 @@ def test_a_sum_of_no_tasks_takes_nothing_along():
     workload = make_workload(problem=problem)
     state = first_state(problem)
     worker.setup(pickle_by_value(workload), OuterSpec.of(state.outer), None, "bfloat16")
-    pulled = Pulled(pack_state(state).flat)
-    worker.compute(workload.lease(0, 0), None, pulled)
+    flat = pack_state(state).flat
+    worker.compute(workload.lease(0, 0), None, Pulled(flat))
     left = worker._rounding._left.clone()
     assert left.any()
-    result, pushed = worker.compute(workload.lease(1, 0), None, Pulled(pulled.flat * float("nan")))
+    nowhere = flat * flat.dtype.type("nan")
+    result, pushed = worker.compute(workload.lease(1, 0), None, Pulled(nowhere))
     assert (result.num_tasks, len(result.dropped)) == (0, 1)
     assert not pushed.total.any()
     assert torch.equal(worker._rounding._left, left)
@@ -116,13 +118,13 @@ def test_the_server_adds_bfloat16_without_further_rounding(weight):
     state = first_state(optimizer=optimizer)
     server = ParameterServer()
     server.setup(pack_state(state), OuterSpec.of(state.outer), optimizer, 1)
-    before = read_only(server.pull().flat.copy())
+    before = receive(server.pull().flat).clone()
     _, pushed = pushed_small()
     total = read_only(pushed.total)
     assert total.dtype == torch.bfloat16
     _, after = server.apply([Arrival(n, 0, 1, weight) for n in range(3)], *[pushed] * 3)
     mean = sum((total.float() * weight for _ in range(3)), torch.zeros(())) / 3
-    torch.testing.assert_close(before - read_only(after.flat), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(before - receive(after.flat), mean, rtol=1e-5, atol=1e-6)
 
 
 def pushed_small() -> Any:

@@ -59,9 +59,10 @@ def test_every_optimizer_is_tested():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("name", "options"), EVERY_OPTIMIZER)
 def test_a_step_is_that_of_torch_optim_on_the_mean_gradient(name, options, dtype):
-    variable = OuterVariable(params(dtype), OuterOptimizer(name, lr=0.05, options=options))
+    config = OuterOptimizer(name, lr=0.05, options=options)
+    variable = OuterVariable(params(dtype), config)
     leaf = torch.nn.Parameter(flatten(params(dtype)))
-    reference = OPTIMIZERS[name]([leaf], lr=0.05, **options)
+    reference = config.make([leaf])
     for step in range(4):
         pair = [contribution(2 * step + i, step, num_tasks=3 - i, dtype=dtype) for i in range(2)]
         variable.apply(pair)
@@ -70,6 +71,21 @@ def test_a_step_is_that_of_torch_optim_on_the_mean_gradient(name, options, dtype
         assert torch.equal(variable.flat, leaf.detach())
     assert list(variable.params) == ["b", "a", "c"]
     assert torch.equal(flatten(variable.params), leaf.detach())
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize("given", [{}, {"fused": False}, {"foreach": True}, {"fused": True}])
+def test_adam_is_fused_unless_another_loop_is_asked_for(name, given):
+    leaf = torch.nn.Parameter(torch.randn(1000, generator=generator(1)))
+    made = OuterOptimizer(name, lr=0.05, options=given).make([leaf])
+    assert bool(made.defaults["fused"]) is (given in ({}, {"fused": True}))
+    plain = torch.nn.Parameter(leaf.detach().clone())
+    reference = OPTIMIZERS[name]([plain], lr=0.05, foreach=False)
+    for step in range(5):
+        leaf.grad = plain.grad = torch.randn(1000, generator=generator(step, 2))
+        made.step()
+        reference.step()
+    torch.testing.assert_close(leaf.detach(), plain.detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "options"), EVERY_OPTIMIZER)
@@ -466,9 +482,10 @@ def test_a_state_that_is_no_copy_is_the_memory_of_the_variable():
 def test_the_first_step_of_many_blocks_is_that_of_torch_optim_too(name, options):
     length = 130 * BLOCK + 3
     outer = torch.randn(length, generator=generator(2))
-    variable = OuterVariable({"x": outer}, OuterOptimizer(name, lr=0.05, options=options))
+    config = OuterOptimizer(name, lr=0.05, options=options)
+    variable = OuterVariable({"x": outer}, config)
     leaf = torch.nn.Parameter(outer.clone())
-    reference = OPTIMIZERS[name]([leaf], lr=0.05, **options)
+    reference = config.make([leaf])
     for version in range(2):
         leaf.grad = torch.randn(length, generator=generator(version, 3))
         variable.apply([Contribution(version, version, leaf.grad, 1)])
