@@ -29,8 +29,9 @@ from metadist.lease import Lease, LeaseResult, Workload, intra_op_threads
 from metadist.oracle import CountingOracle
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable
 from metadist.problem import per_example_names
-from metadist.shards import check_partition
+from metadist.shards import FirstShard, check_partition
 from metadist.state import counters_of, flatten_state, unflatten_state
+from metadist.task import TaskSampler
 from metadist.trees import Params, flatten, zeros_like
 
 log = logging.getLogger("metadist.cluster")
@@ -106,6 +107,10 @@ class DataParallelExecutor:
         self._start_timeout_s = start_timeout_s
         self._fleet: ShardFleet | None = None
         self._variable: OuterVariable | None = None
+
+    def probe(self, sampler: TaskSampler) -> TaskSampler:
+        """What the trainer looks at before a run: where workers read their parts, one of them."""
+        return FirstShard(sampler, self._num_workers) if hasattr(sampler, "shard") else sampler
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         """See `Executor`; started again, it keeps its processes and sets them up anew."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,26 @@ def sample_shard(sampler: TaskSampler, part: int, num_parts: int) -> Task:
         return cut(sampler.sample(0), part, num_parts)
     task: Task = shard(0, part, num_parts)
     return task
+
+
+class FirstShard:
+    """Of every task shard 0, as a task: what can be looked at where nobody holds all data.
+
+    Args:
+        sampler: with a method `shard`.
+        num_parts: shards of a task.
+    """
+
+    def __init__(self, sampler: Any, num_parts: int) -> None:
+        self._sampler = sampler
+        self._num_parts = num_parts
+
+    def sample(self, index: int) -> Task:
+        """Shard 0 of the task, its examples numbered from 0."""
+        task: Task = self._sampler.shard(index, 0, self._num_parts)
+        return task._replace(
+            support=Batch.of(*task.support.tensors), query=Batch.of(*task.query.tensors)
+        )
 
 
 def check_partition(indices: Sequence[Tensor], source: Source) -> None:

@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,11 @@ class Trainer:
             raise ValueError(f"val_every must be None without a val_sampler, got {val_every}")
         if eval_inner_steps is not None:
             with_inner_steps(algorithm, eval_inner_steps)
-        for source in (sampler, val_sampler):
+        self._executor = executor or LocalExecutor()
+        # Nobody needs to hold all data of a task that is cut into shards.
+        probe: Callable[[TaskSampler], TaskSampler] | None = getattr(self._executor, "probe", None)
+        self._probe = sampler if probe is None else probe(sampler)
+        for source in (self._probe, val_sampler):
             if source is not None:
                 check_sampler(source, 2, processes=False, allow_equal_examples=allow_equal_examples)
         self.problem = problem
@@ -172,7 +176,6 @@ class Trainer:
             seed=seed,
             num_threads=num_threads,
         )
-        self._executor = executor or LocalExecutor()
         self._val_sampler = val_sampler
         self._val_every = val_every
         self._val_tasks = val_tasks
@@ -194,8 +197,9 @@ class Trainer:
             self._mirror.fetch(EVENTS)
             self.run_dir = self._mirror.path
         self._events = EventLog(None if self.run_dir is None else self.run_dir / EVENTS)
-        outer = initial_outer(problem, self._workload, seed)
-        preflight(self._workload, outer)
+        probed = replace(self._workload, sampler=self._probe)
+        outer = initial_outer(problem, probed, seed)
+        preflight(probed, outer)
         if val_sampler is not None:
             check_losses(problem, val_sampler, outer, "val_sampler")
         # What must not change between the parts of one run, as a checkpoint gives it back.
@@ -318,7 +322,7 @@ class Trainer:
             if self.run_dir is not None:
                 self._open_run_dir(self.run_dir)
                 monitor = Monitor(self.run_dir / "tensorboard", self.version)
-                monitor.start(self.settings(), self.sampler.sample(0))
+                monitor.start(self.settings(), self._probe.sample(0))
             self.has_started = True
             about = {"until_step": num_steps, **self._executor.describe()}
             with self._events.run(self.version, **about):

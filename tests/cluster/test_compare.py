@@ -14,6 +14,7 @@ import yaml
 from metadist.cli import main
 from metadist.cluster.errors import ClusterError
 from metadist.cluster.parallel import in_parallel
+from tests.cluster.processes import CLUSTER, Script
 from tests.core.test_comparison import CONFIG, MINE
 
 
@@ -73,3 +74,47 @@ def test_runs_on_ray_are_those_of_this_process(ray_session, tmp_path, monkeypatc
     # What is done needs no process.
     assert main([*here, "out", "--num_workers", "2"]) == 0
     assert results("out") == results("plain")
+
+
+NODES = (
+    CLUSTER
+    + """
+import threading
+from pathlib import Path
+from metadist.cli import main
+os.environ["RAY_ADDRESS"] = cluster.address
+added = cluster.add_node(num_cpus=1, **node)
+
+def lose():
+    while len(list(Path("out").glob("runs/*/seed-*/records.jsonl"))) < 2:
+        time.sleep(0.01)
+    cluster.remove_node(added, allow_graceful=False)
+
+losing = threading.Thread(target=lose)
+losing.start()
+here = ["compare", "config.yaml", "--plots", "false", "--folder"]
+print("exit", main([*here, "out", "--num_workers", "2"]), flush=True)
+losing.join()
+cluster.shutdown()
+del os.environ["RAY_ADDRESS"]
+print("exit", main([*here, "plain"]), flush=True)
+"""
+)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_runs_on_two_nodes_survive_the_loss_of_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE)
+    config = {**CONFIG, "budget": {"calls": 8_000}, "evaluations": 20}
+    Path("config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    script = Script(NODES, str(tmp_path))
+    try:
+        output, errors = script.process.communicate(timeout=600)
+        assert script.process.returncode == 0, errors
+    finally:
+        script.stop()
+    assert [line for line in output.splitlines() if line.startswith("exit")] == ["exit 0"] * 2
+    assert results("out") == results("plain") and len(results("out")) == 84

@@ -243,6 +243,25 @@ def test_a_trainer_runs_it_and_closes_it(workers, tmp_path):
     assert settings["executor"] == "data_parallel" and settings["num_workers"] == "2"
 
 
+class Parts(Unequal):
+    """Nobody can hold all of it."""
+
+    def sample(self, index):
+        raise MemoryError("more than there is")
+
+    def shard(self, index, part, num_parts):
+        return Unequal().shard(index, part, num_parts)
+
+
+def test_no_machine_needs_to_hold_all_data(workers, tmp_path):
+    training = cleaning(AID(3, 0.2), workers(), sampler=Parts(), run_dir=tmp_path / "run")
+    training.fit(2)
+    local = cleaning(AID(3, 0.2), LocalExecutor("cpu"))
+    local.fit(2)
+    for name, leaf in local.outer.items():
+        torch.testing.assert_close(training.outer[name], leaf, rtol=1e-10, atol=1e-10)
+
+
 class Fatal(Unequal):
     def shard(self, index, part, num_parts):
         if part == 1:
