@@ -86,10 +86,10 @@ class RayExecutor:
             takes the server about half the time of a step, and the driver's node the memory of
             two checkpoints.
         num_shards: processes among which the parameter server is divided, to the same bytes. The
-            first is asked for on the driver's node, the second on another, and so on in turn, which
-            Ray may decide otherwise. For an x that is too large for one node's memory or network;
-            on one node they are no faster. A shard has at least 65536 numbers of x, and a problem
-            with `project_outer` only one shard.
+            first is on the driver's node, the second on another, and so on in turn (on nodes with a
+            free GPU where `gpus_per_server` asks for one). For an x that is too large for one
+            node's memory or network; on one node they are no faster. A shard has at least 65536
+            numbers of x, and a problem with `project_outer` only one shard.
         server_timeout_s: a parameter server that does not answer for longer is replaced; None:
             never.
         transfer: how workers send their sums of hypergradients: "full" as they are, or "bfloat16"
@@ -316,7 +316,9 @@ def _make_server(num_gpus: float, number: int) -> Any:
     here = ray.get_runtime_context().get_node_id()
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     nodes = [here, *sorted(alive - {here})]
-    place = NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=True)
+    # A mere wish (`soft`) Ray often ignores; all it can be where not every node has a GPU. A node
+    # that has died meanwhile is a loss as any other.
+    place = NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=num_gpus > 0)
     actor: Any = ray.remote(ParameterServer).options(
         num_cpus=0, num_gpus=num_gpus, scheduling_strategy=place
     )
