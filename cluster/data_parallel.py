@@ -28,7 +28,7 @@ from metadist.executor import StepReport, signals_held
 from metadist.lease import Lease, LeaseResult, Workload, intra_op_threads
 from metadist.oracle import CountingOracle
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable
-from metadist.problem import per_example_names
+from metadist.problem import check_rows
 from metadist.shards import FirstShard, check_partition
 from metadist.state import counters_of, flatten_state, unflatten_state
 from metadist.task import TaskSampler
@@ -143,9 +143,9 @@ class DataParallelExecutor:
     ) -> None:
         """Check the shards, and make ready to ask them."""
         problem_outer, _ = split_own(state.outer)
-        rows = per_example_names(workload.problem, problem_outer)
         positions = check_shards(infos)
         num_examples = (sum(map(len, positions)), sum(len(info.query) for info in infos))
+        rows = check_rows(workload.problem, problem_outer, num_examples[0])
         layout = _layout(problem_outer, rows, num_examples)
         checks = fleet.check(
             layout,
@@ -361,10 +361,4 @@ def check_starts(checks: list[ShardCheck]) -> tuple[tuple[str, ...], Params]:
 def _layout(outer: Params, rows: set[str], num_examples: tuple[int, int]) -> Layout:
     """Before the context and the inner variable are known."""
     spec = OuterSpec.of(outer)
-    for name in rows:
-        if not spec.shapes[name] or spec.shapes[name][0] != num_examples[0]:
-            raise ValueError(
-                f"per_example variable {name} must have a row for each of {num_examples[0]} "
-                f"support examples, got shape {spec.shapes[name]}"
-            )
     return Layout(spec, spec, spec, frozenset(rows), num_examples)

@@ -13,7 +13,8 @@ from metadist.algorithm import Algorithm, split_own
 from metadist.hypergradient import HypergradientSum, vectorizes
 from metadist.lease import Workload, intra_op_threads
 from metadist.oracle import AutogradOracle, CountingOracle
-from metadist.problem import Problem, context_depends_on, is_nonsmooth
+from metadist.problem import Problem, check_rows, context_depends_on, is_nonsmooth
+from metadist.shards import FirstShard
 from metadist.task import Task, TaskSampler, to_device
 from metadist.trees import Params, check_flattenable
 
@@ -41,7 +42,9 @@ def preflight(workload: Workload, outer: Params) -> None:
     """
     num_tasks = min(2, workload.meta_batch_size) if workload.keep_state else 2
     tasks = [_task(workload.sampler, outer, index) for index in range(num_tasks)]
-    algorithm = workload.algorithm
+    algorithm, problem_outer = workload.algorithm, split_own(outer)[0]
+    if not isinstance(workload.sampler, FirstShard):
+        check_rows(workload.problem, problem_outer, len(tasks[0].support.index))
     with intra_op_threads(workload.num_threads):
         check_losses(workload.problem, workload.sampler, outer)
         if is_nonsmooth(workload.problem) and not algorithm.takes_prox:
@@ -49,7 +52,7 @@ def preflight(workload: Workload, outer: Params) -> None:
                 f"algorithm must take a prox for a problem with prox_inner, got "
                 f"{type(algorithm).__name__}, which would leave the non-smooth part out: use MEHA"
             )
-        algorithm.check(workload.problem, split_own(outer)[0], tasks[0])
+        algorithm.check(workload.problem, problem_outer, tasks[0])
         result = _hypergradient(workload, outer, tasks[:1])
         _check_twice_differentiable(workload, outer, tasks[0])
         if num_tasks > 1:
@@ -62,7 +65,7 @@ def preflight(workload: Workload, outer: Params) -> None:
     dead = [name for name, leaf in result.total.items() if not leaf.any()]
     if algorithm.trains == "context":
         # From a start at v = 0 the first hypergradient may be zero, and the next is not.
-        reached = context_depends_on(workload.problem, split_own(outer)[0], tasks[0])
+        reached = context_depends_on(workload.problem, problem_outer, tasks[0])
         dead = [name for name in dead if name not in reached]
         if not reached:
             raise ValueError(

@@ -113,6 +113,20 @@ def per_example_names(problem: Problem, outer: Params) -> set[str]:
     return names
 
 
+def check_rows(problem: Problem, outer: Params, num_examples: int) -> set[str]:
+    """`per_example_names`; ValueError unless each has a row for each of the support examples."""
+    names = per_example_names(problem, outer)
+    for name in sorted(names):
+        shape = tuple(outer[name].shape)
+        if shape[:1] != (num_examples,):
+            raise ValueError(
+                f"per_example variable {name} must have a row for each of {num_examples} support "
+                f"examples, got shape {shape}: give {type(problem).__name__} the number of "
+                "examples that the sampler's tasks have"
+            )
+    return names
+
+
 def context_depends_on(problem: Problem, outer: Params, task: Task) -> set[str]:
     """Names of the outer variables that the context of `task` depends on."""
     x = leaves(outer)

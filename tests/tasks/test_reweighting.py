@@ -375,11 +375,15 @@ def test_bad_input(call, message):
     assert refusal(call).startswith(message)
 
 
-def test_too_few_weights_are_refused_before_training():
-    message = refusal(
-        lambda: train(small(HyperCleaning, num_examples=50), cleaning(), ITD(), 1, None)
+@pytest.mark.parametrize("num_examples", [50, 5000])
+def test_too_few_or_too_many_weights_are_refused_before_training(num_examples):
+    problem = small(HyperCleaning, num_examples=num_examples)
+    message = refusal(lambda: train(problem, cleaning(), ITD(), 1, None))
+    size = len(cleaning().sample(0).support.index)
+    assert message.startswith(
+        f"per_example variable logits must have a row for each of {size} support examples, got "
+        f"shape ({num_examples},): give HyperCleaning the number"
     )
-    assert message.startswith("inner_loss must be computable on task 0 of sampler")
 
 
 def test_a_data_set_with_other_classes_in_its_test_part_is_refused():
