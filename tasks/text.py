@@ -230,7 +230,7 @@ class TextFeatures(OneTask):
         return figures
 
     def baselines(
-        self, strengths: Sequence[float] = STRENGTHS, max_iter: int = 300
+        self, strengths: Sequence[float] = STRENGTHS, max_iter: int = 100
     ) -> dict[str, dict[str, float]]:
         """Figures of the best single strength for all features, which a grid search finds.
 
