@@ -101,13 +101,15 @@ def _compressed(columns: Tensor, values: Tensor, num_columns: int) -> _Matrix:
 
 
 def _compress(columns: Tensor, values: Tensor, num_columns: int) -> _Matrix:
-    is_value = values != 0
-    row, column = is_value.nonzero()[:, 0], columns[is_value].long()
-    value = values[is_value]
+    # By flat positions, which is faster than by masks: every mini-batch comes through here.
+    place = values.flatten().nonzero()[:, 0]
+    row, column = place // values.shape[1], columns.flatten()[place].long()
+    value = values.flatten()[place]
     if len(column) and int(column.max()) >= num_columns:
+        found = int(column.max())
         raise ValueError(
-            f"columns must be < {num_columns}, the rows of the dense matrix, got "
-            f"{int(column.max())}"
+            f"columns must be < {num_columns}, the rows of the dense matrix, got {found}: a model "
+            f"of these rows needs num_features >= {found + 1}"
         )
     by_column = column.argsort(stable=True)
     return _Matrix(

@@ -29,6 +29,8 @@ from metadist.tasks.sparse import sparse_matmul
 from metadist.trees import Params
 
 NAMES = ("news_articles", "20newsgroups")
+STRENGTHS = tuple(10 ** (k / 4) for k in range(-28, -3))
+"""Four a decade, from 1e-7 to 0.1."""
 NEEDS = "texts need scikit-learn: pip install 'metadist[text]'"
 
 
@@ -98,9 +100,12 @@ class TextRegularisation(Problem):
         return sparse_matmul(columns, values, inner["weight"])
 
     def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        return self.outer_loss(outer, inner, batch) + self.penalty(outer, inner)
+
+    def penalty(self, outer: Params, inner: Params) -> Tensor:
+        """1/2 sum_d exp(x_d) |y_d|^2."""
         squares_D = inner["weight"].square().sum(1)
-        penalty = (outer["log_strengths"].exp() * squares_D).sum()
-        return self.outer_loss(outer, inner, batch) + 0.5 * penalty
+        return 0.5 * (outer["log_strengths"].exp() * squares_D).sum()
 
     def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
         return F.cross_entropy(self.logits(inner, batch), batch.tensors[-1])
@@ -124,6 +129,9 @@ class TextFeatures(OneTask):
         root: folder of the data, see `data_root`.
         num_train, num_val, num_test: texts >= 1. Those of 20 Newsgroups in the papers: 5657, 5657
             and 7532, the last from its test part.
+        num_selection: further texts, >= 0, that neither x nor y is fitted to: to choose
+            hyperparameters by, and where to end. x has more numbers than there are validation
+            texts and overfits them.
         min_df: terms of fewer training texts are left out, >= 1.
         max_features: keep so many terms, the most frequent; None: all.
         max_terms: keep so many terms of a text, those of the largest values, since a text of m
@@ -143,6 +151,7 @@ class TextFeatures(OneTask):
         num_train: int = 1800,
         num_val: int = 900,
         num_test: int = 900,
+        num_selection: int = 0,
         min_df: int = 2,
         max_features: int | None = None,
         max_terms: int | None = 512,
@@ -151,6 +160,7 @@ class TextFeatures(OneTask):
         sizes = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
         for field, value in {**sizes, "min_df": min_df}.items():
             require_integer(field, value, 1)
+        require_integer("num_selection", num_selection, 0)
         for field, limit in (("max_features", max_features), ("max_terms", max_terms)):
             if limit is not None:
                 require_integer(field, limit, 1)
@@ -166,14 +176,20 @@ class TextFeatures(OneTask):
         for_test = set(held_out or chosen[-num_test:])
         test = [i for i in chosen if i in for_test]
         rest = [i for i in chosen if i not in for_test]
+        fitted = num_train + num_val
         for field, needed, there in (
-            ("num_train + num_val", num_train + num_val, len(rest)),
+            ("num_train + num_val + num_selection", fitted + num_selection, len(rest)),
             ("num_test", num_test, len(test)),
         ):
             if needed > there:
                 raise ValueError(f"{field} must be <= {there}, the different texts, got {needed}")
         self.class_names, numbers = np.unique(np.array(labels), return_inverse=True)
-        parts = (rest[:num_train], rest[num_train : num_train + num_val], test[:num_test])
+        parts = (
+            rest[:num_train],
+            rest[num_train:fitted],
+            rest[fitted : fitted + num_selection],
+            test[:num_test],
+        )
         for part, field in zip(parts[:2], sizes, strict=False):
             missing = set(range(len(self.class_names))) - set(numbers[part].tolist())
             if missing:
@@ -184,14 +200,17 @@ class TextFeatures(OneTask):
                 )
         vectorizer.fit([texts[i] for i in parts[0]])
         self.terms: list[str] = vectorizer.get_feature_names_out().tolist()
-        train, val, self.test = (
-            Batch.of(
+
+        def batch(part: list[int]) -> Batch:
+            return Batch.of(
                 *_rows(vectorizer.transform([texts[i] for i in part]), max_terms),
                 torch.from_numpy(numbers[part].astype(np.int64)),
             )
-            for part in parts
-        )
-        super().__init__(train, val)
+
+        train, val, selection, test = parts
+        self.selection = batch(selection) if selection else None
+        self.test = batch(test)
+        super().__init__(batch(train), batch(val))
 
     @property
     def num_features(self) -> int:
@@ -204,39 +223,64 @@ class TextFeatures(OneTask):
         return len(self.class_names)
 
     def figures(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
-        """Accuracy and loss on the test texts."""
-        return figures_on(problem, outer, inner, self.test)
+        """Accuracy and loss on the test texts, and on those for selection if there are any."""
+        figures = figures_on(problem, outer, inner, self.test)
+        if self.selection is not None:
+            figures |= figures_on(problem, outer, inner, self.selection, "selection")
+        return figures
 
-    def best_single_strength(
-        self,
-        strengths: Sequence[float] = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
-        max_iter: int = 100,
-    ) -> dict[str, float]:
-        """What a grid search finds: the one strength for all features of the least validation loss.
+    def baselines(
+        self, strengths: Sequence[float] = STRENGTHS, max_iter: int = 100
+    ) -> dict[str, dict[str, float]]:
+        """Figures of the best single strength for all features, which a grid search finds.
+
+        What to beat is "one strength": y fitted to the training texts, with the strength of the
+        least `val_loss`, the loss on validation texts and those for selection together. In "one
+        strength, all texts" y is fitted to all three: what they are worth as training texts.
 
         Args:
-            strengths: to try, all > 0.
-            max_iter: of L-BFGS, for each of them.
+            strengths: to try, at least one, all > 0.
+            max_iter: of L-BFGS, >= 1, for each of them; it starts from the next larger strength's
+                solution.
 
         Returns:
-            `strength`, `val_loss` and the figures on the test texts.
+            For both names `strength` and the figures on the test texts, for the first also
+            `val_loss` and those on the texts for selection.
         """
-        found: dict[str, float] = {}
-        for strength in strengths:
-            problem = TextRegularisation(
-                self.num_features, self.num_classes, False, strength, max_strength=strength
-            )
-            outer = problem.init_outer(torch.Generator())
-            inner = lbfgs(
-                lambda y, p=problem, x=outer: p.inner_loss(x, y, self.support),  # type: ignore[misc]
-                problem.init_inner(outer, self.sample(0)),
-                max_iter,
-            )
-            val_loss = float(problem.outer_loss(outer, inner, self.query))
-            if not found or val_loss < found["val_loss"]:
-                found = {"strength": strength, "val_loss": val_loss}
-                found |= self.figures(problem, outer, inner)
-        return found
+        require_integer("max_iter", max_iter, 1)
+        if not strengths or not min(strengths) > 0:
+            raise ValueError(f"strengths must be numbers > 0, at least one, got {strengths}")
+        problem = TextRegularisation(self.num_features, self.num_classes, per_feature=False)
+        outer = problem.init_outer(torch.Generator())
+        held_out = [self.query] if self.selection is None else [self.query, self.selection]
+
+        def mean_loss(y: Params, parts: list[Batch]) -> Tensor:
+            sizes = [len(part.index) for part in parts]
+            losses = [problem.outer_loss(outer, y, part) for part in parts]
+            return torch.stack(losses) @ torch.tensor(sizes).to(losses[0]) / sum(sizes)
+
+        def fitted(strength: float, parts: list[Batch], start: Params) -> Params:
+            x = {"log_strengths": torch.tensor([math.log(strength)])}
+            return lbfgs(lambda y: mean_loss(y, parts) + problem.penalty(x, y), start, max_iter)
+
+        inner = problem.init_inner(outer, self.sample(0))
+        found = []
+        for strength in sorted(strengths, reverse=True):
+            inner = fitted(strength, [self.support], inner)
+            found.append((float(mean_loss(inner, held_out)), strength, inner))
+        val_loss, strength, inner = min(found, key=lambda one: one[0])
+        of_all = fitted(strength, [self.support, *held_out], inner)
+        return {
+            "one strength": {
+                "strength": strength,
+                "val_loss": val_loss,
+                **self.figures(problem, outer, inner),
+            },
+            "one strength, all texts": {
+                "strength": strength,
+                **figures_on(problem, outer, of_all, self.test),
+            },
+        }
 
 
 def _rows(matrix: Any, max_terms: int | None) -> tuple[Tensor, Tensor]:

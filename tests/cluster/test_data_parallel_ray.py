@@ -24,7 +24,7 @@ from metadist.cluster import (
     WorkerLostError,
 )
 from metadist.outer import OuterOptimizer
-from metadist.tasks import FixedTasks
+from metadist.tasks import FixedTasks, TextRegularisation
 from tests.cluster.shards import (
     Cleaning,
     InProcess,
@@ -37,6 +37,7 @@ from tests.cluster.shards import (
 from tests.cluster.test_data_parallel import ALL
 from tests.cluster.toy import cpus_taken, happens_first, wait_until
 from tests.problems import Quadratic, quadratic_task, true_hypergradient
+from tests.tasks.test_text import NUM_CLASSES, NUM_FEATURES, sparse_task
 
 PART_1 = 5
 """A position of the support set that shard 1 of three holds."""
@@ -126,6 +127,22 @@ def test_workers_are_one_process(workers, name):
         for figure in ("rounds", "bytes_sent", "bytes_received"):
             assert mine.results[0].metrics[figure] == theirs.results[0].metrics[figure]
         assert mine.num_workers == 3 and mine.lost_workers == 0
+
+
+class PreciseText(TextRegularisation):
+    def init_outer(self, generator):
+        return {name: x.double() for name, x in super().init_outer(generator).items()}
+
+
+@pytest.mark.parametrize("name", ["soba", "aid"])
+def test_sparse_rows_in_shards_are_the_whole_set_in_one_process(workers, name):
+    data = FixedTasks([sparse_task()[0]])
+    given = {"problem": PreciseText(NUM_FEATURES, NUM_CLASSES, strength=0.01), "sampler": data}
+    found, _ = solve(workers(), ALL[name], **given)
+    expected, _ = solve(LocalExecutor("cpu"), ALL[name], **given)
+    assert found.outer["log_strengths"].dtype == torch.float64
+    assert float(found.states[0].abs().max()) > 0.01
+    assert_same_state(found, expected)
 
 
 @pytest.mark.parametrize("problem", [Dying, pytest.param(Hanging, marks=pytest.mark.slow)])

@@ -98,7 +98,10 @@ def test_rows_are_compressed_once_and_few_are_kept():
 def test_a_column_beyond_the_matrix_is_refused():
     columns, values, _ = sparse_rows(5)
     message = refusal(lambda: sparse_matmul(columns, values, randn(0, NUM_FEATURES - 1, 2)))
-    assert message == "columns must be < 6, the rows of the dense matrix, got 6"
+    assert message == (
+        "columns must be < 6, the rows of the dense matrix, got 6: a model of these rows needs "
+        "num_features >= 7"
+    )
 
 
 @pytest.mark.parametrize("per_feature", [True, False])
@@ -204,30 +207,85 @@ def test_training_learns_which_words_to_distrust(algorithm, batch_size):
     assert set(figures) == {"test_accuracy", "test_loss"}
 
 
-def test_the_best_single_strength_is_that_of_scikit_learn():
+@pytest.mark.parametrize("num_selection", [0, 30])
+def test_one_strength_is_that_of_a_grid_search_with_scikit_learn(num_selection):
     from sklearn.linear_model import LogisticRegression
 
-    data = features()
-    found = data.best_single_strength([1e-3, 1e-2, 1e-1], max_iter=200)
-    losses = {}
-    (columns, values, labels), (val_columns, val_values, val_labels) = (
-        batch.tensors for batch in (data.support, data.query)
+    sizes = {"num_train": 40, "num_val": 55 - num_selection, "num_selection": num_selection}
+    data = features(**sizes)
+    train, val, test = (
+        tuple(np.concatenate(arrays) for arrays in zip(*map(dense, parts), strict=True))
+        for parts in (
+            [(data, data.support)],
+            [(data, data.query), *([(data, data.selection)] if num_selection else [])],
+            [(data, data.test)],
+        )
     )
 
-    def dense(columns, values):
-        empty = torch.zeros(len(columns), data.num_features)
-        return empty.scatter_add(1, columns.long(), values).numpy()
+    def fitted(strength, inputs, labels):
+        return LogisticRegression(
+            C=1 / (strength * len(labels)), fit_intercept=False, tol=1e-9, max_iter=10_000
+        ).fit(inputs, labels)
 
-    for strength in (1e-3, 1e-2, 1e-1):
-        model = LogisticRegression(
-            C=1 / (strength * len(labels)), fit_intercept=False, tol=1e-8, max_iter=1000
-        ).fit(dense(columns, values), labels.numpy())
-        chances = model.predict_proba(dense(val_columns, val_values))
-        own = chances[np.arange(len(val_labels)), val_labels.numpy()]
-        losses[strength] = float(-np.log(own).mean())
-    best = min(losses, key=losses.__getitem__)
-    assert found["strength"] == best
-    assert found["val_loss"] == pytest.approx(losses[best], abs=1e-3)
+    def judged(model, inputs, labels):
+        chances = model.predict_proba(inputs)
+        own = chances[np.arange(len(labels)), labels]
+        return -np.log(own).mean(), (chances.argmax(1) == labels).mean()
+
+    strengths = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+    models = {strength: fitted(strength, *train) for strength in strengths}
+    best = min(strengths, key=lambda strength: judged(models[strength], *val)[0])
+    assert strengths[0] < best < strengths[-1]
+    both = tuple(np.concatenate(arrays) for arrays in zip(train, val, strict=True))
+    found = data.baselines(strengths)
+    for name, model in (
+        ("one strength", models[best]),
+        ("one strength, all texts", fitted(best, *both)),
+    ):
+        loss, accuracy = judged(model, *test)
+        assert found[name]["strength"] == best
+        assert found[name]["test_loss"] == pytest.approx(loss, abs=1e-4)
+        assert found[name]["test_accuracy"] == pytest.approx(accuracy)
+    one = found["one strength"]
+    assert one["val_loss"] == pytest.approx(judged(models[best], *val)[0], abs=1e-4)
+    assert ("selection_loss" in one) == bool(num_selection)
+
+
+def dense(part):
+    """(inputs, labels) of the texts of a batch: (data, batch)."""
+    data, batch = part
+    columns, values, labels = batch.tensors
+    empty = torch.zeros(len(columns), data.num_features)
+    return empty.scatter_add(1, columns.long(), values).numpy(), labels.numpy()
+
+
+def test_a_problem_of_too_few_features_is_refused_before_training():
+    data = features()
+    problem = TextRegularisation(data.num_features - 1, data.num_classes)
+    message = refusal(
+        lambda: Trainer(problem, data, SOBA(), meta_batch_size=1, keep_state=True, quiet=True)
+    )
+    assert f"a model of these rows needs num_features >= {data.num_features}" in message
+
+
+def test_texts_for_selection_change_no_other_texts_and_judge_alike():
+    without, data = features(num_val=25), features(num_val=25, num_selection=20)
+    assert equal(without.sample(0), data.sample(0))
+    assert torch.equal(without.test.tensors[1], data.test.tensors[1])
+    assert without.selection is None
+    parts = [dense((data, part))[0] for part in (data.support, data.query, data.selection)]
+    assert len(np.unique(np.concatenate(parts).round(6), axis=0)) == 60 + 25 + 20
+    problem = TextRegularisation(data.num_features, data.num_classes)
+    outer = problem.init_outer(generator(0))
+    inner = {"weight": randn(1, data.num_features, data.num_classes).float()}
+    inputs, labels = dense((data, data.selection))
+    hits = (torch.from_numpy(inputs) @ inner["weight"]).argmax(1).numpy() == labels
+    figures = data.figures(problem, outer, inner)
+    assert figures["selection_accuracy"] == pytest.approx(hits.mean())
+    assert set(figures) == {
+        f"{part}_{name}" for part in ("selection", "test") for name in ("loss", "accuracy")
+    }
+    assert set(without.figures(problem, outer, inner)) == {"test_loss", "test_accuracy"}
 
 
 def test_rows_are_those_of_scikit_learn_and_the_vocabulary_that_of_training_texts():
@@ -257,7 +315,9 @@ def test_equal_texts_are_taken_once():
     doubled = TextFeatures((texts + [text.upper() for text in texts], labels * 2), None, 40, 20, 30)
     check_sampler(doubled, 2, processes=False)
     message = refusal(lambda: TextFeatures((texts * 2, labels * 2), None, 60, 20, 20))
-    assert message == "num_train + num_val must be <= 70, the different texts, got 80"
+    assert message == (
+        "num_train + num_val + num_selection must be <= 70, the different texts, got 80"
+    )
 
 
 def test_a_folder_of_files_is_a_source(tmp_path):
@@ -292,7 +352,13 @@ def test_news_articles_lose_the_names_of_their_publishers(tmp_path, monkeypatch)
     [
         (lambda: features(num_train=0), "num_train must be an integer >= 1, got 0"),
         (lambda: features(max_terms=0), "max_terms must be an integer >= 1, got 0"),
-        (lambda: features(num_val=100), "num_train + num_val must be <= 105, the different texts"),
+        (lambda: features(num_selection=-1), "num_selection must be an integer >= 0, got -1"),
+        (
+            lambda: features(num_val=100),
+            "num_train + num_val + num_selection must be <= 105, the different texts, got 160",
+        ),
+        (lambda: features().baselines([]), "strengths must be numbers > 0, at least one, got []"),
+        (lambda: features().baselines([1, 0]), "strengths must be numbers > 0, at least one, got "),
         (
             lambda: features(num_val=1),
             "num_val must hold a text of every class, got none of ",
@@ -345,5 +411,5 @@ def test_real_news_articles_are_classified(tmp_path):
     """Needs a package index, unless METADIST_DATA has the files."""
     data = TextFeatures("news_articles")
     assert data.num_classes == 9 and data.num_features > 15_000
-    found = data.best_single_strength([1e-5, 1e-4], max_iter=50)
-    assert found["test_accuracy"] > 0.65
+    found = data.baselines([1e-5, 1e-4], max_iter=50)
+    assert 0.65 < found["one strength"]["test_accuracy"] < 0.8
