@@ -28,14 +28,16 @@ class OneTask:
         return Task(self.support, self.query, index)
 
 
-def figures_on(problem: Problem, outer: Params, inner: Params, test: Batch) -> dict[str, float]:
-    """`test_loss` and, for each metric of the problem, `test_METRIC` of `inner` on `test`.
+def figures_on(
+    problem: Problem, outer: Params, inner: Params, examples: Batch, part: str = "test"
+) -> dict[str, float]:
+    """`PART_loss` and, for each metric of the problem, `PART_METRIC` of `inner` on `examples`.
 
     `outer` is the context; the data is brought to the device and precision of `inner`.
     """
     like = next(iter(inner.values()))
-    batch = to_device(Task(test, test, 0), like.device, like.dtype).query
+    batch = to_device(Task(examples, examples, 0), like.device, like.dtype).query
     with torch.no_grad():
         figures = {**problem.metrics(outer, inner, batch)}
         figures["loss"] = problem.outer_loss(outer, inner, batch)
-    return {f"test_{name}": float(value) for name, value in figures.items()}
+    return {f"{part}_{name}": float(value) for name, value in figures.items()}
