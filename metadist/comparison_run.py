@@ -269,8 +269,8 @@ class _Meter:
                 if name in result.metrics:
                     self.traffic[name] = result.metrics[name] / max(1, result.num_tasks)
         told = [result.metrics[REPORTED] for result in report.results if REPORTED in result.metrics]
-        if told:
-            self.reported = {REPORTED: sum(told) / max(1, sum(r.num_tasks for r in report.results))}
+        num_tasks = max(1, sum(result.num_tasks for result in report.results))
+        self.reported = {REPORTED: sum(told) / num_tasks} if told else {}
         seconds = report.seconds
         if self._went_on is not None:  # what was not training between two steps is no part of it
             seconds = min(seconds, perf_counter() - self._went_on)

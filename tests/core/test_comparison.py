@@ -61,6 +61,7 @@ CONFIG: dict[str, Any] = {
     "sampler": "mine.Data",
     "meta_batch_size": 1,
     "keep_state": True,
+    "log_every": 1,
     "outer_optimizer": {"name": "sgd", "lr": 0.05},
     "budget": {"steps": 12},
     "seeds": [0, 1],
