@@ -18,9 +18,12 @@ from metadist.evaluation import Interval, mean_interval
 
 NUM_POINTS = 200
 """Of a curve."""
+PRODUCTS = "products H v"
+"""An axis for methods that ask for any."""
 AXES: dict[str, Callable[[Record], float]] = {
     "seconds of training": lambda record: record.spent.seconds,
     "oracle calls, in gradients": lambda record: record.spent.gradients,
+    PRODUCTS: lambda record: record.spent.calls.get("hvp", 0),
 }
 
 
@@ -144,20 +147,23 @@ def curves(figure: str, outcomes: Mapping[str, Sequence[Outcome]]) -> bytes:
     """A PNG: a figure against each of `AXES`, means over seeds within bands from min to max."""
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(12, 4.5), layout="constrained")
-    panels = picture.subplots(1, len(AXES), sharey=True)
+    ends = [run.records[-1] for found in outcomes.values() for run in found if run.records]
+    asked = any(AXES[PRODUCTS](end) for end in ends)
+    axes = {label: position for label, position in AXES.items() if asked or label != PRODUCTS}
+    picture = Figure(figsize=(15 if asked else 12, 4.5), layout="constrained")
+    panels = picture.subplots(1, len(axes), sharey=True)
     positive = True
-    for panel, (label, position) in zip(panels, AXES.items(), strict=True):
-        for entry, found in outcomes.items():
+    for panel, (label, position) in zip(panels, axes.items(), strict=True):
+        for number, (entry, found) in enumerate(outcomes.items()):
             lines = [_line(outcome.records, figure, position) for outcome in found]
-            lines = [line for line in lines if line]
+            lines = [line for line in lines if line and line[-1][0] > 0]
             if not lines:
                 continue
             places, low, mean, high = _band(lines)
             positive = positive and min(low) > 0
-            (drawn,) = panel.plot(places, mean, label=entry)
+            panel.plot(places, mean, label=entry, color=f"C{number}")
             if len(lines) > 1:
-                panel.fill_between(places, low, high, color=drawn.get_color(), alpha=0.2)
+                panel.fill_between(places, low, high, color=f"C{number}", alpha=0.2)
         panel.set_xlabel(label)
         panel.grid(color="0.92")
     panels[0].set_ylabel(figure)

@@ -23,6 +23,8 @@ MAX_STEPS = 10**9
 """The end of a training whose budget is of something else."""
 TRAFFIC = ("rounds", "bytes_sent", "bytes_received")
 """What an executor may report of a step, beside its figures."""
+REPORTED = "adjoint_residual"
+"""What implicit methods report of a step: |H v - b| / |b|, which the solution does not tell."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def run_on_budget(
         due, last = (math.floor(part * evaluations + 1e-9) for part in (share, done))
         # After a loss of the server the saved step is an earlier one, and this one comes again.
         if (due > last or share >= 1) and trainer.save() == spent.step:
-            figures = contender.figures()
+            figures = {**contender.figures(), **meter.reported}
             if figure not in figures:
                 raise ValueError(f"figure must be one of {', '.join(figures)}, got {figure!r}")
             if share >= 1:
@@ -255,6 +257,7 @@ class _Meter:
         self._spent = {spent.step: spent}
         self._went_on: float | None = None
         self.traffic: dict[str, float] = {}
+        self.reported: dict[str, float] = {}
 
     def add(self, report: StepReport) -> Spent:
         """What is spent after this step; one that comes again replaces itself."""
@@ -265,6 +268,9 @@ class _Meter:
             for name in TRAFFIC:
                 if name in result.metrics:
                     self.traffic[name] = result.metrics[name] / max(1, result.num_tasks)
+        told = [result.metrics[REPORTED] for result in report.results if REPORTED in result.metrics]
+        num_tasks = max(1, sum(result.num_tasks for result in report.results))
+        self.reported = {REPORTED: sum(told) / num_tasks} if told else {}
         seconds = report.seconds
         if self._went_on is not None:  # what was not training between two steps is no part of it
             seconds = min(seconds, perf_counter() - self._went_on)

@@ -190,7 +190,8 @@ class Draws:
             order = random_keys(index, self._seed, self._task_id).argsort()
             return order[draw.counter * size : (draw.counter + 1) * size]
         keys = random_keys(index, self._seed, self._step, self._task_id, draw.counter)
-        return keys.argsort()[:size]
+        # As keys.argsort()[:size], many times faster.
+        return keys.topk(size, largest=False).indices
 
 
 class AutogradOracle(Draws):

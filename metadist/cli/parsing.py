@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from contextlib import suppress
@@ -60,7 +61,9 @@ def last_named(name: str, args: list[str]) -> str | None:
             found = value
         elif option == "--config":
             with suppress(ValueError):  # which the parser will tell
-                named = read_yaml(value).get(name.removeprefix("--"), {})
+                inline = value.startswith("{")  # JSON, from metadist.cli.training.parse_training
+                tree = expand_tree(json.loads(value)) if inline else read_yaml(value)
+                named = tree.get(name.removeprefix("--"), {})
                 found = named.get("class_path", found) if isinstance(named, dict) else named
     return found
 

@@ -61,6 +61,7 @@ CONFIG: dict[str, Any] = {
     "sampler": "mine.Data",
     "meta_batch_size": 1,
     "keep_state": True,
+    "log_every": 1,
     "outer_optimizer": {"name": "sgd", "lr": 0.05},
     "budget": {"steps": 12},
     "seeds": [0, 1],
@@ -135,6 +136,7 @@ def test_a_comparison_ends_with_tables_and_curves(cli):
     assert float(aid["query_loss"]) == pytest.approx(mean)
     assert float(aid["query_loss +-"]) > 0
     assert float(aid["query_loss at best"]) <= mean
+    assert 0 < float(aid["adjoint_residual"]) < 1
     assert float(aid["test_error"]) > 0
     markdown = Path("out/table.md").read_text()
     assert re.search(r"\| AID \|  \| 2 \| [-\d.e]+ \+- [\d.e]+ \|", markdown)
@@ -645,3 +647,14 @@ def test_a_picture_has_a_curve_of_each_entry_and_leaves_out_what_is_not_finite(m
     assert lines[0].get_xydata()[-1] == pytest.approx([1.5, 0.4])
     assert lines[1].get_xydata()[-1] == pytest.approx([1.5, 0.2])
     assert len(figure.axes[0].collections) == 1  # a band of the entry with two runs only
+
+    def without_products(outcome: Outcome) -> Outcome:
+        records = [r.__class__(r.spent._replace(calls={}), r.figures) for r in outcome.records]
+        return outcome._replace(records=records)
+
+    first_order = list(map(without_products, outcomes()["A"]))
+    curves("query_loss", {"A": first_order, "B": outcomes()["B"]})
+    lines = [line.get_label() for line in drawn[-1].axes[-1].lines]
+    assert (drawn[-1].axes[-1].get_xlabel(), lines) == ("products H v", ["B"])
+    curves("query_loss", {"A": first_order})
+    assert len(drawn[-1].axes) == len(AXES) - 1

@@ -8,6 +8,7 @@ import pytest
 
 from metadist.cli.contending import check_contender
 from metadist.cli.parsing import read_yaml
+from metadist.cli.training import parse_training
 from metadist.comparison import Comparison
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +25,16 @@ def test_a_config_is_parsed_and_its_head_says_what_it_is(path):
     head = path.read_text().partition("\n\n")[0]
     assert all(f"\n# {word}" in head for word in ("Paper", "Known: ", "Tuned: "))
     assert path.stem in (ROOT / "docs" / "experiments.md").read_text()
+
+
+def test_a_problem_has_the_model_of_its_own_class_by_default():
+    options = {
+        "sampler": {"class_path": "corrupted_images", "init_args": {"dataset": "digits"}},
+        "problem": {"class_path": "hyper_cleaning"},
+        "run_dir": "x",
+    }
+    parsed = parse_training(options, {"problem.init_args.num_examples": 5})
+    assert parsed.problem.init_args.model is None  # and not few_shot's conv4
 
 
 def test_there_are_configs():

@@ -246,6 +246,38 @@ def test_labels_are_corrupted_once_and_as_asked_for():
     assert float(many.wrong.double().mean()) == pytest.approx(0.4, abs=0.03)
 
 
+def test_images_for_selection_change_no_other_training_data_and_judge_alike():
+    without, data = cleaning(num_test=30), cleaning(num_test=30, num_selection=50)
+    assert equal(without.sample(0), data.sample(0))
+    assert np.array_equal(without.wrong, data.wrong)
+    sets = [data.train, data.val, data.selection, data.test]
+    assert len({image.tobytes() for part in sets for image in part.pixels}) == 60 + 45 + 50 + 30
+    problem = small(HyperCleaning, num_examples=60)
+    outer = problem.init_outer(torch.Generator())
+    inner = random_like(problem.init_inner(outer, data.sample(0)), 0)
+    figures = data.figures(problem, outer, inner)
+    inputs, labels = data.scaling.batch(data.selection).tensors
+    logits = inputs.flatten(1) @ inner["head.weight"].float().T + inner["head.bias"].float()
+    accuracy = float((logits.argmax(-1) == labels).double().mean())
+    assert figures["selection_accuracy"] == pytest.approx(accuracy)
+    assert set(without.figures(problem, outer, inner)) == {
+        *("test_accuracy", "test_loss", "precision", "recall")
+    }
+
+
+def test_baselines_have_the_decay_that_the_images_for_selection_choose():
+    data = cleaning(num_train=90, num_test=60, num_val=12, num_selection=30)
+    decays = (1e-3, 100.0)
+    best, small_decay, large_decay = (
+        data.baselines(weight_decay=decay) for decay in (decays, *decays)
+    )
+    assert small_decay != large_decay
+    assert all(best[name] in (small_decay[name], large_decay[name]) for name in best)
+    assert best["all clean"] == small_decay["all clean"]
+    message = refusal(lambda: cleaning().baselines(weight_decay=decays))
+    assert message.startswith("weight_decay must be one number without images for selection, got ")
+
+
 def test_no_image_is_in_two_sets_even_if_the_data_set_repeats_it():
     one = blobs(100)
     doubled = ArrayDataset(
@@ -325,6 +357,12 @@ def broken(value):
     ("call", "message"),
     [
         (lambda: cleaning(num_train=0), "num_train must be an integer >= 1, got 0"),
+        (lambda: cleaning(num_selection=-1), "num_selection must be an integer >= 0, got -1"),
+        (
+            lambda: cleaning(num_selection=136),
+            "num_selection (beside num_train and num_val) must be <= 135, the different images "
+            "that are left in the data set, got 136",
+        ),
         (lambda: cleaning(corruption=1.5), "corruption must be in [0, 1], got 1.5"),
         (lambda: cleaning(redraw="all"), "redraw must be 'any' or 'other', got 'all'"),
         (lambda: cleaning(std=0.0), "std must be > 0 and finite, got 0.0"),
