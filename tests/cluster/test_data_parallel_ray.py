@@ -136,8 +136,8 @@ class PreciseText(TextRegularisation):
 
 @pytest.mark.parametrize("name", ["soba", "aid"])
 def test_sparse_rows_in_shards_are_the_whole_set_in_one_process(workers, name):
-    data = FixedTasks([sparse_task()[0]])
-    given = {"problem": PreciseText(NUM_FEATURES, NUM_CLASSES, strength=0.01), "sampler": data}
+    problem = PreciseText(NUM_FEATURES, NUM_CLASSES, strength=0.01)
+    given: dict[str, Any] = {"problem": problem, "sampler": FixedTasks([sparse_task()[0]])}
     found, _ = solve(workers(), ALL[name], **given)
     expected, _ = solve(LocalExecutor("cpu"), ALL[name], **given)
     assert found.outer["log_strengths"].dtype == torch.float64
