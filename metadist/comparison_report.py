@@ -152,7 +152,7 @@ def curves(figure: str, outcomes: Mapping[str, Sequence[Outcome]]) -> bytes:
     axes = {label: position for label, position in AXES.items() if asked or label != PRODUCTS}
     picture = Figure(figsize=(15 if asked else 12, 4.5), layout="constrained")
     panels = picture.subplots(1, len(axes), sharey=True)
-    positive = True
+    later: list[float] = []
     for panel, (label, position) in zip(panels, axes.items(), strict=True):
         for number, (entry, found) in enumerate(outcomes.items()):
             lines = [_line(outcome.records, figure, position) for outcome in found]
@@ -160,16 +160,21 @@ def curves(figure: str, outcomes: Mapping[str, Sequence[Outcome]]) -> bytes:
             if not lines:
                 continue
             places, low, mean, high = _band(lines)
-            positive = positive and min(low) > 0
+            later += [value for line in lines for _, value in line[1:]]
             panel.plot(places, mean, label=entry, color=f"C{number}")
             if len(lines) > 1:
                 panel.fill_between(places, low, high, color=f"C{number}", alpha=0.2)
         panel.set_xlabel(label)
         panel.grid(color="0.92")
     panels[0].set_ylabel(figure)
-    low, high = panels[0].get_ylim()
-    if positive and low > 0 and high / low > 20:
+    # What all start from is far away and would leave no room for the differences.
+    bottom, top = min(later, default=0.0), max(later, default=0.0)
+    if bottom > 0 and top / bottom > 20:
         panels[0].set_yscale("log")
+        panels[0].set_ylim(bottom / 1.2, top * 1.2)
+    elif top > bottom:
+        margin = 0.05 * (top - bottom)
+        panels[0].set_ylim(bottom - margin, top + margin)
     panels[0].legend()
     stream = io.BytesIO()
     picture.savefig(stream, format="png", dpi=120, metadata={"Software": None})
