@@ -61,7 +61,6 @@ CONFIG: dict[str, Any] = {
     "sampler": "mine.Data",
     "meta_batch_size": 1,
     "keep_state": True,
-    "log_every": 1,
     "outer_optimizer": {"name": "sgd", "lr": 0.05},
     "budget": {"steps": 12},
     "seeds": [0, 1],
@@ -121,7 +120,7 @@ def timeless(folder: str = "out") -> list[dict[str, Any]]:
 
 
 def test_a_comparison_ends_with_tables_and_curves(cli):
-    out = cli.good("compare", write(), "--folder", "out")
+    out = cli.good("compare", write({"log_every": 1}), "--folder", "out")
     assert "runs/AID/seed-0: 12 steps, " in out and "runs/SOBA/seed-1: 12 steps, " in out
     found = results()
     assert [r["step"] for r in found if (r["entry"], r["seed"]) == ("AID", 1)] == [1, 3, 6, 9, 12]
@@ -346,7 +345,9 @@ def test_other_input_is_refused(cli, monkeypatch):
 def test_an_unknown_figure_is_noticed_at_the_first_evaluation(cli):
     code, out, _ = compare(cli, changes={"figure": "accuracy"})
     assert code == 1
-    assert "ValueError: figure must be one of query_loss, support_loss, test_error, got" in out
+    assert (
+        "figure must be one of query_loss, support_loss, test_error, adjoint_residual, got" in out
+    )
     assert not Path("out/runs/AID/seed-0/records.jsonl").exists()
 
 
