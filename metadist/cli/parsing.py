@@ -147,6 +147,10 @@ def add_workload(parser: Parser) -> None:
 
 def instantiate(config: Namespace, parser: ArgumentParser, only: str | None = None) -> Namespace:
     """The objects that a config names; `only` that of one option."""
+    for key, default in parser.get_defaults().items():
+        # Null is what jsonargparse lets pass for any option of a file.
+        if default is not None and key in config and config[key] is None:
+            raise ValueError(f"{key} must be a value, got null: leave it out for {default!r}")
     torch.manual_seed(config.seed)  # the model's initial weights
     optimizer = config.get("outer_optimizer", Namespace())
     if not isinstance(optimizer, Namespace):  # which the parser lets pass

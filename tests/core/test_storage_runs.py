@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -229,6 +229,23 @@ MALFORMED: dict[str, str | bytes] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("key", "default"), [("seed", "0"), ("meta_batch_size", "16"), ("outer_optimizer.lr", "0.001")]
+)
+def test_null_is_no_value(cli, run, tmp_path, key, default):
+    tree = {**yaml.safe_load(run[1]), "run_dir": str(tmp_path / "new")}
+    *path, last = key.split(".")
+    part = tree
+    for name in path:
+        part = part[name]
+    part[last] = None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    code, out, err = cli("train", "--config", tmp_path / "config.yaml")
+    assert code == 2, out + err
+    assert f"{key} must be a value, got null: leave it out for {default}" in err
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_config_that_is_malformed_is_refused(cli, run, here, name):
     folder, text = run
@@ -265,6 +282,7 @@ wrong = st.recursive(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(key=st.sampled_from(KEYS), value=wrong)
+@example(key="seed", value=None)
 def test_a_config_with_anything_in_any_place(cli, run, key, value):
     folder, text = run
     tree = yaml.safe_load(text)
