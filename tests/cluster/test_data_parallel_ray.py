@@ -134,7 +134,7 @@ class PreciseText(TextRegularisation):
         return {name: x.double() for name, x in super().init_outer(generator).items()}
 
 
-@pytest.mark.parametrize("name", ["soba", "aid"])
+@pytest.mark.parametrize("name", [pytest.param("soba", marks=pytest.mark.slow), "aid"])
 def test_sparse_rows_in_shards_are_the_whole_set_in_one_process(workers, name):
     data = FixedTasks([sparse_task()[0]])
     given: dict[str, Any] = {
