@@ -54,10 +54,13 @@ class Script:
             start_new_session=True,
         )
 
-    def finish(self) -> tuple[str, str]:
-        """(stdout, stderr) at the end."""
-        output, errors = self.process.communicate(timeout=200)
-        assert self.process.returncode == 0, errors
+    def finish(self, timeout_s: float = 200) -> tuple[str, str]:
+        """(stdout, stderr) at the end, of the process and all that descends from it."""
+        try:
+            output, errors = self.process.communicate(timeout=timeout_s)
+            assert self.process.returncode == 0, errors
+        finally:
+            self.stop()
         return output, errors
 
     def processes(self) -> list[int]:

@@ -100,11 +100,7 @@ cluster.shutdown()
 @pytest.mark.cluster
 @pytest.mark.timeout(240)
 def test_a_cluster_of_others_is_used_and_left_as_it_was(home):
-    script = Script(OTHERS, home)
-    try:
-        lines = script.finish()[0].splitlines()
-    finally:
-        script.stop()
+    lines = Script(OTHERS, home).finish()[0].splitlines()
     assert lines[0] == "(True, 1.0, 0, False)"
     assert lines[1].startswith("num_workers=4 must be free") and lines[1].endswith("False")
     assert lines[2].startswith("(True, 0, 2.0, True)")
@@ -246,10 +242,6 @@ try:
 except ConnectError as error:
     print(error)
 """
-    script = Script(source, home)
-    try:
-        output, _ = script.finish()
-    finally:
-        script.stop()
+    output, _ = Script(source, home).finish()
     assert output.startswith("address must name a running Ray cluster, got '127.0.0.1:1'")
     assert "RAY_AUTH_MODE=token" in output

@@ -110,11 +110,6 @@ def test_runs_on_two_nodes_survive_the_loss_of_one(tmp_path, monkeypatch):
     Path("mine.py").write_text(MINE)
     config = {**CONFIG, "budget": {"calls": 8_000}, "evaluations": 20}
     Path("config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    script = Script(NODES, str(tmp_path))
-    try:
-        output, errors = script.process.communicate(timeout=600)
-        assert script.process.returncode == 0, errors
-    finally:
-        script.stop()
+    output, _ = Script(NODES, str(tmp_path)).finish(timeout_s=600)
     assert [line for line in output.splitlines() if line.startswith("exit")] == ["exit 0"] * 2
     assert results("out") == results("plain") and len(results("out")) == 84

@@ -268,12 +268,7 @@ cluster.shutdown()
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_shards_are_spread_over_nodes_and_survive_them(tmp_path):
-    script = Script(NODES, str(tmp_path))
-    try:
-        output, errors = script.process.communicate(timeout=600)
-        assert script.process.returncode == 0, errors
-    finally:
-        script.stop()
+    output, _ = Script(NODES, str(tmp_path)).finish(timeout_s=600)
     # Ray prints the last words of the node in between.
     words = ("beside", "lost", "same")
     assert [line for line in output.splitlines() if line.startswith(words)] == [
