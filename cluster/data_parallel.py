@@ -26,10 +26,10 @@ from metadist.cluster.shard_fleet import ShardFleet
 from metadist.cluster.worker import devices_of
 from metadist.executor import StepReport, signals_held
 from metadist.lease import Lease, LeaseResult, Workload, intra_op_threads
-from metadist.oracle import CountingOracle
+from metadist.oracle import SOURCES, CountingOracle
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable
 from metadist.problem import check_rows
-from metadist.shards import FirstShard, check_partition
+from metadist.shards import FirstShard, check_classes, check_partition
 from metadist.state import counters_of, flatten_state, unflatten_state
 from metadist.task import TaskSampler
 from metadist.trees import Params, flatten, zeros_like
@@ -67,6 +67,8 @@ class DataParallelExecutor:
         cpus_per_worker, gpus_per_worker, device, address, start_timeout_s, max_losses,
             show_worker_output, object_store_bytes: as of `RayExecutor`.
         round_timeout_s: a worker that answers one round for longer is replaced; None: never.
+        allow_missing_classes: let a shard be without a class that others have. Classes are known of
+            samplers with `num_classes`, whose labels (int64) are the last tensor of a batch.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class DataParallelExecutor:
         round_timeout_s: float | None = None,
         show_worker_output: bool = False,
         object_store_bytes: int | None = None,
+        allow_missing_classes: bool = False,
     ) -> None:
         self._places = Places(
             num_workers,
@@ -103,6 +106,7 @@ class DataParallelExecutor:
         self._retry = Retry(max_losses=max_losses, lease_s=round_timeout_s)
         self._num_workers = num_workers
         self._staleness = staleness
+        self._allow_missing_classes = allow_missing_classes
         self._device = device
         self._start_timeout_s = start_timeout_s
         self._fleet: ShardFleet | None = None
@@ -143,7 +147,7 @@ class DataParallelExecutor:
     ) -> None:
         """Check the shards, and make ready to ask them."""
         problem_outer, _ = split_own(state.outer)
-        positions = check_shards(infos)
+        positions = check_shards(infos, self._allow_missing_classes)
         num_examples = (sum(map(len, positions)), sum(len(info.query) for info in infos))
         rows = check_rows(workload.problem, problem_outer, num_examples[0])
         layout = _layout(problem_outer, rows, num_examples)
@@ -326,7 +330,7 @@ def check_workload(workload: Workload, staleness: int) -> None:
         )
 
 
-def check_shards(infos: list[ShardInfo]) -> list[Tensor]:
+def check_shards(infos: list[ShardInfo], allow_missing_classes: bool) -> list[Tensor]:
     """The support positions of each shard; raises ValueError if shards do not fit together."""
     for part, info in enumerate(infos):
         if info.form != infos[0].form:
@@ -337,6 +341,10 @@ def check_shards(infos: list[ShardInfo]) -> list[Tensor]:
     positions = [to_tensor(info.support) for info in infos]
     check_partition(positions, "support")
     check_partition([to_tensor(info.query) for info in infos], "query")
+    for number, source in enumerate(SOURCES):
+        classes = [labels for info in infos if (labels := info.classes[number]) is not None]
+        if classes and not allow_missing_classes:
+            check_classes(classes, source)
     return positions
 
 

@@ -21,7 +21,7 @@ from metadist.cluster.worker import WorkerInfo, worker_device
 from metadist.hypergradient import adaptation_metrics
 from metadist.lease import Workload, intra_op_threads, pick_device
 from metadist.oracle import Draw
-from metadist.shards import ShardOracle, sample_shard, shard_fault, spread
+from metadist.shards import ShardOracle, class_labels, sample_shard, shard_fault, spread
 from metadist.task import Task, to_device
 from metadist.trees import Params, check_flattenable
 
@@ -144,12 +144,16 @@ class Reply(NamedTuple):
 
 
 class ShardInfo(NamedTuple):
-    """What a shard is: where, which examples of the two sets, and the form of one example."""
+    """What a shard is: where, which examples of the two sets, the form of one, and the classes.
+
+    `classes` of a set is None where its labels are not known, see `class_labels`.
+    """
 
     where: WorkerInfo
     support: Array
     query: Array
     form: tuple[tuple[str, ...], tuple[str, ...]]
+    classes: tuple[set[int] | None, set[int] | None]
 
 
 class ShardCheck(NamedTuple):
@@ -184,7 +188,8 @@ class ShardWorker:
         self._device = pick_device(worker_device(self._requested_device))
         self._workload: Workload = cloudpickle.loads(payload)
         self._trees = {}
-        self._data = sample_shard(self._workload.sampler, part, num_parts)
+        sampler = self._workload.sampler
+        self._data = sample_shard(sampler, part, num_parts)
         self._shard: Task | None = None
         form = tuple(
             tuple(f"{tuple(tensor.shape[1:])} {tensor.dtype}" for tensor in batch.tensors)
@@ -195,6 +200,7 @@ class ShardWorker:
             to_array(self._data.support.index),
             to_array(self._data.query.index),
             (form[0], form[1]),
+            (class_labels(sampler, self._data.support), class_labels(sampler, self._data.query)),
         )
 
     def check(self, layout: Layout, shared: Array, own: Array) -> ShardCheck:

@@ -87,6 +87,27 @@ def check_partition(indices: Sequence[Tensor], source: Source) -> None:
         )
 
 
+def class_labels(sampler: TaskSampler, batch: Batch) -> set[int] | None:
+    """The labels of a batch; None unless the sampler has `num_classes` and they are last in it."""
+    labels = batch.tensors[-1]
+    if not hasattr(sampler, "num_classes") or labels.ndim != 1 or labels.dtype != torch.int64:
+        return None
+    return set(labels.unique().tolist())
+
+
+def check_classes(found: Sequence[set[int]], source: Source) -> None:
+    """Raise ValueError unless shards with these labels have all of the same classes."""
+    classes = set().union(*found)
+    for part, labels in enumerate(found):
+        if missing := sorted(classes - labels):
+            raise ValueError(
+                f"the {source} set of every shard must hold all {len(classes)} classes, got none "
+                f"of class {', '.join(map(str, missing))} in shard {part}: is the data sorted by "
+                "class? Shuffle it, or use fewer workers. Where that is as it should be (the "
+                "result is exact all the same): allow_missing_classes=True"
+            )
+
+
 class ShardOracle(AutogradOracle):
     """Derivatives on those examples of a draw that a shard holds, `share` of them.
 

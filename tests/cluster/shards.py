@@ -22,6 +22,7 @@ from metadist.outer import OuterOptimizer, OuterState, OuterVariable
 from metadist.preflight import initial_outer
 from metadist.problem import Problem
 from metadist.task import Batch, Task
+from metadist.tasks import TextRegularisation
 from metadist.trees import Params
 from tests.cluster.toy import state_bytes
 from tests.problems import DOUBLE, assert_close, generator
@@ -111,6 +112,11 @@ class Unequal(Whole):
             return full.take((owner == part).nonzero()[:, 0])
 
         return Task(take(task.support), take(task.query), task.id)
+
+
+class PreciseText(TextRegularisation):
+    def init_outer(self, generator):
+        return {name: x.double() for name, x in super().init_outer(generator).items()}
 
 
 class LocalFleet:

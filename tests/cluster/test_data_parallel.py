@@ -50,6 +50,7 @@ from tests.cluster.shards import (
     Cleaning,
     InProcess,
     LocalFleet,
+    PreciseText,
     Shared,
     Unequal,
     Whole,
@@ -59,6 +60,7 @@ from tests.cluster.shards import (
     solve,
 )
 from tests.problems import DOUBLE, Quadratic, quadratic_task, true_hypergradient
+from tests.tasks.test_text import NUM_CLASSES, NUM_FEATURES, sparse_task
 
 ALL = {
     **{name: a for name, a in NEW_TASKS.items() if a.trains != "start"},
@@ -434,6 +436,31 @@ class Summed(Cleaning):
 def test_what_cannot_be_cut_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         solve(InProcess(3), SOBA(), **options)
+
+
+class SortedArticles(FixedTasks):
+    """Sparse rows, sorted by class, so that a shard lacks some."""
+
+    num_classes = NUM_CLASSES
+
+    def __init__(self) -> None:
+        task = sparse_task()[0]
+        support, query = (
+            Batch.of(*batch.take(batch.tensors[-1].argsort()).tensors)
+            for batch in (task.support, task.query)
+        )
+        super().__init__([Task(support, query, 0)])
+
+
+def test_a_class_missing_from_a_shard_is_refused_unless_it_may_be():
+    given: dict[str, Any] = {
+        "problem": PreciseText(NUM_FEATURES, NUM_CLASSES, strength=0.01),
+        "sampler": SortedArticles(),
+    }
+    with pytest.raises(ValueError, match=r"the support set of every shard must hold all \d class"):
+        solve(InProcess(3), SOBA(), **given)
+    allowed, _ = solve(InProcess(3, allow_missing_classes=True), SOBA(), **given)
+    assert_same_state(allowed, solve(LocalExecutor("cpu"), SOBA(), **given)[0])
 
 
 def test_algorithms_that_cannot_be_asked_like_this_are_refused():

@@ -24,10 +24,11 @@ from metadist.cluster import (
     WorkerLostError,
 )
 from metadist.outer import OuterOptimizer
-from metadist.tasks import FixedTasks, TextRegularisation
+from metadist.tasks import FixedTasks
 from tests.cluster.shards import (
     Cleaning,
     InProcess,
+    PreciseText,
     Unequal,
     assert_same_state,
     bytes_of,
@@ -127,11 +128,6 @@ def test_workers_are_one_process(workers, name):
         for figure in ("rounds", "bytes_sent", "bytes_received"):
             assert mine.results[0].metrics[figure] == theirs.results[0].metrics[figure]
         assert mine.num_workers == 3 and mine.lost_workers == 0
-
-
-class PreciseText(TextRegularisation):
-    def init_outer(self, generator):
-        return {name: x.double() for name, x in super().init_outer(generator).items()}
 
 
 @pytest.mark.parametrize("name", [pytest.param("soba", marks=pytest.mark.slow), "aid"])

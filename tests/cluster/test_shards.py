@@ -10,15 +10,11 @@ from typing import Any
 import pytest
 import ray
 import torch
-from torch import Tensor
 
 from metadist.checkpoint import Checkpoint, CheckpointStore
 from metadist.cluster import RayExecutor
-from metadist.lease import Workload
-from metadist.outer import BLOCK, OuterOptimizer
-from metadist.task import Batch, Task
 from metadist.trees import Params
-from tests.algorithms.directions import Directions, run_in_one_process
+from tests.algorithms.directions import run_in_one_process
 from tests.cluster.processes import CLUSTER, Script
 from tests.cluster.toy import (
     ADAM,
@@ -30,29 +26,11 @@ from tests.cluster.toy import (
     state_bytes,
     wait_until,
 )
+from tests.cluster.wide import CLIPPED, Wide, WideDirections, pid_of, wide_workload
 
-CLIPPED = OuterOptimizer("adam", lr=0.05, clip_norm=0.5, schedule="linear", schedule_steps=9)
 # On a busy machine a server that does not hang may be taken for one that does.
 PATIENT = {"server_timeout_s": 4.0, "max_losses": 100}
 SHARDED = {"num_workers": 2, "num_shards": 2}
-
-
-@dataclass(frozen=True)
-class Wide(Regression):
-    """A regression with many parameters beside, each pulled somewhere else by each task."""
-
-    num_idle: int = 2 * BLOCK + 500
-
-    def init_inner(self, outer: Params, task: Task) -> Params:
-        return outer
-
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        pull = torch.arange(self.num_idle, dtype=inner["idle"].dtype).cos() * batch.tensors[1][0]
-        return (
-            super().inner_loss(outer, inner, batch) + 1e-3 * (inner["idle"] - pull).square().sum()
-        )
-
-    outer_loss = inner_loss
 
 
 @dataclass(frozen=True)
@@ -61,29 +39,6 @@ class Projected(Wide):
 
     def project_outer(self, outer: Params) -> Params:
         return {name: leaf.clamp(-1, 1) for name, leaf in outer.items()}
-
-
-class WideDirections(Directions):
-    """With further outer parameters, which move what the outer loss is compared with."""
-
-    def init_outer(self, generator: torch.Generator) -> Params:
-        idle = torch.ones(BLOCK + 300, dtype=torch.float64)
-        return {**super().init_outer(generator), "idle": idle}
-
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        return (
-            super().outer_loss(outer, inner, batch)
-            + (outer["idle"] * batch.tensors[1][0]).square().mean()
-        )
-
-
-def wide_workload(**options: Any) -> Workload:
-    return make_workload(problem=Wide(), **options)
-
-
-def pid_of(server: Any) -> int:
-    pid: int = ray.get(server.__ray_call__.remote(lambda _: os.getpid()))
-    return pid
 
 
 def test_shards_give_the_bytes_of_one_process(executor, tmp_path):

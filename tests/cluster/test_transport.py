@@ -14,8 +14,8 @@ import torch
 from metadist.cluster import RayExecutor
 from metadist.cluster.transport import OBJECT_STORE, Transport, receive
 from tests.algorithms.directions import run_in_one_process
-from tests.cluster.test_shards import CLIPPED, Wide, WideDirections, pid_of, wide_workload
 from tests.cluster.toy import first_state, local_run, state_bytes
+from tests.cluster.wide import CLIPPED, Wide, WideDirections, pid_of, wide_workload
 
 needs_nixl = pytest.mark.skipif(
     importlib.util.find_spec("nixl") is None, reason="the package nixl is not there: Linux only"

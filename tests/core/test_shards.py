@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from metadist.oracle import AutogradOracle, Draw, Source
 from metadist.problem import Problem
-from metadist.shards import ShardOracle, check_partition, cut, sample_shard, shard_fault, spread
+from metadist.shards import (
+    ShardOracle,
+    check_classes,
+    check_partition,
+    class_labels,
+    cut,
+    sample_shard,
+    shard_fault,
+    spread,
+)
 from metadist.task import Batch, Task
 from metadist.trees import Params, add, scale
 from tests.cluster.shards import Cleaning, Unequal, cleaning_task
@@ -99,6 +108,24 @@ def test_a_sampler_may_cut_by_itself():
 def test_what_is_no_partition_is_refused(indices, message):
     with pytest.raises(ValueError, match=message):
         check_partition([torch.tensor(index, dtype=torch.int64) for index in indices], "query")
+
+
+class Labelled(Unequal):
+    num_classes = 3
+
+
+def test_labels_are_those_of_samplers_with_classes():
+    inputs, labels = torch.zeros(4, 2), torch.tensor([2, 0, 2, 0])
+    assert class_labels(Labelled(), Batch.of(inputs, labels)) == {0, 2}
+    assert class_labels(Labelled(), Batch.of(labels, inputs)) is None
+    assert class_labels(Labelled(), Batch.of(inputs, labels.float())) is None
+    assert class_labels(Unequal(), Batch.of(inputs, labels)) is None
+
+
+def test_a_class_that_a_shard_lacks_is_told():
+    check_classes([{0, 2}, {2, 0}], "query")
+    with pytest.raises(ValueError, match=r"the query .* all 3 classes, got none of class 1, 2 in"):
+        check_classes([{0, 1, 2}, {0}], "query")
 
 
 def test_rows_are_spread_among_zeros():
