@@ -47,6 +47,7 @@ class Script:
         environment |= {name: value, "HOME": home, "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             [sys.executable, "-c", source, *arguments],
+            stdin=subprocess.PIPE,  # so that a program that reads it waits for `finish`
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

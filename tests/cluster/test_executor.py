@@ -32,7 +32,9 @@ from tests.cluster.toy import (
 )
 
 
-@pytest.mark.parametrize("num_workers", [1, 3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_workers", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))]
+)
 def test_bsp_gives_the_bytes_of_one_process(executor, num_workers):
     expected, expected_reports = local_run(5)
     # Two are the default, which the tests after this one go on with.
@@ -157,7 +159,7 @@ def test_an_error_in_user_code_ends_the_run_with_its_traceback(executor):
 @pytest.mark.parametrize(
     ("options", "num_leases"),
     [
-        ({"policy": Buffered(3)}, 48),
+        pytest.param({"policy": Buffered(3)}, 48, marks=pytest.mark.slow),
         ({"policy": "ssp", "staleness": 2}, None),
         pytest.param({"policy": "asp", "staleness_weight": "inverse"}, 16, marks=pytest.mark.slow),
     ],

@@ -62,6 +62,7 @@ def test_a_worker_that_ray_gave_up_is_replaced(executor, tmp_path):
     assert total([first, *rest], "lost_workers") == 2
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_lost_between_leases_is_replaced(executor):
     running = executor()
     list(running.run(2))
@@ -145,6 +146,7 @@ def test_a_dead_server_is_no_death_of_workers_that_miss_its_x(executor):
     assert state_bytes(running.state()) == state_bytes(local_run(4)[0])
 
 
+@pytest.mark.slow
 def test_a_server_that_always_dies_ends_the_run(executor):
     running = executor(make_workload(problem=FatalStep()), max_losses=2)
     message = "lost 2 times in a row without a new version of x, max_losses=2.* at version 0: "

@@ -135,6 +135,7 @@ def pushed_small() -> Any:
     return worker.compute(workload.lease(0, 0), None, Pulled(pack_state(state).flat))
 
 
+@pytest.mark.slow
 def test_training_ends_near_the_exact_one(executor):
     running = executor(num_workers=2, transfer="bfloat16")
     list(running.run(60))
