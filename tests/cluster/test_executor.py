@@ -211,7 +211,7 @@ def test_too_few_cpus_are_reported_in_time(executor):
 
 
 @pytest.mark.slow
-def test_workers_join_when_their_resources_appear(executor):
+def test_workers_join_when_their_resources_appear(free_cluster, executor):
     taken = reserve([{"CPU": 1.0}] * 3, timeout_s=60)
     try:
         running = executor(num_workers=3, min_workers=1)
