@@ -66,8 +66,10 @@ def expected(inner_lr: float, tmp_path: Path, steps: int = 8) -> dict[str, float
 @pytest.mark.filterwarnings("ignore")  # of Ray Tune and what it imports
 def test_trials_under_a_scheduler_report_stop_early_and_the_best_is_found(ray_session, tmp_path):
     asha = {"name": "asha", "grace_period": 2, "reduction_factor": 2}
-    space = {"inner_lr": {"choice": [0.2]}, "outer_lr": {"loguniform": [1e-9, 1e-1]}}
-    found = search(tmp_path / "asha", space=space, num_samples=3, scheduler=asha, seed=3)
+    space = {"inner_lr": {"choice": [0.2]}, "outer_lr": {"grid": [1e-1, 1e-9, 1e-3]}}
+    # One at a time: who reports first is never stopped, whoever that is.
+    options: dict[str, Any] = {"space": space, "scheduler": asha, "num_workers": 1}
+    found = search(tmp_path / "asha", **options)
     assert len(found.trials) == 3 and all(trial.error is None for trial in found.trials)
     assert {trial.values["inner_lr"] for trial in found.trials} == {0.2}
     steps = [trial.figures["step"] for trial in found.trials]
@@ -75,7 +77,7 @@ def test_trials_under_a_scheduler_report_stop_early_and_the_best_is_found(ray_se
     assert found.best is not None
     assert found.best.figures["query_loss"] == min(t.figures["query_loss"] for t in found.trials)
     # The same search again changes nothing: all trials have ended.
-    again = search(tmp_path / "asha", space=space, num_samples=3, scheduler=asha, seed=3)
+    again = search(tmp_path / "asha", **options)
     assert again.best == found.best
     assert sorted(again.trials, key=str) == sorted(found.trials, key=str)
 
