@@ -341,10 +341,8 @@ def check_shards(infos: list[ShardInfo], allow_missing_classes: bool) -> list[Te
     positions = [to_tensor(info.support) for info in infos]
     check_partition(positions, "support")
     check_partition([to_tensor(info.query) for info in infos], "query")
-    for number, source in enumerate(SOURCES):
-        classes = [labels for info in infos if (labels := info.classes[number]) is not None]
-        if classes and not allow_missing_classes:
-            check_classes(classes, source)
+    for number, source in enumerate(() if allow_missing_classes else SOURCES):
+        check_classes([info.classes[number] or set() for info in infos], source)
     return positions
 
 

@@ -25,7 +25,6 @@ from metadist.tasks.image_sets import (
     open_dataset,
     require_classes,
 )
-from metadist.tasks.one_task import figures_on
 from metadist.tasks.reweighting import HyperCleaning, LinearClassifier, LossWeighting
 from metadist.trees import Params, dot
 
@@ -88,10 +87,10 @@ class CorruptedImages(ImageProblemData):
         order = iter(Draws(seed, "images", 0).choose(len(whole), len(whole)))
         clean = drawing.take(order, num_train, "num_train")
         val = drawing.take(order, num_val, "num_val (beside num_train)")
-        self.selection: Images | None = None
+        selection = None
         if num_selection:
             field = "num_selection (beside num_train and num_val)"
-            self.selection = drawing.take(order, num_selection, field)
+            selection = drawing.take(order, num_selection, field)
         if held_out is not None:
             drawing = drawing.of(held_out)
             order = iter(Draws(seed, "images", 1).choose(len(held_out), len(held_out)))
@@ -102,7 +101,7 @@ class CorruptedImages(ImageProblemData):
             clean.pixels, _redrawn(clean.labels, len(drawing.classes), corruption, redraw, seed)
         )
         require_classes(train, drawing.classes, "num_train after the labels are redrawn")
-        super().__init__(train, val, test, scaling)
+        super().__init__(train, val, test, scaling, selection)
         self.clean_labels = clean.labels
 
     @property
@@ -118,9 +117,6 @@ class CorruptedImages(ImageProblemData):
         the share of wrong labels that has such a weight.
         """
         figures = super().figures(problem, outer, inner)
-        if self.selection is not None:
-            examples = self.scaling.batch(self.selection)
-            figures |= figures_on(problem, outer, inner, examples, "selection")
         if isinstance(problem, HyperCleaning | LossWeighting):
             like = next(iter(inner.values()))
             batch = to_device(self.sample(0), like.device, like.dtype).support
@@ -195,7 +191,7 @@ class CorruptedImages(ImageProblemData):
             return problem.outer_loss({}, y, batch) + weight_decay / 2 * dot(y, y)
 
         fitted = lbfgs(loss, problem.init_inner(outer, self.sample(0)), max_iter)
-        return self.figures(problem, outer, fitted)
+        return super().figures(problem, outer, fitted)  # no search for wrong labels
 
 
 def _redrawn(

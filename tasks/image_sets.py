@@ -194,10 +194,18 @@ class ImageProblemData:
     Images travel with a pickled sampler as one byte a pixel.
     """
 
-    def __init__(self, train: Images, val: Images, test: Images, scaling: Scaling) -> None:
+    def __init__(
+        self,
+        train: Images,
+        val: Images,
+        test: Images,
+        scaling: Scaling,
+        selection: Images | None = None,
+    ) -> None:
         self.train = train
         self.val = val
         self.test = test
+        self.selection = selection
         self.scaling = scaling
         self._sets: tuple[Batch, Batch] | None = None
 
@@ -216,8 +224,12 @@ class ImageProblemData:
         return int(self.train.labels.max()) + 1
 
     def figures(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
-        """How good an adapted variable `inner` is on the test images: accuracy and loss."""
-        return figures_on(problem, outer, inner, self.scaling.batch(self.test))
+        """Accuracy and loss of `inner` on the test images, and on those for selection if any."""
+        figures = figures_on(problem, outer, inner, self.scaling.batch(self.test))
+        if self.selection is not None:
+            examples = self.scaling.batch(self.selection)
+            figures |= figures_on(problem, outer, inner, examples, "selection")
+        return figures
 
 
 def require_classes(images: Images, classes: NDArray[np.int64], field: str) -> None:

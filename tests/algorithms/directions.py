@@ -88,6 +88,11 @@ MODES = [
 ]
 """Every algorithm on new tasks, and on tasks whose state is kept."""
 
+with_what_a_step_leaves = pytest.mark.parametrize(
+    ("name", "keep_state"), [("soba", True), ("mrbo", False)], ids=["kept state", "two points"]
+)
+"""Both kinds of what a step leaves for the next."""
+
 
 def trainer(algorithm: Algorithm, keep_state: bool = False, **options: object) -> Trainer:
     """A training of `Directions` by it, on two tasks at a step."""

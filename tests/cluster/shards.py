@@ -26,6 +26,7 @@ from metadist.tasks import TextRegularisation
 from metadist.trees import Params
 from tests.cluster.toy import state_bytes
 from tests.problems import DOUBLE, assert_close, generator
+from tests.tasks.test_text import NUM_CLASSES, NUM_FEATURES
 
 ADAM = OuterOptimizer("adam", lr=0.05)
 
@@ -115,6 +116,11 @@ class Unequal(Whole):
 
 
 class PreciseText(TextRegularisation):
+    """Of the task of `sparse_task`, in double precision."""
+
+    def __init__(self) -> None:
+        super().__init__(NUM_FEATURES, NUM_CLASSES, strength=0.01)
+
     def init_outer(self, generator):
         return {name: x.double() for name, x in super().init_outer(generator).items()}
 

@@ -16,7 +16,7 @@ from ray import exceptions
 
 from metadist.executor import StepReport
 from metadist.outer import OuterOptimizer
-from tests.algorithms.directions import run_in_one_process
+from tests.algorithms.directions import run_in_one_process, with_what_a_step_leaves
 from tests.cluster.toy import (
     ADAM,
     Marks,
@@ -142,9 +142,7 @@ def test_a_synchronous_run_ends_with_the_same_bytes_whoever_is_killed(executor, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "keep_state"), [("soba", True), ("mrbo", False)], ids=["kept state", "two points"]
-)
+@with_what_a_step_leaves
 @pytest.mark.timeout(1200)
 def test_a_run_that_needs_the_step_before_ends_with_the_same_bytes(executor, name, keep_state):
     workload, first, local = run_in_one_process(name, keep_state, ADAM, meta_batch_size=4)

@@ -60,7 +60,7 @@ from tests.cluster.shards import (
     solve,
 )
 from tests.problems import DOUBLE, Quadratic, quadratic_task, true_hypergradient
-from tests.tasks.test_text import NUM_CLASSES, NUM_FEATURES, sparse_task
+from tests.tasks.test_text import NUM_CLASSES, sparse_task
 
 ALL = {
     **{name: a for name, a in NEW_TASKS.items() if a.trains != "start"},
@@ -453,10 +453,7 @@ class SortedArticles(FixedTasks):
 
 
 def test_a_class_missing_from_a_shard_is_refused_unless_it_may_be():
-    given: dict[str, Any] = {
-        "problem": PreciseText(NUM_FEATURES, NUM_CLASSES, strength=0.01),
-        "sampler": SortedArticles(),
-    }
+    given: dict[str, Any] = {"problem": PreciseText(), "sampler": SortedArticles()}
     with pytest.raises(ValueError, match=r"the support set of every shard must hold all \d class"):
         solve(InProcess(3), SOBA(), **given)
     allowed, _ = solve(InProcess(3, allow_missing_classes=True), SOBA(), **given)

@@ -38,7 +38,7 @@ from tests.cluster.shards import (
 from tests.cluster.test_data_parallel import ALL
 from tests.cluster.toy import cpus_taken, happens_first, wait_until
 from tests.problems import Quadratic, quadratic_task, true_hypergradient
-from tests.tasks.test_text import NUM_CLASSES, NUM_FEATURES, sparse_task
+from tests.tasks.test_text import sparse_task
 
 PART_1 = 5
 """A position of the support set that shard 1 of three holds."""
@@ -132,11 +132,7 @@ def test_workers_are_one_process(workers, name):
 
 @pytest.mark.parametrize("name", [pytest.param("soba", marks=pytest.mark.slow), "aid"])
 def test_sparse_rows_in_shards_are_the_whole_set_in_one_process(workers, name):
-    data = FixedTasks([sparse_task()[0]])
-    given: dict[str, Any] = {
-        "problem": PreciseText(NUM_FEATURES, NUM_CLASSES, strength=0.01),
-        "sampler": data,
-    }
+    given: dict[str, Any] = {"problem": PreciseText(), "sampler": FixedTasks([sparse_task()[0]])}
     found, _ = solve(workers(), ALL[name], **given)
     expected, _ = solve(LocalExecutor("cpu"), ALL[name], **given)
     assert found.outer["log_strengths"].dtype == torch.float64

@@ -15,7 +15,7 @@ from metadist.cluster.server import Arrival, ParameterServer
 from metadist.cluster.transport import Pulled, receive
 from metadist.cluster.worker import Worker
 from metadist.outer import OuterOptimizer
-from tests.algorithms.directions import run_in_one_process
+from tests.algorithms.directions import run_in_one_process, with_what_a_step_leaves
 from tests.cluster.toy import (
     ADAM,
     Lines,
@@ -148,9 +148,7 @@ def test_training_ends_near_the_exact_one(executor):
     assert running.describe()["transfer"] == "bfloat16"
 
 
-@pytest.mark.parametrize(
-    ("name", "keep_state"), [("soba", True), ("mrbo", False)], ids=["kept state", "two points"]
-)
+@with_what_a_step_leaves
 def test_what_an_algorithm_keeps_stays_exact(executor, name, keep_state):
     workload, first, local = run_in_one_process(name, keep_state, ADAM)
     running = executor(workload, first, num_workers=2, transfer="bfloat16")

@@ -14,7 +14,7 @@ import torch
 from metadist.checkpoint import Checkpoint, CheckpointStore
 from metadist.cluster import RayExecutor
 from metadist.trees import Params
-from tests.algorithms.directions import run_in_one_process
+from tests.algorithms.directions import with_what_a_step_leaves
 from tests.cluster.processes import CLUSTER, Script
 from tests.cluster.toy import (
     ADAM,
@@ -26,7 +26,7 @@ from tests.cluster.toy import (
     state_bytes,
     wait_until,
 )
-from tests.cluster.wide import CLIPPED, Wide, WideDirections, pid_of, wide_workload
+from tests.cluster.wide import CLIPPED, Wide, pid_of, wide_directions, wide_workload
 
 # On a busy machine a server that does not hang may be taken for one that does.
 PATIENT = {"server_timeout_s": 4.0, "max_losses": 100}
@@ -104,13 +104,9 @@ def test_a_killed_shard_changes_no_byte(executor, monkeypatch, number, when):
     assert state_bytes(running.state()) == state_bytes(local_run(4, wide_workload())[0])
 
 
-@pytest.mark.parametrize(
-    ("name", "keep_state"), [("soba", True), ("mrbo", False)], ids=["kept state", "two points"]
-)
+@with_what_a_step_leaves
 def test_shards_keep_what_a_step_leaves_for_the_next(executor, name, keep_state):
-    problem = WideDirections()
-    workload, first, local = run_in_one_process(name, keep_state, CLIPPED, problem=problem)
-    list(local.run(6))
+    workload, first, expected = wide_directions(name, keep_state)
     running = executor(workload, first, CLIPPED, **SHARDED)
     reports = running.run(6)
     next(reports), next(reports)
@@ -118,7 +114,7 @@ def test_shards_keep_what_a_step_leaves_for_the_next(executor, name, keep_state)
     ray.kill(running._keeper.servers[1])
     list(reports)
     state = running.state()
-    assert state_bytes(state) == state_bytes(local.state())
+    assert state_bytes(state) == state_bytes(expected)
     assert bool(state.states) == keep_state
     assert bool(state.recursion) != keep_state
 

@@ -13,9 +13,9 @@ import torch
 
 from metadist.cluster import RayExecutor
 from metadist.cluster.transport import OBJECT_STORE, Transport, receive
-from tests.algorithms.directions import run_in_one_process
+from tests.algorithms.directions import with_what_a_step_leaves
 from tests.cluster.toy import first_state, local_run, state_bytes
-from tests.cluster.wide import CLIPPED, Wide, WideDirections, pid_of, wide_workload
+from tests.cluster.wide import CLIPPED, Wide, pid_of, wide_directions, wide_workload
 
 needs_nixl = pytest.mark.skipif(
     importlib.util.find_spec("nixl") is None, reason="the package nixl is not there: Linux only"
@@ -72,16 +72,12 @@ def test_a_lost_worker_and_a_lost_server_change_no_byte(executor):
 
 @needs_nixl
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "keep_state"), [("soba", True), ("mrbo", False)], ids=["kept state", "two points"]
-)
+@with_what_a_step_leaves
 def test_shards_and_what_a_step_leaves_for_the_next(executor, name, keep_state):
-    problem = WideDirections()
-    workload, first, local = run_in_one_process(name, keep_state, CLIPPED, problem=problem)
-    list(local.run(6))
+    workload, first, expected = wide_directions(name, keep_state)
     running = executor(workload, first, CLIPPED, num_shards=2, **DIRECT)
     list(running.run(6))
-    assert state_bytes(running.state()) == state_bytes(local.state())
+    assert state_bytes(running.state()) == state_bytes(expected)
 
 
 @needs_nixl

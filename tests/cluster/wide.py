@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from metadist.lease import Workload
-from metadist.outer import BLOCK, OuterOptimizer
+from metadist.outer import BLOCK, OuterOptimizer, OuterState
 from metadist.task import Batch, Task
 from metadist.trees import Params
-from tests.algorithms.directions import Directions
+from tests.algorithms.directions import Directions, run_in_one_process
 from tests.cluster.toy import Regression, make_workload
 
 CLIPPED = OuterOptimizer("adam", lr=0.05, clip_norm=0.5, schedule="linear", schedule_steps=9)
@@ -50,6 +50,13 @@ class WideDirections(Directions):
             super().outer_loss(outer, inner, batch)
             + (outer["idle"] * batch.tensors[1][0]).square().mean()
         )
+
+
+def wide_directions(name: str, keep_state: bool) -> tuple[Workload, OuterState, OuterState]:
+    """(leases of `NEW_TASKS[name]` on `WideDirections`, the first state, that after six steps)."""
+    workload, first, local = run_in_one_process(name, keep_state, CLIPPED, problem=WideDirections())
+    list(local.run(6))
+    return workload, first, local.state()
 
 
 def wide_workload(**options: Any) -> Workload:
