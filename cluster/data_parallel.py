@@ -12,7 +12,15 @@ import ray
 import torch
 from torch import Tensor
 
-from metadist.algorithm import Estimate, State, split_own
+from metadist.algorithm import (
+    Estimate,
+    State,
+    counters_of,
+    flatten_state,
+    split_own,
+    unflatten_state,
+)
+from metadist.checks.preflight import FirstShard
 from metadist.cluster.buffers import OuterSpec, to_array, to_tensor
 from metadist.cluster.exchange import Exchange
 from metadist.cluster.fleet import Retry
@@ -25,14 +33,13 @@ from metadist.cluster.shard import Layout, ShardCheck, ShardInfo, ShardWorker
 from metadist.cluster.shard_fleet import ShardFleet
 from metadist.cluster.worker import devices_of
 from metadist.executor import StepReport, signals_held
-from metadist.lease import Lease, LeaseResult, Workload, intra_op_threads
 from metadist.oracle import SOURCES, CountingOracle
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable
 from metadist.problem import check_rows
-from metadist.shards import FirstShard, check_classes, check_partition
-from metadist.state import counters_of, flatten_state, unflatten_state
+from metadist.shards import check_classes, check_partition
 from metadist.task import TaskSampler
 from metadist.trees import Params, flatten, zeros_like
+from metadist.workload import Lease, LeaseResult, Workload, intra_op_threads
 
 log = logging.getLogger("metadist.cluster")
 

@@ -30,9 +30,9 @@ from metadist.cluster.server import ParameterServer
 from metadist.cluster.transport import Transport, TransportName
 from metadist.cluster.worker import Transfer, Worker, devices_of
 from metadist.executor import StepReport
-from metadist.lease import Workload
 from metadist.outer import OuterOptimizer, OuterState, shard_bounds
 from metadist.trees import Params
+from metadist.workload import Workload
 
 log = logging.getLogger("metadist.cluster")
 

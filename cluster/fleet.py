@@ -23,7 +23,7 @@ from metadist.cluster.errors import (
     message,
 )
 from metadist.cluster.worker import WorkerInfo
-from metadist.lease import Lease, LeaseResult
+from metadist.workload import Lease, LeaseResult
 
 log = logging.getLogger("metadist.cluster")
 

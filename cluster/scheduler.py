@@ -16,8 +16,8 @@ from metadist.cluster.ledger import Ledger
 from metadist.cluster.policies import Policy
 from metadist.cluster.server import Arrival, Progress
 from metadist.executor import StepReport
-from metadist.lease import Workload
 from metadist.outer import StepResult
+from metadist.workload import Workload
 
 T = TypeVar("T")
 

@@ -19,9 +19,9 @@ from metadist.cluster.buffers import (
     unpack_state,
 )
 from metadist.cluster.transport import OBJECT_STORE, Pulled, Pushed, Transport, receive
-from metadist.lease import intra_op_threads, pick_device
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable, StepResult
 from metadist.trees import Params
+from metadist.workload import intra_op_threads, pick_device
 
 
 class Arrival(NamedTuple):

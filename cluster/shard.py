@@ -19,11 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metadist.cluster.buffers import Array, OuterSpec, to_array, to_tensor
 from metadist.cluster.worker import WorkerInfo, worker_device
 from metadist.hypergradient import adaptation_metrics
-from metadist.lease import Workload, intra_op_threads, pick_device
 from metadist.oracle import Draw
 from metadist.shards import ShardOracle, class_labels, sample_shard, shard_fault, spread
 from metadist.task import Task, to_device
 from metadist.trees import Params, check_flattenable
+from metadist.workload import Workload, intra_op_threads, pick_device
 
 Role = Literal["outer", "x", "y", "value"]
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from metadist.cluster.connection import connected
 from metadist.cluster.runtime_env import pickle_by_value
-from metadist.comparison_run import Contender
+from metadist.compare.run import Contender
 from metadist.executor import StepReport
-from metadist.storage import Folder
+from metadist.run.storage import Folder
 
 STEP, FIGURES = "step", "figures"
 """The outer step, among the figures of a report, and the list of their names."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from metadist.cluster.buffers import Array, OuterSpec, to_array, to_tensor
 from metadist.cluster.rounding import Bfloat16
 from metadist.cluster.transport import OBJECT_STORE, Pulled, Pushed, Transport, receive
-from metadist.lease import Lease, LeaseResult, Workload, pick_device
+from metadist.workload import Lease, LeaseResult, Workload, pick_device
 
 Transfer = Literal["full", "bfloat16"]
 

@@ -1,14 +1,14 @@
 """Distributed meta-learning and bilevel optimisation with PyTorch and Ray."""
 
 from metadist.algorithm import Algorithm, Estimate, InnerState
-from metadist.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from metadist.checks.hypergradient import HypergradientReport, check_hypergradient
 from metadist.evaluation import EvaluationResult, Interval, evaluate
 from metadist.executor import Executor, LocalExecutor, StepReport
 from metadist.hypergradient import HypergradientSum, task_hypergradients
-from metadist.hypergradient_check import HypergradientReport, check_hypergradient
 from metadist.oracle import AutogradOracle, CountingOracle, Draw, Oracle
 from metadist.outer import OuterOptimizer
 from metadist.problem import Problem
+from metadist.run.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from metadist.task import Batch, Task, TaskSampler
 from metadist.trainer import Trainer, TrainingDiverged, TrainingResult
 from metadist.trees import Params

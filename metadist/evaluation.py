@@ -14,11 +14,11 @@ import torch
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.hypergradient import Vectorize, adaptation_metrics, vectorizes
-from metadist.lease import intra_op_threads, pick_device
 from metadist.oracle import AutogradOracle
 from metadist.problem import Problem
 from metadist.task import Task, TaskSampler, stack_tasks, to_device
 from metadist.trees import Params, detach, select, tree_map
+from metadist.workload import intra_op_threads, pick_device
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
-from metadist.lease import LeaseResult, Workload, intra_op_threads, pick_device
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable, StepResult
 from metadist.trees import Params
+from metadist.workload import LeaseResult, Workload, intra_op_threads, pick_device
 
 
 class StepReport(NamedTuple):

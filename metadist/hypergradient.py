@@ -15,13 +15,11 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metadist.algorithm import Algorithm, split_own
-from metadist.autodiff import gradients, leaves
+from metadist.algorithm import Algorithm, counters_of, flatten_state, split_own, unflatten_state
 from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.problem import Problem
-from metadist.state import counters_of, flatten_state, unflatten_state
 from metadist.task import Task, shape_signature, stack_tasks
-from metadist.trees import Params, add, detach, tree_map, zeros_like
+from metadist.trees import Params, add, detach, gradients, leaves, tree_map, zeros_like
 
 Vectorize = Literal["auto"] | bool
 

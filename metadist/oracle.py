@@ -17,10 +17,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from metadist.autodiff import gradients, leaves
 from metadist.problem import Problem, is_nonsmooth
 from metadist.task import Batch, Task
-from metadist.trees import Params, dot, num_elements, unflatten, zeros_like
+from metadist.trees import Params, dot, gradients, leaves, num_elements, unflatten, zeros_like
 
 Source = Literal["support", "query"]
 SOURCES: tuple[Source, Source] = ("support", "query")

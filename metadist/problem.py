@@ -16,9 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from metadist.autodiff import gradients, leaves
 from metadist.task import Batch, Task
-from metadist.trees import Params
+from metadist.trees import Params, gradients, leaves
 
 
 class Problem(Protocol):

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from metadist.autodiff import gradients, leaves
 from metadist.oracle import SOURCES, AutogradOracle, Draw, Source
 from metadist.problem import Problem, per_example_names
 from metadist.task import Batch, Task, TaskSampler
-from metadist.trees import Params
+from metadist.trees import Params, gradients, leaves
 
 
 def cut(task: Task, part: int, num_parts: int) -> Task:
@@ -48,26 +46,6 @@ def sample_shard(sampler: TaskSampler, part: int, num_parts: int) -> Task:
         return cut(sampler.sample(0), part, num_parts)
     task: Task = shard(0, part, num_parts)
     return task
-
-
-class FirstShard:
-    """Of every task shard 0, as a task: what can be looked at where nobody holds all data.
-
-    Args:
-        sampler: with a method `shard`.
-        num_parts: shards of a task.
-    """
-
-    def __init__(self, sampler: Any, num_parts: int) -> None:
-        self._sampler = sampler
-        self._num_parts = num_parts
-
-    def sample(self, index: int) -> Task:
-        """Shard 0 of the task, its examples numbered from 0."""
-        task: Task = self._sampler.shard(index, 0, self._num_parts)
-        return task._replace(
-            support=Batch.of(*task.support.tensors), query=Batch.of(*task.query.tensors)
-        )
 
 
 def check_partition(indices: Sequence[Tensor], source: Source) -> None:

@@ -10,28 +10,27 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from metadist.algorithm import Algorithm, split_own
-from metadist.checkpoint import (
+from metadist.algorithm import Algorithm, counters_of, split_own, unflatten_state
+from metadist.checks.preflight import check_losses, check_trainable, initial_outer, preflight
+from metadist.checks.sampler import check_sampler
+from metadist.evaluation import EvaluationResult, describe_sampler, evaluate, with_inner_steps
+from metadist.executor import Executor, LocalExecutor, StepReport
+from metadist.hypergradient import Vectorize
+from metadist.oracle import AutogradOracle
+from metadist.outer import OuterOptimizer, OuterVariable, check_state
+from metadist.problem import Problem
+from metadist.run.checkpoint import (
     Checkpoint,
     CheckpointError,
     CheckpointStore,
     check_same_model,
 )
-from metadist.evaluation import EvaluationResult, describe_sampler, evaluate, with_inner_steps
-from metadist.events import EVENTS, EventLog
-from metadist.executor import Executor, LocalExecutor, StepReport
-from metadist.hypergradient import Vectorize
-from metadist.lease import Workload
-from metadist.monitor import Monitor, TerminalProgress, calls_of, mean_metrics
-from metadist.oracle import AutogradOracle
-from metadist.outer import OuterOptimizer, OuterVariable, check_state
-from metadist.preflight import check_losses, check_trainable, initial_outer, preflight
-from metadist.problem import Problem
-from metadist.sampler_check import check_sampler
-from metadist.state import counters_of, unflatten_state
-from metadist.storage import Folder, Mirror
+from metadist.run.events import EVENTS, EventLog
+from metadist.run.monitor import Monitor, TerminalProgress, calls_of, mean_metrics
+from metadist.run.storage import Folder, Mirror
 from metadist.task import TaskSampler, to_device
 from metadist.trees import Params
+from metadist.workload import Workload
 
 CONFIG = "config.yaml"
 """The name of the file in a run folder."""

@@ -34,10 +34,10 @@ from metadist import (
     task_hypergradients,
 )
 from metadist.algorithms import ITD
-from metadist.lease import Workload
 from metadist.models import Conv4
 from metadist.outer import OuterVariable
 from metadist.tasks import FewShotProblem, Glyphs, Sinusoid
+from metadist.workload import Workload
 
 ENGINES: dict[str, dict[str, Any]] = {
     "higher": {"engine": "higher"},

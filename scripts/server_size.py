@@ -41,8 +41,8 @@ from metadist.cluster.runtime_env import pickle_by_value
 from metadist.cluster.server import Arrival, ParameterServer
 from metadist.cluster.transport import Pulled, Pushed, Transport
 from metadist.cluster.worker import Transfer, Worker
-from metadist.lease import LeaseResult
 from metadist.outer import OuterOptimizer, shard_bounds
+from metadist.workload import LeaseResult
 
 OPTIMIZERS = {
     "sgd": (OuterOptimizer("sgd", lr=1e-3, clip_norm=1.0), 1.5),

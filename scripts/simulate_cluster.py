@@ -39,8 +39,8 @@ from metadist.algorithms import ITD
 from metadist.cluster import ASP, BSP, SSP, Buffered, Policy, RayExecutor, View
 from metadist.cluster.simulation import Costs, Outcome, Step, Workers, simulate
 from metadist.executor import StepReport
-from metadist.lease import Workload
 from metadist.outer import OuterVariable
+from metadist.workload import Workload
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs"
 console = Console(soft_wrap=True)

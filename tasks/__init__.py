@@ -3,7 +3,7 @@
 if __name__ != "metadist.tasks":
     raise ImportError("import metadist.tasks, not tasks: a bare name may be any module")
 
-from metadist.sampler_check import SamplerError, SamplerReport, check_sampler
+from metadist.checks.sampler import SamplerError, SamplerReport, check_sampler
 from metadist.tasks.cifar import CIFARFS, FC100
 from metadist.tasks.class_splits import read_splits
 from metadist.tasks.corrupted_images import CorruptedImages

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from metadist.hypergradient_check import lbfgs
+from metadist.checks.hypergradient import lbfgs
 from metadist.problem import Problem
 from metadist.task import Batch, to_device
 from metadist.tasks.dataset import LabelledDataset

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metadist.hypergradient_check import lbfgs
+from metadist.checks.hypergradient import lbfgs
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.tasks.data_sources import NEWS_ARTICLES, FetchError, data_root, fetch

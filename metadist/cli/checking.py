@@ -8,8 +8,8 @@ import sys
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
+from metadist.checks.hypergradient import check_hypergradient
 from metadist.cli.parsing import Parser, add_workload, instantiate
-from metadist.hypergradient_check import check_hypergradient
 
 
 def check_parser() -> ArgumentParser:

@@ -15,8 +15,8 @@ from rich.console import Console
 from metadist.cli.contending import check_contender, contender, go_to, keep_config
 from metadist.cli.parsing import Parser, read_yaml
 from metadist.cluster.parallel import in_parallel
-from metadist.comparison import Comparison, Outcome, Run
-from metadist.comparison_report import (
+from metadist.compare.plan import Comparison, Outcome, Run
+from metadist.compare.report import (
     check_matplotlib,
     curves,
     grid_to_csv,
@@ -25,14 +25,14 @@ from metadist.comparison_report import (
     to_csv,
     to_markdown,
 )
-from metadist.comparison_run import (
+from metadist.compare.run import (
     MAX_STEPS,
     Contender,
     is_finished,
     read_records,
     run_on_budget,
 )
-from metadist.storage import Folder
+from metadist.run.storage import Folder
 
 CONFIG = "comparison.json"
 ERROR = "error.txt"

@@ -14,11 +14,11 @@ from metadist import __version__
 from metadist.cli.names import NAMES
 from metadist.cli.parsing import MAX_CONFIG_BYTES
 from metadist.cli.training import build, parse_training
-from metadist.comparison import differences
-from metadist.comparison_run import MAX_STEPS, Contender
+from metadist.compare.metrics import kept_figures
+from metadist.compare.plan import differences
+from metadist.compare.run import MAX_STEPS, Contender
 from metadist.evaluation import EvaluationResult
-from metadist.figures import kept_figures
-from metadist.storage import Folder, write_json
+from metadist.run.storage import Folder, write_json
 
 
 def contender(options: Mapping[str, Any], values: Mapping[str, Any], run_dir: str) -> Contender:

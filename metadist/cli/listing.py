@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from metadist.algorithms import ALGORITHMS
-from metadist.catalogue import cards, classes
+from metadist.cli.catalogue import cards, classes
 from metadist.cli.names import KINDS, named
 from metadist.cli.parsing import Parser
 

@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Table
 
-from metadist.checkpoint import CheckpointError, CheckpointStore, check_same_model
+from metadist.checks.preflight import initial_outer
 from metadist.cli.names import ExecutorBase, SamplerBase
 from metadist.cli.parsing import MAX_CONFIG_BYTES, Parser, check_yaml, instantiate, readable
 from metadist.cli.training import (
@@ -18,11 +18,11 @@ from metadist.cli.training import (
     train_parser,
 )
 from metadist.evaluation import evaluate
-from metadist.lease import Workload
-from metadist.preflight import initial_outer
-from metadist.status import run_status
-from metadist.storage import Folder, write_json
+from metadist.run.checkpoint import CheckpointError, CheckpointStore, check_same_model
+from metadist.run.status import run_status
+from metadist.run.storage import Folder, write_json
 from metadist.trainer import CONFIG
+from metadist.workload import Workload
 
 
 def run_parser(command: str, description: str) -> ArgumentParser:

@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError, Namespace
 
+from metadist.checks.preflight import check_losses
+from metadist.checks.sampler import check_sampler
 from metadist.cli.names import NAMES, ExecutorBase, SamplerBase, expand_names
 from metadist.cli.parsing import Parser, add_workload, instantiate, readable
 from metadist.evaluation import EvaluationResult
 from metadist.outer import OuterOptimizer
-from metadist.preflight import check_losses
-from metadist.sampler_check import check_sampler
-from metadist.status import RESULT
-from metadist.storage import Folder, write_json
+from metadist.run.status import RESULT
+from metadist.run.storage import Folder, write_json
 from metadist.trainer import CONFIG, Trainer, headline
 
 

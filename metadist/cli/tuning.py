@@ -18,8 +18,8 @@ from metadist.cli.parsing import Parser, read_yaml
 from metadist.cli.training import parse_training, train_parser
 from metadist.cluster.tune import plan
 from metadist.cluster.tune import tune as search
-from metadist.comparison_run import Contender
-from metadist.storage import Folder
+from metadist.compare.run import Contender
+from metadist.run.storage import Folder
 
 CONFIG, BEST, TRIALS = "tune.json", "best.yaml", "trials.json"
 OWN = ("space", "metric", "mode", "num_samples", "evaluate_every", "scheduler", "search")

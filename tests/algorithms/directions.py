@@ -12,11 +12,11 @@ from metadist import OuterOptimizer, Trainer
 from metadist.algorithm import Algorithm
 from metadist.algorithms import ALGORITHMS, BOME, MEHA, VPBGD, Reptile
 from metadist.executor import LocalExecutor
-from metadist.lease import Workload
 from metadist.outer import OuterState, OuterVariable
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params
+from metadist.workload import Workload
 from tests.problems import DOUBLE, generator
 
 DIRECTION = torch.tensor([0.6, -0.8, 0.3], dtype=DOUBLE)

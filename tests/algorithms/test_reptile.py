@@ -6,12 +6,12 @@ import torch
 from metadist.algorithms import ALGORITHMS, Reptile
 from metadist.executor import LocalExecutor
 from metadist.hypergradient import task_hypergradients
-from metadist.lease import Workload
 from metadist.models import MLP, Conv4
 from metadist.oracle import CountingOracle
 from metadist.outer import OuterOptimizer, OuterVariable
 from metadist.tasks.few_shot import FewShotProblem
 from metadist.trees import add, scale, sub
+from metadist.workload import Workload
 from tests.problems import (
     Quadratic,
     Smooth,

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from metadist.algorithm import Card
+from metadist.algorithm import Card, counters_of, flatten_state, unflatten_state
 from metadist.algorithms import ALGORITHMS
 from metadist.hypergradient import task_hypergradients
 from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.problem import Problem
-from metadist.state import counters_of, flatten_state, unflatten_state
 from metadist.task import Batch, Task
 from metadist.trees import Params, add
 from tests.algorithms import cases_first_order, cases_implicit, cases_own, cases_stochastic

@@ -10,8 +10,8 @@ import pytest
 import ray
 
 from metadist.cluster import RayExecutor
-from metadist.lease import Workload
 from metadist.outer import OuterOptimizer, OuterState
+from metadist.workload import Workload
 from tests.cluster.toy import ADAM, first_state, make_workload
 
 # How long an example takes is a matter of what else the machine does.

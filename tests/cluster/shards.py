@@ -11,19 +11,19 @@ from torch import Tensor
 
 from metadist import Trainer
 from metadist.algorithm import Algorithm
+from metadist.checks.preflight import initial_outer
 from metadist.cluster import DataParallelExecutor
 from metadist.cluster.buffers import Array
 from metadist.cluster.data_parallel import check_workload
 from metadist.cluster.exchange import Package, Round
 from metadist.cluster.shard import Key, Layout, Reply, ShardCheck, ShardInfo, ShardWorker
 from metadist.executor import Executor, StepReport
-from metadist.lease import Workload
 from metadist.outer import OuterOptimizer, OuterState, OuterVariable
-from metadist.preflight import initial_outer
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.tasks import TextRegularisation
 from metadist.trees import Params
+from metadist.workload import Workload
 from tests.cluster.toy import state_bytes
 from tests.problems import DOUBLE, assert_close, generator
 from tests.tasks.test_text import NUM_CLASSES, NUM_FEATURES

@@ -9,10 +9,10 @@ import pytest
 
 from metadist import LocalExecutor, Trainer
 from metadist.cluster import RayExecutor
-from metadist.events import read_events
 from metadist.executor import Executor
-from metadist.status import run_status
-from metadist.storage import Folder
+from metadist.run.events import read_events
+from metadist.run.status import run_status
+from metadist.run.storage import Folder
 from tests.cluster.toy import ADAM, Deadly, OneStep, Regression
 
 

@@ -10,7 +10,7 @@ from ray import exceptions
 from metadist.cluster import fleet as module
 from metadist.cluster.fleet import Done, Fleet, Lost, Retry
 from metadist.cluster.worker import WorkerInfo
-from metadist.lease import Lease, LeaseResult
+from metadist.workload import Lease, LeaseResult
 
 
 class Call:

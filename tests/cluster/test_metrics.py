@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 import ray
 
 from metadist.cluster.metrics import RunMetrics
-from metadist.lease import LeaseResult
+from metadist.workload import LeaseResult
 from tests.cluster.toy import Deadly, make_workload, wait_until
 from tests.core.test_monitor import report
 

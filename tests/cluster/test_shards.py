@@ -11,8 +11,8 @@ import pytest
 import ray
 import torch
 
-from metadist.checkpoint import Checkpoint, CheckpointStore
 from metadist.cluster import RayExecutor
+from metadist.run.checkpoint import Checkpoint, CheckpointStore
 from metadist.trees import Params
 from tests.algorithms.directions import with_what_a_step_leaves
 from tests.cluster.processes import CLUSTER, Script

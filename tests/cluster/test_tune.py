@@ -17,8 +17,8 @@ from metadist.algorithms import SOBA
 from metadist.cli import main
 from metadist.cluster import tune
 from metadist.cluster.tune import Tuned
-from metadist.comparison_run import Contender
-from metadist.figures import kept_figures
+from metadist.compare.metrics import kept_figures
+from metadist.compare.run import Contender
 from metadist.tasks import FixedTasks
 from tests.core.helpers import words
 from tests.problems import Quadratic, quadratic_task

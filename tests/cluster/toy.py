@@ -19,12 +19,12 @@ from torch import Tensor
 
 from metadist.algorithm import Algorithm, Estimate
 from metadist.executor import LocalExecutor, StepReport
-from metadist.lease import Workload
 from metadist.oracle import Oracle
 from metadist.outer import OuterOptimizer, OuterState, OuterVariable
 from metadist.problem import Problem
 from metadist.task import Batch, Task, TaskSampler
 from metadist.trees import Params, add, zeros_like
+from metadist.workload import Workload
 
 
 @dataclass(frozen=True)

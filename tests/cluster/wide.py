@@ -10,10 +10,10 @@ import ray
 import torch
 from torch import Tensor
 
-from metadist.lease import Workload
 from metadist.outer import BLOCK, OuterOptimizer, OuterState
 from metadist.task import Batch, Task
 from metadist.trees import Params
+from metadist.workload import Workload
 from tests.algorithms.directions import Directions, run_in_one_process
 from tests.cluster.toy import Regression, make_workload
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from metadist import storage
+from metadist.run import storage
 
 SERVER = """
 import sys

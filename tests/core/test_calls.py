@@ -7,8 +7,8 @@ import torch
 
 from metadist import CheckpointStore, task_hypergradients
 from metadist.algorithms import ITD, MRBO, SOBA
-from metadist.status import latest_scalars
-from metadist.storage import Folder
+from metadist.run.status import latest_scalars
+from metadist.run.storage import Folder
 from metadist.trees import Params
 from tests.core.helpers import exact_state, last_state, make_trainer
 from tests.problems import Quadratic, generator, quadratic_task

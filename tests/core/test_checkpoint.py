@@ -15,15 +15,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from metadist.checkpoint import (
-    MANIFEST,
-    STATE,
-    TENSORS,
-    Checkpoint,
-    CheckpointError,
-    CheckpointStore,
-    check_same_model,
-)
 from metadist.outer import (
     BLOCK,
     Contribution,
@@ -31,6 +22,15 @@ from metadist.outer import (
     OuterState,
     OuterVariable,
     StepRules,
+)
+from metadist.run.checkpoint import (
+    MANIFEST,
+    STATE,
+    TENSORS,
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    check_same_model,
 )
 from tests.core.helpers import exact, fresh
 

@@ -17,8 +17,8 @@ import yaml
 
 from metadist import CheckpointStore, __version__, evaluate
 from metadist.algorithms import ALGORITHMS
-from metadist.catalogue import card_of
 from metadist.cli import COMMANDS, NAMES, main, train_parser
+from metadist.cli.catalogue import card_of
 from metadist.cli.names import expand_names
 from tests.core.helpers import (
     CURVES,

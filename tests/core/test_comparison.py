@@ -18,9 +18,10 @@ import yaml
 
 from metadist import CheckpointStore, LocalExecutor, OuterOptimizer, Trainer
 from metadist.algorithms import AID, SOBA
-from metadist.comparison import Comparison, Outcome, Run, differences, merge
-from metadist.comparison_report import AXES, curves, rows, to_csv, to_markdown
-from metadist.comparison_run import (
+from metadist.compare.metrics import kept_figures, solution_figures
+from metadist.compare.plan import Comparison, Outcome, Run, differences, merge
+from metadist.compare.report import AXES, curves, rows, to_csv, to_markdown
+from metadist.compare.run import (
     Budget,
     Contender,
     Record,
@@ -28,9 +29,8 @@ from metadist.comparison_run import (
     read_records,
     run_on_budget,
 )
-from metadist.figures import kept_figures, solution_figures
 from metadist.oracle import in_gradients
-from metadist.storage import Folder
+from metadist.run.storage import Folder
 from metadist.tasks import FixedTasks
 from tests.core.helpers import becomes, contents, finish, start
 from tests.problems import Quadratic, quadratic_task, quadratic_terms, true_hypergradient
@@ -395,7 +395,7 @@ class Timed(LocalExecutor):
 
 
 def test_a_budget_of_seconds_is_of_training_alone(monkeypatch):
-    monkeypatch.setattr("metadist.comparison_run.perf_counter", iter(range(0, 10**6, 9)).__next__)
+    monkeypatch.setattr("metadist.compare.run.perf_counter", iter(range(0, 10**6, 9)).__next__)
     records = run_on_budget(
         lambda run_dir: contender(run_dir, executor=Timed()), Folder("run"), Budget(seconds=11), 1
     )
@@ -405,7 +405,7 @@ def test_a_budget_of_seconds_is_of_training_alone(monkeypatch):
 def test_what_happens_between_two_steps_is_no_training(monkeypatch):
     """A step that the executor says took 3 s, of which 2 passed in what watched it."""
     clock = iter([0.0, 1.0, 100.0, 101.0, 200.0, 201.0, 300.0])
-    monkeypatch.setattr("metadist.comparison_run.perf_counter", clock.__next__)
+    monkeypatch.setattr("metadist.compare.run.perf_counter", clock.__next__)
     records = run_on_budget(
         lambda run_dir: contender(run_dir, executor=Timed()), Folder("run"), Budget(steps=3), 1
     )

@@ -6,9 +6,9 @@ import torch
 from metadist.algorithms import ITD
 from metadist.executor import LocalExecutor
 from metadist.hypergradient import task_hypergradients
-from metadist.lease import Workload
 from metadist.outer import OuterOptimizer, OuterVariable
 from metadist.trees import add, scale
+from metadist.workload import Workload
 from tests.problems import (
     Quadratic,
     QuadraticSampler,

@@ -9,7 +9,7 @@ import pytest
 from metadist.cli.contending import check_contender
 from metadist.cli.parsing import read_yaml
 from metadist.cli.training import parse_training
-from metadist.comparison import Comparison
+from metadist.compare.plan import Comparison
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "scripts" / "experiments").glob("*.yaml"))

@@ -6,16 +6,15 @@ import pytest
 import torch
 
 from metadist import OuterOptimizer, Trainer
-from metadist.algorithm import Algorithm, InnerState
+from metadist.algorithm import Algorithm, InnerState, counters_of, flatten_state, unflatten_state
 from metadist.algorithms import AID, ITD, MRBO, Reptile
 from metadist.executor import LocalExecutor
 from metadist.hypergradient import task_hypergradients
-from metadist.lease import Workload
 from metadist.outer import Contribution, OuterVariable, StepRules
 from metadist.problem import Problem
-from metadist.state import counters_of, flatten_state, unflatten_state
 from metadist.tasks import FixedTasks
 from metadist.trees import Params, add, flatten
+from metadist.workload import Workload
 from tests.problems import (
     DOUBLE,
     Quadratic,

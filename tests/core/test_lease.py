@@ -8,8 +8,8 @@ import torch
 
 from metadist.algorithms import ITD
 from metadist.hypergradient import task_hypergradients
-from metadist.lease import Workload, intra_op_threads, pick_device
 from metadist.trees import flatten
+from metadist.workload import Workload, intra_op_threads, pick_device
 from tests.problems import Quadratic, QuadraticSampler, generator, quadratic_task
 
 

@@ -18,11 +18,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from metadist import LocalExecutor, OuterOptimizer, StepReport
 from metadist.algorithms import ITD
-from metadist.lease import LeaseResult
-from metadist.monitor import MAX_IMAGES, Monitor, TerminalProgress, mean_metrics
 from metadist.outer import StepResult
+from metadist.run.monitor import MAX_IMAGES, Monitor, TerminalProgress, mean_metrics
 from metadist.task import Batch, Task
 from metadist.tasks import FewShotProblem
+from metadist.workload import LeaseResult
 from tests.core.helpers import Images, Recording, Spoiled, curves, make_trainer, small_conv4
 
 WARMING = OuterOptimizer("sgd", lr=0.1, warmup_steps=4)
@@ -307,7 +307,7 @@ def test_a_trainer_tells_of_its_steps_on_the_error_stream(capsys):
 def test_on_a_terminal_progress_is_a_bar(monkeypatch):
     screen = io.StringIO()
     terminal = functools.partial(Console, file=screen, force_terminal=True, width=90)
-    monkeypatch.setattr("metadist.monitor.Console", lambda **options: terminal())
+    monkeypatch.setattr("metadist.run.monitor.Console", lambda **options: terminal())
     progress = TerminalProgress(4, lines_every=1)
     for version in range(1, 5):
         progress.step(report(version, [result(0, 4, {})]), LOSS)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from metadist.sampler_check import check_sampler
+from metadist.checks.sampler import check_sampler
 from tests.core.helpers import (
     PLUGIN,
     CommandLine,

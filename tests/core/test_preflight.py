@@ -12,9 +12,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from metadist.algorithms import ITD, Reptile
-from metadist.lease import Workload
-from metadist.preflight import NoSecondDerivative, initial_outer, preflight
+from metadist.checks.preflight import NoSecondDerivative, initial_outer, preflight
 from metadist.tasks import FewShotProblem
+from metadist.workload import Workload
 from tests.core.helpers import Images, Spoiled, curves, make_trainer, regression, small_conv4
 from tests.problems import Smooth, smooth_task
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from metadist.sampler_check import SamplerError, check_sampler
+from metadist.checks.sampler import SamplerError, check_sampler
 from metadist.task import Batch, Task
 from metadist.tasks import (
     EpisodeSampler,

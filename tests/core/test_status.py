@@ -19,9 +19,9 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from metadist import CheckpointStore
-from metadist.events import read_events
-from metadist.status import NUM_WORKERS, RunStatus, latest_scalars, run_status
-from metadist.storage import Folder
+from metadist.run.events import read_events
+from metadist.run.status import NUM_WORKERS, RunStatus, latest_scalars, run_status
+from metadist.run.storage import Folder
 from tests.core.helpers import Recording, becomes, curves, finish, make_trainer, start
 from tests.core.test_events import interrupt
 from tests.core.test_monitor import events, scalars

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metadist import CheckpointError, CheckpointStore
-from metadist.checkpoint import MANIFEST, STATE, TENSORS
-from metadist.storage import Folder, write_json
+from metadist.run.checkpoint import MANIFEST, STATE, TENSORS
+from metadist.run.storage import Folder, write_json
 from tests.core.helpers import finish, start
 from tests.core.storage_faults import Faults, s3_server
 from tests.core.test_checkpoint import checkpoint, everything, examples, signed

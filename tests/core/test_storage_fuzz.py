@@ -16,8 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from metadist import CheckpointError, CheckpointStore, OuterOptimizer
-from metadist.checkpoint import MANIFEST, STATE, TENSORS
 from metadist.outer import Contribution, OuterState, OuterVariable, StepRules
+from metadist.run.checkpoint import MANIFEST, STATE, TENSORS
 from tests.core.helpers import exact, make_trainer
 from tests.core.test_checkpoint import checkpoint, everything, signed
 

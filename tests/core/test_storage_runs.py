@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metadist import CheckpointStore, StepReport
-from metadist.storage import Folder
+from metadist.run.storage import Folder
 from tests.core.helpers import CURVES, Recording, contents, finish, make_trainer, start, words
 from tests.core.storage_faults import Faults
 from tests.core.test_checkpoint import everything
@@ -140,7 +140,7 @@ def test_events_that_cannot_be_copied_are_told_of_and_copied_later(place, caplog
         (tmp_path / "x").touch()
         assert trainer.run_dir is not None
         (trainer.run_dir / "notes").write_text("first")
-        with caplog.at_level(logging.ERROR, "metadist.storage"):
+        with caplog.at_level(logging.ERROR, "metadist.run.storage"):
             trainer._upload()
     assert "cannot copy notes to " in caplog.text
     assert Folder(place).names() == []

@@ -24,9 +24,9 @@ from metadist import (
     task_hypergradients,
 )
 from metadist.algorithms import ITD, Reptile
-from metadist.events import read_events
 from metadist.executor import StepReport
-from metadist.storage import Folder
+from metadist.run.events import read_events
+from metadist.run.storage import Folder
 from metadist.tasks import FewShotProblem
 from metadist.trainer import default_tasks_per_lease
 from tests.core.helpers import (

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from metadist.comparison_run import Budget, Record
+from metadist.compare.run import Budget, Record
 
 GRID = "grid"
 OURS = {

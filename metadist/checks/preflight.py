@@ -11,16 +11,35 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.hypergradient import HypergradientSum, vectorizes
-from metadist.lease import Workload, intra_op_threads
 from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.problem import Problem, check_rows, context_depends_on, is_nonsmooth
-from metadist.shards import FirstShard
-from metadist.task import Task, TaskSampler, to_device
+from metadist.task import Batch, Task, TaskSampler, to_device
 from metadist.trees import Params, check_flattenable
+from metadist.workload import Workload, intra_op_threads
 
 
 class NoSecondDerivative(ValueError):
     """An operator of the problem cannot be differentiated the way the algorithm needs."""
+
+
+class FirstShard:
+    """Of every task shard 0, as a task: what can be looked at where nobody holds all data.
+
+    Args:
+        sampler: with a method `shard`.
+        num_parts: shards of a task.
+    """
+
+    def __init__(self, sampler: Any, num_parts: int) -> None:
+        self._sampler = sampler
+        self._num_parts = num_parts
+
+    def sample(self, index: int) -> Task:
+        """Shard 0 of the task, its examples numbered from 0."""
+        task: Task = self._sampler.shard(index, 0, self._num_parts)
+        return task._replace(
+            support=Batch.of(*task.support.tensors), query=Batch.of(*task.query.tensors)
+        )
 
 
 def initial_outer(problem: Problem, workload: Workload, seed: int) -> Params:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from metadist.comparison import Comparison, Outcome, Run
-from metadist.comparison_run import Record
+from metadist.compare.plan import Comparison, Outcome, Run
+from metadist.compare.run import Record
 from metadist.evaluation import Interval, mean_interval
 
 NUM_POINTS = 200

@@ -24,11 +24,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, split_own
-from metadist.autodiff import gradients, leaves
+from metadist.checks.preflight import check_losses, check_trainable, initial_outer, preflight
 from metadist.hypergradient import task_hypergradients
-from metadist.lease import Workload
 from metadist.oracle import AutogradOracle, CountingOracle
-from metadist.preflight import check_losses, check_trainable, initial_outer, preflight
 from metadist.problem import Problem, is_nonsmooth
 from metadist.task import Task, TaskSampler, to_device
 from metadist.trees import (
@@ -38,6 +36,8 @@ from metadist.trees import (
     detach,
     dot,
     flatten,
+    gradients,
+    leaves,
     norm,
     num_elements,
     scale,
@@ -45,6 +45,7 @@ from metadist.trees import (
     unflatten,
     zeros_like,
 )
+from metadist.workload import Workload
 
 WHOLE_GRADIENT = 100
 """Up to so many numbers in x, central differences are taken in each of them."""

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field, fields
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from metadist.checkpoint import CheckpointError, CheckpointStore
 from metadist.executor import StepReport
-from metadist.monitor import calls_of
 from metadist.oracle import in_gradients
-from metadist.storage import Folder
+from metadist.run.checkpoint import CheckpointError, CheckpointStore
+from metadist.run.monitor import calls_of
+from metadist.run.storage import Folder
 from metadist.trainer import Trainer
 
 RECORDS = "records.jsonl"
@@ -237,7 +237,7 @@ def _restore(trainer: Trainer, folder: Folder, records: list[Record]) -> list[Re
 
 
 def _figure_writer(trainer: Trainer, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # late, as in metadist.monitor
+    from torch.utils.tensorboard import SummaryWriter  # late, as in metadist.run.monitor
 
     assert trainer.run_dir is not None
     folder = trainer.run_dir / "tensorboard" / "figures"

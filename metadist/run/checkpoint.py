@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from metadist.outer import OuterState, shard_bounds
-from metadist.storage import Folder
+from metadist.run.storage import Folder
 from metadist.trees import Params, num_elements
 
 FORMAT = 3

@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from metadist.checkpoint import CheckpointError, CheckpointStore
-from metadist.events import read_events
-from metadist.storage import Folder
+from metadist.run.checkpoint import CheckpointError, CheckpointStore
+from metadist.run.events import read_events
+from metadist.run.storage import Folder
 
 RESULT = "result.json"
 """In the run folder: what a finished run came to."""

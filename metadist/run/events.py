@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from metadist.executor import StepReport
-from metadist.storage import Folder
+from metadist.run.storage import Folder
 
 EVENTS = "events.jsonl"
 """The name of the file in a run folder."""

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-log = logging.getLogger("metadist.storage")
+log = logging.getLogger("metadist.run.storage")
 
 
 class Folder:

@@ -1,0 +1,1 @@
+"""The run folder: storage, checkpoints, events, TensorBoard, status."""
