@@ -6,15 +6,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from metadist.algorithm import Card, Estimate, InnerState, State
-from metadist.algorithms.implicit import (
+from metadist.algorithms.parts.implicit import (
     AdjointState,
     adjoint_rate,
     check_adjoint_lr,
     hessian,
     implicit_gradient,
 )
-from metadist.algorithms.inner import InnerLoop, check_at_least, check_choice, check_within
-from metadist.algorithms.linear import Product, Solution, conjugate_gradient, fixed_point, neumann
+from metadist.algorithms.parts.inner import InnerLoop, check_at_least, check_choice, check_within
+from metadist.algorithms.parts.linear import (
+    Product,
+    Solution,
+    conjugate_gradient,
+    fixed_point,
+    neumann,
+)
 from metadist.oracle import Oracle
 from metadist.trees import Params, zeros_like
 

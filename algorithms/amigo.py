@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.implicit import (
+from metadist.algorithms.parts.implicit import (
     AdjointState,
     adjoint_rate,
     check_adjoint_lr,
     hessian,
     implicit_gradient,
 )
-from metadist.algorithms.inner import InnerLoop, check_at_least, check_choice
-from metadist.algorithms.linear import conjugate_gradient, fixed_point
+from metadist.algorithms.parts.inner import InnerLoop, check_at_least, check_choice
+from metadist.algorithms.parts.linear import conjugate_gradient, fixed_point
 from metadist.oracle import Oracle
 from metadist.trees import Params, zeros_like
 

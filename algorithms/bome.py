@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad
 
 from metadist.algorithm import Card, Estimate, InnerState
-from metadist.algorithms.inner import (
+from metadist.algorithms.parts.inner import (
     InnerLoop,
     check_at_least,
     check_choice,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.inner import (
+from metadist.algorithms.parts.inner import (
     InnerLoop,
     InnerOptimizer,
     check_choice,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from metadist.algorithm import Card, Estimate, InnerState
-from metadist.algorithms.inner import GradientDescent, check_at_least, check_choice
+from metadist.algorithms.parts.inner import GradientDescent, check_at_least, check_choice
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, dot, scale, zeros_like
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.inner import SingleLoop, check_positive, check_within, decayed
-from metadist.algorithms.linear import relative_residual
 from metadist.algorithms.mrbo import falling_weight, recursion
+from metadist.algorithms.parts.inner import SingleLoop, check_positive, check_within, decayed
+from metadist.algorithms.parts.linear import relative_residual
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, sub, zeros_like
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.implicit import hessian, implicit_gradient
-from metadist.algorithms.inner import (
+from metadist.algorithms.parts.implicit import hessian, implicit_gradient
+from metadist.algorithms.parts.inner import (
     InnerLoop,
     InnerOptimizer,
     check_at_least,
@@ -15,7 +15,7 @@ from metadist.algorithms.inner import (
     check_within,
     decayed,
 )
-from metadist.algorithms.linear import conjugate_gradient
+from metadist.algorithms.parts.linear import conjugate_gradient
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, scale, sub
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import OWN, Algorithm, Card, Estimate, InnerState, split_own
-from metadist.algorithms.inner import check_sgd, sgd, sgd_step
+from metadist.algorithms.parts.inner import check_sgd, sgd, sgd_step
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, multiply, scale, sub, tree_map, zeros_like
 
@@ -92,7 +92,7 @@ class ITD(Algorithm):
                 "of engine='adjoint' can be compiled and differentiated twice"
             )
         if self.engine == "higher":
-            from metadist.algorithms.higher_engine import check_higher
+            from metadist.algorithms.parts.higher import check_higher
 
             check_higher(self.inner_optimizer, self.momentum, self.learn_lr)
         elif self.inner_optimizer != "sgd":
@@ -221,7 +221,7 @@ def through_higher(
     itd: ITD, oracle: Oracle, context: Params, rates: Params, inner: Params
 ) -> Unrolled:
     """The same as `unrolled`, by the library `higher`; imported where it is used."""
-    from metadist.algorithms.higher_engine import unroll
+    from metadist.algorithms.parts.higher import unroll
 
     return Unrolled(
         *unroll(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.implicit import hessian, implicit_gradient
-from metadist.algorithms.inner import InnerLoop, check_at_least
-from metadist.algorithms.linear import Krylov, empty_krylov, extend, project
+from metadist.algorithms.parts.implicit import hessian, implicit_gradient
+from metadist.algorithms.parts.inner import InnerLoop, check_at_least
+from metadist.algorithms.parts.linear import Krylov, empty_krylov, extend, project
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, num_elements, sub, zeros_like
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.inner import SingleLoop, check_positive, decayed
+from metadist.algorithms.parts.inner import SingleLoop, check_positive, decayed
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, norm, sub
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.inner import SingleLoop, check_positive, check_within
+from metadist.algorithms.parts.inner import SingleLoop, check_positive, check_within
 from metadist.algorithms.stocbio import Sample, check_chain, draw_bundle, neumann_sample
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, norm, sub, zeros_like

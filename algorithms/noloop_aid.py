@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.implicit import (
+from metadist.algorithms.parts.implicit import (
     AdjointState,
     adjoint_rate,
     hessian,
     implicit_gradient,
 )
-from metadist.algorithms.inner import SingleLoop, check_positive, decayed
-from metadist.algorithms.linear import fixed_point
+from metadist.algorithms.parts.inner import SingleLoop, check_positive, decayed
+from metadist.algorithms.parts.linear import fixed_point
 from metadist.oracle import Oracle
 from metadist.trees import Params, zeros_like
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Card, Estimate, InnerState
-from metadist.algorithms.implicit import hessian, implicit_gradient
-from metadist.algorithms.inner import InnerLoop, check_at_least, check_positive
-from metadist.algorithms.linear import nystrom
+from metadist.algorithms.parts.implicit import hessian, implicit_gradient
+from metadist.algorithms.parts.inner import InnerLoop, check_at_least, check_positive
+from metadist.algorithms.parts.linear import nystrom
 from metadist.oracle import Oracle
 from metadist.trees import Params, num_elements
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.inner import (
+from metadist.algorithms.parts.inner import (
     InnerLoop,
     InnerOptimizer,
     check_at_least,
     check_positive,
     decayed,
 )
-from metadist.algorithms.linear import relative_residual
+from metadist.algorithms.parts.linear import relative_residual
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, dot, norm, scale, sub, zeros_like
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from metadist.algorithm import Card, Estimate, InnerState
 from metadist.algorithms.fg2u import random_pair
-from metadist.algorithms.inner import InnerLoop, check_at_least, check_positive
+from metadist.algorithms.parts.inner import InnerLoop, check_at_least, check_positive
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, dot, scale, sub, zeros_like
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Algorithm, Card, Estimate, InnerState
-from metadist.algorithms.inner import check_sgd, sgd
+from metadist.algorithms.parts.inner import check_sgd, sgd
 from metadist.oracle import Oracle
 from metadist.problem import Problem, context_depends_on
 from metadist.task import Task

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.inner import decayed
-from metadist.algorithms.linear import relative_residual
+from metadist.algorithms.parts.inner import decayed
+from metadist.algorithms.parts.linear import relative_residual
 from metadist.algorithms.soba import SOBA
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, norm, stack, sub, tree_map, zeros_like

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metadist.algorithm import Card, Estimate, InnerState, State
 from metadist.algorithms.darts import difference_product
-from metadist.algorithms.inner import (
+from metadist.algorithms.parts.inner import (
     BETA1,
     BETA2,
     EPSILON,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Card, Estimate, State
-from metadist.algorithms.implicit import AdjointState
-from metadist.algorithms.inner import SingleLoop, check_positive, check_within, decayed
-from metadist.algorithms.linear import relative_residual
+from metadist.algorithms.parts.implicit import AdjointState
+from metadist.algorithms.parts.inner import SingleLoop, check_positive, check_within, decayed
+from metadist.algorithms.parts.linear import relative_residual
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, norm, sub, zeros_like
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from metadist.algorithm import Card, Estimate, InnerState
-from metadist.algorithms.inner import InnerLoop, check_at_least, check_positive
-from metadist.algorithms.linear import relative_residual
+from metadist.algorithms.parts.inner import InnerLoop, check_at_least, check_positive
+from metadist.algorithms.parts.linear import relative_residual
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, scale, sub
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.implicit import (
+from metadist.algorithms.parts.implicit import (
     AdjointState,
     adjoint_rate,
     check_adjoint_lr,
     hessian,
     implicit_gradient,
 )
-from metadist.algorithms.inner import InnerLoop, check_at_least
-from metadist.algorithms.linear import Product, Solution, in_span
+from metadist.algorithms.parts.inner import InnerLoop, check_at_least
+from metadist.algorithms.parts.linear import Product, Solution, in_span
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, zeros_like
 

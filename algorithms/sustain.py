@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Card
-from metadist.algorithms.inner import check_at_least
 from metadist.algorithms.mrbo import MRBO, Estimator
+from metadist.algorithms.parts.inner import check_at_least
 from metadist.algorithms.stocbio import draw_bundle, truncated_sample
 from metadist.oracle import Oracle
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Card, Estimate, InnerState
-from metadist.algorithms.implicit import implicit_gradient
-from metadist.algorithms.inner import InnerLoop, check_positive
+from metadist.algorithms.parts.implicit import implicit_gradient
+from metadist.algorithms.parts.inner import InnerLoop, check_positive
 from metadist.oracle import Oracle
 from metadist.trees import Params, scale
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from metadist.algorithm import Card, Estimate, InnerState
-from metadist.algorithms.inner import GradientDescent
+from metadist.algorithms.parts.inner import GradientDescent
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, norm, sub
 

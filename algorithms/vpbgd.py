@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.inner import InnerLoop, check_at_least, check_positive, decayed, repeat
+from metadist.algorithms.parts.inner import (
+    InnerLoop,
+    check_at_least,
+    check_positive,
+    decayed,
+    repeat,
+)
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, norm, scale, sub
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Card, Estimate
-from metadist.algorithms.inner import SingleLoop, check_at_least
 from metadist.algorithms.mrbo import MRBOState, recursion
+from metadist.algorithms.parts.inner import SingleLoop, check_at_least
 from metadist.algorithms.stocbio import (
     average,
     check_chain,

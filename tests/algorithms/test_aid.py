@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from metadist.algorithms.aid import AID
-from metadist.algorithms.implicit import AdjointState
-from metadist.algorithms.inner import sgd
+from metadist.algorithms.parts.implicit import AdjointState
+from metadist.algorithms.parts.inner import sgd
 from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.problem import Problem
 from metadist.task import Batch, Task

@@ -5,7 +5,7 @@ import torch
 from torch.func import vmap
 
 from metadist.algorithms.amigo import AmIGO
-from metadist.algorithms.implicit import AdjointState
+from metadist.algorithms.parts.implicit import AdjointState
 from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.problem import Problem
 from metadist.task import Batch, Task

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metadist.algorithms.f2sa import F2SA
-from metadist.algorithms.inner import sgd
+from metadist.algorithms.parts.inner import sgd
 from metadist.trees import add
 from tests.algorithms.toys import (
     alignment,

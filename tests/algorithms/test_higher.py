@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metadist.algorithms import ITD
-from metadist.algorithms.higher_engine import HIGHER_OPTIMIZERS, REFUSED
+from metadist.algorithms.parts.higher import HIGHER_OPTIMIZERS, REFUSED
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP
 from metadist.tasks.few_shot import FewShotProblem

@@ -5,7 +5,8 @@ import torch
 from torch.func import vmap
 
 from metadist.algorithm import Estimate, InnerState
-from metadist.algorithms.inner import (
+from metadist.algorithms.meha import MEHA
+from metadist.algorithms.parts.inner import (
     InnerLoop,
     InnerOptimizer,
     SingleLoop,
@@ -17,7 +18,6 @@ from metadist.algorithms.inner import (
     decayed,
     sgd_step,
 )
-from metadist.algorithms.meha import MEHA
 from metadist.algorithms.ufom import UFOM
 from metadist.trees import select, stack, zeros_like
 from tests.problems import (

@@ -8,7 +8,7 @@ import torch
 
 from metadist.algorithms.aid import AID
 from metadist.algorithms.lancbio import LancBiO
-from metadist.algorithms.linear import conjugate_gradient
+from metadist.algorithms.parts.linear import conjugate_gradient
 from metadist.algorithms.subbio import SubBiO
 from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.problem import Problem

@@ -8,7 +8,7 @@ import scipy.sparse.linalg
 import torch
 from torch.func import vmap
 
-from metadist.algorithms.linear import (
+from metadist.algorithms.parts.linear import (
     Solution,
     conjugate_gradient,
     empty_krylov,

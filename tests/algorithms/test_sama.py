@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from metadist.algorithms.darts import DARTS
-from metadist.algorithms.inner import InnerLoop, Moments, adam_step
+from metadist.algorithms.parts.inner import InnerLoop, Moments, adam_step
 from metadist.algorithms.sama import SAMA, adam_slope
 from metadist.trees import add, multiply, scale
 from tests.algorithms.toys import assert_vmap_is_loop, counts_of, estimate, point

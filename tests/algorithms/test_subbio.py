@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metadist.algorithms.implicit import AdjointState
+from metadist.algorithms.parts.implicit import AdjointState
 from metadist.algorithms.subbio import SubBiO
 from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.task import Batch, Task

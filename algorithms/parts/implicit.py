@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from metadist.algorithms.inner import InnerLoop, SingleLoop, check_positive
-from metadist.algorithms.linear import Product, relative_residual
+from metadist.algorithms.parts.inner import InnerLoop, SingleLoop, check_positive
+from metadist.algorithms.parts.linear import Product, relative_residual
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, sub
 
