@@ -4,29 +4,30 @@ if __name__ != "metadist.tasks":
     raise ImportError("import metadist.tasks, not tasks: a bare name may be any module")
 
 from metadist.checks.sampler import SamplerError, SamplerReport, check_sampler
-from metadist.tasks.cifar import CIFARFS, FC100
-from metadist.tasks.class_splits import read_splits
-from metadist.tasks.corrupted_images import CorruptedImages
-from metadist.tasks.data_sources import FetchError, fetch
-from metadist.tasks.dataset import FewShotDataset
-from metadist.tasks.episodes import ClassImages, Draws, EpisodeSampler
-from metadist.tasks.few_shot import FewShotProblem
+from metadist.tasks.data.random import Draws
+from metadist.tasks.data.sources import FetchError, fetch
+from metadist.tasks.few_shot.cifar import CIFARFS, FC100
+from metadist.tasks.few_shot.class_splits import read_splits
+from metadist.tasks.few_shot.dataset import FewShotDataset
+from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler
+from metadist.tasks.few_shot.folder import ImageFolder
+from metadist.tasks.few_shot.glyphs import Glyphs
+from metadist.tasks.few_shot.omniglot import Omniglot
+from metadist.tasks.few_shot.problem import FewShotProblem
+from metadist.tasks.few_shot.sinusoid import Sinusoid
 from metadist.tasks.fixed import FixedTasks
-from metadist.tasks.folder import ImageFolder
-from metadist.tasks.glyphs import Glyphs
-from metadist.tasks.long_tail import LongTail
-from metadist.tasks.omniglot import Omniglot
-from metadist.tasks.reweighting import (
+from metadist.tasks.reweighting.corrupted_images import CorruptedImages
+from metadist.tasks.reweighting.long_tail import LongTail
+from metadist.tasks.reweighting.problem import (
     ClassWeights,
     ExampleWeighting,
     HyperCleaning,
     LinearClassifier,
     LossWeighting,
 )
-from metadist.tasks.sinusoid import Sinusoid
-from metadist.tasks.synthetic import LancBiOData, LancBiOSynthetic, QuadraticData, Quadratics
-from metadist.tasks.text import TextFeatures, TextRegularisation
-from metadist.tasks.toys import (
+from metadist.tasks.synthetic.lancbio import LancBiOData, LancBiOSynthetic
+from metadist.tasks.synthetic.quadratics import QuadraticData, Quadratics
+from metadist.tasks.synthetic.toys import (
     AmigoToy,
     Coreset,
     Degenerate,
@@ -38,6 +39,8 @@ from metadist.tasks.toys import (
     PenaltyToy,
     Sine,
 )
+from metadist.tasks.text.features import TextFeatures
+from metadist.tasks.text.regularisation import TextRegularisation
 
 __all__ = [
     "CIFARFS",

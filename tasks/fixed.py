@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from metadist.task import Task
+import torch
+
+from metadist.problem import Problem
+from metadist.task import Batch, Task, to_device
+from metadist.trees import Params
 
 
 class FixedTasks:
@@ -32,3 +36,37 @@ class FixedTasks:
 
     def __repr__(self) -> str:
         return f"FixedTasks({len(self)} tasks)"
+
+
+class OneTask:
+    """A sampler of one task, the same at every index; its id is the index.
+
+        Trainer(problem, sampler, algorithm, meta_batch_size=1, keep_state=True)
+
+    Args:
+        support: training data, all of it.
+        query: validation data, all of it.
+    """
+
+    def __init__(self, support: Batch, query: Batch) -> None:
+        self.support = support
+        self.query = query
+
+    def sample(self, index: int) -> Task:
+        """The task."""
+        return Task(self.support, self.query, index)
+
+
+def figures_on(
+    problem: Problem, outer: Params, inner: Params, examples: Batch, part: str = "test"
+) -> dict[str, float]:
+    """`PART_loss` and, for each metric of the problem, `PART_METRIC` of `inner` on `examples`.
+
+    `outer` is the context; the data is brought to the device and precision of `inner`.
+    """
+    like = next(iter(inner.values()))
+    batch = to_device(Task(examples, examples, 0), like.device, like.dtype).query
+    with torch.no_grad():
+        figures = {**problem.metrics(outer, inner, batch)}
+        figures["loss"] = problem.outer_loss(outer, inner, batch)
+    return {f"{part}_{name}": float(value) for name, value in figures.items()}

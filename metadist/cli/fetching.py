@@ -27,7 +27,7 @@ def data_parser() -> ArgumentParser:
 
 def data(config: Namespace) -> int:
     """Run `metadist data`; exit code 1 if a data set cannot be had."""
-    from metadist.tasks import data_sources
+    from metadist.tasks.data import sources as data_sources
 
     if config.action == "list":
         if config.name is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metadist.algorithms.bome import BOME
-from metadist.tasks.toys import Coreset, Degenerate, Minimax, Toy
+from metadist.tasks.synthetic.toys import Coreset, Degenerate, Minimax, Toy
 from metadist.trees import add
 from tests.algorithms.toys import (
     alignment,

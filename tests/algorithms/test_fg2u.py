@@ -9,7 +9,7 @@ from metadist.algorithms.itd import ITD
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP
 from metadist.oracle import AutogradOracle
-from metadist.tasks.few_shot import FewShotProblem
+from metadist.tasks.few_shot.problem import FewShotProblem
 from metadist.trees import dot, flatten, scale
 from tests.algorithms.monte_carlo import assert_mean, by_draws, one_estimate
 from tests.problems import (

@@ -10,7 +10,7 @@ from metadist.algorithms import ITD
 from metadist.algorithms.parts.higher import HIGHER_OPTIMIZERS, REFUSED
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP
-from metadist.tasks.few_shot import FewShotProblem
+from metadist.tasks.few_shot.problem import FewShotProblem
 from tests.problems import (
     Smooth,
     assert_close,

@@ -11,7 +11,7 @@ from metadist.hypergradient import task_hypergradients
 from metadist.models import Conv4
 from metadist.oracle import CountingOracle
 from metadist.task import Batch, Task
-from metadist.tasks.few_shot import FewShotProblem
+from metadist.tasks.few_shot.problem import FewShotProblem
 from metadist.trees import add, scale
 from tests.problems import (
     DOUBLE,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metadist.algorithms.meha import MEHA, MEHAState
-from metadist.tasks.toys import SINE_SOLUTION, Lasso, MerelyConvex, Sine
+from metadist.tasks.synthetic.toys import SINE_SOLUTION, Lasso, MerelyConvex, Sine
 from metadist.trees import add
 from tests.algorithms.toys import (
     alignment,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metadist.algorithms.penalty import Penalty, PenaltyState
-from metadist.tasks.toys import PenaltyToy
+from metadist.tasks.synthetic.toys import PenaltyToy
 from tests.algorithms.toys import (
     alignment,
     assert_vmap_is_loop,

@@ -9,7 +9,7 @@ from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP, Conv4
 from metadist.oracle import CountingOracle
 from metadist.outer import OuterOptimizer, OuterVariable
-from metadist.tasks.few_shot import FewShotProblem
+from metadist.tasks.few_shot.problem import FewShotProblem
 from metadist.trees import add, scale, sub
 from metadist.workload import Workload
 from tests.problems import (

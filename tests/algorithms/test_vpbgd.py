@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from metadist.algorithms.vpbgd import VPBGD
-from metadist.tasks.toys import Degenerate, PBGDToy
+from metadist.tasks.synthetic.toys import Degenerate, PBGDToy
 from tests.algorithms.toys import (
     alignment,
     assert_vmap_is_loop,

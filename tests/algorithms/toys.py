@@ -11,7 +11,7 @@ from metadist.hypergradient import task_hypergradients
 from metadist.oracle import CountingOracle
 from metadist.problem import Problem
 from metadist.task import Batch, Task
-from metadist.tasks.toys import NoData
+from metadist.tasks.synthetic.toys import NoData
 from metadist.trees import Params
 from tests.problems import (
     DOUBLE,
@@ -28,7 +28,7 @@ from tests.problems import (
 
 
 def toy_task() -> Task:
-    """The task of every toy of `metadist.tasks.toys`."""
+    """The task of every toy of `metadist.tasks.synthetic.toys`."""
     return NoData().sample(0)
 
 

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from metadist.algorithms import ITD
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP, Conv4
-from metadist.tasks.few_shot import FewShotProblem
+from metadist.tasks.few_shot.problem import FewShotProblem
 from tests.problems import Smooth, assert_close, generator, image_task, smooth_task, vector_task
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")

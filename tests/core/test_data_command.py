@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from metadist.tasks import data_sources
+from metadist.tasks.data import sources as data_sources
 
 CONTENT = b"0, 1, 2"
 

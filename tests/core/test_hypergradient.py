@@ -10,7 +10,7 @@ from metadist.algorithm import OWN
 from metadist.algorithms import ITD, Reptile
 from metadist.hypergradient import task_hypergradients, vectorizes
 from metadist.models import MLP, Conv4
-from metadist.tasks.few_shot import FewShotProblem
+from metadist.tasks.few_shot.problem import FewShotProblem
 from metadist.trees import add, tree_map
 from tests.problems import (
     Quadratic,

@@ -17,8 +17,8 @@ import pytest
 import torchvision
 
 from metadist.tasks import CIFARFS, FC100, check_sampler
-from metadist.tasks import cifar as module
-from metadist.tasks.class_splits import packaged_splits
+from metadist.tasks.few_shot import cifar as module
+from metadist.tasks.few_shot.class_splits import packaged_splits
 from tests.tasks.helpers import equal, refusal
 
 NAMES = sorted(str(name) for names in packaged_splits("cifar_fs.json").values() for name in names)

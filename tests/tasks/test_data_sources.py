@@ -15,7 +15,7 @@ import torch
 from torchvision import datasets
 
 from metadist.tasks import fetch as fetch_by_name
-from metadist.tasks.data_sources import (
+from metadist.tasks.data.sources import (
     IDX,
     SOURCES,
     FetchError,

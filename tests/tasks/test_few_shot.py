@@ -11,7 +11,7 @@ from metadist.algorithms import ITD
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP, Conv4, ResNet12, TaskBatchNorm, with_task_batch_norm
 from metadist.task import Batch, Task, stack_tasks, to_device
-from metadist.tasks.few_shot import LOSSES, FewShotProblem, head_name
+from metadist.tasks.few_shot.problem import LOSSES, FewShotProblem, head_name
 from metadist.trees import add, select
 from tests.problems import (
     assert_close,

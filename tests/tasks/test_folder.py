@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 
 from metadist.tasks import ImageFolder, check_sampler
-from metadist.tasks.folder import divide
+from metadist.tasks.few_shot.folder import divide
 from tests.tasks.helpers import equal, refusal, write_image, write_tree
 
 ALPHABETS = [f"{alphabet}/letter{i}" for alphabet in "DACB" for i in range(2)]

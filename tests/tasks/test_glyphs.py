@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from scipy.ndimage import affine_transform
 
 from metadist.tasks import Draws, Glyphs, check_sampler
-from metadist.tasks import glyphs as module
+from metadist.tasks.few_shot import glyphs as module
 from tests.tasks.helpers import equal, refusal
 
 

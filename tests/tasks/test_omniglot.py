@@ -14,7 +14,7 @@ import pytest
 import torchvision
 
 from metadist.tasks import Omniglot, check_sampler
-from metadist.tasks.class_splits import Splits, packaged_splits
+from metadist.tasks.few_shot.class_splits import Splits, packaged_splits
 from tests.tasks.helpers import equal, refusal, write_tree
 
 BACKGROUND = [f"Latin/character{i:02d}" for i in (1, 2, 3)]

@@ -7,7 +7,7 @@ import pytest
 
 import metadist.tasks
 from metadist.cli import NAMES
-from metadist.tasks.data_sources import SOURCES
+from metadist.tasks.data.sources import SOURCES
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "problems.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

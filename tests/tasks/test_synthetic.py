@@ -6,13 +6,9 @@ import torch
 from metadist import OuterOptimizer, Trainer, check_hypergradient
 from metadist.algorithms import AID, SOBA, LancBiO
 from metadist.tasks import check_sampler
-from metadist.tasks.synthetic import (
-    LancBiOData,
-    LancBiOSynthetic,
-    QuadraticData,
-    Quadratics,
-    implicit_hypergradient,
-)
+from metadist.tasks.synthetic.dense import implicit_hypergradient
+from metadist.tasks.synthetic.lancbio import LancBiOData, LancBiOSynthetic
+from metadist.tasks.synthetic.quadratics import QuadraticData, Quadratics
 from metadist.trees import add, scale
 from tests.problems import DOUBLE, assert_close, central_difference, oracle_of, randn
 from tests.tasks.helpers import refusal

@@ -14,8 +14,8 @@ from metadist.algorithms import AID, ITD, SOBA
 from metadist.task import Batch, Task
 from metadist.tasks import FetchError, TextFeatures, TextRegularisation, check_sampler
 from metadist.tasks import text as text_module
-from metadist.tasks.data_sources import NEWS_ARTICLES
-from metadist.tasks.sparse import KEPT, _kept, sparse_matmul
+from metadist.tasks.data.sources import NEWS_ARTICLES
+from metadist.tasks.text.sparse import KEPT, _kept, sparse_matmul
 from tests.problems import (
     DOUBLE,
     assert_close,

@@ -9,7 +9,7 @@ from metadist import OuterOptimizer, Trainer, check_hypergradient
 from metadist.algorithms import AID, BOME, MEHA, VPBGD
 from metadist.problem import is_constrained, is_nonsmooth
 from metadist.tasks import check_sampler
-from metadist.tasks.toys import (
+from metadist.tasks.synthetic.toys import (
     SINE_SOLUTION,
     AmigoToy,
     Coreset,

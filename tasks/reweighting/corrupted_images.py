@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from metadist.checks.hypergradient import lbfgs
+from metadist.checks.values import require_integer, require_word
 from metadist.problem import Problem
 from metadist.task import Batch, to_device
-from metadist.tasks.dataset import LabelledDataset
-from metadist.tasks.episodes import Draws, require_integer, require_word
-from metadist.tasks.image_sets import (
+from metadist.tasks.data.datasets import LabelledDataset, open_dataset
+from metadist.tasks.data.random import Draws
+from metadist.tasks.reweighting.image_sets import (
     Drawing,
     ImageProblemData,
     Images,
     Scaling,
-    open_dataset,
     require_classes,
 )
-from metadist.tasks.reweighting import HyperCleaning, LinearClassifier, LossWeighting
+from metadist.tasks.reweighting.problem import HyperCleaning, LinearClassifier, LossWeighting
 from metadist.trees import Params, dot
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from metadist.tasks.class_splits import packaged_splits, require_split
-from metadist.tasks.episodes import ClassImages, EpisodeSampler, require_episode
+from metadist.tasks.few_shot.class_splits import packaged_splits, require_split
+from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler, require_episode
 
 FOLDER = "cifar-100-python"
 MD5 = {  # of the original files

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from metadist.checks.values import require_integer
 from metadist.problem import Problem
 from metadist.task import Batch, Task
-from metadist.tasks.episodes import require_integer
-from metadist.tasks.few_shot import check_model, move_constants, without_parameters
+from metadist.tasks.network import check_model, move_constants, without_parameters
 from metadist.trees import Params, dot
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from metadist.tasks.class_splits import read_splits, require_split, select_classes
-from metadist.tasks.episodes import ClassImages, EpisodeSampler, require_episode
-from metadist.tasks.images import image_files, read_images, require_format, subfolders
+from metadist.tasks.data.images import image_files, read_images, require_format, subfolders
+from metadist.tasks.few_shot.class_splits import read_splits, require_split, select_classes
+from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler, require_episode
 
 FIXED = ("train", "val", "test")
 Files = dict[str, list[Path]]  # class name: its image files

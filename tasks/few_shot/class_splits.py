@@ -43,8 +43,10 @@ def read_splits(splits: str | Path | Splits) -> Splits:
 
 
 def packaged_splits(file_name: str) -> Splits:
-    """The splits of a data set that this package fixes, `tasks/splits/<file_name>`."""
-    text = (resources.files("metadist.tasks") / "splits" / file_name).read_text(encoding="utf-8")
+    """The splits of a data set that this package fixes, `tasks/data/splits/<file_name>`."""
+    text = (resources.files("metadist.tasks") / "data" / "splits" / file_name).read_text(
+        encoding="utf-8"
+    )
     content: Splits = json.loads(text)
     return content
 

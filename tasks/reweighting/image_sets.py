@@ -5,12 +5,9 @@ Shape letters: n images, C channels, H height, W width.
 
 from __future__ import annotations
 
-import gzip
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +16,8 @@ from numpy.typing import NDArray
 
 from metadist.problem import Problem
 from metadist.task import Batch, Task
-from metadist.tasks.data_sources import MNIST_5K, data_root, fetch
-from metadist.tasks.dataset import LabelledDataset, decode, labels_of
-from metadist.tasks.one_task import figures_on
+from metadist.tasks.data.datasets import LabelledDataset, decode, labels_of
+from metadist.tasks.fixed import figures_on
 from metadist.trees import Params
 
 
@@ -35,76 +31,6 @@ class Images(NamedTuple):
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class ArrayDataset:
-    """Arrays as a data set: pixels uint8 (n, H, W), an integer label each."""
-
-    images: NDArray[np.uint8]
-    targets: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, position: int) -> tuple[NDArray[np.uint8], int]:
-        return self.images[position], int(self.targets[position])
-
-
-def open_dataset(
-    dataset: str | LabelledDataset, root: str | Path | None
-) -> tuple[LabelledDataset, LabelledDataset | None]:
-    """(training part, test part or None where there is but one part).
-
-    Args:
-        dataset: "mnist", "fashion_mnist" or "mnist_5k", fetched where they are missing (see
-            `fetch`); "digits" (scikit-learn); the import path of a class that is called with
-            (root, train=...), as torchvision's are; or a data set as for `FewShotDataset`.
-        root: folder of the data, see `data_root`.
-    """
-    if not isinstance(dataset, str):
-        return dataset, None
-    if dataset == "digits":
-        return _digits(), None
-    if dataset == "mnist_5k":
-        return _mnist_5k(fetch(dataset, root) / MNIST_5K), None
-    if dataset in _TORCHVISION:
-        root, dataset = fetch(dataset, root), _TORCHVISION[dataset]
-    module, _, name = dataset.rpartition(".")
-    if not module:
-        raise ValueError(
-            f"dataset must be one of {', '.join(map(repr, NAMES))}, an import path such as "
-            f"'torchvision.datasets.KMNIST', or a data set, got {dataset!r}"
-        )
-    try:
-        kind: Any = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"dataset must be an import path, got {dataset!r}: {error}") from error
-    return kind(data_root(root), train=True), kind(data_root(root), train=False)
-
-
-_TORCHVISION = {
-    "mnist": "torchvision.datasets.MNIST",
-    "fashion_mnist": "torchvision.datasets.FashionMNIST",
-}
-NAMES = (*_TORCHVISION, "mnist_5k", "digits")
-
-
-def _digits() -> ArrayDataset:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ValueError(
-            "dataset must not be 'digits' without scikit-learn: pip install 'metadist[text]'"
-        ) from error
-    data = load_digits()
-    return ArrayDataset(np.rint(data.images * (255 / 16)).astype(np.uint8), data.target)
-
-
-def _mnist_5k(file: Path) -> ArrayDataset:
-    with gzip.open(file) as lines:
-        table = np.loadtxt(lines, delimiter=",", dtype=np.int64)  # the label is last
-    return ArrayDataset(table[:, :-1].astype(np.uint8).reshape(-1, 28, 28), table[:, -1])
 
 
 class Drawing:

@@ -16,9 +16,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from metadist.checks.values import require_integer, require_word
 from metadist.problem import Problem
 from metadist.task import Batch, Task
-from metadist.tasks.episodes import require_integer, require_word
 from metadist.trees import Params
 
 DOUBLE = torch.float64

@@ -20,6 +20,7 @@ from torch.func import functional_call, vjp
 from metadist.models import TaskBatchNorm, rows
 from metadist.problem import Problem
 from metadist.task import Batch, Task
+from metadist.tasks.network import check_model, constants, move_constants, without_parameters
 from metadist.trees import Params, dot
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -213,7 +214,7 @@ class FewShotProblem(Problem):
         }
 
     def _call(self, module: nn.Module, params: Params, inputs: Tensor) -> Tensor:
-        if any(True for _ in _constants(module)):
+        if any(True for _ in constants(module)):
             move_constants(module, inputs.device)
         if not self._has_rnn:
             return functional_call(module, params, (inputs,))
@@ -276,8 +277,8 @@ class _Split:
     def __init__(self, model: nn.Module, head_name: str) -> None:
         self.name = head_name
         self.head = model.get_submodule(head_name)
-        constants = {id(leaf): leaf for leaf in _constants(model)}
-        self.body = copy.deepcopy(model, constants)
+        memo = {id(leaf): leaf for leaf in constants(model)}
+        self.body = copy.deepcopy(model, memo)
         parent, _, child = head_name.rpartition(".")
         setattr(self.body.get_submodule(parent), child, nn.Identity())
         self._prefix = head_name + "."
@@ -351,59 +352,3 @@ def _without_mkldnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.mkldnn.enabled = before
-
-
-def _constants(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.buffers()
-    yield from (leaf for leaf in module.parameters() if not leaf.requires_grad)
-
-
-def move_constants(module: nn.Module, device: torch.device) -> None:
-    """Move what is no trainable parameter of `module` to `device`."""
-    for child in module.modules():
-        for name, leaf in child.named_buffers(recurse=False):
-            if leaf.device != device:
-                child._buffers[name] = leaf.to(device)
-        for name, leaf in child.named_parameters(recurse=False):
-            if not leaf.requires_grad and leaf.device != device:
-                child._parameters[name] = nn.Parameter(leaf.to(device), requires_grad=False)
-
-
-def without_parameters(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose trainable parameters have a shape but no memory."""
-    memo = {
-        id(leaf): nn.Parameter(torch.empty_like(leaf, device="meta"))
-        for leaf in model.parameters()
-        if leaf.requires_grad
-    }
-    return copy.deepcopy(model, memo)
-
-
-def _dropout(module: nn.Module) -> float:
-    """The share of its inputs that `module` itself would drop at random."""
-    if module.training and isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p
-    if module.training and isinstance(module, nn.RNNBase | nn.MultiheadAttention):
-        return float(module.dropout)
-    return 0.0
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise ValueError for layers whose inner loop could not be replayed or differentiated."""
-    for name, module in model.named_modules():
-        if _dropout(module) > 0:
-            raise ValueError(
-                f"dropout must be off in the inner loop, layer {name!r} has p={_dropout(module)}: "
-                "its random mask could not be replayed for second derivatives; set it to 0, or "
-                f"model.get_submodule({name!r}).eval()"
-            )
-        if (
-            isinstance(module, nn.modules.batchnorm._BatchNorm)
-            and module.track_running_stats
-            and module.training
-        ):
-            raise ValueError(
-                f"batch norm must not update running statistics, layer {name!r} does: convert "
-                "the model with metadist.models.with_task_batch_norm(model), or freeze the "
-                f"statistics with model.get_submodule({name!r}).eval()"
-            )

@@ -5,10 +5,8 @@ Shape letters: N ways, K shots, Q queries a class, C channels, H height, W width
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,28 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from metadist.checks.values import require_integer, require_word
 from metadist.task import Batch, Task
-
-_WORD = 2**64
-
-
-@lru_cache(maxsize=256)
-def split_number(split: str) -> int:
-    """A 64-bit number for the name of a split, the same in every process and Python."""
-    return int.from_bytes(hashlib.sha256(split.encode()).digest()[:8], "little")
-
-
-def require_integer(name: str, value: object, minimum: int) -> None:
-    """Nothing, or a ValueError that names the field, its rule and its value."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
-
-
-def require_word(name: str, value: object) -> None:
-    """Nothing, or a ValueError: `value` must be an integer in [0, 2^64)."""
-    require_integer(name, value, 0)
-    if value >= _WORD:  # type: ignore[operator]
-        raise ValueError(f"{name} must be an integer < 2**64, got {value!r}")
+from metadist.tasks.data.random import Draws
 
 
 def require_episode(n_way: int, k_shot: int, k_query: int, seed: int) -> None:
@@ -46,43 +25,6 @@ def require_episode(n_way: int, k_shot: int, k_query: int, seed: int) -> None:
     require_integer("k_shot", k_shot, 1)
     require_integer("k_query", k_query, 1)
     require_word("seed", seed)
-
-
-class Draws:
-    """The random numbers of one task: a pure function of (seed, split, index).
-
-    Philox4x64-10, keyed by seed and split, with the index in the highest word of its counter: no
-    two tasks share a number. Only raw 64-bit words are taken from NumPy, and everything else is
-    derived from them here, so that neither the platform nor the version of NumPy matters
-    (NumPy promises a fixed stream for bit generators, but not for `Generator`).
-
-    Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
-    """
-
-    def __init__(self, seed: int, split: str, index: int) -> None:
-        require_word("index", index)
-        key = np.array([seed, split_number(split)], dtype=np.uint64)
-        counter = np.array([0, 0, 0, index], dtype=np.uint64)
-        self._philox = np.random.Philox(key=key, counter=counter)
-
-    def words(self, count: int) -> NDArray[np.uint64]:
-        """The next `count` words, uniform on [0, 2^64)."""
-        return self._philox.random_raw(count)
-
-    def uniform(self, low: float, high: float, count: int) -> NDArray[np.float64]:
-        """`count` numbers, uniform on [low, high)."""
-        unit = (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        return low + (high - low) * unit
-
-    def choose(self, size: int, count: int) -> list[int]:
-        """`count` different positions of `size`, in random order; cost independent of `size`."""
-        moved: dict[int, int] = {}  # Fisher-Yates on a list 0 .. size-1 that is never written down
-        chosen = []
-        for step, word in enumerate(self.words(count).tolist()):
-            position = step + word % (size - step)
-            chosen.append(moved.get(position, position))
-            moved[position] = moved.get(step, step)
-        return chosen
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from metadist.checks.values import require_integer, require_word
 from metadist.task import Batch, Task
-from metadist.tasks.episodes import Draws, require_integer, require_word
+from metadist.tasks.data.random import Draws
 
 
 @dataclass(frozen=True)

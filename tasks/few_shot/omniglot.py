@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metadist.tasks.class_splits import packaged_splits, read_splits, select_classes
-from metadist.tasks.episodes import ClassImages, EpisodeSampler, require_episode
-from metadist.tasks.images import image_files, read_images, require_format
+from metadist.tasks.data.images import image_files, read_images, require_format
+from metadist.tasks.few_shot.class_splits import packaged_splits, read_splits, select_classes
+from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler, require_episode
 
 PARTS = ("images_background", "images_evaluation")
 PACKAGED = {"characters": "omniglot.json", "alphabets": "omniglot_alphabets.json"}

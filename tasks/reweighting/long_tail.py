@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from metadist.checks.values import require_integer, require_word
 from metadist.problem import Problem
-from metadist.tasks.dataset import LabelledDataset
-from metadist.tasks.episodes import Draws, require_integer, require_word
-from metadist.tasks.image_sets import (
+from metadist.tasks.data.datasets import LabelledDataset, open_dataset
+from metadist.tasks.data.random import Draws
+from metadist.tasks.fixed import figures_on
+from metadist.tasks.reweighting.image_sets import (
     Drawing,
     ImageProblemData,
     Images,
     Scaling,
-    open_dataset,
     require_classes,
 )
-from metadist.tasks.one_task import figures_on
 from metadist.trees import Params
 
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from metadist.tasks.class_splits import require_split
-from metadist.tasks.episodes import ClassImages, Draws, EpisodeSampler, require_episode
+from metadist.tasks.data.random import Draws
+from metadist.tasks.few_shot.class_splits import require_split
+from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler, require_episode
 
 SPLITS = ("train", "val", "test")
 ROTATION_DEGREES = 15.0

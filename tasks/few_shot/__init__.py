@@ -1,0 +1,1 @@
+"""Few-shot learning: episodes of classes, regression tasks, and the problem posed on them."""

@@ -1,0 +1,1 @@
+"""Weights of examples and classes: hyper-cleaning, class weights, learned weighting."""

@@ -1,0 +1,90 @@
+"""The synthetic problem of LancBiO.
+
+Shape letters: n examples, L size of x, P size of y.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from metadist.checks.values import require_integer, require_word
+from metadist.task import Batch
+from metadist.tasks.synthetic.dense import DOUBLE, DenseTask, Synthetic
+from metadist.trees import Params
+
+
+class LancBiOSynthetic(Synthetic):
+    """The synthetic problem of LancBiO: a lower level of any condition number, x coupled to y.
+
+        f = cos(x'(c o y)) / 10 + |d o x - y|^2 / 2                        (o: elementwise)
+        g = gamma sum sin(x_i + y_i) + log sum exp(x_i y_i) + y'(E + G)y / 2
+
+    E + G = A'A / n comes as the rows of A, one an example; see `LancBiOData`.
+
+        data = LancBiOData(size=200)
+        trainer = Trainer(LancBiOSynthetic(200), data, LancBiO(inner_lr=1e-5),
+                          meta_batch_size=1, keep_state=True)
+
+    Args:
+        size: of x and of y.
+        gamma: the lower level is strongly convex by 1 - gamma at least, 0 <= gamma < 1.
+        start: every number of x and y at the start; not 0, where x has no hypergradient.
+
+    Source: Yang, Gao, Yuan, LancBiO (ICLR 2025), section 5.1.
+    """
+
+    def __init__(self, size: int = 1000, gamma: float = 0.5, start: float = 1.0) -> None:
+        require_integer("size", size, 1)
+        if not 0 <= gamma < 1:
+            raise ValueError(f"gamma must be in [0, 1), got {gamma}")
+        super().__init__(size, size, start)
+        self.gamma = gamma
+
+    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        (a_nP,) = batch.tensors
+        x, y = outer["x"], inner["y"]
+        smooth = self.gamma * (x + y).sin().sum() + (x * y).logsumexp(0)
+        return smooth + 0.5 * (a_nP @ y).square().mean()
+
+    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        c_nP, d_nP = batch.tensors
+        x, y = outer["x"], inner["y"]
+        wave = (c_nP @ (x * y)).cos()
+        return (0.1 * wave + 0.5 * (d_nP * x - y).square().sum(1)).mean()
+
+
+class LancBiOData(DenseTask):
+    """The data of `LancBiOSynthetic`.
+
+    c_i is uniform on (-5, 5), d_i on (.1, 1.1), e_i on (0, gamma); G = Q diag(1 .. condition) Q'
+    with a random rotation Q. The support set holds n = size rows of a square root of diag(e) + G,
+    the query set one example (c, d). Memory: 8 size^2 bytes; time: size^3.
+
+    Args:
+        size: of x and of y.
+        condition: largest eigenvalue of G, the smallest being 1.
+        gamma: as of the problem.
+        seed: of all numbers.
+    """
+
+    def __init__(
+        self, size: int = 1000, condition: float = 1e5, gamma: float = 0.5, seed: int = 0
+    ) -> None:
+        require_integer("size", size, 1)
+        require_word("seed", seed)
+        if not 1 <= condition < math.inf:
+            raise ValueError(f"condition must be >= 1 and finite, got {condition}")
+        random = torch.Generator().manual_seed(seed)
+
+        def uniform(low: float, high: float) -> Tensor:
+            return low + (high - low) * torch.rand(size, generator=random, dtype=DOUBLE)
+
+        c, d, e = uniform(-5, 5), uniform(0.1, 1.1), uniform(0, gamma)
+        normal = torch.randn(size, size, generator=random, dtype=DOUBLE)
+        basis = torch.linalg.qr(normal)[0]
+        matrix = (basis * torch.linspace(1, condition, size, dtype=DOUBLE)) @ basis.T + e.diag()
+        rows = torch.linalg.cholesky(matrix).T.contiguous() * math.sqrt(size)
+        super().__init__(Batch.of(rows), Batch.of(c[None], d[None]))

@@ -1,0 +1,1 @@
+"""Text classification with a regularisation strength for each feature."""

@@ -1,0 +1,99 @@
+"""Classification of texts by many sparse features, each with a regularisation strength to learn.
+
+Shape letters: n texts, m largest number of terms of a text, D features (terms), C classes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metadist.checks.values import require_integer
+from metadist.problem import Problem
+from metadist.task import Batch, Task
+from metadist.tasks.text.sparse import sparse_matmul
+from metadist.trees import Params
+
+
+class TextRegularisation(Problem):
+    """Multinomial logistic regression whose L2 penalties are learned, one for each feature.
+
+        g = mean CE(X y) + 1/2 sum_d exp(x_d) |y_d|^2,    f = mean validation CE(X y)
+
+    Examples are (columns (n, m), values (n, m), labels (n,)): sparse rows, see `sparse_matmul`;
+    y is (D, C), from 0.
+
+        data = TextFeatures("news_articles")
+        problem = TextRegularisation(data.num_features, data.num_classes)
+        trainer = Trainer(problem, data, SOBA(inner_lr=10.0, adjoint_lr=10.0),
+                          outer_optimizer=OuterOptimizer("adam", lr=0.1),
+                          meta_batch_size=1, keep_state=True)
+        trainer.fit(500)
+        data.figures(problem, trainer.outer, trainer.inner(0))
+
+    Args:
+        num_features, num_classes: D and C.
+        per_feature: one strength a feature; otherwise one for all.
+        strength: exp(x_d) at the start, > 0.
+        max_strength: exp(x_d) is kept below it, >= strength. Gradient steps on y diverge where
+            inner_lr * exp(x_d) > 2, and x_d of a useless term would grow for ever.
+
+    Source: Grazzi et al. (2020), section 4.2, and Ji et al., stocBiO (2021). Differs from theirs by
+    a shift of x: they divide the penalty by D C.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        per_feature: bool = True,
+        strength: float = 1e-3,
+        max_strength: float = 0.1,
+    ) -> None:
+        require_integer("num_features", num_features, 1)
+        require_integer("num_classes", num_classes, 2)
+        if not 0 < strength < math.inf:
+            raise ValueError(f"strength must be > 0 and finite, got {strength}")
+        if not strength <= max_strength < math.inf:
+            raise ValueError(
+                f"max_strength must be >= strength ({strength}) and finite, got {max_strength}"
+            )
+        self.num_features = num_features
+        self.num_classes = num_classes
+        self.per_feature = per_feature
+        self.strength = strength
+        self.max_strength = max_strength
+
+    def init_outer(self, generator: torch.Generator) -> Params:
+        size = self.num_features if self.per_feature else 1
+        return {"log_strengths": torch.full((size,), math.log(self.strength))}
+
+    def init_inner(self, outer: Params, task: Task) -> Params:
+        shape = (self.num_features, self.num_classes)
+        return {"weight": outer["log_strengths"].new_zeros(shape)}
+
+    def project_outer(self, outer: Params) -> Params:
+        return {"log_strengths": outer["log_strengths"].clamp(max=math.log(self.max_strength))}
+
+    def logits(self, inner: Params, batch: Batch) -> Tensor:
+        """(n, C)."""
+        columns, values, _ = batch.tensors
+        return sparse_matmul(columns, values, inner["weight"])
+
+    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        return self.outer_loss(outer, inner, batch) + self.penalty(outer, inner)
+
+    def penalty(self, outer: Params, inner: Params) -> Tensor:
+        """1/2 sum_d exp(x_d) |y_d|^2."""
+        squares_D = inner["weight"].square().sum(1)
+        return 0.5 * (outer["log_strengths"].exp() * squares_D).sum()
+
+    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        return F.cross_entropy(self.logits(inner, batch), batch.tensors[-1])
+
+    def metrics(self, outer: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
+        hits = self.logits(inner, batch).argmax(1) == batch.tensors[-1]
+        return {"accuracy": hits.double().mean()}
