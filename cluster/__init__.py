@@ -3,8 +3,7 @@
 if __name__ != "metadist.cluster":
     raise ImportError("import metadist.cluster, not cluster: a bare name may be any module")
 
-from metadist.cluster.data_parallel import DataParallelExecutor
-from metadist.cluster.errors import (
+from metadist.cluster.actors.errors import (
     ClusterError,
     ConnectError,
     LeaseError,
@@ -12,8 +11,11 @@ from metadist.cluster.errors import (
     ServerLostError,
     WorkerLostError,
 )
-from metadist.cluster.executor import RayExecutor
-from metadist.cluster.policies import (
+from metadist.cluster.actors.runtime_env import metadist_runtime_env
+from metadist.cluster.data_parallel.executor import DataParallelExecutor
+from metadist.cluster.jobs.tune import tune
+from metadist.cluster.parameter_server.executor import RayExecutor
+from metadist.cluster.parameter_server.policies import (
     ASP,
     BSP,
     SSP,
@@ -23,8 +25,6 @@ from metadist.cluster.policies import (
     View,
     make_policy,
 )
-from metadist.cluster.runtime_env import metadist_runtime_env
-from metadist.cluster.tune import tune
 
 __all__ = [
     "ASP",

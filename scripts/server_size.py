@@ -34,13 +34,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from metadist.cluster.buffers import OuterSpec, PackedState, split_state
-from metadist.cluster.fleet import Retry
-from metadist.cluster.keeper import Keeper
-from metadist.cluster.runtime_env import pickle_by_value
-from metadist.cluster.server import Arrival, ParameterServer
-from metadist.cluster.transport import Pulled, Pushed, Transport
-from metadist.cluster.worker import Transfer, Worker
+from metadist.cluster.actors.buffers import OuterSpec, PackedState, split_state
+from metadist.cluster.actors.pool import Retry
+from metadist.cluster.actors.runtime_env import pickle_by_value
+from metadist.cluster.parameter_server.server import Arrival, ParameterServer
+from metadist.cluster.parameter_server.supervisor import Keeper
+from metadist.cluster.parameter_server.transport import Pulled, Pushed, Transport
+from metadist.cluster.parameter_server.worker import Transfer, Worker
 from metadist.outer import OuterOptimizer, shard_bounds
 from metadist.workload import LeaseResult
 

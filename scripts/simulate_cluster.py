@@ -37,7 +37,7 @@ from torch import Tensor
 from metadist import Batch, OuterOptimizer, Params, Problem, Task
 from metadist.algorithms import ITD
 from metadist.cluster import ASP, BSP, SSP, Buffered, Policy, RayExecutor, View
-from metadist.cluster.simulation import Costs, Outcome, Step, Workers, simulate
+from metadist.cluster.parameter_server.simulation import Costs, Outcome, Step, Workers, simulate
 from metadist.executor import StepReport
 from metadist.outer import OuterVariable
 from metadist.workload import Workload

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from metadist.cli.contending import check_contender, contender, go_to, keep_config
 from metadist.cli.parsing import Parser, read_yaml
-from metadist.cluster.parallel import in_parallel
+from metadist.cluster.jobs.parallel import in_parallel
 from metadist.compare.plan import Comparison, Outcome, Run
 from metadist.compare.report import (
     check_matplotlib,

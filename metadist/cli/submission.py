@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from metadist.cli.names import expand_names
 from metadist.cli.parsing import Parser
 from metadist.cli.training import train_parser
-from metadist.cluster.submit import submit as submit_job
+from metadist.cluster.jobs.submit import submit as submit_job
 
 
 def submit_parser() -> ArgumentParser:

@@ -16,8 +16,8 @@ from rich.table import Table
 from metadist.cli.contending import check_contender, contender, go_to, keep_config
 from metadist.cli.parsing import Parser, read_yaml
 from metadist.cli.training import parse_training, train_parser
-from metadist.cluster.tune import plan
-from metadist.cluster.tune import tune as search
+from metadist.cluster.jobs.tune import plan
+from metadist.cluster.jobs.tune import tune as search
 from metadist.compare.run import Contender
 from metadist.run.storage import Folder
 

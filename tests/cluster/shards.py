@@ -13,10 +13,11 @@ from metadist import Trainer
 from metadist.algorithm import Algorithm
 from metadist.checks.preflight import initial_outer
 from metadist.cluster import DataParallelExecutor
-from metadist.cluster.buffers import Array
-from metadist.cluster.data_parallel import check_workload
-from metadist.cluster.exchange import Package, Round
-from metadist.cluster.shard import Key, Layout, Reply, ShardCheck, ShardInfo, ShardWorker
+from metadist.cluster.actors.buffers import Array
+from metadist.cluster.data_parallel.exchange import Package, Round
+from metadist.cluster.data_parallel.executor import check_workload
+from metadist.cluster.data_parallel.layout import Key, Layout, Reply, ShardCheck, ShardInfo
+from metadist.cluster.data_parallel.worker import ShardWorker
 from metadist.executor import Executor, StepReport
 from metadist.outer import OuterOptimizer, OuterState, OuterVariable
 from metadist.problem import Problem

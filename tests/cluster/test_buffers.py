@@ -9,17 +9,18 @@ import pytest
 import ray
 import torch
 
-from metadist.cluster.buffers import (
+from metadist.cluster.actors.buffers import (
     OuterSpec,
     join_states,
     pack_state,
     read_only,
     unpack_state,
 )
-from metadist.cluster.runtime_env import pickle_by_value
-from metadist.cluster.server import Arrival, ParameterServer
-from metadist.cluster.transport import Pulled, Pushed, receive
-from metadist.cluster.worker import Worker, worker_device
+from metadist.cluster.actors.placement import worker_device
+from metadist.cluster.actors.runtime_env import pickle_by_value
+from metadist.cluster.parameter_server.server import Arrival, ParameterServer
+from metadist.cluster.parameter_server.transport import Pulled, Pushed, receive
+from metadist.cluster.parameter_server.worker import Worker
 from metadist.outer import Contribution, OuterOptimizer, OuterVariable
 from tests.cluster.toy import ADAM, Regression, first_state, make_workload, state_bytes
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from metadist.cli import main
-from metadist.cluster.errors import ClusterError
-from metadist.cluster.parallel import in_parallel
+from metadist.cluster.actors.errors import ClusterError
+from metadist.cluster.jobs.parallel import in_parallel
 from tests.cluster.processes import CLUSTER, Script
 from tests.core.test_comparison import CONFIG, MINE
 

@@ -38,11 +38,11 @@ from metadist.algorithms import (
     SubBiO,
 )
 from metadist.cluster import DataParallelExecutor
-from metadist.cluster.exchange import Round
-from metadist.cluster.shard import FIGURES, METHODS, Reply
+from metadist.cluster.data_parallel.data import cut
+from metadist.cluster.data_parallel.exchange import Round
+from metadist.cluster.data_parallel.layout import FIGURES, METHODS, Reply
 from metadist.hypergradient import task_hypergradients
 from metadist.outer import OuterOptimizer
-from metadist.shards import cut
 from metadist.task import Batch, Task
 from metadist.tasks import FixedTasks
 from tests.algorithms.directions import NEW_TASKS

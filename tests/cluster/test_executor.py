@@ -14,7 +14,7 @@ import torch
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from metadist.cluster import Buffered, LeaseError, RayExecutor, ResourcesError
-from metadist.cluster.connection import _sigterm_kept, reserve
+from metadist.cluster.actors.connection import _sigterm_kept, reserve
 from metadist.outer import OuterOptimizer
 from tests.cluster.toy import (
     ADAM,

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from ray import exceptions
 
-from metadist.cluster import fleet as module
-from metadist.cluster.fleet import Done, Fleet, Lost, Retry
-from metadist.cluster.worker import WorkerInfo
+from metadist.cluster.actors.placement import WorkerInfo
+from metadist.cluster.actors.pool import Retry
+from metadist.cluster.parameter_server import worker_pool as module
+from metadist.cluster.parameter_server.worker_pool import Done, Fleet, Lost
 from metadist.workload import Lease, LeaseResult
 
 

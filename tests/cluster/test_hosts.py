@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from metadist.cluster.submit import job_name
+from metadist.cluster.jobs.submit import job_name
 from tests.cluster.hosts import BIN, ROOT, Hosts, missing
 from tests.cluster.toy import wait_until
 

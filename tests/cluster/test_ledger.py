@@ -5,8 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metadist.cluster.ledger import Ledger
-from metadist.cluster.policies import ASP, BSP, SSP, Buffered, Policy, StalenessWeight
+from metadist.cluster.parameter_server.ledger import Ledger
+from metadist.cluster.parameter_server.policies import (
+    ASP,
+    BSP,
+    SSP,
+    Buffered,
+    Policy,
+    StalenessWeight,
+)
 
 LEASES_PER_STEP = 4
 

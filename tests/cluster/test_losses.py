@@ -15,8 +15,8 @@ from ray import exceptions
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metadist.cluster import ClusterError, RayExecutor, ServerLostError, WorkerLostError
-from metadist.cluster.fleet import Retry
-from metadist.cluster.places import Places
+from metadist.cluster.actors.placement import Places
+from metadist.cluster.actors.pool import Retry
 from tests.algorithms.directions import NEW_TASKS, trainer
 from tests.cluster.toy import (
     Deadly,

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 
 import ray
 
-from metadist.cluster.metrics import RunMetrics
+from metadist.cluster.actors.metrics import RunMetrics
 from metadist.workload import LeaseResult
 from tests.cluster.toy import Deadly, make_workload, wait_until
 from tests.core.test_monitor import report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metadist.cluster.pending import Pending, Question, Rounds, known
+from metadist.cluster.data_parallel.pending import Pending, Question, Rounds, known
 from metadist.trees import add, dot, norm
 
 X = {"x": torch.tensor([1.0, 2.0, 3.0])}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from metadist.cluster.policies import (
+from metadist.cluster.parameter_server.policies import (
     ASP,
     BSP,
     SSP,

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from metadist.cluster import RayExecutor
-from metadist.cluster.buffers import OuterSpec, pack_state, read_only
-from metadist.cluster.rounding import LARGEST, Bfloat16
-from metadist.cluster.runtime_env import pickle_by_value
-from metadist.cluster.server import Arrival, ParameterServer
-from metadist.cluster.transport import Pulled, receive
-from metadist.cluster.worker import Worker
+from metadist.cluster.actors.buffers import OuterSpec, pack_state, read_only
+from metadist.cluster.actors.runtime_env import pickle_by_value
+from metadist.cluster.parameter_server.compression import LARGEST, Bfloat16
+from metadist.cluster.parameter_server.server import Arrival, ParameterServer
+from metadist.cluster.parameter_server.transport import Pulled, receive
+from metadist.cluster.parameter_server.worker import Worker
 from metadist.outer import OuterOptimizer
 from tests.algorithms.directions import run_in_one_process, with_what_a_step_leaves
 from tests.cluster.toy import (

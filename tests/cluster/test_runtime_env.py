@@ -17,7 +17,7 @@ from ray import cloudpickle
 
 import metadist.cluster
 from metadist.cluster import metadist_runtime_env
-from metadist.cluster.runtime_env import pickle_by_value, user_modules
+from metadist.cluster.actors.runtime_env import pickle_by_value, user_modules
 from metadist.outer import OuterOptimizer
 from tests.cluster.toy import local_run, make_workload, state_bytes
 
@@ -90,7 +90,12 @@ def test_what_is_the_users(user_sampler):
 
 def test_what_ships_metadist_holds_all_of_it():
     (folder,) = metadist_runtime_env()["py_modules"]
-    for name in ("lease.py", "cluster/worker.py", "algorithms/__init__.py", "tasks/__init__.py"):
+    for name in (
+        "lease.py",
+        "cluster/parameter_server/worker.py",
+        "algorithms/__init__.py",
+        "tasks/__init__.py",
+    ):
         assert (Path(folder) / name).is_file()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from metadist.cluster import ASP, BSP, SSP, Buffered, Policy
-from metadist.cluster.simulation import Costs, Outcome, Workers, simulate
+from metadist.cluster.parameter_server.simulation import Costs, Outcome, Workers, simulate
 
 FREE = Costs()
 POLICIES: list[Policy] = [BSP(), ASP(), SSP(0), SSP(3), SSP(20), Buffered(3)]

@@ -17,10 +17,10 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.job_submission import JobStatus
 
 from metadist.cluster import ConnectError
-from metadist.cluster import submit as submit_module
-from metadist.cluster.submit import Job, job_name, pack, submit
+from metadist.cluster.jobs import submit as submit_module
+from metadist.cluster.jobs.submit import Job, job_name, pack, submit
 
-LAUNCH = Path(submit_module.__file__).parent / "launch"
+LAUNCH = Path(submit_module.__file__).parents[1] / "launch"
 ROOT = Path(__file__).parents[2]
 
 

@@ -9,8 +9,8 @@ from ray.job_submission import JobStatus
 
 from metadist import CheckpointStore
 from metadist.cli import main
-from metadist.cluster import submit as submit_module
-from metadist.cluster.submit import job_name
+from metadist.cluster.jobs import submit as submit_module
+from metadist.cluster.jobs.submit import job_name
 from tests.cluster.test_submit import Jobs
 
 RUN_DIR = "/shared/runs/mine"

@@ -12,7 +12,7 @@ import ray
 import torch
 
 from metadist.cluster import RayExecutor
-from metadist.cluster.transport import OBJECT_STORE, Transport, receive
+from metadist.cluster.parameter_server.transport import OBJECT_STORE, Transport, receive
 from tests.algorithms.directions import with_what_a_step_leaves
 from tests.cluster.toy import first_state, local_run, state_bytes
 from tests.cluster.wide import CLIPPED, Wide, pid_of, wide_directions, wide_workload

@@ -16,7 +16,7 @@ from metadist import OuterOptimizer, Trainer
 from metadist.algorithms import SOBA
 from metadist.cli import main
 from metadist.cluster import tune
-from metadist.cluster.tune import Tuned
+from metadist.cluster.jobs.tune import Tuned
 from metadist.compare.metrics import kept_figures
 from metadist.compare.run import Contender
 from metadist.tasks import FixedTasks

@@ -7,9 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metadist.oracle import AutogradOracle, Draw, Source
-from metadist.problem import Problem
-from metadist.shards import (
+from metadist.cluster.data_parallel.data import (
     ShardOracle,
     check_classes,
     check_partition,
@@ -19,6 +17,8 @@ from metadist.shards import (
     shard_fault,
     spread,
 )
+from metadist.oracle import AutogradOracle, Draw, Source
+from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params, add, scale
 from tests.cluster.shards import Cleaning, Unequal, cleaning_task

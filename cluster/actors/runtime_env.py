@@ -23,7 +23,7 @@ from typing import Any
 from ray import cloudpickle
 
 import metadist
-from metadist.cluster.errors import ClusterError
+from metadist.cluster.actors.errors import ClusterError
 
 
 def pickle_by_value(value: Any) -> bytes:

@@ -11,7 +11,7 @@ import ray
 from ray import ObjectRef
 from torch import Tensor
 
-from metadist.cluster.buffers import Array, read_only, to_array
+from metadist.cluster.actors.buffers import Array, read_only, to_array
 
 TransportName = Literal["object_store", "nixl"]
 Sent = Array | ObjectRef[Any]

@@ -21,22 +21,22 @@ from metadist.algorithm import (
     unflatten_state,
 )
 from metadist.checks.preflight import FirstShard
-from metadist.cluster.buffers import OuterSpec, to_array, to_tensor
-from metadist.cluster.exchange import Exchange
-from metadist.cluster.fleet import Retry
-from metadist.cluster.metrics import RunMetrics
-from metadist.cluster.oracle import ClusterOracle
-from metadist.cluster.pending import Rounds, known
-from metadist.cluster.places import Places
-from metadist.cluster.runtime_env import pickle_by_value
-from metadist.cluster.shard import Layout, ShardCheck, ShardInfo, ShardWorker
-from metadist.cluster.shard_fleet import ShardFleet
-from metadist.cluster.worker import devices_of
+from metadist.cluster.actors.buffers import OuterSpec, to_array, to_tensor
+from metadist.cluster.actors.metrics import RunMetrics
+from metadist.cluster.actors.placement import Places, devices_of
+from metadist.cluster.actors.pool import Retry
+from metadist.cluster.actors.runtime_env import pickle_by_value
+from metadist.cluster.data_parallel.data import check_classes, check_partition
+from metadist.cluster.data_parallel.exchange import Exchange
+from metadist.cluster.data_parallel.layout import Layout, ShardCheck, ShardInfo
+from metadist.cluster.data_parallel.oracle import ClusterOracle
+from metadist.cluster.data_parallel.pending import Rounds, known
+from metadist.cluster.data_parallel.worker import ShardWorker
+from metadist.cluster.data_parallel.worker_pool import ShardFleet
 from metadist.executor import StepReport, signals_held
 from metadist.oracle import SOURCES, CountingOracle
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable
 from metadist.problem import check_rows
-from metadist.shards import check_classes, check_partition
 from metadist.task import TaskSampler
 from metadist.trees import Params, flatten, zeros_like
 from metadist.workload import Lease, LeaseResult, Workload, intra_op_threads

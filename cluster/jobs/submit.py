@@ -25,8 +25,8 @@ from typing import Any
 from ray import exceptions
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from metadist.cluster.errors import ConnectError
-from metadist.cluster.runtime_env import metadist_runtime_env
+from metadist.cluster.actors.errors import ConnectError
+from metadist.cluster.actors.runtime_env import metadist_runtime_env
 
 MAX_SHIPPED_BYTES = 100 * 2**20
 """Ray refuses to take more through its dashboard."""

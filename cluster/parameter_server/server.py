@@ -9,7 +9,7 @@ import torch
 from ray import cloudpickle
 from torch import Tensor
 
-from metadist.cluster.buffers import (
+from metadist.cluster.actors.buffers import (
     Array,
     OuterSpec,
     PackedState,
@@ -18,7 +18,13 @@ from metadist.cluster.buffers import (
     to_tensor,
     unpack_state,
 )
-from metadist.cluster.transport import OBJECT_STORE, Pulled, Pushed, Transport, receive
+from metadist.cluster.parameter_server.transport import (
+    OBJECT_STORE,
+    Pulled,
+    Pushed,
+    Transport,
+    receive,
+)
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable, StepResult
 from metadist.trees import Params
 from metadist.workload import intra_op_threads, pick_device

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from metadist.cluster.errors import ConnectError, ResourcesError
+from metadist.cluster.actors.errors import ConnectError, ResourcesError
 
 log = logging.getLogger("metadist.cluster")
 

@@ -13,8 +13,8 @@ import numpy as np
 import ray
 from ray import ObjectRef, exceptions
 
-from metadist.cluster.buffers import Array
-from metadist.cluster.errors import (
+from metadist.cluster.actors.buffers import Array
+from metadist.cluster.actors.errors import (
     ClusterError,
     LeaseError,
     ResourcesError,
@@ -22,9 +22,9 @@ from metadist.cluster.errors import (
     is_loss,
     message,
 )
-from metadist.cluster.exchange import Round
-from metadist.cluster.fleet import Retry, wait_for_any
-from metadist.cluster.shard import Key, Layout, Reply, ShardCheck, ShardInfo
+from metadist.cluster.actors.pool import Retry, wait_for_any
+from metadist.cluster.data_parallel.exchange import Round
+from metadist.cluster.data_parallel.layout import Key, Layout, Reply, ShardCheck, ShardInfo
 
 log = logging.getLogger("metadist.cluster")
 

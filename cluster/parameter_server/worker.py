@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
-import ray
 import torch
 from ray import cloudpickle
 from torch import Tensor
 
-from metadist.cluster.buffers import Array, OuterSpec, to_array, to_tensor
-from metadist.cluster.rounding import Bfloat16
-from metadist.cluster.transport import OBJECT_STORE, Pulled, Pushed, Transport, receive
+from metadist.cluster.actors.buffers import Array, OuterSpec, to_array, to_tensor
+from metadist.cluster.actors.placement import WorkerInfo, worker_device
+from metadist.cluster.parameter_server.compression import Bfloat16
+from metadist.cluster.parameter_server.transport import (
+    OBJECT_STORE,
+    Pulled,
+    Pushed,
+    Transport,
+    receive,
+)
 from metadist.workload import Lease, LeaseResult, Workload, pick_device
 
 Transfer = Literal["full", "bfloat16"]
-
-
-class WorkerInfo(NamedTuple):
-    """Where a worker runs; `device` names the hardware."""
-
-    name: str
-    device: str
-    host: str
-    pid: int
-
-    @classmethod
-    def here(cls, name: str, device: torch.device) -> WorkerInfo:
-        """Of this process."""
-        hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        return cls(name, hardware, socket.gethostname(), os.getpid())
-
-
-def devices_of(infos: Iterable[WorkerInfo]) -> str:
-    """How many workers have what hardware on which host, in words; empty without workers."""
-    devices = Counter(f"{info.device} on {info.host}" for info in infos)
-    return ", ".join(f"{count} x {name}" for name, count in sorted(devices.items()))
 
 
 class Worker:
@@ -123,10 +105,3 @@ class Worker:
             pieces = [half[start:stop] for half in halves]
             mine = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
             yield Pushed(self._transport.send(mine), {} if start else left)
-
-
-def worker_device(device: str) -> str:
-    """The device for an actor: a GPU only if Ray gave it one, though it may see others."""
-    if device != "auto":
-        return device
-    return "cuda" if ray.get_gpu_ids() else "cpu"

@@ -11,9 +11,18 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from metadist.cluster.buffers import Array, read_only, to_array
-from metadist.cluster.pending import Answer, Question
-from metadist.cluster.shard import FIGURES, METHODS, Key, Layout, Message, Reply, Request, Role
+from metadist.cluster.actors.buffers import Array, read_only, to_array
+from metadist.cluster.data_parallel.layout import (
+    FIGURES,
+    METHODS,
+    Key,
+    Layout,
+    Message,
+    Reply,
+    Request,
+    Role,
+)
+from metadist.cluster.data_parallel.pending import Answer, Question
 from metadist.trees import Params, zeros_like
 
 

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import ray
 from ray import cloudpickle, exceptions
 
-from metadist.cluster.connection import connected
-from metadist.cluster.errors import ClusterError, message
-from metadist.cluster.runtime_env import pickle_by_value
+from metadist.cluster.actors.connection import connected
+from metadist.cluster.actors.errors import ClusterError, message
+from metadist.cluster.actors.runtime_env import pickle_by_value
 
 Item = TypeVar("Item")
 

@@ -6,7 +6,7 @@ import heapq
 import itertools
 from collections.abc import Collection
 
-from metadist.cluster.policies import Policy, View
+from metadist.cluster.parameter_server.policies import Policy, View
 
 
 class Ledger:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from metadist.cluster.ledger import Ledger
-from metadist.cluster.policies import Policy
+from metadist.cluster.parameter_server.ledger import Ledger
+from metadist.cluster.parameter_server.policies import Policy
 
 Floats = NDArray[np.float64]
 

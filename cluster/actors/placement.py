@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import ray
+import torch
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from metadist.cluster.connection import connect, demand, reserve
+from metadist.cluster.actors.connection import connect, demand, reserve
 
 
 class Places:
@@ -128,3 +133,31 @@ class Places:
             # Nodes with GPUs may still join.
             return 1.0
         return 1.0 / math.ceil(self._min_workers / num_in_cluster)
+
+
+class WorkerInfo(NamedTuple):
+    """Where a worker runs; `device` names the hardware."""
+
+    name: str
+    device: str
+    host: str
+    pid: int
+
+    @classmethod
+    def here(cls, name: str, device: torch.device) -> WorkerInfo:
+        """Of this process."""
+        hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        return cls(name, hardware, socket.gethostname(), os.getpid())
+
+
+def devices_of(infos: Iterable[WorkerInfo]) -> str:
+    """How many workers have what hardware on which host, in words; empty without workers."""
+    devices = Counter(f"{info.device} on {info.host}" for info in infos)
+    return ", ".join(f"{count} x {name}" for name, count in sorted(devices.items()))
+
+
+def worker_device(device: str) -> str:
+    """The device for an actor: a GPU only if Ray gave it one, though it may see others."""
+    if device != "auto":
+        return device
+    return "cuda" if ray.get_gpu_ids() else "cpu"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metadist.cluster.pending import Answer, Question, Rounds
-from metadist.cluster.shard import METHODS
+from metadist.cluster.data_parallel.layout import METHODS
+from metadist.cluster.data_parallel.pending import Answer, Question, Rounds
 from metadist.oracle import Draw, Draws
 from metadist.problem import Problem, is_nonsmooth
 from metadist.trees import Params, zeros_like

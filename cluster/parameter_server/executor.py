@@ -11,7 +11,7 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from metadist.cluster.buffers import (
+from metadist.cluster.actors.buffers import (
     OuterSpec,
     PackedState,
     join,
@@ -19,16 +19,17 @@ from metadist.cluster.buffers import (
     pack_state,
     split_state,
 )
-from metadist.cluster.fleet import Fleet, Retry
-from metadist.cluster.keeper import Keeper
-from metadist.cluster.metrics import RunMetrics
-from metadist.cluster.places import Places
-from metadist.cluster.policies import BSP, Policy, make_policy
-from metadist.cluster.runtime_env import pickle_by_value
-from metadist.cluster.scheduler import Scheduler
-from metadist.cluster.server import ParameterServer
-from metadist.cluster.transport import Transport, TransportName
-from metadist.cluster.worker import Transfer, Worker, devices_of
+from metadist.cluster.actors.metrics import RunMetrics
+from metadist.cluster.actors.placement import Places, devices_of
+from metadist.cluster.actors.pool import Retry
+from metadist.cluster.actors.runtime_env import pickle_by_value
+from metadist.cluster.parameter_server.policies import BSP, Policy, make_policy
+from metadist.cluster.parameter_server.scheduler import Scheduler
+from metadist.cluster.parameter_server.server import ParameterServer
+from metadist.cluster.parameter_server.supervisor import Keeper
+from metadist.cluster.parameter_server.transport import Transport, TransportName
+from metadist.cluster.parameter_server.worker import Transfer, Worker
+from metadist.cluster.parameter_server.worker_pool import Fleet
 from metadist.executor import StepReport
 from metadist.outer import OuterOptimizer, OuterState, shard_bounds
 from metadist.trees import Params

@@ -1,14 +1,9 @@
-"""`ShardWorker`: holds one shard of a task's data and answers questions about it.
-
-What travels are flat numpy buffers. A tree like the outer variable ("outer") or the context ("x")
-goes in two: what all shards need, and of per-example variables the rows of the shard's own
-examples. A tree like the inner variable ("y") goes in one.
-"""
+"""`ShardWorker`: holds one shard of a task's data and answers questions about it."""
 
 from __future__ import annotations
 
 import time
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,152 +11,28 @@ from ray import cloudpickle
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metadist.cluster.buffers import Array, OuterSpec, to_array, to_tensor
-from metadist.cluster.worker import WorkerInfo, worker_device
+from metadist.cluster.actors.buffers import Array, to_array, to_tensor
+from metadist.cluster.actors.placement import WorkerInfo, worker_device
+from metadist.cluster.data_parallel.data import (
+    ShardOracle,
+    class_labels,
+    sample_shard,
+    shard_fault,
+)
+from metadist.cluster.data_parallel.layout import (
+    METHODS,
+    Key,
+    Layout,
+    Message,
+    Reply,
+    Role,
+    ShardCheck,
+    ShardInfo,
+)
 from metadist.hypergradient import adaptation_metrics
-from metadist.oracle import Draw
-from metadist.shards import ShardOracle, class_labels, sample_shard, shard_fault, spread
 from metadist.task import Task, to_device
 from metadist.trees import Params, check_flattenable
 from metadist.workload import Workload, intra_op_threads, pick_device
-
-Role = Literal["outer", "x", "y", "value"]
-
-METHODS: dict[str, tuple[tuple[Role, ...], tuple[Role, ...]]] = {
-    "inner_grad": (("x", "y"), ("y",)),
-    "inner_grads": (("x", "y"), ("x", "y")),
-    "outer_grads": (("x", "y"), ("x", "y")),
-    "second_order": (("x", "y", "y"), ("x", "y")),
-    "hvp": (("x", "y", "y"), ("y",)),
-    "directional": (("x", "y", "x", "y"), ("y",)),
-    "inner_value": (("x", "y"), ("value",)),
-    "outer_value": (("x", "y"), ("value",)),
-}
-"""The methods of `Oracle` that need data, with what they take and give."""
-
-FIGURES = "figures"
-"""Asks for losses and metrics at (outer, y)."""
-
-Key = tuple[Role, int]
-"""A tree that was sent: its role and a number."""
-
-
-class Layout(NamedTuple):
-    """How trees become buffers.
-
-    Args:
-        outer: names and shapes of the outer variable.
-        x: of the context.
-        y: of the inner variable.
-        rows: names of the per-example variables, whose leading axis is the support example.
-        num_examples: in the full support and query set.
-    """
-
-    outer: OuterSpec
-    x: OuterSpec
-    y: OuterSpec
-    rows: frozenset[str]
-    num_examples: tuple[int, int]
-
-    def spec(self, role: Role) -> OuterSpec:
-        """Names and shapes of a tree."""
-        return {"outer": self.outer, "x": self.x, "y": self.y}[role]
-
-    def shared(self, role: Role) -> OuterSpec:
-        """Of the part of a tree that all shards are sent."""
-        spec = self.spec(role)
-        rows = self.rows if role != "y" else ()
-        return spec._replace(shapes={n: s for n, s in spec.shapes.items() if n not in rows})
-
-    def own(self, role: Role, num_rows: int) -> OuterSpec:
-        """Of the part of a tree that a shard with `num_rows` support examples has for itself."""
-        spec = self.spec(role)
-        rows = self.rows if role != "y" else ()
-        shapes = {n: (num_rows, *s[1:]) for n, s in spec.shapes.items() if n in rows}
-        return spec._replace(shapes=shapes)
-
-    def pack_shared(self, role: Role, tree: Params) -> Tensor:
-        """The values of `shared`."""
-        return _joined([tree[name] for name in self.shared(role).shapes], self.spec(role).dtype)
-
-    def pack_own(self, role: Role, tree: Params, index: Tensor) -> Tensor:
-        """The values of `own` for the shard with the support examples `index`."""
-        names = self.own(role, len(index)).shapes
-        return _joined([tree[name][index] for name in names], self.spec(role).dtype)
-
-    def unpack(self, role: Role, shared: Tensor, own: Tensor, index: Tensor) -> Params:
-        """The tree, with zeros where the rows of other shards are."""
-        tree = self.shared(role).views(shared)
-        for name, leaf in self.own(role, len(index)).views(own).items():
-            tree[name] = spread(leaf, index, self.num_examples[0])
-        return {name: tree[name] for name in self.spec(role).shapes}
-
-
-def _joined(leaves: list[Tensor], dtype: torch.dtype) -> Tensor:
-    if not leaves:
-        return torch.empty(0, dtype=dtype)
-    return torch.cat([leaf.reshape(-1) for leaf in leaves])
-
-
-class Request(NamedTuple):
-    """One question: an entry of METHODS, or FIGURES; `trees` by key; `draw` None for FIGURES."""
-
-    method: str
-    draw: Draw | None
-    trees: tuple[Key, ...]
-
-
-class Message(NamedTuple):
-    """All questions of a round to one shard, to be answered from this alone and what it holds.
-
-    Args:
-        layout: how trees become buffers.
-        step: the outer step.
-        requests: the questions.
-        forget: trees that are not needed any more.
-    """
-
-    layout: Layout
-    step: int
-    requests: tuple[Request, ...]
-    forget: tuple[Key, ...]
-
-
-class Reply(NamedTuple):
-    """A shard's part of all answers of a round, to be added up.
-
-    Args:
-        answered: which requests; the shard holds no example of the draws of the others.
-        flat: for each of these what METHODS say, times the shard's share of the draw.
-        figures: losses and metrics, times the shard's share of the set.
-        seconds: of computing.
-    """
-
-    answered: tuple[bool, ...]
-    flat: Array
-    figures: dict[str, float]
-    seconds: float
-
-
-class ShardInfo(NamedTuple):
-    """What a shard is: where, which examples of the two sets, the form of one, and the classes.
-
-    `classes` of a set is None where its labels are not known, see `class_labels`.
-    """
-
-    where: WorkerInfo
-    support: Array
-    query: Array
-    form: tuple[tuple[str, ...], tuple[str, ...]]
-    classes: tuple[set[int] | None, set[int] | None]
-
-
-class ShardCheck(NamedTuple):
-    """What a shard finds at the start: a fault, or the context's names and the start."""
-
-    fault: str | None
-    context: tuple[str, ...]
-    start: dict[str, Array]
 
 
 class ShardWorker:

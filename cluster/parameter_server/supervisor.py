@@ -12,10 +12,10 @@ from typing import Any
 import ray
 from ray import ObjectRef, exceptions
 
-from metadist.cluster.buffers import Array, OuterSpec, PackedState
-from metadist.cluster.errors import ServerLostError, message
-from metadist.cluster.fleet import Retry
-from metadist.cluster.server import Arrival
+from metadist.cluster.actors.buffers import Array, OuterSpec, PackedState
+from metadist.cluster.actors.errors import ServerLostError, message
+from metadist.cluster.actors.pool import Retry
+from metadist.cluster.parameter_server.server import Arrival
 from metadist.outer import StepResult, norm_of_blocks
 
 log = logging.getLogger("metadist.cluster")

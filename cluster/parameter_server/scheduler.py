@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 
 from ray import ObjectRef, exceptions
 
-from metadist.cluster.buffers import Array, PackedState
-from metadist.cluster.errors import is_loss
-from metadist.cluster.fleet import Done, Fleet, Lost
-from metadist.cluster.keeper import Keeper, ServerGone
-from metadist.cluster.ledger import Ledger
-from metadist.cluster.policies import Policy
-from metadist.cluster.server import Arrival, Progress
+from metadist.cluster.actors.buffers import Array, PackedState
+from metadist.cluster.actors.errors import is_loss
+from metadist.cluster.parameter_server.ledger import Ledger
+from metadist.cluster.parameter_server.policies import Policy
+from metadist.cluster.parameter_server.server import Arrival, Progress
+from metadist.cluster.parameter_server.supervisor import Keeper, ServerGone
+from metadist.cluster.parameter_server.worker_pool import Done, Fleet, Lost
 from metadist.executor import StepReport
 from metadist.outer import StepResult
 from metadist.workload import Workload

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metadist.cluster.connection import connected
-from metadist.cluster.runtime_env import pickle_by_value
+from metadist.cluster.actors.connection import connected
+from metadist.cluster.actors.runtime_env import pickle_by_value
 from metadist.compare.run import Contender
 from metadist.executor import StepReport
 from metadist.run.storage import Folder

@@ -1,0 +1,1 @@
+"""What both executors stand on: the connection to Ray, placement, pools of actors, losses."""

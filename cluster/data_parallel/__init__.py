@@ -1,0 +1,1 @@
+"""One lower problem whose data lies on many workers."""

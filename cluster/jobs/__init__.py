@@ -1,0 +1,1 @@
+"""Whole trainings as jobs: submitted, side by side, and searched over."""

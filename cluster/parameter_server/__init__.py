@@ -1,0 +1,1 @@
+"""Workers compute leases of tasks, a parameter server owns x, a scheduler hands out the work."""
