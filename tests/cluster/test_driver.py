@@ -15,7 +15,7 @@ import pytest
 
 from tests.cluster.processes import Script
 from tests.cluster.toy import wait_until
-from tests.core.helpers import (
+from tests.helpers import (
     CURVES,
     Outcome,
     finish,

@@ -10,7 +10,7 @@ from metadist.algorithms import ITD, MRBO, SOBA
 from metadist.run.status import latest_scalars
 from metadist.run.storage import Folder
 from metadist.trees import Params
-from tests.core.helpers import exact_state, last_state, make_trainer
+from tests.helpers import exact_state, last_state, make_trainer
 from tests.problems import Quadratic, generator, quadratic_task
 
 TASKS = [quadratic_task(index) for index in range(5)]

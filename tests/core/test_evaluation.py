@@ -22,7 +22,7 @@ from metadist.evaluation import (
     with_inner_steps,
 )
 from metadist.tasks import FewShotProblem
-from tests.core.helpers import Images, Spoiled, curves, regression, small_conv4
+from tests.helpers import Images, Spoiled, curves, regression, small_conv4
 from tests.problems import (
     Quadratic,
     QuadraticSampler,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from metadist.checks.sampler import check_sampler
-from tests.core.helpers import (
+from tests.helpers import (
     PLUGIN,
     CommandLine,
     becomes,

@@ -29,7 +29,7 @@ from metadist.run.events import read_events
 from metadist.run.storage import Folder
 from metadist.tasks import FewShotProblem
 from metadist.trainer import default_tasks_per_lease
-from tests.core.helpers import (
+from tests.helpers import (
     ADAM,
     SGD,
     Images,
@@ -159,7 +159,7 @@ def test_training_that_is_done_is_not_repeated():
 
 SCRIPT = """
 import sys
-from tests.core.helpers import make_trainer
+from tests.helpers import make_trainer
 trainer = make_trainer(run_dir=sys.argv[1], checkpoint_every=5, log_every=1, quiet=False)
 trainer.fit(60)
 """

@@ -1,0 +1,301 @@
+"""What cannot be trained is refused before any work, with the reason and a way out."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from metadist.algorithms import ITD, Reptile
+from metadist.checks.preflight import NoSecondDerivative, initial_outer, preflight
+from metadist.tasks import FewShotProblem
+from metadist.workload import Workload
+from tests.helpers import Images, Spoiled, curves, make_trainer, regression, small_conv4
+from tests.problems import Smooth, smooth_task
+
+
+class OnceNew(torch.autograd.Function):
+    """tanh as a function for torch.func, differentiable once."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.tanh()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensors
+        return (1 - y * y) * gradient
+
+
+class OnceOld(torch.autograd.Function):
+    """The same as it was written before torch.func."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.tanh())
+        return x.tanh()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensors
+        return (1 - y * y) * gradient
+
+
+class Twice(OnceNew):
+    """The same, differentiable any number of times, with a forward derivative too."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensors
+        return (1 - y * y) * gradient
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        (y,) = ctx.saved_tensors
+        return (1 - y * y) * tangent
+
+
+class Net(nn.Module):
+    """One hidden layer with a function of choice."""
+
+    def __init__(self, function=torch.tanh):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.head = nn.Linear(1, 4), nn.Linear(4, 1)
+        self.function = function
+
+    def forward(self, x):
+        return self.head(self.function(self.first(x)))
+
+
+def branch(x):
+    return x if x.sum() > 0 else 2 * x
+
+
+class Lossy(Smooth):
+    """`Smooth` with another inner or outer loss."""
+
+    def __init__(self, inner_loss=None, outer_loss=None):
+        self.replaced = {"inner_loss": inner_loss, "outer_loss": outer_loss}
+
+    def inner_loss(self, outer, inner, batch):
+        loss = super().inner_loss(outer, inner, batch)
+        change = self.replaced["inner_loss"]
+        return change(loss) if change else loss
+
+    def outer_loss(self, outer, inner, batch):
+        loss = super().outer_loss(outer, inner, batch)
+        change = self.replaced["outer_loss"]
+        return change(loss) if change else loss
+
+
+SMOOTH = SimpleNamespace(sample=smooth_task)
+
+
+class Dead(Smooth):
+    """Nothing depends on the outer variable."""
+
+    def encode(self, outer, task):
+        return {name: 0 * leaf for name, leaf in super().encode(outer, task).items()}
+
+    def init_inner(self, outer, task):
+        return {name: 0 * leaf for name, leaf in super().init_inner(outer, task).items()}
+
+
+class Halved(Smooth):
+    """Has an outer variable that nothing depends on."""
+
+    def init_outer(self, generator):
+        return {**super().init_outer(generator), "unused": torch.ones(2, dtype=torch.float64)}
+
+
+REFUSED = [
+    (
+        {"problem": FewShotProblem(small_conv4()), "sampler": Images(n_way=5)},
+        r"inner_loss must be computable on task 0 of sampler, whose tensors have shapes "
+        r"\(10, 1, 16, 16\), \(10,\), .*, got IndexError: .*n_way, channels, image size",
+    ),
+    (
+        {"problem": FewShotProblem(small_conv4()), "sampler": Images(channels=3)},
+        r"inner_loss must be computable on task 0 .* got RuntimeError: .*channels",
+    ),
+    (
+        {"problem": FewShotProblem(small_conv4(), adapt="head"), "sampler": Images(channels=3)},
+        r"encode must be computable on task 0 .* got RuntimeError: .*channels",
+    ),
+    (
+        {"problem": FewShotProblem(small_conv4()), "sampler": curves()},
+        r"inner_loss must be computable on task 0",
+    ),
+    (
+        {
+            "problem": FewShotProblem(small_conv4(), adapt="head"),
+            "sampler": Images(),
+            "algorithm": Reptile(),
+        },
+        r"algorithm Reptile trains the start of adaptation only",
+    ),
+    ({"problem": Lossy(lambda loss: loss[None])}, r"inner_loss must return a tensor of shape \(\)"),
+    (
+        {"problem": Lossy(outer_loss=float)},
+        r"outer_loss must return a tensor of shape \(\), got float",
+    ),
+    (
+        {"problem": Lossy(lambda loss: loss / 0)},
+        r"inner_loss must be finite on task 0 of sampler at the start, got -?inf",
+    ),
+    (
+        {"problem": Lossy(outer_loss=lambda loss: loss * torch.nan)},
+        r"outer_loss must be finite on task 0 of sampler at the start, got nan: look for NaN",
+    ),
+    (
+        {"problem": Smooth(), "algorithm": ITD(inner_steps=60, inner_lr=1e5)},
+        r"the hypergradient of task 0 must be finite, got NaN or Inf: .* try a smaller inner_lr",
+    ),
+    (
+        {"problem": Dead()},
+        r"the hypergradient of task 0 is zero in every outer variable \(a, b\): neither",
+    ),
+    (
+        {"sampler": SimpleNamespace(sample=lambda index: (index, index))},
+        r"sampler.sample\(index\) must return a metadist.Task, got tuple from SimpleNamespace",
+    ),
+    (
+        {"problem": regression(Net(branch)), "sampler": curves()},
+        r"vectorize must be False for a problem that vmap cannot run, got 'auto': vmap: ",
+    ),
+    (
+        {"vectorize": True, "algorithm": ITD(engine="higher")},
+        r"vectorize must be False or 'auto' with ITD\(.*engine does not run under vmap, got True",
+    ),
+    (
+        {
+            "vectorize": True,
+            "sampler": SimpleNamespace(sample=lambda i: smooth_task(i, num_support=5 + i)),
+        },
+        r"vectorize=True needs tasks of equal shapes, got",
+    ),
+]
+
+
+def check(**options: Any) -> None:
+    usual: dict[str, Any] = {"problem": Smooth(), "sampler": SMOOTH}
+    workload = Workload(**{**usual, "algorithm": ITD(inner_steps=2), **options})
+    preflight(workload, initial_outer(workload.problem, workload, 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), REFUSED, ids=[re.sub(r"\W+", " ", m)[:60] for _, m in REFUSED]
+)
+def test_what_cannot_be_trained_is_refused(options, message):
+    with pytest.raises(ValueError, match="(?s)" + message):
+        check(**options)
+
+
+def test_what_can_be_trained_is_accepted_without_a_word():
+    check()
+    check(problem=regression(Net(branch)), sampler=curves(), vectorize=False)
+    check(sampler=Spoiled(SMOOTH, broken=(1,)))  # a single bad task is dropped in training too
+
+
+def test_outer_variables_without_a_hypergradient_are_named():
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"these outer variables got no hypergradient from task 0 .*: unused; freeze them",
+    ):
+        check(problem=Halved())
+
+
+def test_the_first_five_of_many_are_named():
+    class Many(Smooth):
+        def init_outer(self, generator):
+            more = {f"u{i}": torch.ones(1, dtype=torch.float64) for i in range(8)}
+            return {**super().init_outer(generator), **more}
+
+    with pytest.warns(RuntimeWarning, match=r"trained: u0, u1, u2, u3, u4 and 3 more; freeze"):
+        check(problem=Many())
+
+
+SECOND = [
+    ITD(inner_steps=2),
+    ITD(inner_steps=2, engine="unrolled"),
+    ITD(inner_steps=2, engine="higher"),
+    ITD(inner_steps=2, learn_lr="per_tensor"),
+]
+
+
+@pytest.mark.parametrize("function", [OnceNew, OnceOld])
+@pytest.mark.parametrize("algorithm", SECOND, ids=lambda a: f"{a.engine}-{a.learn_lr}")
+def test_an_operator_without_a_second_derivative_is_refused(function, algorithm):
+    with pytest.raises(
+        NoSecondDerivative,
+        match=r"the problem must be differentiable twice for ITD, got: .*(once_differentiable|"
+        r"setup_context|forward mode).*\. Replace that operator .* or use a first-order algorithm",
+    ):
+        check(problem=regression(Net(function.apply)), sampler=curves(), algorithm=algorithm)
+
+
+@pytest.mark.parametrize("algorithm", [ITD(inner_steps=2, first_order=True), Reptile()])
+def test_it_is_accepted_by_algorithms_of_first_order(algorithm):
+    for function in (OnceNew, OnceOld):
+        problem = regression(Net(function.apply))
+        check(problem=problem, sampler=curves(), algorithm=algorithm, vectorize=False)
+    check(problem=regression(Net(OnceNew.apply)), sampler=curves(), algorithm=algorithm)
+
+
+@pytest.mark.parametrize("algorithm", SECOND, ids=lambda a: f"{a.engine}-{a.learn_lr}")
+def test_a_function_of_a_user_with_all_derivatives_is_accepted(algorithm):
+    check(problem=regression(Net(Twice.apply)), sampler=curves(), algorithm=algorithm)
+
+
+class Attentive(nn.Module):
+    """Attention and a recurrent layer, whose fused kernels have no double backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.GRU(1, 4, batch_first=True)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x):
+        sequence, _ = self.recurrent(x.expand(-1, 3)[:, :, None])
+        mixed = nn.functional.scaled_dot_product_attention(sequence, sequence, sequence)
+        return self.head(mixed.mean(1))
+
+
+def test_fused_kernels_are_not_taken():
+    check(problem=regression(Attentive()), sampler=curves(), vectorize=False)
+
+
+def test_the_trainer_asks_before_it_makes_anything(tmp_path):
+    with pytest.raises(NoSecondDerivative):
+        make_trainer(problem=regression(Net(OnceNew.apply)), run_dir=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_initial_outer_variable_holds_the_algorithms_own():
+    workload = Workload(Smooth(), SMOOTH, ITD(inner_lr=0.3, learn_lr="per_tensor"))
+    outer = initial_outer(workload.problem, workload, 0)
+    assert list(outer) == ["a", "b", "algorithm.inner_lr.w", "algorithm.inner_lr.m"]
+    assert float(outer["algorithm.inner_lr.w"]) == 0.3
+    same = initial_outer(workload.problem, workload, 0)
+    other = initial_outer(workload.problem, workload, 1)
+    assert torch.equal(outer["a"], same["a"]) and not torch.equal(outer["a"], other["a"])

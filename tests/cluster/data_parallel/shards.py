@@ -1,0 +1,239 @@
+"""Problems with one shared lower problem, and shards of them in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from ray import cloudpickle
+from torch import Tensor
+
+from metadist import Trainer
+from metadist.algorithm import Algorithm
+from metadist.checks.preflight import initial_outer
+from metadist.cluster import DataParallelExecutor
+from metadist.cluster.actors.buffers import Array
+from metadist.cluster.data_parallel.exchange import Package, Round
+from metadist.cluster.data_parallel.executor import check_workload
+from metadist.cluster.data_parallel.layout import Key, Layout, Reply, ShardCheck, ShardInfo
+from metadist.cluster.data_parallel.worker import ShardWorker
+from metadist.executor import Executor, StepReport
+from metadist.outer import OuterOptimizer, OuterState, OuterVariable
+from metadist.problem import Problem
+from metadist.task import Batch, Task
+from metadist.tasks import TextRegularisation
+from metadist.trees import Params
+from metadist.workload import Workload
+from tests.cluster.toy import state_bytes
+from tests.problems import DOUBLE, assert_close, generator
+from tests.tasks.text.test_text import NUM_CLASSES, NUM_FEATURES
+
+ADAM = OuterOptimizer("adam", lr=0.05)
+
+TRUE_WEIGHTS = torch.tensor([0.6, -0.8, 0.3], dtype=DOUBLE)
+
+
+class Cleaning(Problem):
+    """Ridge regression with a weight for each support example, and a learned ridge.
+
+    g = mean of sigmoid(weights_i) * residual_i^2 + exp(ridge) |y|^2 / 2, f = mean of residual_j^2
+    + 0.1 ridge^2.
+    """
+
+    def __init__(self, num_support: int = 11) -> None:
+        self.num_support = num_support
+
+    def init_outer(self, generator: torch.Generator) -> Params:
+        weights = torch.randn(self.num_support, generator=generator, dtype=DOUBLE)
+        return {"weights": 0.3 * weights, "ridge": torch.full((), -1.0, dtype=DOUBLE)}
+
+    def per_example(self, outer: Params) -> set[str]:
+        return {"weights"}
+
+    def init_inner(self, outer: Params, task: Task) -> Params:
+        return {"slope": torch.zeros(3, dtype=DOUBLE), "offset": torch.ones(1, dtype=DOUBLE)}
+
+    def _residuals(self, inner: Params, batch: Batch) -> Tensor:
+        inputs, targets = batch.tensors
+        return inputs @ inner["slope"] + inner["offset"] - targets
+
+    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        weights = outer["weights"][batch.index].sigmoid()
+        ridge = 0.5 * outer["ridge"].exp() * inner["slope"].square().sum()
+        return (weights * self._residuals(inner, batch).square()).mean() + ridge
+
+    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+        return self._residuals(inner, batch).square().mean() + 0.1 * outer["ridge"].square()
+
+    def metrics(self, outer: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
+        return {"error": self._residuals(inner, batch).abs().mean()}
+
+
+class Shared(Cleaning):
+    """The same without declaring whose rows the weights are: all of them go everywhere."""
+
+    def per_example(self, outer: Params) -> set[str]:
+        return set()
+
+
+def cleaning_task(num_support: int = 11, num_query: int = 7) -> Task:
+    """Lines with noise, the first third of the support set with wrong signs."""
+    random = generator(num_support, num_query)
+
+    def batch(size: int, num_wrong: int) -> Batch:
+        inputs = torch.randn(size, 3, generator=random, dtype=DOUBLE)
+        noise = 0.1 * torch.randn(size, generator=random, dtype=DOUBLE)
+        sign = torch.where(torch.arange(size) < num_wrong, -1.0, 1.0).to(DOUBLE)
+        return Batch.of(inputs, sign * (inputs @ TRUE_WEIGHTS + 0.5) + noise)
+
+    return Task(batch(num_support, num_support // 3), batch(num_query, 0), 0)
+
+
+class Whole:
+    """Task 0 is the data set; other indices are other ones, for what samples several."""
+
+    def __init__(self, num_support: int = 11, num_query: int = 7) -> None:
+        self.num_support, self.num_query = num_support, num_query
+
+    def sample(self, index: int) -> Task:
+        task = cleaning_task(self.num_support, self.num_query)
+        first, *rest = task.query.tensors
+        return task._replace(query=Batch.of(first + index, *rest), id=index)
+
+
+class Unequal(Whole):
+    """Its shards hold examples in turn, the first shard as many as all others."""
+
+    def shard(self, index: int, part: int, num_parts: int) -> Task:
+        task = self.sample(index)
+
+        def take(full: Batch) -> Batch:
+            owner = full.index % (2 * num_parts - 2) if num_parts > 1 else full.index * 0
+            owner = torch.where(owner < num_parts, owner, 0)
+            return full.take((owner == part).nonzero()[:, 0])
+
+        return Task(take(task.support), take(task.query), task.id)
+
+
+class PreciseText(TextRegularisation):
+    """Of the task of `sparse_task`, in double precision."""
+
+    def __init__(self) -> None:
+        super().__init__(NUM_FEATURES, NUM_CLASSES, strength=0.01)
+
+    def init_outer(self, generator):
+        return {name: x.double() for name, x in super().init_outer(generator).items()}
+
+
+class LocalFleet:
+    """The shards in this process; `packages` are what each was sent, by round."""
+
+    def __init__(self, num_shards: int) -> None:
+        self._workers = [ShardWorker(f"worker-{part}", "cpu") for part in range(num_shards)]
+        self._held: list[frozenset[Key]] = [frozenset()] * num_shards
+        self.packages: list[list[Package]] = []
+        self.replies: list[list[Reply]] = []
+        self.bytes_sent = self.bytes_received = self.oldest = self.num_lost = 0
+        self.num_ready = num_shards
+        self.computing_s = 0.0
+
+    def start(self, payload: bytes) -> list[ShardInfo]:
+        parts = len(self._workers)
+        return [worker.setup(payload, i, parts) for i, worker in enumerate(self._workers)]
+
+    def check(self, layout: Layout, shared: Array, owns: Sequence[Array]) -> list[ShardCheck]:
+        pairs = zip(self._workers, owns, strict=True)
+        return [worker.check(layout, shared, own) for worker, own in pairs]
+
+    def forget(self) -> None:
+        pass
+
+    def ask(self, round: Round) -> list[Reply]:
+        pairs = enumerate(zip(self._workers, self._held, strict=True))
+        packages = [round.package(part, held) for part, (_, held) in pairs]
+        replies = []
+        for part, (worker, package) in enumerate(zip(self._workers, packages, strict=True)):
+            held = self._held[part] - set(package.message.forget) | package.shared.keys()
+            self._held[part] = frozenset(held)
+            replies.append(worker.compute(*package))
+        self.packages.append(packages)
+        self.replies.append(replies)
+        self.bytes_sent += sum(package.num_bytes for package in packages)
+        self.bytes_received += sum(reply.flat.nbytes for reply in replies)
+        return replies
+
+
+class InProcess(DataParallelExecutor):
+    """The executor without Ray: everything but the processes is the same."""
+
+    fleet: LocalFleet
+    make_fleet = LocalFleet
+
+    def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
+        check_workload(workload, self._staleness)
+        self.fleet = self.make_fleet(self._num_workers)
+        infos = self.fleet.start(cloudpickle.dumps(workload))
+        self._fleet = self.fleet  # type: ignore[assignment]
+        self._open(self.fleet, infos, workload, optimizer, state)  # type: ignore[arg-type]
+
+    def run(self, until_version: int):
+        return self._run(until_version)
+
+    def describe(self) -> dict[str, str]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def solve(
+    executor: Executor,
+    algorithm: Algorithm,
+    num_steps: int = 3,
+    *,
+    state: OuterState | None = None,
+    problem: Problem | None = None,
+    sampler: Any = None,
+    optimizer: OuterOptimizer = ADAM,
+    **options: Any,
+) -> tuple[OuterState, list[StepReport]]:
+    """`num_steps` outer steps in all on one task, from `state` or the beginning on."""
+    problem, sampler = problem or Cleaning(), sampler or Unequal()
+    options = {"report_every": 1, "seed": 3, **options}
+    workload = Workload(problem, sampler, algorithm, 1, keep_state=True, **options)
+    if state is None:
+        state = OuterVariable(initial_outer(problem, workload, 3), optimizer).state()
+    executor.start(workload, optimizer, state)
+    reports = list(executor.run(num_steps))
+    return executor.state(), reports
+
+
+def assert_same_state(actual: OuterState, expected: OuterState, tolerance: float = 1e-10) -> None:
+    """Equal up to rounding: x, the optimiser's moments, and what the algorithm keeps."""
+    assert_close(actual.outer, expected.outer, tolerance)
+    assert_close(actual.optimizer, expected.optimizer, tolerance)
+    assert_close({"kept": actual.states[0]}, {"kept": expected.states[0]}, tolerance)
+
+
+def bytes_of(state: OuterState) -> bytes:
+    """Everything in a state, bit for bit."""
+    return state_bytes(state) + state.states[0].numpy().tobytes()
+
+
+def cleaning(algorithm: Algorithm, executor: Executor, **options: Any) -> Trainer:
+    """The same by a `Trainer`."""
+    return Trainer(
+        Cleaning(),
+        options.pop("sampler", Unequal()),
+        algorithm,
+        **{
+            "outer_optimizer": ADAM,
+            "meta_batch_size": 1,
+            "keep_state": True,
+            "quiet": True,
+            "seed": 3,
+            "executor": executor,
+            **options,
+        },
+    )

@@ -1,0 +1,254 @@
+"""Small trainings, calls of the command line, and looks at folders and processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from metadist import CheckpointStore, LocalExecutor, OuterOptimizer, StepReport, Task, Trainer
+from metadist.algorithms import ITD
+from metadist.cli import main
+from metadist.models import MLP, Conv4
+from metadist.tasks import FewShotProblem, Sinusoid
+from metadist.trees import Params
+from tests.problems import generator, image_task
+
+PLUGIN = Path(__file__).resolve().parent / "plugin"
+
+SGD = OuterOptimizer("sgd", lr=0.05, options={"momentum": 0.9})
+ADAM = OuterOptimizer("adam", lr=0.01, clip_norm=1.0, schedule="cosine", schedule_steps=30)
+
+
+class Images:
+    """Random tasks of classification of 16 x 16 pictures."""
+
+    def __init__(self, n_way: int = 3, channels: int = 1) -> None:
+        self.n_way = n_way
+        self.channels = channels
+
+    def sample(self, index: int) -> Task:
+        return image_task(index, n_way=self.n_way, channels=self.channels)
+
+
+class Spoiled:
+    """The tasks of another sampler, those of `broken` with NaN in the support set."""
+
+    def __init__(self, sampler: Any, broken: Sequence[int]) -> None:
+        self.sampler = sampler
+        self.broken = broken
+
+    def sample(self, index: int) -> Task:
+        task: Task = self.sampler.sample(index)
+        if index in self.broken:
+            task.support.tensors[-1].fill_(torch.nan)
+        return task
+
+
+class Recording(LocalExecutor):
+    """Keeps the reports it gave; calls `after` with each before it is given."""
+
+    def __init__(self, after: Callable[[StepReport], None] = lambda report: None) -> None:
+        super().__init__("cpu")
+        self.reports: list[StepReport] = []
+        self._after = after
+
+    def run(self, until_version: int) -> Iterator[StepReport]:
+        for report in super().run(until_version):
+            self.reports.append(report)
+            self._after(report)
+            yield report
+
+
+def curves(split: str = "train", **options: Any) -> Sinusoid:
+    """Small regression tasks."""
+    return Sinusoid(**{"k_shot": 5, "k_query": 5, "split": split, **options})
+
+
+def small_mlp(seed: int = 0) -> MLP:
+    """A network for `curves`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return MLP(hidden=(8,))
+
+
+def small_conv4(seed: int = 0) -> Conv4:
+    """A network for `Images`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Conv4(n_way=3, width=4, image_size=16)
+
+
+def regression(model: torch.nn.Module | None = None, adapt: str = "all") -> FewShotProblem:
+    """A problem on `curves`."""
+    return FewShotProblem(model or small_mlp(), adapt=adapt, loss="mse")
+
+
+def make_trainer(**options: Any) -> Trainer:
+    """A quiet trainer that takes milliseconds a step."""
+    chosen: dict[str, Any] = {
+        "problem": regression(),
+        "sampler": curves(),
+        "algorithm": ITD(inner_steps=2, inner_lr=0.05),
+        "meta_batch_size": 4,
+        "outer_optimizer": ADAM,
+        "quiet": True,
+        "seed": 3,
+    }
+    return Trainer(**chosen | options)
+
+
+def fresh(shape: Sequence[int], seed: int = 0) -> Tensor:
+    """Standard normal float32 numbers."""
+    return torch.randn(tuple(shape), generator=generator(seed))
+
+
+def raw(tensor: Tensor) -> bytes:
+    """The bytes of a tensor of any dtype, NaN included."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def exact(tree: Params) -> list[tuple[str, str, tuple[int, ...], bytes]]:
+    """Everything that can differ between two trees, order included."""
+    return [(n, str(leaf.dtype), tuple(leaf.shape), raw(leaf)) for n, leaf in tree.items()]
+
+
+def exact_state(trainer: Trainer) -> Any:
+    """Everything in the state of a trainer that training goes on from."""
+    state = trainer._state
+    return exact(state.outer), exact(state.optimizer), state[2:]
+
+
+def last_state(run_dir: Path) -> Any:
+    """The same of the newest checkpoint of a run."""
+    _, checkpoint = CheckpointStore(str(run_dir / "checkpoints")).load()
+    state = checkpoint.state
+    return exact(state.outer), exact(state.optimizer), state[2:]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """A digest of every file below `folder` by its path; folders too."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "folder"
+        for path in sorted(folder.rglob("*"))
+        if "__pycache__" not in path.parts
+    }
+
+
+class Outcome(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class CommandLine:
+    """Calls the command line in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str | Path | int) -> Outcome:
+        self._capsys.readouterr()
+        path = list(sys.path)
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        finally:
+            sys.path[:] = path
+        return Outcome(code, *self._capsys.readouterr())
+
+    def good(self, *arguments: str | Path | int) -> str:
+        """What a call prints that must end well."""
+        code, out, err = self(*arguments)
+        assert code == 0, out + err
+        return out
+
+
+def words(text: str) -> list[str]:
+    """Arguments of a command."""
+    return text.split()
+
+
+CURVES = words(
+    "--sampler sinusoid --sampler.k_shot 5 --sampler.k_query 5 --problem.model mlp "
+    "--problem.model.hidden [8] --problem.loss mse --algorithm.inner_steps 2 "
+    "--algorithm.inner_lr 0.05 --meta_batch_size 4 --outer_optimizer.lr 0.01 --quiet true"
+)
+"""Flags of a training that takes milliseconds a step."""
+
+
+def environment(home: Path, **variables: str) -> dict[str, str]:
+    """For a process with its own home and, if it starts one, its own Ray."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {
+        **known,
+        "HOME": str(home),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
+
+
+def start(arguments: Sequence[str | Path], cwd: Path, **variables: str) -> subprocess.Popen[str]:
+    """A Python process in a folder of its own; `variables` go into its environment."""
+    home = cwd / ".home"
+    home.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(home, **variables),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 90) -> Outcome:
+    """The end of a process that was started by `start`; kills it if it hangs."""
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"hangs after {timeout_s:g} s:\n{out}\n{err}") from None
+    return Outcome(process.returncode, out, err)
+
+
+def processes_with(variable: str) -> list[str]:
+    """The command lines of the processes that have this `name=value` in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            if variable.encode() in variables and folder.name != str(os.getpid()):
+                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                if line:  # a zombie has none
+                    found.append(line)
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def becomes(condition: Callable[[], bool], timeout_s: float = 30) -> bool:
+    """Whether `condition` comes true in time."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
