@@ -1,4 +1,4 @@
-"""The long run of scripts/soak.py, shorter."""
+"""The long run of scripts/benchmarks/soak.py, shorter."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Does the second order of MAML pay? Trains MAML and FOMAML alike and compares them task by task.
 
-    .venv/bin/python scripts/second_order.py sinusoid   10-shot regression, some minutes
-    .venv/bin/python scripts/second_order.py glyphs     20-way 1-shot, much longer
+    .venv/bin/python scripts/experiments/second_order.py sinusoid   10-shot regression, some minutes
+    .venv/bin/python scripts/experiments/second_order.py glyphs     20-way 1-shot, much longer
 
 Both get the same initial weights, training tasks, rates and number of outer steps, and are tested
 on the same tasks, so the interval of their difference is over pairs.

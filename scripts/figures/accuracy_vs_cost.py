@@ -1,6 +1,6 @@
 """How near each algorithm's hypergradient comes to the exact one, against what it costs.
 
-    .venv/bin/python scripts/accuracy_vs_cost.py      writes docs/accuracy_vs_cost_*.png
+    .venv/bin/python scripts/figures/accuracy_vs_cost.py      writes docs/accuracy_vs_cost_*.png
 
 At one fixed x, so that the answer is known: the implicit formula at the minimiser of g, with a
 dense Hessian. Deterministic; one or two minutes.
@@ -57,7 +57,7 @@ from metadist.trees import add, zeros_like
 BUDGET = 2000
 """Gradients, as `cost` counts them."""
 DOUBLE = torch.float64
-FOLDER = Path(__file__).resolve().parents[1] / "docs"
+FOLDER = Path(__file__).resolve().parents[2] / "docs"
 
 
 class Setting(NamedTuple):
