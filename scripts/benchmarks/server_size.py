@@ -1,7 +1,7 @@
 """What a step of a large outer variable costs beside computing: time and memory.
 
-    python scripts/benchmarks/server_size.py                      200 million numbers, about 10 GB of memory
-    python scripts/benchmarks/server_size.py --num_params 20e6    smaller
+    python scripts/benchmarks/server_size.py  200 million numbers, about 10 GB of memory
+    python scripts/benchmarks/server_size.py --num_params 20e6  smaller
     python scripts/benchmarks/server_size.py --num_shards 2 --transfer bfloat16
 
 One worker sends a sum of hypergradients (push), the parameter server takes a step and publishes x

@@ -1,7 +1,7 @@
 """Whether memory grows in a long run: many tiny leases on Ray, through the real `Trainer`.
 
-    python scripts/benchmarks/soak.py                          20,000 leases on 2 workers, some minutes
-    python scripts/benchmarks/soak.py --leases 200000          and as long as you like
+    python scripts/benchmarks/soak.py  20,000 leases on 2 workers, some minutes
+    python scripts/benchmarks/soak.py --leases 200000  and as long as you like
 
 Samples the memory of every process and of the object store as leases are applied, prints a table,
 and exits with 1 if anything grew in the second half by more than `--tolerance_mib`. What counts is
