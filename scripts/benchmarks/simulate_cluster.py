@@ -1,8 +1,8 @@
 """How throughput and staleness grow with the number of workers, policy by policy.
 
     python scripts/benchmarks/simulate_cluster.py  simulated to 1,000 workers, docs/scaling_*.png
-    python scripts/benchmarks/simulate_cluster.py measure  1 to 4 workers on Ray, beside their simulation
-    python scripts/benchmarks/simulate_cluster.py waiting  how long 2 workers on Ray are without work
+    python scripts/benchmarks/simulate_cluster.py measure  1 to 4 workers on Ray beside it
+    python scripts/benchmarks/simulate_cluster.py waiting  how long workers wait
     python scripts/benchmarks/simulate_cluster.py --help  the cluster that is simulated
 
 The policies and the ledger are those of `metadist.cluster`; docs/scaling.md explains the figures.

@@ -2,8 +2,7 @@
 
     python -m venv build/glyphs-venv
     build/glyphs-venv/bin/pip install pillow==13.0.0 fonttools==4.68.0 numpy==2.4.6
-    build/glyphs-venv/bin/python scripts/data/build_glyphs.py \\
-        --out tasks/data --cache build/glyph_wheels
+    build/glyphs-venv/bin/python scripts/data/build_glyphs.py --out tasks/data
 
 The wheels named in `glyph_fonts.json` are downloaded with pip and checked against their SHA-256;
 they are read as zip files and never installed. The same versions of Python, Pillow and zlib give
@@ -371,8 +370,8 @@ def write_notices(out: Path, fonts: list[FontFile], cache: Path) -> None:
     lines = [
         "# Fonts that drew glyphs.npz",
         "",
-        "`glyphs.npz` holds small bitmaps drawn with these fonts by",
-        "`scripts/data/build_glyphs.py`; it holds no font. Copyright lines are those of the fonts' own name tables.",
+        "`glyphs.npz` holds small bitmaps drawn with these fonts by `scripts/data/build_glyphs.py`;"
+        " it\nholds no font. Copyright lines are those of the fonts' own name tables.",
         f"The full texts: {texts}.",
         "",
         "| family | wheel and version | copyright | licence |",
