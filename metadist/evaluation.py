@@ -34,7 +34,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Means over tasks by name of the figure, and the protocol they were obtained by.
+    """Means over tasks by name of the metric, and the protocol they were obtained by.
 
     Names: `query_loss`, `query_accuracy` (classification), the same with `_before` for the start
     of adaptation, `support_loss`.
@@ -87,13 +87,13 @@ def evaluate(
 
     Raises:
         ValueError: num_tasks < 2, or inner_steps with an algorithm that has none.
-        FloatingPointError: a figure of a task is NaN or infinite; the task is named.
+        FloatingPointError: a metric of a task is NaN or infinite; the task is named.
     """
     if num_tasks < 2:
         raise ValueError(f"num_tasks must be >= 2 for an interval, got {num_tasks}")
     if inner_steps is not None:
         algorithm = with_inner_steps(algorithm, inner_steps)
-    figures = evaluate_tasks(
+    metrics = evaluate_tasks(
         problem,
         sampler,
         algorithm,
@@ -113,7 +113,7 @@ def evaluate(
         **problem.describe(),
         "interval": "95 % Student t over tasks",
     }
-    return EvaluationResult({k: mean_interval(v) for k, v in figures.items()}, protocol)
+    return EvaluationResult({k: mean_interval(v) for k, v in metrics.items()}, protocol)
 
 
 def evaluate_tasks(
@@ -130,11 +130,11 @@ def evaluate_tasks(
     device: str = "auto",
     num_threads: int | None = None,
 ) -> dict[str, list[float]]:
-    """The figures of each of the tasks 0 .. num_tasks-1 by name; arguments as of `evaluate`."""
+    """The metrics of each of the tasks 0 .. num_tasks-1 by name; arguments as of `evaluate`."""
     where = pick_device(device)
     outer = {name: leaf.detach().to(where) for name, leaf in outer.items()}
     leaf = next(iter(outer.values()))
-    figures: dict[str, list[float]] = {}
+    metrics: dict[str, list[float]] = {}
     with intra_op_threads(num_threads or torch.get_num_threads()):
         for first in range(0, num_tasks, chunk_size):
             indices = range(first, min(first + chunk_size, num_tasks))
@@ -150,8 +150,8 @@ def evaluate_tasks(
                             f"{name} must be finite, got {value} in task {index}: adaptation "
                             "diverges there; try a smaller inner_lr or fewer inner_steps"
                         )
-                    figures.setdefault(name, []).append(value)
-    return figures
+                    metrics.setdefault(name, []).append(value)
+    return metrics
 
 
 def with_inner_steps(algorithm: Algorithm, inner_steps: int) -> Algorithm:

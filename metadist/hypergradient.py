@@ -32,7 +32,7 @@ class HypergradientSum:
         total: sum over tasks of d f / d outer, shaped like the outer variable.
         num_tasks: how many tasks are in `total`.
         dropped: ids of the tasks left out because their hypergradient was NaN or infinite.
-        metrics: sums over the tasks in `total` of the figures of each.
+        metrics: sums over the tasks in `total` of the metrics of each.
         previous: the sum at the previous outer variable, of a two-point method; else None.
         states: with `states` given, the new flat state of each task in `total`, by its id.
         calls: what the algorithm asked of the oracle, summed over the tasks, see `CountingOracle`.
@@ -268,12 +268,12 @@ def adaptation_metrics(
 ) -> dict[str, Tensor]:
     """Losses and metrics of one task at `adapted`, and (names ending in `_before`) at `start`."""
     with torch.no_grad():
-        figures = {"support_loss": problem.inner_loss(context, adapted, task.support)}
+        metrics = {"support_loss": problem.inner_loss(context, adapted, task.support)}
         for suffix, inner in (("", adapted), ("_before", start)):
-            figures["query_loss" + suffix] = problem.outer_loss(context, inner, task.query)
+            metrics["query_loss" + suffix] = problem.outer_loss(context, inner, task.query)
             for name, value in problem.metrics(context, inner, task.query).items():
-                figures[f"query_{name}{suffix}"] = value
-    return {name: value.detach() for name, value in figures.items()}
+                metrics[f"query_{name}{suffix}"] = value
+    return {name: value.detach() for name, value in metrics.items()}
 
 
 def vectorizes(

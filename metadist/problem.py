@@ -79,7 +79,7 @@ class Problem(Protocol):
         return set()
 
     def metrics(self, outer: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
-        """Further figures on the query set, each of shape (), for example `accuracy`."""
+        """Further metrics on the query set, each of shape (), for example `accuracy`."""
         return {}
 
     def describe(self) -> dict[str, str]:

@@ -513,7 +513,7 @@ def default_tasks_per_lease(meta_batch_size: int) -> int:
 
 
 def headline(result: EvaluationResult) -> str:
-    """The figure that matters most, before and after adaptation."""
+    """The metric that matters most, before and after adaptation."""
     name = "query_accuracy" if "query_accuracy" in result.metrics else "query_loss"
     label = name.removeprefix("query_")
     return f"{label} {result.metrics[name]} (before adaptation {result.metrics[name + '_before']})"

@@ -4,7 +4,7 @@ if __name__ != "metadist.tasks":
     raise ImportError("import metadist.tasks, not tasks: a bare name may be any module")
 
 from metadist.checks.sampler import SamplerError, SamplerReport, check_sampler
-from metadist.tasks.data.random import Draws
+from metadist.tasks.data.random import Random
 from metadist.tasks.data.sources import FetchError, fetch
 from metadist.tasks.few_shot.cifar import CIFARFS, FC100
 from metadist.tasks.few_shot.class_splits import read_splits
@@ -51,7 +51,6 @@ __all__ = [
     "Coreset",
     "CorruptedImages",
     "Degenerate",
-    "Draws",
     "EpisodeSampler",
     "ExampleWeighting",
     "FetchError",
@@ -75,6 +74,7 @@ __all__ = [
     "PenaltyToy",
     "QuadraticData",
     "Quadratics",
+    "Random",
     "SamplerError",
     "SamplerReport",
     "Sine",

@@ -57,7 +57,7 @@ class OneTask:
         return Task(self.support, self.query, index)
 
 
-def figures_on(
+def metrics_on(
     problem: Problem, outer: Params, inner: Params, examples: Batch, part: str = "test"
 ) -> dict[str, float]:
     """`PART_loss` and, for each metric of the problem, `PART_METRIC` of `inner` on `examples`.
@@ -67,6 +67,6 @@ def figures_on(
     like = next(iter(inner.values()))
     batch = to_device(Task(examples, examples, 0), like.device, like.dtype).query
     with torch.no_grad():
-        figures = {**problem.metrics(outer, inner, batch)}
-        figures["loss"] = problem.outer_loss(outer, inner, batch)
-    return {f"{part}_{name}": float(value) for name, value in figures.items()}
+        metrics = {**problem.metrics(outer, inner, batch)}
+        metrics["loss"] = problem.outer_loss(outer, inner, batch)
+    return {f"{part}_{name}": float(value) for name, value in metrics.items()}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from metadist.cluster.actors.buffers import Array, read_only, to_array
 from metadist.cluster.data_parallel.layout import (
-    FIGURES,
     METHODS,
+    METRICS,
     Key,
     Layout,
     Message,
@@ -131,13 +131,13 @@ class Exchange:
             for question, question_sums in zip(questions, sums, strict=True)
         ]
 
-    def figures(self, step: int, outer: Params, y: Params) -> dict[str, float]:
+    def metrics(self, step: int, outer: Params, y: Params) -> dict[str, float]:
         """Losses and metrics, means over all examples."""
         trees: dict[Key, Params] = {}
-        request = Request(FIGURES, None, self._keys(("outer", "y"), (outer, y), trees))
+        request = Request(METRICS, None, self._keys(("outer", "y"), (outer, y), trees))
         found: dict[str, float] = {}
-        for reply in self._ask(step, FIGURES, (request,), trees):
-            for name, value in reply.figures.items():
+        for reply in self._ask(step, METRICS, (request,), trees):
+            for name, value in reply.metrics.items():
                 found[name] = found.get(name, 0.0) + value
         return found
 

@@ -224,7 +224,7 @@ class DataParallelExecutor:
             if self._staleness:
                 metrics["oldest_answer"] = float(fleet.oldest)
             y = estimate.state.inner
-            metrics |= self._exchange.figures(lease.version, split_own(outer)[0], y)
+            metrics |= self._exchange.metrics(lease.version, split_own(outer)[0], y)
         return self._done(lease, began, total, flat, metrics, calls)
 
     def _estimate(

@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[tuple[Role, ...], tuple[Role, ...]]] = {
 }
 """The methods of `Oracle` that need data, with what they take and give."""
 
-FIGURES = "figures"
+METRICS = "metrics"
 """Asks for losses and metrics at (outer, y)."""
 
 Key = tuple[Role, int]
@@ -97,7 +97,7 @@ def _joined(leaves: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 class Request(NamedTuple):
-    """One question: an entry of METHODS, or FIGURES; `trees` by key; `draw` None for FIGURES."""
+    """One question: an entry of METHODS, or METRICS; `trees` by key; `draw` None for METRICS."""
 
     method: str
     draw: Draw | None
@@ -126,13 +126,13 @@ class Reply(NamedTuple):
     Args:
         answered: which requests; the shard holds no example of the draws of the others.
         flat: for each of these what METHODS say, times the shard's share of the draw.
-        figures: losses and metrics, times the shard's share of the set.
+        metrics: losses and metrics, times the shard's share of the set.
         seconds: of computing.
     """
 
     answered: tuple[bool, ...]
     flat: Array
-    figures: dict[str, float]
+    metrics: dict[str, float]
     seconds: float
 
 

@@ -111,12 +111,12 @@ class ShardWorker:
         )
         answered: list[bool] = []
         flats: list[Tensor] = []
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         with intra_op_threads(workload.num_threads), sdpa_kernel(SDPBackend.MATH):
             for request in message.requests:
                 trees = [self._trees[key] for key in request.trees]
                 if request.draw is None:
-                    figures = self._figures(layout, *trees)
+                    metrics = self._metrics(layout, *trees)
                     continue
                 share = oracle.share(request.draw)
                 answered.append(share > 0)
@@ -127,7 +127,7 @@ class ShardWorker:
                     for role, tree in zip(roles, results, strict=True):
                         flats += [share * leaf for leaf in self._flats(layout, role, tree)]
             flat = to_array(torch.cat(flats)) if flats else np.empty(0)
-        return Reply(tuple(answered), flat, figures, time.perf_counter() - began)
+        return Reply(tuple(answered), flat, metrics, time.perf_counter() - began)
 
     def _on_device(self, layout: Layout) -> Task:
         """The shard where it is computed on, in the dtype of x."""
@@ -147,7 +147,7 @@ class ShardWorker:
         index = self._on_device(layout).support.index
         return [layout.pack_shared(role, result), layout.pack_own(role, result, index)]
 
-    def _figures(self, layout: Layout, outer: Params, y: Params) -> dict[str, float]:
+    def _metrics(self, layout: Layout, outer: Params, y: Params) -> dict[str, float]:
         shard, problem = self._on_device(layout), self._workload.problem
         context, start = problem.encode(outer, shard), problem.init_inner(outer, shard)
         found = adaptation_metrics(problem, context, start, y, shard)

@@ -15,8 +15,8 @@ from metadist.compare.run import Contender
 from metadist.executor import StepReport
 from metadist.run.storage import Folder
 
-STEP, FIGURES = "step", "figures"
-"""The outer step, among the figures of a report, and the list of their names."""
+STEP, METRICS = "step", "metrics"
+"""The outer step, among the metrics of a report, and the list of their names."""
 
 DOMAINS = {
     "uniform": "uniform", "loguniform": "loguniform", "quniform": "quniform", "normal": "randn",
@@ -34,7 +34,7 @@ class Trial(NamedTuple):
     """One trial: its values, what it last reported, and its error if it failed."""
 
     values: dict[str, Any]
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
     error: str | None
 
 
@@ -76,7 +76,7 @@ def tune(
         folder: for everything Ray Tune writes, on storage that all nodes see.
         num_steps: outer steps of a trial.
         evaluate_every: outer steps between reports. Each comes with a checkpoint.
-        metric: the figure to go by.
+        metric: the metric to go by.
         mode: whether a "min" or "max" of it is better.
         num_samples: trials, or repetitions of a grid.
         scheduler: {"name": "asha", ...}: one of Ray Tune's and its options, by default for
@@ -154,7 +154,7 @@ def plan(
     if mode not in ("min", "max"):
         raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
     if not isinstance(metric, str):
-        raise ValueError(f"metric must be the name of a figure, got {metric!r}")
+        raise ValueError(f"metric must be the name of a metric, got {metric!r}")
     config = api.TuneConfig(
         metric=metric,
         mode=mode,
@@ -185,14 +185,14 @@ def _trial(values: Mapping[str, Any], payload: bytes) -> None:
             step = report.step.version
             is_due = step % evaluate_every == 0 or step == num_steps
             if is_due and trainer.save() == step:
-                figures = contender.figures()
-                if metric not in figures:
-                    raise ValueError(f"metric must be one of {', '.join(figures)}, got {metric!r}")
+                metrics = contender.metrics()
+                if metric not in metrics:
+                    raise ValueError(f"metric must be one of {', '.join(metrics)}, got {metric!r}")
                 if step == num_steps:
-                    figures |= contender.last_figures()
+                    metrics |= contender.last_metrics()
                 saved = tune.Checkpoint.from_directory(str(run_dir / "checkpoints"))
                 # Under one name, to be told from what Ray Tune adds.
-                tune.report({**figures, STEP: step, FIGURES: [*figures, STEP]}, checkpoint=saved)
+                tune.report({**metrics, STEP: step, METRICS: [*metrics, STEP]}, checkpoint=saved)
             return True
 
         if trainer.version < num_steps:
@@ -203,15 +203,15 @@ def _tuned(results: Any, metric: str, mode: str) -> Tuned:
     trials = [
         Trial(
             dict(result.config or {}),
-            {name: result.metrics[name] for name in (result.metrics or {}).get(FIGURES, [])},
+            {name: result.metrics[name] for name in (result.metrics or {}).get(METRICS, [])},
             None if result.error is None else str(result.error).strip().splitlines()[-1],
         )
         for result in results
     ]
     sign = 1 if mode == "min" else -1
-    good = [trial for trial in trials if trial.error is None and metric in trial.figures]
-    finite = [trial for trial in good if trial.figures[metric] * sign < float("inf")]
-    return Tuned(min(finite, key=lambda t: sign * t.figures[metric], default=None), trials)
+    good = [trial for trial in trials if trial.error is None and metric in trial.metrics]
+    finite = [trial for trial in good if trial.metrics[metric] * sign < float("inf")]
+    return Tuned(min(finite, key=lambda t: sign * t.metrics[metric], default=None), trials)
 
 
 def _ray_tune() -> Any:

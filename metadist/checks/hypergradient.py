@@ -105,7 +105,7 @@ class HypergradientReport:
         comparisons: of the first estimate, with every reference that exists.
         repetitions: of more estimates at the same x: with the state kept from one to the next,
             and, for an algorithm that draws random numbers, their mean with new states.
-        figures: norms, residuals and the algorithm's own metrics.
+        metrics: norms, residuals and the algorithm's own metrics.
         counts: what one estimate asked of the oracle, see `CountingOracle`.
         notes: what could not be compared, and why.
     """
@@ -115,7 +115,7 @@ class HypergradientReport:
     setting: dict[str, str]
     comparisons: tuple[Comparison, ...]
     repetitions: tuple[Repetition, ...]
-    figures: dict[str, float]
+    metrics: dict[str, float]
     counts: dict[str, int]
     notes: tuple[str, ...]
 
@@ -142,14 +142,14 @@ class HypergradientReport:
             numbers = list(self.repetitions[0].errors)
             repeated = Table("relative error after several estimates", *map(str, numbers))
             for what, errors, judged in self.repetitions:
-                figures = (f"{errors[n]:.2e}" for n in numbers)
-                repeated.add_row(what, *figures, style="bold" if judged else "")
+                metrics = (f"{errors[n]:.2e}" for n in numbers)
+                repeated.add_row(what, *metrics, style="bold" if judged else "")
             parts.append(repeated)
         asked = ", ".join(f"{count} {name}" for name, count in self.counts.items())
         facts = Table(show_header=False, box=None)
         for name, text in (
             *self.setting.items(),
-            *((name, f"{value:.3g}") for name, value in self.figures.items()),
+            *((name, f"{value:.3g}") for name, value in self.metrics.items()),
             ("one estimate asks for", asked or "no derivative"),
             *(("note", note) for note in self.notes),
         ):
@@ -297,7 +297,7 @@ class _Check:
         estimate = self.algorithm.estimate(drawn, x, self.algorithm.init(drawn, x, self.start))
         adapted = detach(estimate.state.inner)
         first, other = self._estimates(2)
-        figures = {
+        metrics = {
             "|grad_y g| at the start": self._inner_gradient(self.start),
             "|grad_y g| after adaptation": self._inner_gradient(adapted),
             **{name: float(value) for name, value in estimate.metrics.items()},
@@ -308,8 +308,8 @@ class _Check:
             self.notes.append(f"no exact hypergradient of the solution y*(x): {solution}")
         else:
             references.append(solution.reference)
-            figures |= solution.figures
-        if figures.get("adjoint_residual", 0.0) > LARGE_RESIDUAL:
+            metrics |= solution.metrics
+        if metrics.get("adjoint_residual", 0.0) > LARGE_RESIDUAL:
             self.notes.append(
                 "v does not solve H v = grad_y f, see adjoint_residual: it may want more steps, "
                 "damping, or a kept state"
@@ -324,7 +324,7 @@ class _Check:
             },
             tuple(reference.compare(first) for reference in references),
             tuple(self._repetitions(references, repeats, is_random=not _equal(first, other))),
-            figures,
+            metrics,
             dict(drawn.counts),
             tuple(self.notes),
         )
@@ -517,7 +517,7 @@ class _Check:
 
 class _Solution(NamedTuple):
     reference: _Reference
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
 
 def lbfgs(loss: Callable[[Params], Tensor], y: Params, max_iter: int = 1000) -> Params:

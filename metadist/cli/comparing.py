@@ -94,7 +94,7 @@ def compare(config: Namespace) -> int:
     run_all([run for runs in chosen.values() for run in runs[1:]])
     for entry in {outcome.run.entry: None for outcome in searched}:
         outcomes[entry] = [_outcome(comparison, folder, run) for run in chosen[entry]] or [
-            outcome._replace(error=outcome.error or f"{comparison.figure} is not finite")
+            outcome._replace(error=outcome.error or f"{comparison.metric} is not finite")
             for outcome in outcomes[entry]
         ]
     _report(comparison, folder, outcomes, config.plots)
@@ -153,17 +153,17 @@ def _execute(job: Job) -> str:
             folder,
             comparison.budget,
             comparison.evaluations,
-            comparison.figure,
+            comparison.metric,
         )
     except Exception as error:  # noqa: BLE001  # one failed run does not stop the others
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"
         folder.write(ERROR, f"{told}\n\n{traceback.format_exc()}".encode())
         return f"failed: {told}"
     folder.remove(ERROR)
-    spent, figures = records[-1].spent, records[-1].figures
+    spent, metrics = records[-1].spent, records[-1].metrics
     return (
         f"{spent.step} steps, {spent.seconds:.1f} s, {spent.gradients:.0f} gradients, "
-        f"{comparison.figure} {figures[comparison.figure]:.4g}"
+        f"{comparison.metric} {metrics[comparison.metric]:.4g}"
     )
 
 
@@ -205,8 +205,8 @@ def _report(
     if plots:
         every = [record for found in outcomes.values() for run in found for record in run.records]
         # A test on new tasks is made once, at the end: no curve.
-        for name in {name: None for record in every for name in record.figures}:
-            if any(len([r for r in run.records if name in r.figures]) > 1
+        for name in {name: None for record in every for name in record.metrics}:
+            if any(len([r for r in run.records if name in r.metrics]) > 1
                    for found in outcomes.values() for run in found):  # fmt: skip
                 folder.write(f"{name.replace('/', '_')}.png", curves(name, outcomes))
     print(f"tables, curves and results: {folder.uri}")

@@ -14,7 +14,7 @@ from metadist import __version__
 from metadist.cli.names import NAMES
 from metadist.cli.parsing import MAX_CONFIG_BYTES
 from metadist.cli.training import build, parse_training
-from metadist.compare.metrics import kept_figures
+from metadist.compare.metrics import kept_metrics
 from metadist.compare.plan import differences
 from metadist.compare.run import MAX_STEPS, Contender
 from metadist.evaluation import EvaluationResult
@@ -22,13 +22,13 @@ from metadist.run.storage import Folder, write_json
 
 
 def contender(options: Mapping[str, Any], values: Mapping[str, Any], run_dir: str) -> Contender:
-    """The training with these options, and these values of some of them, and its figures."""
+    """The training with these options, and these values of some of them, and its metrics."""
     ours = {"quiet": True, "run_dir": run_dir, "checkpoint_every": MAX_STEPS}
     # A report of losses costs forward passes.
     parsed = parse_training({"log_every": 1000, **options, **ours}, values)
     trainer, samplers = build(parsed)
     if parsed.keep_state:
-        return Contender(trainer, partial(kept_figures, trainer))
+        return Contender(trainer, partial(kept_metrics, trainer))
 
     def judged(split: str, num_tasks: int, prefix: str = "") -> dict[str, float]:
         if split not in samplers:
@@ -59,7 +59,7 @@ def check_contender(
     judges = parsed.val_sampler or parsed.val_split
     if parsed.keep_state and (judges or parsed.test_sampler or parsed.test_split):
         raise ValueError(
-            f"{where}: val and test samplers must not be given with keep_state: the figures are "
+            f"{where}: val and test samplers must not be given with keep_state: the metrics are "
             "those of the kept solution"
         )
     if not parsed.keep_state and not judges:

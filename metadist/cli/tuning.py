@@ -81,8 +81,8 @@ def tune(config: Namespace) -> int:
     table = Table("", *space, "step", metric, "error")
     for trial in found.trials:
         mark = "best" if trial == found.best else ""
-        figures = [trial.figures.get(name, "") for name in ("step", metric)]
-        row = [mark, *(trial.values.get(name, "") for name in space), *figures, trial.error or ""]
+        metrics = [trial.metrics.get(name, "") for name in ("step", metric)]
+        row = [mark, *(trial.values.get(name, "") for name in space), *metrics, trial.error or ""]
         table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
     Console().print(table)
     told = json.dumps([trial._asdict() for trial in found.trials], indent=1, default=str)
@@ -91,7 +91,7 @@ def tune(config: Namespace) -> int:
         return 1
     best = parse_training(options, found.best.values)
     folder.write(BEST, train_parser().dump(best, skip_unset=False).encode())
-    print(f"best: {found.best.values}, {metric} {found.best.figures[metric]:.4g}")
+    print(f"best: {found.best.values}, {metric} {found.best.metrics[metric]:.4g}")
     print(f"metadist train --config {folder.uri.rstrip('/')}/{BEST} --run_dir runs/NAME")
     return 0
 

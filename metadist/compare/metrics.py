@@ -1,4 +1,4 @@
-"""What a solution is worth: the figures by which runs are compared."""
+"""What a solution is worth: the metrics by which runs are compared."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from metadist.trainer import Trainer
 from metadist.trees import Params
 
 
-def solution_figures(
+def solution_metrics(
     problem: Problem, sampler: TaskSampler, outer: Params, inner: Params, index: int = 0
 ) -> dict[str, float]:
-    """The figures of a solution (x, y) of one problem, by name.
+    """The metrics of a solution (x, y) of one problem, by name.
 
     `query_loss` is f and `support_loss` is g on the whole sets of the task, `query_<name>` are the
-    problem's `metrics`. What the optional methods `problem.figures(outer, inner)` and
-    `sampler.figures(problem, outer, inner)` return is added, for example the distance to a known
-    solution or the accuracy on test data.
+    problem's `metrics`. The optional methods `problem.solution_metrics(outer, inner)` and
+    `sampler.solution_metrics(problem, outer, inner)` add to these, for example the distance to a
+    known solution or the accuracy on test data.
 
     Args:
         problem: the problem.
-        sampler: its data; `figures` of it is about the task 0.
+        sampler: its data; `solution_metrics` of it is about the task 0.
         outer: x; the algorithm's own variables in it are ignored.
         inner: y, for example `Trainer.inner(index)`.
         index: which task.
@@ -42,25 +42,25 @@ def solution_figures(
         }
         for name, value in problem.metrics(context, inner, task.query).items():
             found[f"query_{name}"] = value
-    figures = {name: float(value) for name, value in found.items()}
-    figures |= _optional(problem)(outer, inner)
+    metrics = {name: float(value) for name, value in found.items()}
+    metrics |= _optional(problem)(outer, inner)
     if index == 0:
-        figures |= _optional(sampler)(problem, outer, inner)
-    return figures
+        metrics |= _optional(sampler)(problem, outer, inner)
+    return metrics
 
 
-def kept_figures(trainer: Trainer) -> dict[str, float]:
-    """`solution_figures` of a training that keeps states, at its x; means over its tasks."""
+def kept_metrics(trainer: Trainer) -> dict[str, float]:
+    """`solution_metrics` of a training that keeps states, at its x; means over its tasks."""
     found = [
-        solution_figures(
+        solution_metrics(
             trainer.problem, trainer.sampler, trainer.outer, trainer.inner(index), index
         )
         for index in range(trainer.workload.meta_batch_size)
     ]
-    return {name: fmean(figures[name] for figures in found if name in figures) for name in found[0]}
+    return {name: fmean(metrics[name] for metrics in found if name in metrics) for name in found[0]}
 
 
 def _optional(owner: object) -> Callable[..., dict[str, float]]:
-    """The method `figures` of a problem or sampler, or one that finds nothing."""
-    method = getattr(owner, "figures", None)
+    """The method `solution_metrics` of a problem or sampler, or one that finds nothing."""
+    method = getattr(owner, "solution_metrics", None)
     return method if callable(method) else lambda *arguments: {}

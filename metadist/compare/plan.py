@@ -80,7 +80,7 @@ class Comparison:
         seeded: further options that take the seed of the run, for example "sampler.seed": without
             it all seeds have the same data, and methods that draw nothing have the same result.
         evaluations: at so many equal parts of the budget, and after the first step.
-        figure: what chooses the point of a grid and the best evaluation of a run; no figure of
+        metric: what chooses the point of a grid and the best evaluation of a run; no metric of
             test data.
         mode: whether a "min" or "max" of it is better.
     """
@@ -91,7 +91,7 @@ class Comparison:
     seeds: Sequence[int] = (0,)
     seeded: Sequence[str] = ()
     evaluations: int = 20
-    figure: str = "query_loss"
+    metric: str = "query_loss"
     mode: str = "min"
 
     def __post_init__(self) -> None:
@@ -118,9 +118,9 @@ class Comparison:
             raise ValueError(f"evaluations must be an integer >= 1, got {self.evaluations!r}")
         if self.mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max', got {self.mode!r}")
-        if not isinstance(self.figure, str) or self.figure.startswith("test"):
+        if not isinstance(self.metric, str) or self.metric.startswith("test"):
             raise ValueError(
-                f"figure must not be one of test data, got {self.figure!r}: what chooses must be "
+                f"metric must not be one of test data, got {self.metric!r}: what chooses must be "
                 "of validation data, for example query_loss"
             )
 
@@ -154,7 +154,7 @@ class Comparison:
     def chosen(self, tried: Sequence[Outcome]) -> list[Run]:
         """All seeds of the best of the points of a grid; none if all have failed, or no grid.
 
-        The best is by `figure` at the end of the budget.
+        The best is by `metric` at the end of the budget.
         """
         good = [
             (self.score(records[-1]), -run.number, run)
@@ -167,8 +167,8 @@ class Comparison:
         return [best._replace(seed=seed) for seed in self.seeds]
 
     def score(self, record: Record) -> float:
-        """Of an evaluation, larger is better; -inf where `figure` is not finite."""
-        value = record.figures[self.figure]
+        """Of an evaluation, larger is better; -inf where `metric` is not finite."""
+        value = record.metrics[self.metric]
         if not math.isfinite(value):
             return -math.inf
         return value if self.mode == "max" else -value

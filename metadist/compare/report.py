@@ -54,8 +54,8 @@ def _row(comparison: Comparison, entry: str, outcomes: list[Outcome]) -> Row:
             "gradients": last.spent.gradients,
             **{f"calls {name}": float(count) for name, count in sorted(last.spent.calls.items())},
             **{f"{name} per step": value for name, value in last.traffic.items()},
-            **last.figures,
-            **{f"{name} at best": value for name, value in best.figures.items()},
+            **last.metrics,
+            **{f"{name} at best": value for name, value in best.metrics.items()},
         }
         for name, value in found.items():
             numbers.setdefault(name, []).append(value)
@@ -85,19 +85,19 @@ def to_csv(table: Sequence[Row]) -> str:
 
 
 def to_markdown(comparison: Comparison, table: Sequence[Row]) -> str:
-    """The same for readers: figures in one table, what was spent in another, then the errors."""
+    """The same for readers: metrics in one table, what was spent in another, then the errors."""
     columns = _columns(table)
     spent = [name for name in columns if name in ("steps", "seconds", "gradients")]
     spent += [name for name in columns if name.startswith("calls ") or name.endswith(" per step")]
-    figures = [name for name in columns if name not in spent and not name.endswith(" at best")]
-    figures += [name for name in columns if name.endswith(" at best") and name not in spent]
+    metrics = [name for name in columns if name not in spent and not name.endswith(" at best")]
+    metrics += [name for name in columns if name.endswith(" at best") and name not in spent]
     at = ", ".join(f"{name} {value}" for name, value in _given(comparison).items())
     lines = [
         f"Budget: {at}; seeds {', '.join(map(str, comparison.seeds))}. Means +- half widths of 95 "
         f"% t-intervals over seeds, at the end of the budget; `at best`: at the evaluation with "
-        f"{comparison.mode} {comparison.figure}.",
+        f"{comparison.mode} {comparison.metric}.",
         "",
-        *_grid(["entry", "point", "runs"], figures, table),
+        *_grid(["entry", "point", "runs"], metrics, table),
         "",
         *_grid(["entry"], spent, table),
     ]
@@ -108,13 +108,13 @@ def to_markdown(comparison: Comparison, table: Sequence[Row]) -> str:
 
 
 def grid_to_csv(comparison: Comparison, tried: Sequence[Outcome], chosen: Iterable[Run]) -> str:
-    """All points of all grids with the figure they were chosen by."""
+    """All points of all grids with the metric they were chosen by."""
     names = {run.name for run in chosen}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["entry", "point", "seed", comparison.figure, "chosen", "error"])
+    writer.writerow(["entry", "point", "seed", comparison.metric, "chosen", "error"])
     for run, records, error in tried:
-        value = records[-1].figures[comparison.figure] if records and not error else ""
+        value = records[-1].metrics[comparison.metric] if records and not error else ""
         point = json.dumps(run.point)
         writer.writerow(
             [run.entry, point, run.seed, value, "yes" if run.name in names else "", error or ""]
@@ -124,8 +124,8 @@ def grid_to_csv(comparison: Comparison, tried: Sequence[Outcome], chosen: Iterab
 
 def to_console(comparison: Comparison, table: Sequence[Row]) -> Table:
     """What matters most, for a terminal."""
-    figure = comparison.figure
-    columns = ["steps", "seconds", "gradients", figure, f"{figure} at best"]
+    metric = comparison.metric
+    columns = ["steps", "seconds", "gradients", metric, f"{metric} at best"]
     shown = Table("entry", "point", "runs", *columns)
     for row in table:
         shown.add_row(
@@ -143,8 +143,8 @@ def check_matplotlib() -> None:
         )
 
 
-def curves(figure: str, outcomes: Mapping[str, Sequence[Outcome]]) -> bytes:
-    """A PNG: a figure against each of `AXES`, means over seeds within bands from min to max."""
+def curves(metric: str, outcomes: Mapping[str, Sequence[Outcome]]) -> bytes:
+    """A PNG: a metric against each of `AXES`, means over seeds within bands from min to max."""
     from matplotlib.figure import Figure
 
     ends = [run.records[-1] for found in outcomes.values() for run in found if run.records]
@@ -155,7 +155,7 @@ def curves(figure: str, outcomes: Mapping[str, Sequence[Outcome]]) -> bytes:
     later: list[float] = []
     for panel, (label, position) in zip(panels, axes.items(), strict=True):
         for number, (entry, found) in enumerate(outcomes.items()):
-            lines = [_line(outcome.records, figure, position) for outcome in found]
+            lines = [_line(outcome.records, metric, position) for outcome in found]
             lines = [line for line in lines if line and line[-1][0] > 0]
             if not lines:
                 continue
@@ -166,7 +166,7 @@ def curves(figure: str, outcomes: Mapping[str, Sequence[Outcome]]) -> bytes:
                 panel.fill_between(places, low, high, color=f"C{number}", alpha=0.2)
         panel.set_xlabel(label)
         panel.grid(color="0.92")
-    panels[0].set_ylabel(figure)
+    panels[0].set_ylabel(metric)
     # What all start from is far away and would leave no room for the differences.
     bottom, top = min(later, default=0.0), max(later, default=0.0)
     if bottom > 0 and top / bottom > 20:
@@ -182,12 +182,12 @@ def curves(figure: str, outcomes: Mapping[str, Sequence[Outcome]]) -> bytes:
 
 
 def _line(
-    records: Sequence[Record], figure: str, position: Callable[[Record], float]
+    records: Sequence[Record], metric: str, position: Callable[[Record], float]
 ) -> list[tuple[float, float]]:
     return [
-        (position(record), record.figures[figure])
+        (position(record), record.metrics[metric])
         for record in records
-        if math.isfinite(record.figures.get(figure, math.nan))
+        if math.isfinite(record.metrics.get(metric, math.nan))
     ]
 
 

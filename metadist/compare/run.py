@@ -1,4 +1,4 @@
-"""One training on a budget, with figures on the way; interrupted, it goes on where it was."""
+"""One training on a budget, with metrics on the way; interrupted, it goes on where it was."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAINING = "run"
 MAX_STEPS = 10**9
 """The end of a training whose budget is of something else."""
 TRAFFIC = ("rounds", "bytes_sent", "bytes_received")
-"""What an executor may report of a step, beside its figures."""
+"""What an executor may report of a step, beside its metrics."""
 REPORTED = "adjoint_residual"
 """What implicit methods report of a step: |H v - b| / |b|, which the solution does not tell."""
 
@@ -96,28 +96,28 @@ class Record:
 
     Args:
         spent: until then.
-        figures: by name; NaN and infinite ones are kept.
+        metrics: by name; NaN and infinite ones are kept.
         traffic: what the executor last reported of an outer step, see `TRAFFIC`.
     """
 
     spent: Spent
-    figures: dict[str, float]
+    metrics: dict[str, float]
     traffic: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON data; a figure that is not finite is a string, as in "nan"."""
-        figures = {
+        """The same as JSON data; a metric that is not finite is a string, as in "nan"."""
+        metrics = {
             name: value if math.isfinite(value) else str(value)
-            for name, value in self.figures.items()
+            for name, value in self.metrics.items()
         }
-        return {**self.spent._asdict(), "figures": figures, "traffic": self.traffic}
+        return {**self.spent._asdict(), "metrics": metrics, "traffic": self.traffic}
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> Record:
         """The inverse of `to_json`."""
-        figures = {name: float(value) for name, value in tree["figures"].items()}
+        metrics = {name: float(value) for name, value in tree["metrics"].items()}
         spent = Spent(**{name: tree[name] for name in Spent._fields})
-        return cls(spent, figures, dict(tree["traffic"]))
+        return cls(spent, metrics, dict(tree["traffic"]))
 
 
 class Contender(NamedTuple):
@@ -125,13 +125,13 @@ class Contender(NamedTuple):
 
     Args:
         trainer: whose `run_dir` is the folder `TRAINING` of the run.
-        figures: of the trainer's current x.
-        last_figures: more of them, at the end of the budget only.
+        metrics: of the trainer's current x.
+        last_metrics: more of them, at the end of the budget only.
     """
 
     trainer: Trainer
-    figures: Callable[[], dict[str, float]]
-    last_figures: Callable[[], dict[str, float]] = dict
+    metrics: Callable[[], dict[str, float]]
+    last_metrics: Callable[[], dict[str, float]] = dict
 
 
 def run_on_budget(
@@ -139,7 +139,7 @@ def run_on_budget(
     folder: Folder,
     budget: Budget,
     evaluations: int,
-    figure: str = "query_loss",
+    metric: str = "query_loss",
 ) -> list[Record]:
     """The evaluations of a training that ends with its budget; kept in `folder`.
 
@@ -151,10 +151,10 @@ def run_on_budget(
         folder: of this run alone.
         budget: when to end.
         evaluations: at so many equal parts of the budget, and after the first step.
-        figure: that there must be.
+        metric: that there must be.
 
     Raises:
-        ValueError: there is no such figure; noticed at the first evaluation.
+        ValueError: there is no such metric; noticed at the first evaluation.
     """
     records = read_records(folder)
     if is_finished(records, budget):
@@ -179,16 +179,16 @@ def run_on_budget(
         due, last = (math.floor(part * evaluations + 1e-9) for part in (share, done))
         # After a loss of the server the saved step is an earlier one, and this one comes again.
         if (due > last or share >= 1) and trainer.save() == spent.step:
-            figures = {**contender.figures(), **meter.reported}
-            if figure not in figures:
-                raise ValueError(f"figure must be one of {', '.join(figures)}, got {figure!r}")
+            metrics = {**contender.metrics(), **meter.reported}
+            if metric not in metrics:
+                raise ValueError(f"metric must be one of {', '.join(metrics)}, got {metric!r}")
             if share >= 1:
-                figures |= contender.last_figures()
-            records.append(Record(spent, figures, dict(meter.traffic)))
+                metrics |= contender.last_metrics()
+            records.append(Record(spent, metrics, dict(meter.traffic)))
             _write_records(folder, records)
-            writer[:] = writer or [_figure_writer(trainer, before.step)]
-            for name, value in figures.items():
-                writer[0].add_scalar(f"figures/{name}", value, spent.step)
+            writer[:] = writer or [_metric_writer(trainer, before.step)]
+            for name, value in metrics.items():
+                writer[0].add_scalar(f"metrics/{name}", value, spent.step)
             meter.forget_before(spent.step)
         meter.go_on()
         return share < 1
@@ -236,11 +236,11 @@ def _restore(trainer: Trainer, folder: Folder, records: list[Record]) -> list[Re
     return []
 
 
-def _figure_writer(trainer: Trainer, step: int) -> Any:
+def _metric_writer(trainer: Trainer, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # late, as in metadist.run.monitor
 
     assert trainer.run_dir is not None
-    folder = trainer.run_dir / "tensorboard" / "figures"
+    folder = trainer.run_dir / "tensorboard" / "metrics"
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 

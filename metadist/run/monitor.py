@@ -63,7 +63,7 @@ class Monitor:
                 self._writer.add_image(f"task/{name}", _grid(images, len(images)), 0)
 
     def step(self, report: StepReport) -> dict[str, float]:
-        """Write one outer step; returns the means of its reported figures (may be empty).
+        """Write one outer step; returns the means of its reported metrics (may be empty).
 
         A step that comes again, because the server was lost, hides those from it on.
         """

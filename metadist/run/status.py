@@ -106,7 +106,7 @@ class RunStatus:
             tasks, dropped = self.result.get("num_tasks"), self.result.get("num_dropped")
             took = _duration(float(self.result.get("seconds", 0)))
             yield "result", f"{tasks} tasks in {took}, {dropped} dropped"
-        yield from self._figures()
+        yield from self._metrics()
         yield from self._kept()
         counts = Counter(
             {
@@ -128,7 +128,7 @@ class RunStatus:
             day = f"{event['time'][:10]} " if len(days) > 1 else ""
             yield ("events" if number == 0 else ""), day + _event(event)
 
-    def _figures(self) -> Iterator[tuple[str, str]]:
+    def _metrics(self) -> Iterator[tuple[str, str]]:
         if speed := self.scalars.get("tasks_per_second/all"):
             waiting = self.scalars.get("cluster/waiting_share")
             share = f", workers waited {waiting.value:.1%} of the time" if waiting else ""

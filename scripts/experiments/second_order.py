@@ -27,7 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "sampler": lambda split: Glyphs(n_way=20, k_shot=1, k_query=5, split=split),
         "problem": lambda: FewShotProblem(Conv4(n_way=20, width=32)),
         "algorithm": {"inner_steps": 5, "inner_lr": 0.1},
-        "figure": "query_accuracy",
+        "metric": "query_accuracy",
         "num_steps": 400,
         "trainer": {"meta_batch_size": 4, "outer_optimizer": OuterOptimizer(lr=2e-3)},
     },
@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "sampler": lambda split: Sinusoid(k_shot=10, k_query=10, split=split),
         "problem": lambda: FewShotProblem(MLP(), loss="mse"),
         "algorithm": {"inner_steps": 1, "inner_lr": 0.01},
-        "figure": "query_loss",
+        "metric": "query_loss",
         "num_steps": 5000,
         "trainer": {"meta_batch_size": 16, "outer_optimizer": OuterOptimizer(lr=1e-3)},
     },
@@ -69,12 +69,12 @@ def main() -> None:
             **setting["trainer"],
         )
         result = trainer.fit(num_steps)
-        figures = evaluate_tasks(
+        metrics = evaluate_tasks(
             trainer.problem, setting["sampler"]("test"), algorithm, trainer.outer, options.num_tasks
         )
-        columns[name] = figures[setting["figure"]]
+        columns[name] = metrics[setting["metric"]]
         console.print(
-            f"{name}: {setting['figure']} {mean_interval(columns[name])} on {options.num_tasks} "
+            f"{name}: {setting['metric']} {mean_interval(columns[name])} on {options.num_tasks} "
             f"test tasks after {num_steps} outer steps, {result.seconds:.0f} s"
         )
     pairs = zip(columns["MAML"], columns["FOMAML"], strict=True)

@@ -17,7 +17,7 @@ def split_number(split: str) -> int:
     return int.from_bytes(hashlib.sha256(split.encode()).digest()[:8], "little")
 
 
-class Draws:
+class Random:
     """The random numbers of one task: a pure function of (seed, split, index).
 
     Philox4x64-10, keyed by seed and split, with the index in the highest word of its counter: no

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metadist.tasks.data.datasets import LabelledDataset, class_name, class_names, decode, labels_of
 from metadist.tasks.data.images import require_format
-from metadist.tasks.data.random import Draws
+from metadist.tasks.data.random import Random
 from metadist.tasks.few_shot.class_splits import Splits, read_splits, select_classes
 from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler, require_episode
 
@@ -72,6 +72,6 @@ class FewShotDataset(EpisodeSampler):
         super().__init__(classes, n_way, k_shot, k_query, split, seed)
         self.transform = transform
 
-    def finish(self, images: Tensor, draws: Draws) -> Tensor:
+    def finish(self, images: Tensor, draws: Random) -> Tensor:
         """The images through `transform`."""
         return images if self.transform is None else self.transform(images)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metadist.checks.values import require_integer, require_word
 from metadist.task import Batch, Task
-from metadist.tasks.data.random import Draws
+from metadist.tasks.data.random import Random
 
 
 def require_episode(n_way: int, k_shot: int, k_query: int, seed: int) -> None:
@@ -149,7 +149,7 @@ class EpisodeSampler:
 
     def sample(self, index: int) -> Task:
         """The task number `index`, 0 <= index < 2^64."""
-        draws = Draws(self.seed, self.split, index)
+        draws = Random(self.seed, self.split, index)
         chosen = draws.choose(self.num_classes, self.n_way)
         rows_NM = np.array([self.draw_rows(c // self._turns, draws) for c in chosen])
         turns_N = np.array(chosen) % self._turns
@@ -157,17 +157,17 @@ class EpisodeSampler:
         query = self._batch(rows_NM[:, self.k_shot :], turns_N, draws)
         return Task(support, query, int(index))
 
-    def draw_rows(self, class_: int, draws: Draws) -> list[int]:
+    def draw_rows(self, class_: int, draws: Random) -> list[int]:
         """The rows of the images drawn from a class: K of support, then Q of query."""
         start, stop = self.classes.starts[class_ : class_ + 2].tolist()
         chosen = draws.choose(stop - start, self.k_shot + self.k_query)
         return [start + position for position in chosen]
 
-    def finish(self, images: Tensor, draws: Draws) -> Tensor:
+    def finish(self, images: Tensor, draws: Random) -> Tensor:
         """The images of one set as a task holds them, given them in [0, 1]."""
         return images
 
-    def _batch(self, rows_NM: NDArray[Any], turns_N: NDArray[Any], draws: Draws) -> Batch:
+    def _batch(self, rows_NM: NDArray[Any], turns_N: NDArray[Any], draws: Random) -> Batch:
         images_NMCHW = self.classes.images[rows_NM]
         for turns in range(1, self._turns):
             turned = turns_N == turns

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from metadist.tasks.data.random import Draws
+from metadist.tasks.data.random import Random
 from metadist.tasks.few_shot.class_splits import require_split
 from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler, require_episode
 
@@ -113,7 +113,7 @@ class Glyphs(EpisodeSampler):
         """The classes tasks are drawn from, as `script U+codepoint`."""
         return tuple(self.classes.names[c] for c in self._offered)
 
-    def draw_rows(self, class_: int, draws: Draws) -> list[int]:
+    def draw_rows(self, class_: int, draws: Random) -> list[int]:
         """The rows of the images drawn from a class: K of support, then Q of query."""
         class_ = self._offered[class_]
         if not self.disjoint_families:
@@ -124,11 +124,11 @@ class Glyphs(EpisodeSampler):
         rest = [row for f, run in enumerate(runs_F) if f not in taken for row in range(*run)]
         return support + [rest[i] for i in draws.choose(len(rest), self.k_query)]
 
-    def finish(self, images: Tensor, draws: Draws) -> Tensor:
+    def finish(self, images: Tensor, draws: Random) -> Tensor:
         """The images, each through its own random affine map."""
         return random_affine(images, draws) if self.augment else images
 
-    def _draw_families(self, runs_F: list[tuple[int, int]], draws: Draws) -> set[int]:
+    def _draw_families(self, runs_F: list[tuple[int, int]], draws: Random) -> set[int]:
         room = runs_F[-1][1] - runs_F[0][0] - self.k_query
         largest = room - self.k_shot + 1  # so that a family always fits while shots are missing
         taken: set[int] = set()
@@ -141,7 +141,7 @@ class Glyphs(EpisodeSampler):
                 break
         return taken
 
-    def _draw_shots(self, runs: list[tuple[int, int]], draws: Draws) -> list[int]:
+    def _draw_shots(self, runs: list[tuple[int, int]], draws: Random) -> list[int]:
         """K rows, one from each family in turn."""
         orders = [draws.choose(stop - start, stop - start) for start, stop in runs]
         turns = max(len(order) for order in orders)
@@ -197,7 +197,7 @@ def _load() -> _Glyphs:
     return _Glyphs(ClassImages(images[order][:, None], starts, names), runs, scripts, splits)
 
 
-def random_affine(images: Tensor, draws: Draws) -> Tensor:
+def random_affine(images: Tensor, draws: Random) -> Tensor:
     """Square images (n, C, H, H), each through its own random affine map about its centre.
 
     The map is shift(rotation(shear(scale(.)))), with bounds given by the constants above; pixels

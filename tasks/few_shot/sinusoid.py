@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metadist.checks.values import require_integer, require_word
 from metadist.task import Batch, Task
-from metadist.tasks.data.random import Draws
+from metadist.tasks.data.random import Random
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Sinusoid:
 
     def sample(self, index: int) -> Task:
         """The task number `index`, 0 <= index < 2^64."""
-        draws = Draws(self.seed, self.split, index)
+        draws = Random(self.seed, self.split, index)
         amplitude = draws.uniform(*self.amplitude, 1)
         phase = draws.uniform(*self.phase, 1)
         x = self._different_points(draws)
@@ -71,7 +71,7 @@ class Sinusoid:
 
         return Task(batch(slice(None, self.k_shot)), batch(slice(self.k_shot, None)), int(index))
 
-    def _different_points(self, draws: Draws) -> NDArray[np.float32]:
+    def _different_points(self, draws: Random) -> NDArray[np.float32]:
         x = draws.uniform(*self.domain, self.k_shot + self.k_query).astype(np.float32)
         for _ in range(100):  # a point in both sets would be a leak
             again = np.ones(len(x), dtype=bool)

@@ -17,7 +17,7 @@ from metadist.checks.values import require_integer, require_word
 from metadist.problem import Problem
 from metadist.task import Batch, to_device
 from metadist.tasks.data.datasets import LabelledDataset, open_dataset
-from metadist.tasks.data.random import Draws
+from metadist.tasks.data.random import Random
 from metadist.tasks.reweighting.image_sets import (
     Drawing,
     ImageProblemData,
@@ -84,7 +84,7 @@ class CorruptedImages(ImageProblemData):
         scaling = Scaling(mean, std)
         whole, held_out = open_dataset(dataset, root)
         drawing = Drawing(whole)
-        order = iter(Draws(seed, "images", 0).choose(len(whole), len(whole)))
+        order = iter(Random(seed, "images", 0).choose(len(whole), len(whole)))
         clean = drawing.take(order, num_train, "num_train")
         val = drawing.take(order, num_val, "num_val (beside num_train)")
         selection = None
@@ -93,7 +93,7 @@ class CorruptedImages(ImageProblemData):
             selection = drawing.take(order, num_selection, field)
         if held_out is not None:
             drawing = drawing.of(held_out)
-            order = iter(Draws(seed, "images", 1).choose(len(held_out), len(held_out)))
+            order = iter(Random(seed, "images", 1).choose(len(held_out), len(held_out)))
         test = drawing.take(order, num_test, "num_test")
         require_classes(clean, drawing.classes, "num_train")
         require_classes(val, drawing.classes, "num_val")
@@ -109,21 +109,21 @@ class CorruptedImages(ImageProblemData):
         """Whether the label of each training image is wrong; bool, (num_train,)."""
         return torch.from_numpy(self.train.labels != self.clean_labels)
 
-    def figures(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
+    def solution_metrics(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
         """Test accuracy and loss; of problems with weights in [0, 1] also what they found.
 
         With images for selection `selection_accuracy` and `selection_loss` too. `precision` is the
         share of wrong labels among examples of a weight below 1/2 (0 if there is none), `recall`
         the share of wrong labels that has such a weight.
         """
-        figures = super().figures(problem, outer, inner)
+        metrics = super().solution_metrics(problem, outer, inner)
         if isinstance(problem, HyperCleaning | LossWeighting):
             like = next(iter(inner.values()))
             batch = to_device(self.sample(0), like.device, like.dtype).support
             with torch.no_grad():
                 weights = problem.weights(outer, problem.losses(inner, batch), batch)
-            figures |= self.found(weights < 0.5)
-        return figures
+            metrics |= self.found(weights < 0.5)
+        return metrics
 
     def found(self, suspected: Tensor) -> dict[str, float]:
         """Precision and recall of the examples `suspected` (bool, (num_train,)) to be wrong."""
@@ -167,7 +167,7 @@ class CorruptedImages(ImageProblemData):
         return {
             name: max(
                 (self._fitted(model, decay, parts, max_iter) for decay in decays),
-                key=lambda figures: figures.get("selection_accuracy", 0.0),
+                key=lambda metrics: metrics.get("selection_accuracy", 0.0),
             )["test_accuracy"]
             for name, parts in {
                 "corrupted train": [train],
@@ -181,7 +181,7 @@ class CorruptedImages(ImageProblemData):
     def _fitted(
         self, model: nn.Module, weight_decay: float, parts: list[Batch], max_iter: int
     ) -> dict[str, float]:
-        """Figures of `model` fitted to all examples of `parts`."""
+        """Metrics of `model` fitted to all examples of `parts`."""
         problem = HyperCleaning(len(self.wrong), model, weight_decay)
         outer = problem.init_outer(torch.Generator())
         columns = zip(*(part.tensors for part in parts), strict=True)
@@ -191,14 +191,14 @@ class CorruptedImages(ImageProblemData):
             return problem.outer_loss({}, y, batch) + weight_decay / 2 * dot(y, y)
 
         fitted = lbfgs(loss, problem.init_inner(outer, self.sample(0)), max_iter)
-        return super().figures(problem, outer, fitted)  # no search for wrong labels
+        return super().solution_metrics(problem, outer, fitted)  # no search for wrong labels
 
 
 def _redrawn(
     labels: NDArray[np.int64], num_classes: int, corruption: float, redraw: str, seed: int
 ) -> NDArray[np.int64]:
     """`labels` with a share of them drawn anew."""
-    draws = Draws(seed, "corruption", 0)
+    draws = Random(seed, "corruption", 0)
     chosen = draws.choose(len(labels), round(corruption * len(labels)))
     words = draws.words(len(chosen))
     labels = labels.copy()

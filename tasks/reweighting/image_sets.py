@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.tasks.data.datasets import LabelledDataset, decode, labels_of
-from metadist.tasks.fixed import figures_on
+from metadist.tasks.fixed import metrics_on
 from metadist.trees import Params
 
 
@@ -149,13 +149,13 @@ class ImageProblemData:
         """How many classes the training images have."""
         return int(self.train.labels.max()) + 1
 
-    def figures(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
+    def solution_metrics(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
         """Accuracy and loss of `inner` on the test images, and on those for selection if any."""
-        figures = figures_on(problem, outer, inner, self.scaling.batch(self.test))
+        metrics = metrics_on(problem, outer, inner, self.scaling.batch(self.test))
         if self.selection is not None:
             examples = self.scaling.batch(self.selection)
-            figures |= figures_on(problem, outer, inner, examples, "selection")
-        return figures
+            metrics |= metrics_on(problem, outer, inner, examples, "selection")
+        return metrics
 
 
 def require_classes(images: Images, classes: NDArray[np.int64], field: str) -> None:

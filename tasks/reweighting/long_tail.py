@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from metadist.checks.values import require_integer, require_word
 from metadist.problem import Problem
 from metadist.tasks.data.datasets import LabelledDataset, open_dataset
-from metadist.tasks.data.random import Draws
-from metadist.tasks.fixed import figures_on
+from metadist.tasks.data.random import Random
+from metadist.tasks.fixed import metrics_on
 from metadist.tasks.reweighting.image_sets import (
     Drawing,
     ImageProblemData,
@@ -67,7 +67,7 @@ class LongTail(ImageProblemData):
         scaling = Scaling(mean, std)
         whole, held_out = open_dataset(dataset, root)
         drawing = Drawing(whole)
-        order = np.array(Draws(seed, "images", 0).choose(len(whole), len(whole)))
+        order = np.array(Random(seed, "images", 0).choose(len(whole), len(whole)))
         num_classes = len(drawing.classes)
         left = [iter(order[drawing.numbers[order] == c].tolist()) for c in range(num_classes)]
         tail = imbalance ** -(np.arange(num_classes) / (num_classes - 1))
@@ -78,20 +78,20 @@ class LongTail(ImageProblemData):
         rest = iter(order.tolist())
         if held_out is not None:
             drawing = drawing.of(held_out)
-            rest = iter(Draws(seed, "images", 1).choose(len(held_out), len(held_out)))
+            rest = iter(Random(seed, "images", 1).choose(len(held_out), len(held_out)))
         test = drawing.take(rest, num_test, "num_test")
         super().__init__(train, val, test, scaling)
         self.counts = tuple(counts.tolist())
 
-    def figures(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
+    def solution_metrics(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
         """Test accuracy and loss, and the accuracy on the class with the fewest training images."""
         rarest = self.test.labels == len(self.counts) - 1
-        figures = super().figures(problem, outer, inner)
+        metrics = super().solution_metrics(problem, outer, inner)
         if rarest.any():
             images = Images(self.test.pixels[rarest], self.test.labels[rarest])
-            on_it = figures_on(problem, outer, inner, self.scaling.batch(images))
-            figures["test_accuracy_rarest_class"] = on_it["test_accuracy"]
-        return figures
+            on_it = metrics_on(problem, outer, inner, self.scaling.batch(images))
+            metrics["test_accuracy_rarest_class"] = on_it["test_accuracy"]
+        return metrics
 
 
 def _by_class(

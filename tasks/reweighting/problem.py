@@ -120,7 +120,7 @@ class HyperCleaning(ExampleWeighting):
         trainer = Trainer(problem, data, LancBiO(inner_steps=5, inner_lr=0.1),
                           outer_optimizer=sgd, meta_batch_size=1, keep_state=True)
         trainer.fit(1000)
-        data.figures(problem, trainer.outer, trainer.inner(0))
+        data.solution_metrics(problem, trainer.outer, trainer.inner(0))
 
     A hypergradient has the scale 1 / num_examples, so outer rates are large.
 

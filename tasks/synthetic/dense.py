@@ -23,7 +23,7 @@ NEWTON_STEPS = 30
 class DenseTask(OneTask):
     """A task small enough for a dense Hessian, which tells how good a solution of it is."""
 
-    def figures(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
+    def solution_metrics(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
         """|grad Phi(x)| and |y - y*(x)|, by Newton's method with a dense Hessian.
 
         Cost: up to 30 Hessians of size P x P.

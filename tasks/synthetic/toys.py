@@ -3,7 +3,7 @@
     toy = Coreset()
     trainer = Trainer(toy, NoData(), BOME(), meta_batch_size=1, keep_state=True)
     trainer.fit(1000)
-    toy.figures(trainer.outer, trainer.inner(0))
+    toy.solution_metrics(trainer.outer, trainer.inner(0))
 
 x and y are vectors, each one tensor of the outer and of the inner variable.
 """
@@ -51,7 +51,7 @@ class Toy(Problem):
     def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
         return self.upper(outer["x"], inner["y"])
 
-    def figures(self, outer: Params, inner: Params) -> dict[str, float]:
+    def solution_metrics(self, outer: Params, inner: Params) -> dict[str, float]:
         """Both losses, and how far x and y are from the solution."""
         x, y = outer["x"], inner["y"]
         return {

@@ -22,9 +22,9 @@ from metadist.checks.hypergradient import lbfgs
 from metadist.checks.values import require_integer, require_word
 from metadist.problem import Problem
 from metadist.task import Batch
-from metadist.tasks.data.random import Draws
+from metadist.tasks.data.random import Random
 from metadist.tasks.data.sources import NEWS_ARTICLES, FetchError, data_root, fetch
-from metadist.tasks.fixed import OneTask, figures_on
+from metadist.tasks.fixed import OneTask, metrics_on
 from metadist.tasks.text.regularisation import TextRegularisation
 from metadist.trees import Params
 
@@ -90,7 +90,7 @@ class TextFeatures(OneTask):
             raise ValueError(NEEDS) from error
         vectorizer = TfidfVectorizer(min_df=min_df, max_features=max_features, dtype=np.float32)
         texts, labels, held_out = _read(source, root)
-        order = Draws(seed, "texts", 0).choose(len(texts), len(texts))
+        order = Random(seed, "texts", 0).choose(len(texts), len(texts))
         chosen = _different(texts, order, vectorizer.build_analyzer())
         for_test = set(held_out or chosen[-num_test:])
         test = [i for i in chosen if i in for_test]
@@ -141,17 +141,17 @@ class TextFeatures(OneTask):
         """C."""
         return len(self.class_names)
 
-    def figures(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
+    def solution_metrics(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
         """Accuracy and loss on the test texts, and on those for selection if there are any."""
-        figures = figures_on(problem, outer, inner, self.test)
+        metrics = metrics_on(problem, outer, inner, self.test)
         if self.selection is not None:
-            figures |= figures_on(problem, outer, inner, self.selection, "selection")
-        return figures
+            metrics |= metrics_on(problem, outer, inner, self.selection, "selection")
+        return metrics
 
     def baselines(
         self, strengths: Sequence[float] = STRENGTHS, max_iter: int = 100
     ) -> dict[str, dict[str, float]]:
-        """Figures of the best single strength for all features, which a grid search finds.
+        """Metrics of the best single strength for all features, which a grid search finds.
 
         What to beat is "one strength": y fitted to the training texts, with the strength of the
         least `val_loss`, the loss on validation texts and those for selection together. In "one
@@ -163,7 +163,7 @@ class TextFeatures(OneTask):
                 solution.
 
         Returns:
-            For both names `strength` and the figures on the test texts, for the first also
+            For both names `strength` and the metrics on the test texts, for the first also
             `val_loss` and those on the texts for selection.
         """
         require_integer("max_iter", max_iter, 1)
@@ -193,11 +193,11 @@ class TextFeatures(OneTask):
             "one strength": {
                 "strength": strength,
                 "val_loss": val_loss,
-                **self.figures(problem, outer, inner),
+                **self.solution_metrics(problem, outer, inner),
             },
             "one strength, all texts": {
                 "strength": strength,
-                **figures_on(problem, outer, of_all, self.test),
+                **metrics_on(problem, outer, of_all, self.test),
             },
         }
 

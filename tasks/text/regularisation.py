@@ -32,7 +32,7 @@ class TextRegularisation(Problem):
                           outer_optimizer=OuterOptimizer("adam", lr=0.1),
                           meta_batch_size=1, keep_state=True)
         trainer.fit(500)
-        data.figures(problem, trainer.outer, trainer.inner(0))
+        data.solution_metrics(problem, trainer.outer, trainer.inner(0))
 
     Args:
         num_features, num_classes: D and C.

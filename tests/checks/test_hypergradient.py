@@ -53,15 +53,15 @@ def test_both_references_of_the_quadratic_are_those_of_the_closed_forms():
     assert solution.error == pytest.approx(1.1011971 / 1.5, rel=1e-6)
     assert solution.cosine == pytest.approx(0.9024 / (0.8760348 * 1.5), rel=1e-6)
     assert report.error == unrolled.error
-    assert report.figures["|grad_y g| at the start"] == pytest.approx(20**0.5)
-    assert report.figures["|grad_y g| after adaptation"] == pytest.approx(
+    assert report.metrics["|grad_y g| at the start"] == pytest.approx(20**0.5)
+    assert report.metrics["|grad_y g| after adaptation"] == pytest.approx(
         (1.28**2 + 0.16**2) ** 0.5
     )
-    assert report.figures["|y - y*| / |y*| after adaptation"] == pytest.approx(
+    assert report.metrics["|y - y*| / |y*| after adaptation"] == pytest.approx(
         (1.28**2 + 0.04**2) ** 0.5 / 5**0.5
     )
-    assert report.figures["smallest eigenvalue of H at y*"] == pytest.approx(1)
-    assert report.figures["largest eigenvalue of H at y*"] == pytest.approx(4)
+    assert report.metrics["smallest eigenvalue of H at y*"] == pytest.approx(1)
+    assert report.metrics["largest eigenvalue of H at y*"] == pytest.approx(4)
     assert report.counts == {"inner_grad": 2, "outer_grads": 1, "hvp": 2, "jvp": 2}
     assert report.notes == ()
 
@@ -350,8 +350,8 @@ def test_the_report_is_readable():
 
 
 def test_what_the_algorithm_reports_is_not_taken_for_markup():
-    figures, notes = {"[red] x": 0.5}, ("[/] y",)
-    strange = HypergradientReport("A(['b'])", "the solution", {}, (), (), figures, {}, notes)
+    metrics, notes = {"[red] x": 0.5}, ("[/] y",)
+    strange = HypergradientReport("A(['b'])", "the solution", {}, (), (), metrics, {}, notes)
     assert "A(['b'])" in str(strange) and "[red] x:" in str(strange) and "[/] y" in str(strange)
     assert "no derivative" in str(strange) and strange.error == float("inf")
 

@@ -18,7 +18,7 @@ import yaml
 
 from metadist import CheckpointStore, LocalExecutor, OuterOptimizer, Trainer
 from metadist.algorithms import AID, SOBA
-from metadist.compare.metrics import kept_figures, solution_figures
+from metadist.compare.metrics import kept_metrics, solution_metrics
 from metadist.compare.plan import Comparison, Outcome, Run, differences, merge
 from metadist.compare.report import AXES, curves, rows, to_csv, to_markdown
 from metadist.compare.run import (
@@ -44,7 +44,7 @@ class Data:
         self.seed = seed
     def sample(self, index):
         return quadratic_task(self.seed)._replace(id=index)
-    def figures(self, problem, outer, inner):
+    def solution_metrics(self, problem, outer, inner):
         return {"test_error": float((inner["y"] - 1).abs().mean())}
 
 class Faulty(Data):
@@ -130,8 +130,8 @@ def test_a_comparison_ends_with_tables_and_curves(cli):
     # Of one step: 5 gradients, 1 of f, 4 products and J v; SOBA's draws are 2 of 3 and 2 of 2.
     assert (aid["calls inner_grad"], aid["calls outer_grads"]) == ("60.0", "12.0")
     assert float(soba["gradients"]) == pytest.approx(12 * ((1 + 2) * 2 / 3 + 1))
-    last = [r["figures"] for r in found if r["entry"] == "AID" and r["step"] == 12]
-    mean = sum(figures["query_loss"] for figures in last) / 2
+    last = [r["metrics"] for r in found if r["entry"] == "AID" and r["step"] == 12]
+    mean = sum(metrics["query_loss"] for metrics in last) / 2
     assert float(aid["query_loss"]) == pytest.approx(mean)
     assert float(aid["query_loss +-"]) > 0
     assert float(aid["query_loss at best"]) <= mean
@@ -246,12 +246,12 @@ def test_a_grid_is_tried_with_the_first_seed_and_the_best_point_runs_with_all(cl
     assert aid["point"] == ", ".join(f"{name}={value}" for name, value in point.items())
 
 
-def test_a_grid_without_a_finite_figure_is_a_failure(cli):
+def test_a_grid_without_a_finite_metric_is_a_failure(cli):
     source = Path("mine.py").read_text().replace("float((inner", "float('nan') * float((inner")
     Path("mine.py").write_text(source.replace("test_error", "distance"))
     entries = {"AID": {**CONFIG["entries"]["AID"], "grid": {"algorithm.inner_steps": [2, 5]}}}
     Path("config.yaml").write_text(
-        yaml.safe_dump({**CONFIG, "entries": entries, "figure": "distance"})
+        yaml.safe_dump({**CONFIG, "entries": entries, "metric": "distance"})
     )
     code, out, _ = cli("compare", "config.yaml", "--folder", "out", "--plots", "false")
     assert code == 1
@@ -293,7 +293,7 @@ def test_a_killed_comparison_goes_on_to_the_same_results(cli, here):
         ({"seeds": [1, 1]}, "seeds must be a list of different integers"),
         ({"evaluations": 0}, "evaluations must be an integer >= 1, got 0"),
         ({"mode": "best"}, "mode must be 'min' or 'max', got 'best'"),
-        ({"figure": "test_error"}, "figure must not be one of test data, got 'test_error'"),
+        ({"metric": "test_error"}, "metric must not be one of test data, got 'test_error'"),
         ({"entries": {"a/b": {}}}, "names of entries must be of letters"),
         (
             {"entries": {"AID": {"seed": 3}}},
@@ -342,11 +342,11 @@ def test_other_input_is_refused(cli, monkeypatch):
     assert code == 2 and "plots must be false without matplotlib, got true: pip install" in err
 
 
-def test_an_unknown_figure_is_noticed_at_the_first_evaluation(cli):
-    code, out, _ = compare(cli, changes={"figure": "accuracy"})
+def test_an_unknown_metric_is_noticed_at_the_first_evaluation(cli):
+    code, out, _ = compare(cli, changes={"metric": "accuracy"})
     assert code == 1
     assert (
-        "figure must be one of query_loss, support_loss, test_error, adjoint_residual, got" in out
+        "metric must be one of query_loss, support_loss, test_error, adjoint_residual, got" in out
     )
     assert not Path("out/runs/AID/seed-0/records.jsonl").exists()
 
@@ -366,7 +366,7 @@ def contender(run_dir: str, **options: Any) -> Contender:
     }
     sampler = FixedTasks([quadratic_task(0)])
     trainer = Trainer(Quadratic(2, 4), sampler, **chosen | options)
-    return Contender(trainer, lambda: kept_figures(trainer))
+    return Contender(trainer, lambda: kept_metrics(trainer))
 
 
 def test_a_budget_of_calls_ends_a_run():
@@ -446,7 +446,7 @@ def test_a_run_goes_on_from_its_last_evaluation_with_a_good_checkpoint(spoil):
         assert contents(Path("run")) == before
         return
     again = run_on_budget(contender, Folder("run"), Budget(steps=9), 3)
-    assert [r.figures for r in again] == [r.figures for r in whole]
+    assert [r.metrics for r in again] == [r.metrics for r in whole]
     assert again[:kept] == begun[:kept]
 
 
@@ -463,7 +463,7 @@ class Interrupted(LocalExecutor):
             yield report
 
 
-def test_an_interrupted_run_goes_on_to_the_same_figures():
+def test_an_interrupted_run_goes_on_to_the_same_metrics():
     whole = run_on_budget(contender, Folder("whole"), Budget(steps=9), 3)
     executor = Interrupted()
 
@@ -477,7 +477,7 @@ def test_an_interrupted_run_goes_on_to_the_same_figures():
     assert store.load()[1].state.version == 6
     assert [record.spent.step for record in read_records(Folder("run"))] == [1, 3]
     again = run_on_budget(make, Folder("run"), Budget(steps=9), 3)
-    assert [record.figures for record in again] == [record.figures for record in whole]
+    assert [record.metrics for record in again] == [record.metrics for record in whole]
 
 
 def test_what_was_begun_without_an_evaluation_begins_anew():
@@ -496,8 +496,8 @@ def test_records_survive_the_file_with_figures_that_are_not_finite():
     record = Record(Spent(3, 0.5, 7.0, {"hvp": 2}), {"a": math.inf, "b": math.nan, "c": 0.1})
     again = Record.of(json.loads(json.dumps(record.to_json(), allow_nan=False)))
     assert again.spent == record.spent
-    assert again.figures["a"] == math.inf and math.isnan(again.figures["b"])
-    assert again.figures["c"] == 0.1
+    assert again.metrics["a"] == math.inf and math.isnan(again.metrics["b"])
+    assert again.metrics["c"] == 0.1
 
 
 def test_a_cost_in_gradients_counts_a_product_twice():
@@ -507,11 +507,11 @@ def test_a_cost_in_gradients_counts_a_product_twice():
     assert in_gradients({"directional": 1, "inner_value": 1, "outer_value": 1}) == 4
 
 
-# Figures
+# Metrics
 
 
 class Known(Quadratic):
-    def figures(self, outer, inner):
+    def solution_metrics(self, outer, inner):
         task = quadratic_task(0)
         return {"slope": float(true_hypergradient(self, outer, task).norm())}
 
@@ -521,7 +521,7 @@ def test_figures_of_a_solution():
     outer = {"x": torch.tensor([0.3, -0.2], dtype=torch.float64)}
     a, b, c, _ = quadratic_terms(task)
     inner = {"y": torch.linalg.solve(a, b @ outer["x"] + c)}
-    found = solution_figures(problem, FixedTasks([task]), outer, inner)
+    found = solution_metrics(problem, FixedTasks([task]), outer, inner)
     assert found == {
         "query_loss": pytest.approx(float(problem.outer_loss(outer, inner, task.query))),
         "support_loss": pytest.approx(float(problem.inner_loss(outer, inner, task.support))),
@@ -536,10 +536,10 @@ def test_figures_of_several_kept_tasks_are_means():
     )
     trainer.fit(1)
     each = [
-        solution_figures(trainer.problem, sampler, trainer.outer, trainer.inner(i), i)
+        solution_metrics(trainer.problem, sampler, trainer.outer, trainer.inner(i), i)
         for i in range(2)
     ]
-    assert kept_figures(trainer)["query_loss"] == pytest.approx(
+    assert kept_metrics(trainer)["query_loss"] == pytest.approx(
         (each[0]["query_loss"] + each[1]["query_loss"]) / 2
     )
 
@@ -552,8 +552,8 @@ def comparison(**changes: Any) -> Comparison:
     return Comparison.of(tree)
 
 
-def record(step: int, **figures: float) -> Record:
-    return Record(Spent(step, step / 2, 3.0 * step, {"hvp": step}), figures)
+def record(step: int, **metrics: float) -> Record:
+    return Record(Spent(step, step / 2, 3.0 * step, {"hvp": step}), metrics)
 
 
 def test_options_are_merged_mapping_by_mapping_and_class_by_class():
@@ -581,7 +581,7 @@ def test_differences_are_named_by_their_path():
     assert differences(before, {**before, "a": {"b": 2}}) == ["a.b was 1, is 2"]
 
 
-def test_a_point_without_a_finite_figure_is_never_chosen():
+def test_a_point_without_a_finite_metric_is_never_chosen():
     it = comparison(entries={"A": {"grid": {"x": [1, 2, 3]}}}, seeds=[5, 6])
     one, two, three = it.runs("A")
     assert [run.point for run in (one, two, three)] == [{"x": 1}, {"x": 2}, {"x": 3}]
@@ -610,7 +610,7 @@ def outcomes() -> dict[str, list[Outcome]]:
     }
 
 
-def test_tables_hold_the_final_and_the_best_figures():
+def test_tables_hold_the_final_and_the_best_metrics():
     it = comparison(mode="min")
     table = rows(it, outcomes())
     a, b = csv.DictReader(io.StringIO(to_csv(table)))
@@ -650,7 +650,7 @@ def test_a_picture_has_a_curve_of_each_entry_and_leaves_out_what_is_not_finite(m
     assert len(figure.axes[0].collections) == 1  # a band of the entry with two runs only
 
     def without_products(outcome: Outcome) -> Outcome:
-        records = [r.__class__(r.spent._replace(calls={}), r.figures) for r in outcome.records]
+        records = [r.__class__(r.spent._replace(calls={}), r.metrics) for r in outcome.records]
         return outcome._replace(records=records)
 
     first_order = list(map(without_products, outcomes()["A"]))

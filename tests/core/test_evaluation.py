@@ -175,7 +175,7 @@ def test_no_hypergradient_is_computed_and_no_graph_is_kept(monkeypatch, vectoriz
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
-def test_a_figure_that_is_not_finite_names_its_task(vectorize):
+def test_a_metric_that_is_not_finite_names_its_task(vectorize):
     sampler = Spoiled(curves(), broken=(4,))
     outer = regression().init_outer(generator(0))
     with pytest.raises(

@@ -40,7 +40,7 @@ from metadist.algorithms import (
 from metadist.cluster import DataParallelExecutor
 from metadist.cluster.data_parallel.data import cut
 from metadist.cluster.data_parallel.exchange import Round
-from metadist.cluster.data_parallel.layout import FIGURES, METHODS, Reply
+from metadist.cluster.data_parallel.layout import METHODS, METRICS, Reply
 from metadist.hypergradient import task_hypergradients
 from metadist.outer import OuterOptimizer
 from metadist.task import Batch, Task
@@ -92,8 +92,8 @@ def test_three_unequal_shards_are_one_process(name, batch_size):
     assert_same_state(found, expected)
     for mine, theirs in zip(reports, reference, strict=True):
         metrics = mine.results[0].metrics
-        for figure, value in theirs.results[0].metrics.items():
-            assert metrics[figure] == pytest.approx(value, rel=1e-8, abs=1e-10), figure
+        for metric, value in theirs.results[0].metrics.items():
+            assert metrics[metric] == pytest.approx(value, rel=1e-8, abs=1e-10), metric
 
 
 @pytest.mark.parametrize("name", ["soba", "aid", "saba", "fg2u"])
@@ -273,7 +273,7 @@ def test_a_shard_sees_the_rows_of_its_own_examples_and_gives_no_others():
                 # ridge alone; slope and offset
                 assert len(array) == (1 if key[0] == "x" else 4)
                 assert len(package.own[key]) == (len(owned[part]) if key[0] == "x" else 0)
-            if package.message.requests[0].method != FIGURES:
+            if package.message.requests[0].method != METRICS:
                 # grad_y g; J v, H v; grad_x f, grad_y f
                 assert len(reply.flat) == 3 * 4 + 2 * (1 + len(owned[part]))
     # Each row went to its owner and came from there: the result is that of sending all rows.
@@ -296,7 +296,7 @@ def test_the_rows_sent_are_those_of_the_owner():
 def test_nothing_is_sent_twice_and_nothing_kept_for_longer_than_needed():
     executor = InProcess(2)
     _, reports = solve(executor, FSLA(), 4, report_every=1)
-    asked = [p[0] for p in executor.fleet.packages if p[0].message.requests[0].method != FIGURES]
+    asked = [p[0] for p in executor.fleet.packages if p[0].message.requests[0].method != METRICS]
     # x and the moved y, then v; the point before and its v are there already.
     assert [len(package.shared) for package in asked[-3:]] == [1, 1, 1]
     sent = [key for package in asked for key in package.shared]
@@ -311,7 +311,7 @@ def test_nothing_is_sent_twice_and_nothing_kept_for_longer_than_needed():
 def test_iterates_of_itd_are_not_sent_again_on_the_way_back():
     executor = InProcess(2)
     solve(executor, ITD(T), 1, report_every=9)
-    asked = [p[0] for p in executor.fleet.packages if p[0].message.requests[0].method != FIGURES]
+    asked = [p[0] for p in executor.fleet.packages if p[0].message.requests[0].method != METRICS]
     back = asked[T + 1 :]
     assert len(back) == T and all(len(package.shared) == 1 for package in back)
 
@@ -369,9 +369,9 @@ def test_the_context_may_be_a_part_of_x():
     expected, theirs = solve(LocalExecutor("cpu"), AID(3, 0.2), problem=Partial())
     found, mine = solve(InProcess(3), AID(3, 0.2), problem=Partial())
     assert_same_state(found, expected)
-    figure = "query_loss_before"
-    assert mine[-1].results[0].metrics[figure] == pytest.approx(
-        theirs[-1].results[0].metrics[figure], rel=1e-10
+    metric = "query_loss_before"
+    assert mine[-1].results[0].metrics[metric] == pytest.approx(
+        theirs[-1].results[0].metrics[metric], rel=1e-10
     )
 
 

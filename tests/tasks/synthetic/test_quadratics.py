@@ -73,10 +73,10 @@ def test_the_figures_of_the_quadratics_are_those_of_the_closed_form():
     solution = torch.linalg.solve(a, ut - c.T @ x)
     w = torch.linalg.solve(a, f @ solution + k.T @ x - pt)
     hypergradient = h @ x + k @ solution - qt - c @ w
-    figures = data.figures(problem, outer, inner)
-    assert figures["hypergradient_norm"] == pytest.approx(float(hypergradient.norm()), rel=1e-9)
+    metrics = data.solution_metrics(problem, outer, inner)
+    assert metrics["hypergradient_norm"] == pytest.approx(float(hypergradient.norm()), rel=1e-9)
     distance = float((inner["y"] - solution).norm())
-    assert figures["inner_distance"] == pytest.approx(distance, rel=1e-9)
+    assert metrics["inner_distance"] == pytest.approx(distance, rel=1e-9)
 
 
 @both
@@ -134,9 +134,9 @@ def test_training_brings_the_hypergradient_down(problem, data, algorithm, lr):
         quiet=True,
     )
     start = problem.init_inner(trainer.outer, data.sample(0))
-    before = data.figures(problem, trainer.outer, start)["hypergradient_norm"]
+    before = data.solution_metrics(problem, trainer.outer, start)["hypergradient_norm"]
     trainer.fit(80)
-    after = data.figures(problem, trainer.outer, trainer.inner(0))
+    after = data.solution_metrics(problem, trainer.outer, trainer.inner(0))
     assert after["hypergradient_norm"] < 0.2 * before
 
 

@@ -92,15 +92,15 @@ def test_its_solution_is_lower_optimal_and_has_the_value_of_the_literature(name)
     toy = TOYS[name]
     x, y, value = SOLUTIONS[name]
     outer, inner = {"x": vector(*x)}, {"y": vector(*y)}
-    figures = toy.figures(outer, inner)
-    assert figures["distance"] < 1e-9
-    assert figures["outer_loss"] == pytest.approx(value, abs=5e-5)
+    metrics = toy.solution_metrics(outer, inner)
+    assert metrics["distance"] < 1e-9
+    assert metrics["outer_loss"] == pytest.approx(value, abs=5e-5)
     oracle, context, _ = oracle_of(toy, outer, NoData().sample(0))
     gradient = oracle.inner_grad(context, inner, oracle.draw_inner())
     stepped = {"y": inner["y"] - 0.1 * gradient["y"]}
     moved = toy.prox_inner(context, stepped, 0.1)["y"] - inner["y"]
     assert moved.abs().max() < 1e-9
-    elsewhere = toy.figures({"x": outer["x"] + 0.1}, {"y": inner["y"] + 0.1})
+    elsewhere = toy.solution_metrics({"x": outer["x"] + 0.1}, {"y": inner["y"] + 0.1})
     assert elsewhere["distance"] > 0.05
 
 
@@ -117,7 +117,7 @@ def test_the_solution_of_the_amigo_toy_is_one():
     toy, task = AmigoToy(3, 4), NoData().sample(0)
     outer = {"x": toy.solution}
     inner = {"y": torch.linalg.solve(toy.a, -toy.b @ toy.solution)}
-    assert toy.figures(outer, inner)["distance"] < 1e-12
+    assert toy.solution_metrics(outer, inner)["distance"] < 1e-12
 
     def phi(outer):
         return toy.upper(outer["x"], torch.linalg.solve(toy.a, -toy.b @ outer["x"]))
@@ -166,9 +166,9 @@ def test_it_is_trained(toy, algorithm, lr, num_steps, distance):
         keep_state=True,
         quiet=True,
     )
-    before = toy.figures(trainer.outer, toy.init_inner(trainer.outer, NoData().sample(0)))
+    before = toy.solution_metrics(trainer.outer, toy.init_inner(trainer.outer, NoData().sample(0)))
     trainer.fit(num_steps)
-    after = toy.figures(trainer.outer, trainer.inner(0))
+    after = toy.solution_metrics(trainer.outer, trainer.inner(0))
     assert after["distance"] < (before["distance"] if distance is None else distance)
 
 

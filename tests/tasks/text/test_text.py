@@ -202,9 +202,9 @@ def test_training_learns_which_words_to_distrust(algorithm, batch_size):
     is_noise = torch.tensor([term.startswith("noise") for term in data.terms])
     strengths = trainer.outer["log_strengths"]
     assert strengths[is_noise].mean() > strengths[~is_noise].mean() + 0.2
-    figures = data.figures(problem, trainer.outer, trainer.inner(0))
-    assert figures["test_accuracy"] > 0.75
-    assert set(figures) == {"test_accuracy", "test_loss"}
+    metrics = data.solution_metrics(problem, trainer.outer, trainer.inner(0))
+    assert metrics["test_accuracy"] > 0.75
+    assert set(metrics) == {"test_accuracy", "test_loss"}
 
 
 @pytest.mark.parametrize("num_selection", [0, 30])
@@ -280,12 +280,12 @@ def test_texts_for_selection_change_no_other_texts_and_judge_alike():
     inner = {"weight": randn(1, data.num_features, data.num_classes).float()}
     inputs, labels = dense((data, data.selection))
     hits = (torch.from_numpy(inputs) @ inner["weight"]).argmax(1).numpy() == labels
-    figures = data.figures(problem, outer, inner)
-    assert figures["selection_accuracy"] == pytest.approx(hits.mean())
-    assert set(figures) == {
+    metrics = data.solution_metrics(problem, outer, inner)
+    assert metrics["selection_accuracy"] == pytest.approx(hits.mean())
+    assert set(metrics) == {
         f"{part}_{name}" for part in ("selection", "test") for name in ("loss", "accuracy")
     }
-    assert set(without.figures(problem, outer, inner)) == {"test_loss", "test_accuracy"}
+    assert set(without.solution_metrics(problem, outer, inner)) == {"test_loss", "test_accuracy"}
 
 
 def test_rows_are_those_of_scikit_learn_and_the_vocabulary_that_of_training_texts():
