@@ -89,16 +89,16 @@ class AID(InnerLoop):
                 "'fixed_point' makes the same steps from any"
             )
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> State:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> State:
         return AdjointState(inner, zeros_like(inner)) if self.warm_start else InnerState(inner)
 
-    def estimate(self, oracle: Oracle, outer: Params, state: State) -> Estimate:
-        y = self.descend(oracle, outer, state.inner)
-        outer_grads = oracle.outer_grads(outer, y, oracle.draw_outer())
-        product = hessian(oracle, outer, y, oracle.draw_inner(), self.damping)
+    def estimate(self, oracle: Oracle, context: Params, state: State) -> Estimate:
+        y = self.descend(oracle, context, state.inner)
+        outer_grads = oracle.outer_grads(context, y, oracle.draw_outer())
+        product = hessian(oracle, context, y, oracle.draw_inner(), self.damping)
         start = state.v if self.warm_start else None
         v, metrics = self.solve(product, outer_grads[1], start)
-        gradient, residual = implicit_gradient(oracle, outer, y, v, outer_grads, self.damping)
+        gradient, residual = implicit_gradient(oracle, context, y, v, outer_grads, self.damping)
         kept = AdjointState(y, v) if self.warm_start else InnerState(y)
         return Estimate(gradient, None, kept, {**metrics, **residual})
 

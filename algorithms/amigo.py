@@ -66,18 +66,18 @@ class AmIGO(InnerLoop):
     def tolerates_staleness(self) -> bool:
         return self.solver == "gd"
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> AdjointState:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> AdjointState:
         return AdjointState(inner, zeros_like(inner))
 
-    def estimate(self, oracle: Oracle, outer: Params, state: AdjointState) -> Estimate:
-        y = self.descend(oracle, outer, state.inner)
-        outer_grads = oracle.outer_grads(outer, y, oracle.draw_outer())
+    def estimate(self, oracle: Oracle, context: Params, state: AdjointState) -> Estimate:
+        y = self.descend(oracle, context, state.inner)
+        outer_grads = oracle.outer_grads(context, y, oracle.draw_outer())
         b, steps = outer_grads[1], self.adjoint_steps
         if self.solver == "gd":
             eta = adjoint_rate(self, self.adjoint_lr)
-            v, metrics = fixed_point(hessian(oracle, outer, y), b, steps, eta, state.v)
+            v, metrics = fixed_point(hessian(oracle, context, y), b, steps, eta, state.v)
         else:
-            product = hessian(oracle, outer, y, oracle.draw_inner())
+            product = hessian(oracle, context, y, oracle.draw_inner())
             v, metrics = conjugate_gradient(product, b, steps, state.v)
-        h, residual = implicit_gradient(oracle, outer, y, v, outer_grads)
+        h, residual = implicit_gradient(oracle, context, y, v, outer_grads)
         return Estimate(h, None, AdjointState(y, v), {**metrics, **residual})

@@ -76,21 +76,21 @@ class BOME(InnerLoop):
         check_positive("epsilon", self.epsilon)
         check_at_least("rounds", self.rounds, 1)
 
-    def estimate(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
-        return repeat(self._move, self.rounds, oracle, outer, state)
+    def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
+        return repeat(self._move, self.rounds, oracle, context, state)
 
-    def _move(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
+    def _move(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         y = state.inner
-        y_T = self.descend(oracle, outer, y)
+        y_T = self.descend(oracle, context, y)
         draw = oracle.draw_inner()  # one for both: q is a difference
-        g_x, q_y = oracle.inner_grads(outer, y, draw)
-        q_x = sub(g_x, oracle.inner_grads(outer, y_T, draw)[0])
-        f_x, f_y = oracle.outer_grads(outer, y, oracle.draw_outer())
+        g_x, q_y = oracle.inner_grads(context, y, draw)
+        q_x = sub(g_x, oracle.inner_grads(context, y_T, draw)[0])
+        f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         square = dot(q_x, q_x) + dot(q_y, q_y)
         if self.phi == "gradient":
             phi = self.eta * square
         else:
-            gap = oracle.inner_value(outer, y, draw) - oracle.inner_value(outer, y_T, draw)
+            gap = oracle.inner_value(context, y, draw) - oracle.inner_value(context, y_T, draw)
             phi = self.eta * gap
         slope = dot(f_x, q_x) + dot(f_y, q_y)
         lam = ((phi - slope) / (square + self.epsilon)).relu()

@@ -45,10 +45,10 @@ class DARTS(InnerLoop):
         super().__post_init__()
         check_positive("epsilon", self.epsilon)
 
-    def estimate(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
-        y = self.descend(oracle, outer, state.inner)
-        f_x, f_y = oracle.outer_grads(outer, y, oracle.draw_outer())
-        j_v = difference_product(oracle, outer, y, f_y, oracle.draw_inner(), self.epsilon)
+    def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
+        y = self.descend(oracle, context, state.inner)
+        f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
+        j_v = difference_product(oracle, context, y, f_y, oracle.draw_inner(), self.epsilon)
         return Estimate(sub(f_x, j_v), None, InnerState(y), {})
 
 

@@ -85,10 +85,10 @@ class F2SA(InnerLoop):
     def tolerates_staleness(self) -> bool:
         return True
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> F2SAState:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> F2SAState:
         return F2SAState(inner, zeros_like(inner))
 
-    def estimate(self, oracle: Oracle, outer: Params, state: F2SAState) -> Estimate:
+    def estimate(self, oracle: Oracle, context: Params, state: F2SAState) -> Estimate:
         nu = 1 / decayed(self.lam, -self.lam_growth, oracle.step)
         low, above, below = 0.0, add(state.inner, state.offset), state.inner
         rate = lower_rate = self.inner_lr
@@ -102,12 +102,12 @@ class F2SA(InnerLoop):
         )
         for _ in range(self.inner_steps):
             draws = oracle.draw_inner(), oracle.draw_outer()
-            above = up.step(above, _grad_y(oracle, outer, above, nu, *draws))
-            below = down.step(below, _grad_y(oracle, outer, below, low, *draws))
+            above = up.step(above, _grad_y(oracle, context, above, nu, *draws))
+            below = down.step(below, _grad_y(oracle, context, below, low, *draws))
 
         draws = oracle.draw_inner(), oracle.draw_outer()
-        at_above = _grad_x(oracle, outer, above, nu, *draws)
-        at_below = _grad_x(oracle, outer, below, low, *draws)
+        at_above = _grad_x(oracle, context, above, nu, *draws)
+        at_below = _grad_x(oracle, context, below, low, *draws)
         h = scale(sub(at_above, at_below), 1 / (nu - low))
         inner = below if self.order == 1 else scale(add(above, below), 0.5)
         return Estimate(h, None, F2SAState(inner, sub(above, inner)), {})

@@ -55,21 +55,21 @@ class FG2U(GradientDescent):
         check_at_least("num_directions", self.num_directions, 1)
         check_choice("directions", self.directions, ("rademacher", "normal"))
 
-    def estimate(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
+    def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         y = state.inner
         directions = [
-            random_pair(oracle, outer, y, self.directions) for _ in range(self.num_directions)
+            random_pair(oracle, context, y, self.directions) for _ in range(self.num_directions)
         ]
         tangents = [z for _, z in directions]
         for _ in range(self.inner_steps):
             draw = oracle.draw_inner()
             tangents = [
-                add(z, oracle.directional(outer, y, v, z, draw), -self.inner_lr)
+                add(z, oracle.directional(context, y, v, z, draw), -self.inner_lr)
                 for (v, _), z in zip(directions, tangents, strict=True)
             ]
-            y = self.next_inner(oracle, outer, y, draw)
-        direct, right = oracle.outer_grads(outer, y, oracle.draw_outer())
-        h, start_gradient = zeros_like(outer), zeros_like(y)
+            y = self.next_inner(oracle, context, y, draw)
+        direct, right = oracle.outer_grads(context, y, oracle.draw_outer())
+        h, start_gradient = zeros_like(context), zeros_like(y)
         for (v, z_0), z in zip(directions, tangents, strict=True):
             slope = (dot(direct, v) + dot(right, z)) / self.num_directions
             h, start_gradient = add(h, scale(v, slope)), add(start_gradient, scale(z_0, slope))

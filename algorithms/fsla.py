@@ -85,24 +85,24 @@ class FSLA(SingleLoop):
     def recursive_weight(self, step: int) -> float:
         return falling_weight(self.outer_weight, self.weight_decay, step)
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> FSLAState:
-        return FSLAState(inner, zeros_like(inner), zeros_like(outer), zeros_like(outer), 0)
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> FSLAState:
+        return FSLAState(inner, zeros_like(inner), zeros_like(context), zeros_like(context), 0)
 
-    def estimate(self, oracle: Oracle, outer: Params, state: FSLAState) -> Estimate:
-        moved: FSLAState = super().estimate(oracle, outer, state).state
+    def estimate(self, oracle: Oracle, context: Params, state: FSLAState) -> Estimate:
+        moved: FSLAState = super().estimate(oracle, context, state).state
         draws = oracle.draw_outer(), oracle.draw_inner()
-        w, residual = direction(oracle, outer, moved.inner, moved.v, *draws)
+        w, residual = direction(oracle, context, moved.inner, moved.v, *draws)
         if state.age:
             old, _ = direction(oracle, state.previous_outer, state.inner, state.v, *draws)
             w = recursion(w, old, state.outer_direction, self.recursive_weight(state.age))
-        moved = FSLAState(moved.inner, moved.v, outer, w, state.age + 1)
+        moved = FSLAState(moved.inner, moved.v, context, w, state.age + 1)
         return Estimate(w, None, moved, {"adjoint_residual": residual})
 
-    def move(self, oracle: Oracle, outer: Params, state: FSLAState) -> Estimate:
+    def move(self, oracle: Oracle, context: Params, state: FSLAState) -> Estimate:
         y, v = state.inner, state.v
-        y = self.descend_once(oracle, y, oracle.inner_grad(outer, y, oracle.draw_inner()))
-        product = oracle.hvp(outer, y, v, oracle.draw_inner())
-        _, right = oracle.outer_grads(outer, y, oracle.draw_outer())
+        y = self.descend_once(oracle, y, oracle.inner_grad(context, y, oracle.draw_inner()))
+        product = oracle.hvp(context, y, v, oracle.draw_inner())
+        _, right = oracle.outer_grads(context, y, oracle.draw_outer())
         rate = decayed(self.adjoint_lr, self.adjoint_decay, oracle.step)
         moved = state._replace(inner=y, v=add(v, sub(product, right), -rate))
         return Estimate(state.outer_direction, None, moved, {})

@@ -77,28 +77,28 @@ class IMAML(InnerLoop):
         check_at_least("damping", self.damping, 0.0)
         check_within("tolerance", self.tolerance, 0, 1)
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> IMAMLState:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> IMAMLState:
         return IMAMLState(inner, inner)
 
-    def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
-        return self.descend_near(oracle, outer, inner, inner)
+    def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
+        return self.descend_near(oracle, context, inner, inner)
 
-    def descend_near(self, oracle: Oracle, outer: Params, inner: Params, start: Params) -> Params:
+    def descend_near(self, oracle: Oracle, context: Params, inner: Params, start: Params) -> Params:
         """y after inner_steps steps on g + lam |y - start|^2 / 2 from `inner`."""
         optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))
         for _ in range(self.inner_steps):
-            gradient = oracle.inner_grad(outer, inner, oracle.draw_inner())
+            gradient = oracle.inner_grad(context, inner, oracle.draw_inner())
             inner = optimizer.step(inner, add(gradient, sub(inner, start), self.lam))
         return inner
 
-    def estimate(self, oracle: Oracle, outer: Params, state: IMAMLState) -> Estimate:
-        y = self.descend_near(oracle, outer, state.inner, state.start)
-        outer_grads = oracle.outer_grads(outer, y, oracle.draw_outer())
+    def estimate(self, oracle: Oracle, context: Params, state: IMAMLState) -> Estimate:
+        y = self.descend_near(oracle, context, state.inner, state.start)
+        outer_grads = oracle.outer_grads(context, y, oracle.draw_outer())
         damping = self.lam + self.damping
-        product = hessian(oracle, outer, y, oracle.draw_inner(), damping)
+        product = hessian(oracle, context, y, oracle.draw_inner(), damping)
         v, metrics = conjugate_gradient(
             product, outer_grads[1], self.adjoint_steps, None, self.tolerance
         )
-        h, residual = implicit_gradient(oracle, outer, y, v, outer_grads, damping)
+        h, residual = implicit_gradient(oracle, context, y, v, outer_grads, damping)
         kept = IMAMLState(y, state.start)
         return Estimate(h, scale(v, self.lam), kept, {**metrics, **residual})

@@ -128,18 +128,18 @@ class ITD(Algorithm):
             RATE + name: leaf.new_full(shape(leaf), self.inner_lr) for name, leaf in inner.items()
         }
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> InnerState:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> InnerState:
         return InnerState(inner)
 
-    def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
-        context, own = split_own(outer)
+    def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
+        context, own = split_own(context)
         if self.inner_optimizer != "sgd":
             return ENGINES[self.engine](self, oracle, context, self._rates(own, inner), inner).inner
         rates = self._rates(own, inner)
         return sgd(oracle, context, inner, self.inner_steps, rates, self.momentum)
 
-    def estimate(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
-        context, own = split_own(outer)
+    def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
+        context, own = split_own(context)
         rates = self._rates(own, state.inner)
         result = ENGINES[self.engine](self, oracle, context, rates, state.inner)
         own_gradient = {

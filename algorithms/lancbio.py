@@ -96,14 +96,14 @@ class LancBiO(InnerLoop):
             m = grown
         return max(m, self.adjoint_steps)
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> LancBiOState:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> LancBiOState:
         zeros = zeros_like(inner)
         return LancBiOState(inner, zeros, zeros, zeros, empty_krylov(inner, self.subspace_cap))
 
-    def estimate(self, oracle: Oracle, outer: Params, state: LancBiOState) -> Estimate:
-        y = self.descend(oracle, outer, state.inner)
-        outer_grads = oracle.outer_grads(outer, y, oracle.draw_outer())
-        product = hessian(oracle, outer, y, oracle.draw_inner())
+    def estimate(self, oracle: Oracle, context: Params, state: LancBiOState) -> Estimate:
+        y = self.descend(oracle, context, state.inner)
+        outer_grads = oracle.outer_grads(context, y, oracle.draw_outer())
+        product = hessian(oracle, context, y, oracle.draw_inner())
         anchor, image, krylov = state.anchor, state.image, state.krylov
         steps = min(self.adjoint_steps, num_elements(y))
         if krylov.size + steps > min(self.dimension(oracle.step), num_elements(y)):
@@ -114,6 +114,6 @@ class LancBiO(InnerLoop):
             krylov = extend(krylov, product, residual)
         dv, metrics = project(krylov, residual)
         v = add(anchor, dv)
-        h, final = implicit_gradient(oracle, outer, y, v, outer_grads)
+        h, final = implicit_gradient(oracle, context, y, v, outer_grads)
         kept = LancBiOState(y, v, anchor, image, krylov)
         return Estimate(h, None, kept, {**metrics, **final})

@@ -80,47 +80,47 @@ class MEHA(SingleLoop):
     def tolerates_staleness(self) -> bool:
         return True
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> MEHAState:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> MEHAState:
         return MEHAState(inner, inner, -1)
 
-    def move(self, oracle: Oracle, outer: Params, state: MEHAState) -> Estimate:
+    def move(self, oracle: Oracle, context: Params, state: MEHAState) -> Estimate:
         y, theta = state.inner, state.theta
         if state.moved_at >= 0:
-            y = self._move_y(oracle, outer, state)
-        gradient = oracle.inner_grad(outer, theta, oracle.draw_inner())
+            y = self._move_y(oracle, context, state)
+        gradient = oracle.inner_grad(context, theta, oracle.draw_inner())
         towards_y = add(gradient, sub(theta, y), 1 / self.gamma)
-        theta = self._prox_step(oracle, outer, theta, towards_y, self.inner_lr, oracle.step)
+        theta = self._prox_step(oracle, context, theta, towards_y, self.inner_lr, oracle.step)
 
         draw = oracle.draw_inner()  # one for both, so that noise cancels in the difference
-        at_y, at_theta = (self._lower_x(oracle, outer, point, draw) for point in (y, theta))
-        f_x, _ = oracle.outer_grads(outer, y, oracle.draw_outer())
+        at_y, at_theta = (self._lower_x(oracle, context, point, draw) for point in (y, theta))
+        f_x, _ = oracle.outer_grads(context, y, oracle.draw_outer())
         h = add(sub(at_y, at_theta), f_x, 1 / self._weight(oracle.step))
         metrics = {"envelope_gap": norm(sub(y, theta)) / self.gamma}
         return Estimate(h, None, MEHAState(y, theta, oracle.step), metrics)
 
-    def _move_y(self, oracle: Oracle, outer: Params, state: MEHAState) -> Params:
+    def _move_y(self, oracle: Oracle, context: Params, state: MEHAState) -> Params:
         y = state.inner
-        _, f_y = oracle.outer_grads(outer, y, oracle.draw_outer())
-        lower_y = oracle.inner_grad(outer, y, oracle.draw_inner())
+        _, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
+        lower_y = oracle.inner_grad(context, y, oracle.draw_inner())
         gradient = add(lower_y, sub(y, state.theta), -1 / self.gamma)
         gradient = add(gradient, f_y, 1 / self._weight(state.moved_at))
-        return self._prox_step(oracle, outer, y, gradient, self.y_lr, state.moved_at)
+        return self._prox_step(oracle, context, y, gradient, self.y_lr, state.moved_at)
 
-    def _lower_x(self, oracle: Oracle, outer: Params, y: Params, draw: Draw) -> Params:
+    def _lower_x(self, oracle: Oracle, context: Params, y: Params, draw: Draw) -> Params:
         """grad_x (g + r)."""
-        return add(oracle.inner_grads(outer, y, draw)[0], oracle.nonsmooth_grad(outer, y))
+        return add(oracle.inner_grads(context, y, draw)[0], oracle.nonsmooth_grad(context, y))
 
     def _prox_step(
-        self, oracle: Oracle, outer: Params, y: Params, gradient: Params, lr: float, step: int
+        self, oracle: Oracle, context: Params, y: Params, gradient: Params, lr: float, step: int
     ) -> Params:
-        size = decayed(lr, self.inner_decay, step)
-        return oracle.prox_inner(outer, add(y, gradient, -size), size)
+        step_size = decayed(lr, self.inner_decay, step)
+        return oracle.prox_inner(context, add(y, gradient, -step_size), step_size)
 
     def _weight(self, step: int) -> float:
         return decayed(self.c, -self.c_power, step)
 
-    def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
+    def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
         for _ in range(self.inner_steps):
-            gradient = oracle.inner_grad(outer, inner, oracle.draw_inner())
-            inner = self._prox_step(oracle, outer, inner, gradient, self.inner_lr, oracle.step)
+            gradient = oracle.inner_grad(context, inner, oracle.draw_inner())
+            inner = self._prox_step(oracle, context, inner, gradient, self.inner_lr, oracle.step)
         return inner

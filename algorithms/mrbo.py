@@ -87,14 +87,14 @@ class MRBO(SingleLoop):
     def recursive_weight(self, step: int) -> float:
         return falling_weight(self.outer_weight, self.weight_decay, step)
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> MRBOState:
-        zero_x, zero_y = zeros_like(outer), zeros_like(inner)
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> MRBOState:
+        zero_x, zero_y = zeros_like(context), zeros_like(inner)
         return MRBOState(inner, zero_x, zero_y, zero_y, zero_x, 0)
 
-    def estimate(self, oracle: Oracle, outer: Params, state: MRBOState) -> Estimate:
-        moved: MRBOState = super().estimate(oracle, outer, state).state
+    def estimate(self, oracle: Oracle, context: Params, state: MRBOState) -> Estimate:
+        moved: MRBOState = super().estimate(oracle, context, state).state
         sample = self.draw_estimator(oracle)
-        new = sample(outer, moved.previous_inner)
+        new = sample(context, moved.previous_inner)
         w = new.hypergradient
         if state.age:
             old = sample(state.previous_outer, state.previous_inner).hypergradient
@@ -106,15 +106,15 @@ class MRBO(SingleLoop):
         }
         return Estimate(w, None, moved._replace(outer_direction=w), metrics)
 
-    def move(self, oracle: Oracle, outer: Params, state: MRBOState) -> Estimate:
+    def move(self, oracle: Oracle, context: Params, state: MRBOState) -> Estimate:
         draw = oracle.draw_inner()
-        u = oracle.inner_grad(outer, state.inner, draw)
+        u = oracle.inner_grad(context, state.inner, draw)
         if state.age:
             old = oracle.inner_grad(state.previous_outer, state.previous_inner, draw)
             weight = falling_weight(self.inner_weight, self.weight_decay, state.age)
             u = recursion(u, old, state.inner_direction, weight)
         w, y = state.outer_direction, self.descend_once(oracle, state.inner, u)
-        return Estimate(w, None, MRBOState(y, outer, state.inner, u, w, state.age + 1), {})
+        return Estimate(w, None, MRBOState(y, context, state.inner, u, w, state.age + 1), {})
 
     def draw_estimator(self, oracle: Oracle) -> Estimator:
         """The hypergradient estimate on draws made now."""

@@ -54,14 +54,14 @@ class NoLoopAID(SingleLoop):
         if self.adjoint_lr is not None:
             check_positive("adjoint_lr", self.adjoint_lr)
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> AdjointState:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> AdjointState:
         return AdjointState(inner, zeros_like(inner))
 
-    def move(self, oracle: Oracle, outer: Params, state: AdjointState) -> Estimate:
-        gradient = oracle.inner_grad(outer, state.inner, oracle.draw_inner())
+    def move(self, oracle: Oracle, context: Params, state: AdjointState) -> Estimate:
+        gradient = oracle.inner_grad(context, state.inner, oracle.draw_inner())
         y = self.descend_once(oracle, state.inner, gradient)
-        outer_grads = oracle.outer_grads(outer, y, oracle.draw_outer())
+        outer_grads = oracle.outer_grads(context, y, oracle.draw_outer())
         eta = decayed(adjoint_rate(self, self.adjoint_lr), self.inner_decay, oracle.step)
-        v = fixed_point(hessian(oracle, outer, y), outer_grads[1], 1, eta, state.v).v
-        h, metrics = implicit_gradient(oracle, outer, y, v, outer_grads)
+        v = fixed_point(hessian(oracle, context, y), outer_grads[1], 1, eta, state.v).v
+        h, metrics = implicit_gradient(oracle, context, y, v, outer_grads)
         return Estimate(h, None, AdjointState(y, v), metrics)

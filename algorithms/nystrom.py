@@ -55,13 +55,13 @@ class Nystrom(InnerLoop):
         check_at_least("rank", self.rank, 1)
         check_positive("damping", self.damping)
 
-    def estimate(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
-        y = self.descend(oracle, outer, state.inner)
-        outer_grads = oracle.outer_grads(outer, y, oracle.draw_outer())
+    def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
+        y = self.descend(oracle, context, state.inner)
+        outer_grads = oracle.outer_grads(context, y, oracle.draw_outer())
         columns = choose(oracle, self.rank, num_elements(y))
-        product = hessian(oracle, outer, y, oracle.draw_inner())
+        product = hessian(oracle, context, y, oracle.draw_inner())
         v, metrics = nystrom(product, outer_grads[1], columns, self.damping)
-        h, residual = implicit_gradient(oracle, outer, y, v, outer_grads, self.damping)
+        h, residual = implicit_gradient(oracle, context, y, v, outer_grads, self.damping)
         return Estimate(h, None, InnerState(y), {**metrics, **residual})
 
 

@@ -91,11 +91,11 @@ class Penalty(InnerLoop):
             if not 0 < value <= 1:
                 raise ValueError(f"{field} must be in (0, 1], got {value}")
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> PenaltyState:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> PenaltyState:
         leaf = next(iter(inner.values()))
         return PenaltyState(inner, zeros_like(inner), leaf.new_zeros(()))
 
-    def estimate(self, oracle: Oracle, outer: Params, state: PenaltyState) -> Estimate:
+    def estimate(self, oracle: Oracle, context: Params, state: PenaltyState) -> Estimate:
         y, nu, count = state
         rho, lam, eps = (
             first * factor**count
@@ -109,17 +109,17 @@ class Penalty(InnerLoop):
         optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))
         for _ in range(self.inner_steps):
             draw = oracle.draw_inner()
-            g_y = oracle.inner_grad(outer, y, draw)
-            h_w = oracle.hvp(outer, y, add(nu, g_y, rho), draw)
-            _, f_y = oracle.outer_grads(outer, y, oracle.draw_outer())
+            g_y = oracle.inner_grad(context, y, draw)
+            h_w = oracle.hvp(context, y, add(nu, g_y, rho), draw)
+            _, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
             moved = optimizer.step(y, add(add(f_y, h_w), g_y, lam))
             y = add(y, sub(moved, y), shrink)
 
         draw = oracle.draw_inner()
-        g_y = oracle.inner_grad(outer, y, draw)
+        g_y = oracle.inner_grad(context, y, draw)
         w = add(nu, g_y, rho)
-        j_w, h_w = oracle.second_order(outer, y, w, draw)
-        f_x, f_y = oracle.outer_grads(outer, y, oracle.draw_outer())
+        j_w, h_w = oracle.second_order(context, y, w, draw)
+        f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         h, low_y = add(f_x, j_w), add(add(f_y, h_w), g_y, lam)
         met = dot(h, h) + dot(low_y, low_y) < eps**2
         step = torch.where(met, rho, 0.0)

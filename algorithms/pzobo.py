@@ -53,14 +53,14 @@ class PZOBO(InnerLoop):
         check_positive("mu", self.mu)
         check_at_least("num_directions", self.num_directions, 1)
 
-    def estimate(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
+    def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         start, draws = state.inner, [oracle.draw_inner() for _ in range(self.inner_steps)]
-        y = self.descend(oracle, outer, start, draws)
-        direct, right = oracle.outer_grads(outer, y, oracle.draw_outer())
+        y = self.descend(oracle, context, start, draws)
+        direct, right = oracle.outer_grads(context, y, oracle.draw_outer())
         h, start_gradient = direct, zeros_like(y)
         for _ in range(self.num_directions):
-            u, s = random_pair(oracle, outer, start, "normal")
-            moved = self.descend(oracle, add(outer, u, self.mu), add(start, s, self.mu), draws)
+            u, s = random_pair(oracle, context, start, "normal")
+            moved = self.descend(oracle, add(context, u, self.mu), add(start, s, self.mu), draws)
             slope = dot(sub(moved, y), right) / (self.mu * self.num_directions)
             h, start_gradient = add(h, scale(u, slope)), add(start_gradient, scale(s, slope))
         return Estimate(h, start_gradient, InnerState(y), {})

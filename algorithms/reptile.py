@@ -51,16 +51,16 @@ class Reptile(Algorithm):
     def __post_init__(self) -> None:
         check_sgd(self.inner_steps, self.inner_lr, self.momentum)
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> InnerState:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> InnerState:
         return InnerState(inner)
 
-    def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
+    def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
         rates = {name: leaf.new_tensor(self.inner_lr) for name, leaf in inner.items()}
-        return sgd(oracle, outer, inner, self.inner_steps, rates, self.momentum)
+        return sgd(oracle, context, inner, self.inner_steps, rates, self.momentum)
 
-    def estimate(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
-        adapted = self.adapt(oracle, outer, state.inner)
-        return Estimate(zeros_like(outer), sub(state.inner, adapted), InnerState(adapted), {})
+    def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
+        adapted = self.adapt(oracle, context, state.inner)
+        return Estimate(zeros_like(context), sub(state.inner, adapted), InnerState(adapted), {})
 
     def check(self, problem: Problem, outer: Params, task: Task) -> None:
         depends = context_depends_on(problem, outer, task)

@@ -77,25 +77,25 @@ class SABA(SOBA):
     def tolerates_staleness(self) -> bool:
         return False
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> SABAState:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> SABAState:
         n, m = len(oracle.parts("support")), len(oracle.parts("query"))
-        zero_x, zero_y = zeros_like(outer), zeros_like(inner)
+        zero_x, zero_y = zeros_like(context), zeros_like(inner)
         y_by_support, x_by_support = stack([zero_y] * n), stack([zero_x] * n)
         y_by_query, x_by_query = stack([zero_y] * m), stack([zero_x] * m)
         return SABAState(
             inner, zero_y, y_by_support, y_by_support, x_by_support, x_by_query, y_by_query, 0
         )
 
-    def move(self, oracle: Oracle, outer: Params, state: SABAState) -> Estimate:
+    def move(self, oracle: Oracle, context: Params, state: SABAState) -> Estimate:
         if self.full_pass and state.age == 0:
-            state = self._fill(oracle, outer, state)
+            state = self._fill(oracle, context, state)
         y, v = state.inner, state.v
         support, query = oracle.parts("support"), oracle.parts("query")
         i, j = (int(oracle.uniform() * len(parts)) for parts in (support, query))
-        j_v, h_v = oracle.second_order(outer, y, v, support[i])
-        direct, right = oracle.outer_grads(outer, y, query[j])
+        j_v, h_v = oracle.second_order(context, y, v, support[i])
+        direct, right = oracle.outer_grads(context, y, query[j])
         gradient, gradients = saga(
-            oracle.inner_grad(outer, y, support[i]), state.gradients, support, i
+            oracle.inner_grad(context, y, support[i]), state.gradients, support, i
         )
         product, products = saga(h_v, state.products, support, i)
         cross, crosses = saga(j_v, state.crosses, support, i)
@@ -119,12 +119,12 @@ class SABA(SOBA):
         }
         return Estimate(sub(direct, cross), None, moved, metrics)
 
-    def _fill(self, oracle: Oracle, outer: Params, state: SABAState) -> SABAState:
+    def _fill(self, oracle: Oracle, context: Params, state: SABAState) -> SABAState:
         # The tables of H v and J v are right as they are: v is zero.
         y = state.inner
-        gradients = [oracle.inner_grad(outer, y, part) for part in oracle.parts("support")]
+        gradients = [oracle.inner_grad(context, y, part) for part in oracle.parts("support")]
         directs, rights = zip(
-            *(oracle.outer_grads(outer, y, part) for part in oracle.parts("query")), strict=True
+            *(oracle.outer_grads(context, y, part) for part in oracle.parts("query")), strict=True
         )
         return state._replace(
             gradients=stack(gradients), directs=stack(list(directs)), rights=stack(list(rights))

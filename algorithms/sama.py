@@ -73,26 +73,26 @@ class SAMA(InnerLoop):
         super().__post_init__()
         check_positive("epsilon", self.epsilon)
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> State:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> State:
         if self.inner_optimizer == "sgd":
             return InnerState(inner)
         return SAMAState(inner, Moments(zeros_like(inner), zeros_like(inner), 0))
 
-    def estimate(self, oracle: Oracle, outer: Params, state: State) -> Estimate:
+    def estimate(self, oracle: Oracle, context: Params, state: State) -> Estimate:
         slope = None
         if self.inner_optimizer == "sgd":
-            state = InnerState(self.descend(oracle, outer, state.inner))
+            state = InnerState(self.descend(oracle, context, state.inner))
         else:
             lr = decayed(self.inner_lr, self.inner_decay, oracle.step)
             for _ in range(self.inner_steps):
                 y, before = state
-                gradient = oracle.inner_grad(outer, y, oracle.draw_inner())
+                gradient = oracle.inner_grad(context, y, oracle.draw_inner())
                 state = SAMAState(*adam_step(y, before, gradient, lr))
             slope = adam_slope(before, gradient, lr)
-        f_x, f_y = oracle.outer_grads(outer, state.inner, oracle.draw_outer())
+        f_x, f_y = oracle.outer_grads(context, state.inner, oracle.draw_outer())
         v = f_y if slope is None else multiply(slope, f_y)
         draw = oracle.draw_inner()
-        j_v = difference_product(oracle, outer, state.inner, v, draw, self.epsilon)
+        j_v = difference_product(oracle, context, state.inner, v, draw, self.epsilon)
         return Estimate(sub(f_x, j_v), None, state, {})
 
 

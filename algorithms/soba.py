@@ -62,15 +62,15 @@ class SOBA(SingleLoop):
     def tolerates_staleness(self) -> bool:
         return True
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> State:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> State:
         return AdjointState(inner, zeros_like(inner))
 
-    def move(self, oracle: Oracle, outer: Params, state: State) -> Estimate:
+    def move(self, oracle: Oracle, context: Params, state: State) -> Estimate:
         y, v = state
         draw = oracle.draw_inner()
-        gradient = oracle.inner_grad(outer, y, draw)
-        j_v, h_v = oracle.second_order(outer, y, v, draw)
-        direct, right = oracle.outer_grads(outer, y, oracle.draw_outer())
+        gradient = oracle.inner_grad(context, y, draw)
+        j_v, h_v = oracle.second_order(context, y, v, draw)
+        direct, right = oracle.outer_grads(context, y, oracle.draw_outer())
         residual = sub(h_v, right)
         rate = decayed(self.adjoint_lr, self.adjoint_decay, oracle.step)
         moved = AdjointState(self.descend_once(oracle, y, gradient), add(v, residual, -rate))

@@ -147,10 +147,10 @@ class StocBiO(InnerLoop):
         super().__post_init__()
         check_chain(self.adjoint_steps, self.adjoint_lr, 0)
 
-    def estimate(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
-        y = self.descend(oracle, outer, state.inner)
+    def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
+        y = self.descend(oracle, context, state.inner)
         bundle = draw_bundle(oracle, self.adjoint_steps)
-        sample = neumann_sample(oracle, outer, y, bundle, self.adjoint_lr)
+        sample = neumann_sample(oracle, context, y, bundle, self.adjoint_lr)
         metrics = {"adjoint_residual": sample.residual}
         return Estimate(sample.hypergradient, None, InnerState(y), metrics)
 

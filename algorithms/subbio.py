@@ -59,19 +59,19 @@ class SubBiO(InnerLoop):
         check_adjoint_lr(self, self.adjoint_lr)
         check_at_least("adjoint_steps", self.adjoint_steps, 1)
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> AdjointState:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> AdjointState:
         return AdjointState(inner, zeros_like(inner))
 
-    def estimate(self, oracle: Oracle, outer: Params, state: AdjointState) -> Estimate:
-        y = self.descend(oracle, outer, state.inner)
-        outer_grads = oracle.outer_grads(outer, y, oracle.draw_outer())
+    def estimate(self, oracle: Oracle, context: Params, state: AdjointState) -> Estimate:
+        y = self.descend(oracle, context, state.inner)
+        outer_grads = oracle.outer_grads(context, y, oracle.draw_outer())
         solution = Solution(state.v, {})
         for _ in range(self.adjoint_steps):
-            step = hessian(oracle, outer, y, oracle.draw_inner())
-            matrix = hessian(oracle, outer, y, oracle.draw_inner())
+            step = hessian(oracle, context, y, oracle.draw_inner())
+            matrix = hessian(oracle, context, y, oracle.draw_inner())
             solution = self.improve(step, matrix, outer_grads[1], solution.v)
         v, metrics = solution
-        h, residual = implicit_gradient(oracle, outer, y, v, outer_grads)
+        h, residual = implicit_gradient(oracle, context, y, v, outer_grads)
         return Estimate(h, None, AdjointState(y, v), {**metrics, **residual})
 
     def improve(self, step: Product, matrix: Product, b: Params, v: Params) -> Solution:

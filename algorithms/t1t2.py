@@ -47,9 +47,9 @@ class T1T2(InnerLoop):
         super().__post_init__()
         check_positive("adjoint_lr", self.adjoint_lr)
 
-    def estimate(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
-        y = self.descend(oracle, outer, state.inner)
-        outer_grads = oracle.outer_grads(outer, y, oracle.draw_outer())
+    def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
+        y = self.descend(oracle, context, state.inner)
+        outer_grads = oracle.outer_grads(context, y, oracle.draw_outer())
         v = scale(outer_grads[1], self.adjoint_lr)
-        h, metrics = implicit_gradient(oracle, outer, y, v, outer_grads)
+        h, metrics = implicit_gradient(oracle, context, y, v, outer_grads)
         return Estimate(h, None, InnerState(y), metrics)

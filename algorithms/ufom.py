@@ -55,7 +55,7 @@ class UFOM(GradientDescent):
                 "order alone use ITD with first_order=True"
             )
 
-    def estimate(self, oracle: Oracle, outer: Params, state: InnerState) -> Estimate:
+    def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         exact = oracle.uniform() < self.exact_probability
         draws = [oracle.draw_inner() for _ in range(self.inner_steps)]
         iterates: list[Params] = []
@@ -63,12 +63,12 @@ class UFOM(GradientDescent):
         for draw in draws:
             if exact and not self.recompute:
                 iterates.append(y)
-            y = self.next_inner(oracle, outer, y, draw)
-        first_x, first_y = h, w = oracle.outer_grads(outer, y, oracle.draw_outer())
+            y = self.next_inner(oracle, context, y, draw)
+        first_x, first_y = h, w = oracle.outer_grads(context, y, oracle.draw_outer())
         if exact:
             for t in reversed(range(self.inner_steps)):
-                y_t = self._replay(oracle, outer, state.inner, draws[:t], iterates)
-                j_w, h_w = oracle.second_order(outer, y_t, w, draws[t])
+                y_t = self._replay(oracle, context, state.inner, draws[:t], iterates)
+                j_w, h_w = oracle.second_order(context, y_t, w, draws[t])
                 h, w = add(h, j_w, -self.inner_lr), add(w, h_w, -self.inner_lr)
             h = add(first_x, sub(h, first_x), 1 / self.exact_probability)
             w = add(first_y, sub(w, first_y), 1 / self.exact_probability)

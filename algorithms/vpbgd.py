@@ -85,7 +85,7 @@ class VPBGD(InnerLoop):
             )
         check_at_least("rounds", self.rounds, 1)
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> VPBGDState:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> VPBGDState:
         return VPBGDState(inner, inner)
 
     def penalty(self, step: int) -> float:
@@ -93,17 +93,17 @@ class VPBGD(InnerLoop):
         done = min(step / self.gamma_steps, 1.0) if self.gamma_steps else 1.0
         return self.gamma_init + done * (self.gamma_max - self.gamma_init)
 
-    def estimate(self, oracle: Oracle, outer: Params, state: VPBGDState) -> Estimate:
-        return repeat(self._move, self.rounds, oracle, outer, state)
+    def estimate(self, oracle: Oracle, context: Params, state: VPBGDState) -> Estimate:
+        return repeat(self._move, self.rounds, oracle, context, state)
 
-    def _move(self, oracle: Oracle, outer: Params, state: VPBGDState) -> Estimate:
+    def _move(self, oracle: Oracle, context: Params, state: VPBGDState) -> Estimate:
         gamma = self.penalty(oracle.step)
         factor = 1 / max(gamma, 1.0)
-        y, omega = state.inner, self.descend(oracle, outer, state.omega)
+        y, omega = state.inner, self.descend(oracle, context, state.omega)
         draw = oracle.draw_inner()  # one for both, so that noise cancels in the difference
-        g_x, g_y = oracle.inner_grads(outer, y, draw)
-        g_omega, _ = oracle.inner_grads(outer, omega, draw)
-        f_x, f_y = oracle.outer_grads(outer, y, oracle.draw_outer())
+        g_x, g_y = oracle.inner_grads(context, y, draw)
+        g_omega, _ = oracle.inner_grads(context, omega, draw)
+        f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         h = scale(add(f_x, sub(g_x, g_omega), gamma), factor)
         rate = factor * decayed(self.y_lr, self.inner_decay, oracle.step)
         moved = add(y, add(f_y, g_y, gamma), -rate)

@@ -72,43 +72,43 @@ class VRBO(SingleLoop):
     def recursive_weight(self, step: int) -> float:
         return 0.0 if step % self.period else 1.0
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> MRBOState:
-        zero_x, zero_y = zeros_like(outer), zeros_like(inner)
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> MRBOState:
+        zero_x, zero_y = zeros_like(context), zeros_like(inner)
         return MRBOState(inner, zero_x, zero_y, zero_y, zero_x, 0)
 
-    def estimate(self, oracle: Oracle, outer: Params, state: MRBOState) -> Estimate:
-        estimate = super().estimate(oracle, outer, state)
+    def estimate(self, oracle: Oracle, context: Params, state: MRBOState) -> Estimate:
+        estimate = super().estimate(oracle, context, state)
         moved: MRBOState = estimate.state
         if self._restarts(state):
             y = moved.inner
-            (u,) = self._whole_gradient(oracle, outer, y)
+            (u,) = self._whole_gradient(oracle, context, y)
             bundle = whole_bundle(oracle, self.adjoint_steps)
-            sample = neumann_sample(oracle, outer, y, bundle, self.adjoint_lr)
+            sample = neumann_sample(oracle, context, y, bundle, self.adjoint_lr)
             w, metrics = sample.hypergradient, {"adjoint_residual": sample.residual}
-            moved = MRBOState(y, outer, y, u, w, moved.age)
+            moved = MRBOState(y, context, y, u, w, moved.age)
             estimate = Estimate(w, None, moved, metrics)
         metrics = {**estimate.metrics, "inner_gradient_norm": norm(moved.inner_direction)}
         return estimate._replace(metrics=metrics)
 
-    def move(self, oracle: Oracle, outer: Params, state: MRBOState) -> Estimate:
+    def move(self, oracle: Oracle, context: Params, state: MRBOState) -> Estimate:
         _, x, previous, u, w, age = state
         y, metrics = state.inner, {}
         if age == 0:
-            (u,) = self._whole_gradient(oracle, outer, y)
+            (u,) = self._whole_gradient(oracle, context, y)
         else:
             draw = oracle.draw_inner()
             u = recursion(
-                oracle.inner_grad(outer, y, draw), oracle.inner_grad(x, previous, draw), u, 0.0
+                oracle.inner_grad(context, y, draw), oracle.inner_grad(x, previous, draw), u, 0.0
             )
         if not self._restarts(state):
             bundle = draw_bundle(oracle, self.adjoint_steps)
             new, old = (
                 neumann_sample(oracle, *point, bundle, self.adjoint_lr)
-                for point in ((outer, y), (x, previous))
+                for point in ((context, y), (x, previous))
             )
             w = recursion(new.hypergradient, old.hypergradient, w, 0.0)
             metrics = {"adjoint_residual": new.residual}
-        moved = MRBOState(self.descend_once(oracle, y, u), outer, y, u, w, age + 1)
+        moved = MRBOState(self.descend_once(oracle, y, u), context, y, u, w, age + 1)
         return Estimate(w, None, moved, metrics)
 
     def _restarts(self, state: MRBOState) -> bool:

@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
     """What one outer step of an algorithm gives for one task.
 
     Args:
-        hypergradient: d f / d outer, shaped like the `outer` the algorithm was given.
+        hypergradient: d f / d outer, shaped like the `context` the algorithm was given.
         start_gradient: d f / d inner at the start of adaptation, shaped like the inner variable;
             None if the algorithm treats the start as a constant.
         state: what persists; `state.inner` is the adapted inner variable.
@@ -85,18 +85,18 @@ class Algorithm(ABC):
     """Whether it can handle a lower objective with a non-smooth part (`Problem.prox_inner`)."""
 
     @abstractmethod
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> State:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> State:
         """The state before the first estimate, `inner` being where adaptation starts.
 
         Cheap: it asks the oracle for no derivative, since a kept state is read by its shapes.
         """
 
     @abstractmethod
-    def estimate(self, oracle: Oracle, outer: Params, state: State) -> Estimate:
-        """The hypergradient at `outer`, and the next state."""
+    def estimate(self, oracle: Oracle, context: Params, state: State) -> Estimate:
+        """The hypergradient at `context`, and the next state."""
 
     @abstractmethod
-    def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
+    def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
         """The adapted inner variable alone: what evaluation needs, no hypergradient."""
 
     def recursive_weight(self, step: int) -> float | None:

@@ -1,6 +1,6 @@
 """`Oracle`: the derivatives of one problem on one task's data, the only thing an algorithm calls.
 
-x is the context (`outer`), y the inner variable, g the inner and f the outer loss;
+x is the context, y the inner variable, g the inner and f the outer loss;
 H = d2g/dy2 and J = d2g/dxdy. All results are detached from x and y unless stated.
 """
 
@@ -92,8 +92,8 @@ class Oracle(Protocol):
         """J' dx + H dy: how grad_y g changes along (dx, dy). Cost: about two gradients."""
         ...
 
-    def prox_inner(self, x: Params, y: Params, size: float) -> Params:
-        """argmin_z r(x, z) + |z - y|^2 / (2 size), r being the non-smooth part of g; else y."""
+    def prox_inner(self, x: Params, y: Params, step_size: float) -> Params:
+        """argmin_z r(x, z) + |z - y|^2 / (2 step_size), r the non-smooth part of g; else y."""
         ...
 
     def nonsmooth_grad(self, x: Params, y: Params) -> Params:
@@ -254,8 +254,8 @@ class AutogradOracle(Draws):
     def directional(self, x: Params, y: Params, dx: Params, dy: Params, draw: Draw) -> Params:
         return self._derivatives.directional(x, y, dx, dy, self.batch(draw))
 
-    def prox_inner(self, x: Params, y: Params, size: float) -> Params:
-        return self._problem.prox_inner(x, y, size) if is_nonsmooth(self._problem) else y
+    def prox_inner(self, x: Params, y: Params, step_size: float) -> Params:
+        return self._problem.prox_inner(x, y, step_size) if is_nonsmooth(self._problem) else y
 
     def nonsmooth_grad(self, x: Params, y: Params) -> Params:
         if not is_nonsmooth(self._problem):
@@ -324,8 +324,8 @@ class CountingOracle:
         self.counts["directional"] += 1
         return self._oracle.directional(x, y, dx, dy, draw)
 
-    def prox_inner(self, x: Params, y: Params, size: float) -> Params:
-        return self._oracle.prox_inner(x, y, size)
+    def prox_inner(self, x: Params, y: Params, step_size: float) -> Params:
+        return self._oracle.prox_inner(x, y, step_size)
 
     def nonsmooth_grad(self, x: Params, y: Params) -> Params:
         return self._oracle.nonsmooth_grad(x, y)

@@ -23,8 +23,8 @@ from metadist.trees import Params, gradients, leaves
 class Problem(Protocol):
     """A bilevel problem; subclass it and write the abstract methods.
 
-    `outer` of `encode` and `init_inner` is the outer variable x. `outer` of the losses is what
-    `encode` returned for the task, by default x itself.
+    `outer` is the outer variable x. `context`, which the losses receive, is what `encode` returned
+    for the task: by default x itself.
     """
 
     @abstractmethod
@@ -48,22 +48,22 @@ class Problem(Protocol):
         """Where adaptation starts, differentiable in `outer`."""
 
     @abstractmethod
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         """g, shape (): the loss that adaptation lowers, on (a batch of) the support set."""
 
     @abstractmethod
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         """f, shape (): the loss of the adapted variable on (a batch of) the query set."""
 
-    def nonsmooth_loss(self, outer: Params, inner: Params) -> Tensor:
+    def nonsmooth_loss(self, context: Params, inner: Params) -> Tensor:
         """r, shape (): a part of the lower objective g + r that is not smooth in y, else 0.
 
-        Write it together with `prox_inner`; `outer` is the context, in which it is differentiable.
+        Write it together with `prox_inner`; it must be differentiable in `context`.
         """
         return torch.zeros(())
 
-    def prox_inner(self, outer: Params, inner: Params, size: float) -> Params:
-        """argmin_z r(outer, z) + |z - inner|^2 / (2 size), for algorithms that take a prox."""
+    def prox_inner(self, context: Params, inner: Params, step_size: float) -> Params:
+        """argmin_z r(context, z) + |z - inner|^2 / (2 step_size), for algorithms with a prox."""
         return inner
 
     def project_outer(self, outer: Params) -> Params:
@@ -73,12 +73,12 @@ class Problem(Protocol):
     def per_example(self, outer: Params) -> set[str]:
         """Names of outer variables whose row i is support example i's own: weights of the data.
 
-        Row i may enter the inner loss of example i only, as `outer[name][batch.index]`. Where the
+        Row i may enter the inner loss of example i only, as `context[name][batch.index]`. Where the
         data is on many workers, each is sent the rows of its own examples.
         """
         return set()
 
-    def metrics(self, outer: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, context: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
         """Further metrics on the query set, each of shape (), for example `accuracy`."""
         return {}
 

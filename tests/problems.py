@@ -64,15 +64,15 @@ class Quadratic(Problem):
     def init_inner(self, outer: Params, task: Task) -> Params:
         return {"y": self.start}
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         a, b, c = (tensor.mean(0) for tensor in batch.tensors)
         y = inner["y"]
-        return 0.5 * y @ a @ y - y @ (b @ outer["x"] + c)
+        return 0.5 * y @ a @ y - y @ (b @ context["x"] + c)
 
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         (t_QP,) = batch.tensors
         distance = (inner["y"] - t_QP).square().sum(1).mean()
-        return 0.5 * distance + 0.5 * self.rho * outer["x"] @ outer["x"]
+        return 0.5 * distance + 0.5 * self.rho * context["x"] @ context["x"]
 
 
 def quadratic_task(
@@ -145,21 +145,21 @@ class Smooth(Problem):
     def init_inner(self, outer: Params, task: Task) -> Params:
         return {"w": outer["b"].sin().sum(0), "m": outer["a"][:2].cos() * outer["b"][:, 0]}
 
-    def _predict(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        slope = inner["w"] * outer["c"] + inner["m"] @ outer["b"]
+    def _predict(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        slope = inner["w"] * context["c"] + inner["m"] @ context["b"]
         return (batch.tensors[0] @ slope).tanh()
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        fit = (self._predict(outer, inner, batch) - batch.tensors[1]).square().mean()
-        coupling = (inner["w"][0] * inner["m"][0] * outer["c"][1]).cos()
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        fit = (self._predict(context, inner, batch) - batch.tensors[1]).square().mean()
+        coupling = (inner["w"][0] * inner["m"][0] * context["c"][1]).cos()
         return fit + 0.1 * inner["w"].pow(4).sum() + 0.2 * inner["m"].square().sum() + coupling
 
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        fit = (self._predict(outer, inner, batch) - batch.tensors[1]).pow(4).mean()
-        return fit + (outer["c"] * inner["w"]).sum().sin() + outer["b"].square().mean()
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        fit = (self._predict(context, inner, batch) - batch.tensors[1]).pow(4).mean()
+        return fit + (context["c"] * inner["w"]).sum().sin() + context["b"].square().mean()
 
-    def metrics(self, outer: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
-        return {"error": (self._predict(outer, inner, batch) - batch.tensors[1]).abs().mean()}
+    def metrics(self, context: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
+        return {"error": (self._predict(context, inner, batch) - batch.tensors[1]).abs().mean()}
 
 
 def smooth_task(index: int, num_support: int = 5, num_query: int = 4) -> Task:

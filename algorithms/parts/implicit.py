@@ -13,12 +13,12 @@ from metadist.trees import Params, add, sub
 
 
 def hessian(
-    oracle: Oracle, outer: Params, inner: Params, draw: Draw | None = None, damping: float = 0.0
+    oracle: Oracle, context: Params, inner: Params, draw: Draw | None = None, damping: float = 0.0
 ) -> Product:
-    """v -> (H + damping I) v at (outer, inner), on `draw` or, if None, on a new one each time."""
+    """v -> (H + damping I) v at (context, inner), on `draw` or, if None, on a new one each time."""
 
     def product(v: Params) -> Params:
-        h_v = oracle.hvp(outer, inner, v, oracle.draw_inner() if draw is None else draw)
+        h_v = oracle.hvp(context, inner, v, oracle.draw_inner() if draw is None else draw)
         return add(h_v, v, damping) if damping else h_v
 
     return product
@@ -33,7 +33,7 @@ class AdjointState(NamedTuple):
 
 def implicit_gradient(
     oracle: Oracle,
-    outer: Params,
+    context: Params,
     inner: Params,
     v: Params,
     outer_grads: tuple[Params, Params],
@@ -43,7 +43,7 @@ def implicit_gradient(
 
     Args:
         oracle: of the task.
-        outer: x.
+        context: x.
         inner: y.
         v: the adjoint vector.
         outer_grads: (grad_x f, b = grad_y f).
@@ -52,7 +52,7 @@ def implicit_gradient(
     Cost: one product of second order, which gives J v and H v together.
     """
     along_x, b = outer_grads
-    j_v, h_v = oracle.second_order(outer, inner, v, oracle.draw_inner())
+    j_v, h_v = oracle.second_order(context, inner, v, oracle.draw_inner())
     residual = relative_residual(add(h_v, v, damping), b)
     return sub(along_x, j_v), {"adjoint_residual": residual}
 

@@ -38,7 +38,7 @@ def sgd_step(
 
 def sgd(
     oracle: Oracle,
-    outer: Params,
+    context: Params,
     inner: Params,
     num_steps: int,
     rates: Params,
@@ -47,7 +47,7 @@ def sgd(
     """y after `num_steps` steps on g, each on a fresh draw. Cost: num_steps gradients."""
     velocity = None
     for _ in range(num_steps):
-        gradient = oracle.inner_grad(outer, inner, oracle.draw_inner())
+        gradient = oracle.inner_grad(context, inner, oracle.draw_inner())
         inner, velocity = sgd_step(inner, velocity, gradient, rates, momentum)
     return inner
 
@@ -92,13 +92,13 @@ def repeat(
     move: Callable[[Oracle, Params, Any], Estimate],
     number: int,
     oracle: Oracle,
-    outer: Params,
+    context: Params,
     state: State,
 ) -> Estimate:
     """The last of `number` moves at one x, each from the state that the one before it has left."""
-    estimate = move(oracle, outer, state)
+    estimate = move(oracle, context, state)
     for _ in range(number - 1):
-        estimate = move(oracle, outer, estimate.state)
+        estimate = move(oracle, context, estimate.state)
     return estimate
 
 
@@ -117,16 +117,16 @@ class GradientDescent(Algorithm):
     def __post_init__(self) -> None:
         check_sgd(self.inner_steps, self.inner_lr, 0.0)
 
-    def next_inner(self, oracle: Oracle, outer: Params, inner: Params, draw: Draw) -> Params:
+    def next_inner(self, oracle: Oracle, context: Params, inner: Params, draw: Draw) -> Params:
         """y - inner_lr * grad_y g. Cost: one gradient."""
-        return add(inner, oracle.inner_grad(outer, inner, draw), -self.inner_lr)
+        return add(inner, oracle.inner_grad(context, inner, draw), -self.inner_lr)
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> InnerState:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> InnerState:
         return InnerState(inner)
 
-    def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
+    def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
         for _ in range(self.inner_steps):
-            inner = self.next_inner(oracle, outer, inner, oracle.draw_inner())
+            inner = self.next_inner(oracle, context, inner, oracle.draw_inner())
         return inner
 
 
@@ -163,21 +163,21 @@ class InnerLoop(Algorithm):
             )
 
     def descend(
-        self, oracle: Oracle, outer: Params, inner: Params, draws: Iterable[Draw] | None = None
+        self, oracle: Oracle, context: Params, inner: Params, draws: Iterable[Draw] | None = None
     ) -> Params:
         """y after the inner loop, on `draws` or, if None, fresh ones. Cost: T gradients."""
         optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))
         if draws is None:
             draws = (oracle.draw_inner() for _ in range(self.inner_steps))
         for draw in draws:
-            inner = optimizer.step(inner, oracle.inner_grad(outer, inner, draw))
+            inner = optimizer.step(inner, oracle.inner_grad(context, inner, draw))
         return inner
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> State:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> State:
         return InnerState(inner)
 
-    def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
-        return self.descend(oracle, outer, inner)
+    def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
+        return self.descend(oracle, context, inner)
 
 
 class InnerOptimizer:
@@ -226,15 +226,15 @@ class SingleLoop(Algorithm):
         check_within("inner_decay", self.inner_decay, 0, 1)
 
     @abstractmethod
-    def move(self, oracle: Oracle, outer: Params, state: State) -> Estimate:
+    def move(self, oracle: Oracle, context: Params, state: State) -> Estimate:
         """One step of everything, and the hypergradient that goes with it."""
 
-    def estimate(self, oracle: Oracle, outer: Params, state: State) -> Estimate:
-        return repeat(self.move, self.inner_steps, oracle, outer, state)
+    def estimate(self, oracle: Oracle, context: Params, state: State) -> Estimate:
+        return repeat(self.move, self.inner_steps, oracle, context, state)
 
-    def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
+    def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
         for _ in range(self.inner_steps):
-            gradient = oracle.inner_grad(outer, inner, oracle.draw_inner())
+            gradient = oracle.inner_grad(context, inner, oracle.draw_inner())
             inner = self.descend_once(oracle, inner, gradient)
         return inner
 

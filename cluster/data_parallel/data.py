@@ -234,7 +234,7 @@ def _row_fault(
         if not all(_equal(a, b) for a, b in zip(first, second, strict=True)):
             return (
                 f"per_example variables ({', '.join(sorted(rows))}) must enter {name} as "
-                "outer[name][batch.index] only, but rows of other examples change it (a "
+                "context[name][batch.index] only, but rows of other examples change it (a "
                 "normalisation over all of them?): leave the variable out of per_example, or "
                 "normalise within the example"
             )

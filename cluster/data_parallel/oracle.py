@@ -66,10 +66,10 @@ class ClusterOracle(Draws):
     def directional(self, x: Params, y: Params, dx: Params, dy: Params, draw: Draw) -> Params:
         return self._ask("directional", draw, x, y, dx, dy)[0]
 
-    def prox_inner(self, x: Params, y: Params, size: float) -> Params:
+    def prox_inner(self, x: Params, y: Params, step_size: float) -> Params:
         if not is_nonsmooth(self._problem):
             return y
-        moved: Params = self._rounds.later(self._problem.prox_inner, (x, y, size), y)
+        moved: Params = self._rounds.later(self._problem.prox_inner, (x, y, step_size), y)
         return moved
 
     def nonsmooth_grad(self, x: Params, y: Params) -> Params:

@@ -190,7 +190,7 @@ class Wide(Problem):
     def init_inner(self, outer: Params, task: Task) -> Params:
         return {"weight": outer["weight"]}
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         inputs, targets = batch.tensors
         return (inputs @ inner["weight"] - targets).square().mean()
 

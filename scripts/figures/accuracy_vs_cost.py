@@ -90,12 +90,12 @@ class Quadratic(Problem):
     def init_inner(self, outer: Params, task: Task) -> Params:
         return {"y": outer["x"].new_zeros(20)}
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         a, b, c = (tensor.mean(0) for tensor in batch.tensors)
         y = inner["y"]
-        return 0.5 * y @ a @ y - y @ (b @ outer["x"] + c)
+        return 0.5 * y @ a @ y - y @ (b @ context["x"] + c)
 
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         return 0.5 * (inner["y"] - batch.tensors[0].mean(0)).square().sum()
 
 
@@ -108,11 +108,11 @@ class Regularised(Problem):
     def init_inner(self, outer: Params, task: Task) -> Params:
         return {"y": torch.zeros_like(outer["x"])}
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        decay = 0.5 * (outer["x"].exp() * inner["y"].square()).sum()
-        return self.outer_loss(outer, inner, batch) + decay
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        decay = 0.5 * (context["x"].exp() * inner["y"].square()).sum()
+        return self.outer_loss(context, inner, batch) + decay
 
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         inputs, labels = batch.tensors
         return F.binary_cross_entropy_with_logits(inputs @ inner["y"], labels)
 

@@ -159,37 +159,37 @@ class FewShotProblem(Problem):
         }
         return {**head, SUPPORT: support, QUERY: query}
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        loss = self._loss(self.predict(outer, inner, batch, SUPPORT), batch.tensors[1])
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        loss = self._loss(self.predict(context, inner, batch, SUPPORT), batch.tensors[1])
         return loss + self.weight_decay / 2 * dot(inner, inner) if self.weight_decay else loss
 
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        return self._loss(self.predict(outer, inner, batch, QUERY), batch.tensors[1])
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        return self._loss(self.predict(context, inner, batch, QUERY), batch.tensors[1])
 
-    def metrics(self, outer: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, context: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
         if self.loss != "cross_entropy":
             return {}
-        hits = self.predict(outer, inner, batch, QUERY).argmax(-1) == batch.tensors[1]
+        hits = self.predict(context, inner, batch, QUERY).argmax(-1) == batch.tensors[1]
         return {"accuracy": hits.double().mean()}
 
-    def predict(self, outer: Params, inner: Params, batch: Batch, source: str = QUERY) -> Tensor:
+    def predict(self, context: Params, inner: Params, batch: Batch, source: str = QUERY) -> Tensor:
         """The model's outputs on `batch` with adapted parameters `inner`, shape (examples, ...).
 
-        `outer` is what `encode` returned; `source` says which set `batch` is from, `SUPPORT` or
+        `context` is what `encode` returned; `source` says which set `batch` is from, `SUPPORT` or
         `QUERY`.
         """
         if self._split is not None:
-            features = outer[source][batch.index]
-            shared = {n: leaf for n, leaf in outer.items() if n not in (SUPPORT, QUERY)}
+            features = context[source][batch.index]
+            shared = {n: leaf for n, leaf in context.items() if n not in (SUPPORT, QUERY)}
             return self._call(self._split.head, self._split.to_head({**shared, **inner}), features)
-        outer = dict(outer)
-        support = outer.pop(INPUTS, None)
+        context = dict(context)
+        support = context.pop(INPUTS, None)
         inputs = batch.tensors[0]
         if support is None or source == SUPPORT:
-            return self._call(self._model, {**outer, **inner}, inputs)
+            return self._call(self._model, {**context, **inner}, inputs)
         sizes = (len(support), len(inputs))
         with rows(sets=sizes):
-            out = self._call(self._model, {**outer, **inner}, torch.cat([support, inputs]))
+            out = self._call(self._model, {**context, **inner}, torch.cat([support, inputs]))
         return out[sizes[0] :]
 
     def describe(self) -> dict[str, str]:

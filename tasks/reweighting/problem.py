@@ -70,12 +70,12 @@ class ExampleWeighting(Problem):
         self._model = without_parameters(model)
 
     @abstractmethod
-    def weights(self, outer: Params, losses: Tensor, batch: Batch) -> Tensor:
+    def weights(self, context: Params, losses: Tensor, batch: Batch) -> Tensor:
         """w >= 0 of the support examples of `batch`, whose `losses` are given; (examples,)."""
 
-    def weighted(self, outer: Params, losses: Tensor, batch: Batch) -> Tensor:
+    def weighted(self, context: Params, losses: Tensor, batch: Batch) -> Tensor:
         """What of each loss goes into the inner loss: a function with derivative w in `losses`."""
-        return self.weights(outer, losses, batch) * losses
+        return self.weights(context, losses, batch) * losses
 
     def init_inner(self, outer: Params, task: Task) -> Params:
         like = next(iter(outer.values()))
@@ -91,14 +91,14 @@ class ExampleWeighting(Problem):
         inputs, labels = batch.tensors
         return F.cross_entropy(self.logits(inner, inputs), labels, reduction="none")
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        weighted = self.weighted(outer, self.losses(inner, batch), batch)
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        weighted = self.weighted(context, self.losses(inner, batch), batch)
         return weighted.mean() + self.weight_decay / 2 * dot(inner, inner)
 
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         return self.losses(inner, batch).mean()
 
-    def metrics(self, outer: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, context: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
         inputs, labels = batch.tensors
         return {"accuracy": (self.logits(inner, inputs).argmax(-1) == labels).double().mean()}
 
@@ -152,8 +152,8 @@ class HyperCleaning(ExampleWeighting):
         """Names of the outer variables that hold one entry for each support example."""
         return {"logits"}
 
-    def weights(self, outer: Params, losses: Tensor, batch: Batch) -> Tensor:
-        return outer["logits"][batch.index].sigmoid()
+    def weights(self, context: Params, losses: Tensor, batch: Batch) -> Tensor:
+        return context["logits"][batch.index].sigmoid()
 
 
 class ClassWeights(ExampleWeighting):
@@ -183,8 +183,8 @@ class ClassWeights(ExampleWeighting):
     def init_outer(self, generator: torch.Generator) -> Params:
         return {"log_weights": torch.zeros(self.num_classes)}
 
-    def weights(self, outer: Params, losses: Tensor, batch: Batch) -> Tensor:
-        return outer["log_weights"].exp()[batch.tensors[1]]
+    def weights(self, context: Params, losses: Tensor, batch: Batch) -> Tensor:
+        return context["log_weights"].exp()[batch.tensors[1]]
 
 
 class LossWeighting(ExampleWeighting):
@@ -225,17 +225,17 @@ class LossWeighting(ExampleWeighting):
             "thresholds": 4 * torch.rand(size, generator=generator),  # where cross entropies are
         }
 
-    def _slopes(self, outer: Params) -> Tensor:
-        sizes = outer["log_slopes"].exp()
+    def _slopes(self, context: Params) -> Tensor:
+        sizes = context["log_slopes"].exp()
         rising = torch.arange(len(sizes), device=sizes.device) % 2 == 1
         return torch.where(rising, sizes, -sizes)
 
-    def weights(self, outer: Params, losses: Tensor, batch: Batch) -> Tensor:
-        shifted = losses[:, None] - outer["thresholds"]
-        return (self._slopes(outer) * shifted).sigmoid() @ outer["mixture"].softmax(0)
+    def weights(self, context: Params, losses: Tensor, batch: Batch) -> Tensor:
+        shifted = losses[:, None] - context["thresholds"]
+        return (self._slopes(context) * shifted).sigmoid() @ context["mixture"].softmax(0)
 
-    def weighted(self, outer: Params, losses: Tensor, batch: Batch) -> Tensor:
-        slopes, thresholds = self._slopes(outer), outer["thresholds"]
+    def weighted(self, context: Params, losses: Tensor, batch: Batch) -> Tensor:
+        slopes, thresholds = self._slopes(context), context["thresholds"]
         upper = F.softplus(slopes * (losses[:, None] - thresholds))
         lower = F.softplus(-slopes * thresholds)
-        return ((upper - lower) / slopes) @ outer["mixture"].softmax(0)
+        return ((upper - lower) / slopes) @ context["mixture"].softmax(0)

@@ -43,15 +43,15 @@ class LancBiOSynthetic(Synthetic):
         super().__init__(size, size, start)
         self.gamma = gamma
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         (a_nP,) = batch.tensors
-        x, y = outer["x"], inner["y"]
+        x, y = context["x"], inner["y"]
         smooth = self.gamma * (x + y).sin().sum() + (x * y).logsumexp(0)
         return smooth + 0.5 * (a_nP @ y).square().mean()
 
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         c_nP, d_nP = batch.tensors
-        x, y = outer["x"], inner["y"]
+        x, y = context["x"], inner["y"]
         wave = (c_nP @ (x * y)).cos()
         return (0.1 * wave + 0.5 * (d_nP * x - y).square().sum(1)).mean()
 

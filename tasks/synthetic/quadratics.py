@@ -42,15 +42,15 @@ class Quadratics(Synthetic):
         super().__init__(num_outer, num_inner)
         self.mu = mu
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        return self._fit(outer, inner, batch) + self.mu / 2 * inner["y"].square().sum()
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        return self._fit(context, inner, batch) + self.mu / 2 * inner["y"].square().sum()
 
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        return self._fit(outer, inner, batch) + self.mu / 2 * outer["x"].square().sum()
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        return self._fit(context, inner, batch) + self.mu / 2 * context["x"].square().sum()
 
-    def _fit(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def _fit(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         u_nP, w_nL, t_n = batch.tensors
-        return 0.5 * (u_nP @ inner["y"] + w_nL @ outer["x"] - t_n).square().mean()
+        return 0.5 * (u_nP @ inner["y"] + w_nL @ context["x"] - t_n).square().mean()
 
 
 class QuadraticData(DenseTask):

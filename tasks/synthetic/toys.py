@@ -45,11 +45,11 @@ class Toy(Problem):
     def init_inner(self, outer: Params, task: Task) -> Params:
         return {"y": outer["x"].new_zeros(self.num_inner)}
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        return self.lower(outer["x"], inner["y"])
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        return self.lower(context["x"], inner["y"])
 
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        return self.upper(outer["x"], inner["y"])
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        return self.upper(context["x"], inner["y"])
 
     def solution_metrics(self, outer: Params, inner: Params) -> dict[str, float]:
         """Both losses, and how far x and y are from the solution."""
@@ -254,12 +254,12 @@ class Lasso(Toy):
     def upper(self, x: Tensor, y: Tensor) -> Tensor:
         return y.sum()
 
-    def nonsmooth_loss(self, outer: Params, inner: Params) -> Tensor:
-        return (outer["x"] * inner["y"].abs()).sum()
+    def nonsmooth_loss(self, context: Params, inner: Params) -> Tensor:
+        return (context["x"] * inner["y"].abs()).sum()
 
-    def prox_inner(self, outer: Params, inner: Params, size: float) -> Params:
+    def prox_inner(self, context: Params, inner: Params, step_size: float) -> Params:
         y = inner["y"]
-        return {"y": y.sign() * (y.abs() - size * outer["x"]).relu()}
+        return {"y": y.sign() * (y.abs() - step_size * context["x"]).relu()}
 
     def project_outer(self, outer: Params) -> Params:
         return {"x": outer["x"].clamp(0, 1)}

@@ -83,17 +83,17 @@ class TextRegularisation(Problem):
         columns, values, _ = batch.tensors
         return sparse_matmul(columns, values, inner["weight"])
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        return self.outer_loss(outer, inner, batch) + self.penalty(outer, inner)
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        return self.outer_loss(context, inner, batch) + self.penalty(context, inner)
 
-    def penalty(self, outer: Params, inner: Params) -> Tensor:
+    def penalty(self, context: Params, inner: Params) -> Tensor:
         """1/2 sum_d exp(x_d) |y_d|^2."""
         squares_D = inner["weight"].square().sum(1)
-        return 0.5 * (outer["log_strengths"].exp() * squares_D).sum()
+        return 0.5 * (context["log_strengths"].exp() * squares_D).sum()
 
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         return F.cross_entropy(self.logits(inner, batch), batch.tensors[-1])
 
-    def metrics(self, outer: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, context: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
         hits = self.logits(inner, batch).argmax(1) == batch.tensors[-1]
         return {"accuracy": hits.double().mean()}

@@ -42,17 +42,17 @@ class Directions(Problem):
     def init_inner(self, outer: Params, task: Task) -> Params:
         return {"y": outer["start"] if self.learns_start else torch.ones(2, dtype=DOUBLE)}
 
-    def _loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def _loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         inputs, targets = batch.tensors
         slope, offset = inner["y"]
-        predicted = slope * (inputs @ outer.get("w", DIRECTION)) + offset
+        predicted = slope * (inputs @ context.get("w", DIRECTION)) + offset
         return (predicted - targets).square().mean()
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        return self._loss(outer, inner, batch) + 0.05 * inner["y"].square().sum()
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        return self._loss(context, inner, batch) + 0.05 * inner["y"].square().sum()
 
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        return self._loss(outer, inner, batch)
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        return self._loss(context, inner, batch)
 
 
 class DirectionSampler:

@@ -135,13 +135,13 @@ class Degenerate(Problem):
     def init_inner(self, outer, task):
         return {"y": vector(0, 0)}
 
-    def inner_loss(self, outer, inner, batch):
+    def inner_loss(self, context, inner, batch):
         y = inner["y"][0]
-        return 0.5 * y * y - outer["x"][0] * y
+        return 0.5 * y * y - context["x"][0] * y
 
-    def outer_loss(self, outer, inner, batch):
+    def outer_loss(self, context, inner, batch):
         y = inner["y"]
-        return 0.5 * (outer["x"][0] - y[1]).square() + 0.5 * (y[0] - 1).square()
+        return 0.5 * (context["x"][0] - y[1]).square() + 0.5 * (y[0] - 1).square()
 
 
 @pytest.mark.parametrize("solver", ["cg", "fixed_point", "neumann"])

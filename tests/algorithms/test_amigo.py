@@ -76,12 +76,12 @@ class Toy(Problem):
     def init_inner(self, outer, task):
         return {"y": torch.zeros(6, dtype=DOUBLE)}
 
-    def inner_loss(self, outer, inner, batch):
+    def inner_loss(self, context, inner, batch):
         y = inner["y"]
-        return 0.5 * y @ self.a @ y + y @ (self.b @ outer["x"])
+        return 0.5 * y @ self.a @ y + y @ (self.b @ context["x"])
 
-    def outer_loss(self, outer, inner, batch):
-        return 0.5 * outer["x"] @ self.d @ outer["x"] + self.c @ inner["y"]
+    def outer_loss(self, context, inner, batch):
+        return 0.5 * context["x"] @ self.d @ context["x"] + self.c @ inner["y"]
 
 
 @pytest.mark.parametrize("solver", ["gd", "cg"])

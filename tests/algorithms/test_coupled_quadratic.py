@@ -58,11 +58,11 @@ class Coupled(Problem):
         linear = self.in_y[row] @ y + self.in_x[row] @ x
         return y @ in_yy @ y / 2 + x @ in_xx @ x / 2 + x @ in_xy @ y + linear
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        return self._value(outer["x"], inner["y"], (self.a, self.b, self.c), 0)
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        return self._value(context["x"], inner["y"], (self.a, self.b, self.c), 0)
 
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        return self._value(outer["x"], inner["y"], (self.f, self.h, self.k), 1)
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        return self._value(context["x"], inner["y"], (self.f, self.h, self.k), 1)
 
     def true_hypergradient(self, x: Tensor) -> Tensor:
         """H x + K y* + q + C w, where A w = -(F y* + K'x + p) and A y* = -(a + C'x)."""

@@ -219,11 +219,11 @@ class LinearRegression(Smooth):
     def init_inner(self, outer, task):
         return outer
 
-    def inner_loss(self, outer, inner, batch):
+    def inner_loss(self, context, inner, batch):
         return (batch.tensors[0] @ inner["w"] - batch.tensors[1]).square().mean()
 
-    def outer_loss(self, outer, inner, batch):
-        return self.inner_loss(outer, inner, batch)
+    def outer_loss(self, context, inner, batch):
+        return self.inner_loss(context, inner, batch)
 
 
 def test_first_order_maml_is_maml_exactly_where_the_hessian_annihilates_the_query_gradient():

@@ -158,12 +158,12 @@ class Synthetic(Problem):
     def init_inner(self, outer, task):
         return {"y": torch.zeros(self.size, dtype=DOUBLE)}
 
-    def outer_loss(self, outer, inner, batch):
-        x, y = outer["x"], inner["y"]
+    def outer_loss(self, context, inner, batch):
+        x, y = context["x"], inner["y"]
         return 0.1 * (x @ (self.c * y)).cos() + 0.5 * (self.d * x - y).square().sum()
 
-    def inner_loss(self, outer, inner, batch):
-        x, y = outer["x"], inner["y"]
+    def inner_loss(self, context, inner, batch):
+        x, y = context["x"], inner["y"]
         curved = self.gamma * (x + y).sin().sum() + (x * y).logsumexp(0)
         return curved + 0.5 * y @ (self.e * y) + 0.5 * y @ self.g @ y
 

@@ -79,9 +79,9 @@ def test_the_solution_s_hypergradient_is_that_of_many_steps():
 class Wrong(ITD):
     """ITD with another sign before its second derivatives."""
 
-    def estimate(self, oracle, outer, state):
-        estimate = super().estimate(oracle, outer, state)
-        direct = oracle.outer_grads(outer, estimate.state.inner, oracle.draw_outer())[0]
+    def estimate(self, oracle, context, state):
+        estimate = super().estimate(oracle, context, state)
+        direct = oracle.outer_grads(context, estimate.state.inner, oracle.draw_outer())[0]
         flipped = add(scale(direct, 2.0), estimate.hypergradient, -1.0)
         return estimate._replace(hypergradient=flipped)
 
@@ -160,9 +160,9 @@ def test_where_v_does_not_solve_its_system_a_note_says_so():
 class Noisy(ITD):
     """ITD with noise of mean 0 on its hypergradient."""
 
-    def estimate(self, oracle, outer, state):
-        estimate = super().estimate(oracle, outer, state)
-        noise = oracle.random_like(outer, "normal")
+    def estimate(self, oracle, context, state):
+        estimate = super().estimate(oracle, context, state)
+        noise = oracle.random_like(context, "normal")
         return estimate._replace(hypergradient=add(estimate.hypergradient, noise))
 
 
@@ -199,8 +199,8 @@ class Lower(Quadratic):
         super().__init__(2, 2)
         self.loss = loss
 
-    def inner_loss(self, outer, inner, batch):
-        return self.loss(outer["x"], inner["y"])
+    def inner_loss(self, context, inner, batch):
+        return self.loss(context["x"], inner["y"])
 
 
 LOWER: dict[str, tuple[Any, str]] = {
@@ -234,7 +234,7 @@ def test_a_lower_problem_without_strict_minimum_has_no_exact_hypergradient(name)
 
 
 class Nonsmooth(Quadratic):
-    def prox_inner(self, outer, inner, size):
+    def prox_inner(self, context, inner, step_size):
         return inner
 
 
@@ -266,8 +266,8 @@ class Single(Quadratic):
     def init_inner(self, outer, task):
         return {"y": outer["x"].new_zeros(4)}
 
-    def inner_loss(self, outer, inner, batch):
-        return super().inner_loss(outer, {"y": self.basis @ inner["y"]}, batch)
+    def inner_loss(self, context, inner, batch):
+        return super().inner_loss(context, {"y": self.basis @ inner["y"]}, batch)
 
 
 def test_a_problem_with_constants_in_float32_is_checked_in_float32():
@@ -287,8 +287,8 @@ def test_a_problem_with_constants_in_float32_is_checked_in_float32():
 class Exploding(ITD):
     """Fine on a new state, infinite on one that was kept."""
 
-    def estimate(self, oracle, outer, state):
-        estimate = super().estimate(oracle, outer, state)
+    def estimate(self, oracle, context, state):
+        estimate = super().estimate(oracle, context, state)
         factor = 1.0 if oracle.step == 0 else float("inf")
         return estimate._replace(hypergradient=scale(estimate.hypergradient, factor))
 

@@ -97,13 +97,13 @@ class Lossy(Smooth):
     def __init__(self, inner_loss=None, outer_loss=None):
         self.replaced = {"inner_loss": inner_loss, "outer_loss": outer_loss}
 
-    def inner_loss(self, outer, inner, batch):
-        loss = super().inner_loss(outer, inner, batch)
+    def inner_loss(self, context, inner, batch):
+        loss = super().inner_loss(context, inner, batch)
         change = self.replaced["inner_loss"]
         return change(loss) if change else loss
 
-    def outer_loss(self, outer, inner, batch):
-        loss = super().outer_loss(outer, inner, batch)
+    def outer_loss(self, context, inner, batch):
+        loss = super().outer_loss(context, inner, batch)
         change = self.replaced["outer_loss"]
         return change(loss) if change else loss
 

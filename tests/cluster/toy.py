@@ -45,7 +45,7 @@ class Regression(Problem):
     def init_inner(self, outer: Params, task: Task) -> Params:
         return {name: outer[name] for name in ("weight", "bias")}
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         inputs_SD, targets_S = batch.tensors
         return (inputs_SD @ inner["weight"] + inner["bias"] - targets_S).square().mean()
 
@@ -73,7 +73,7 @@ class Tally(Problem):
     def init_inner(self, outer: Params, task: Task) -> Params:
         return outer
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         return (batch.tensors[0] @ inner["weight"]).sum()
 
     outer_loss = inner_loss
@@ -101,16 +101,16 @@ class OneStep(Algorithm):
 
     inner_lr: float = 0.1
 
-    def init(self, oracle: Oracle, outer: Params, inner: Params) -> Adapted:
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> Adapted:
         return Adapted(inner)
 
-    def adapt(self, oracle: Oracle, outer: Params, inner: Params) -> Params:
-        return add(inner, oracle.inner_grad(outer, inner, oracle.draw_inner()), -self.inner_lr)
+    def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
+        return add(inner, oracle.inner_grad(context, inner, oracle.draw_inner()), -self.inner_lr)
 
-    def estimate(self, oracle: Oracle, outer: Params, state: Adapted) -> Estimate:
-        adapted = self.adapt(oracle, outer, state.inner)
-        gradient = oracle.outer_grads(outer, adapted, oracle.draw_outer())[1]
-        return Estimate(zeros_like(outer), gradient, Adapted(adapted), {})
+    def estimate(self, oracle: Oracle, context: Params, state: Adapted) -> Estimate:
+        adapted = self.adapt(oracle, context, state.inner)
+        gradient = oracle.outer_grads(context, adapted, oracle.draw_outer())[1]
+        return Estimate(zeros_like(context), gradient, Adapted(adapted), {})
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def test_where_the_compiler_fails_the_derivatives_run_uncompiled_with_a_warning(
 
 def test_an_error_of_the_problem_itself_is_raised_readable(monkeypatch):
     class Wrong(Smooth):
-        def inner_loss(self, outer, inner, batch):
+        def inner_loss(self, context, inner, batch):
             raise KeyError("an error of the user")
 
     monkeypatch.setattr(torch, "compile", NoCompiler())

@@ -163,10 +163,10 @@ def test_no_hypergradient_is_computed_and_no_graph_is_kept(monkeypatch, vectoriz
     seen = []
     metrics = Smooth.metrics
 
-    def look(self, outer, inner, batch):
-        leaves = (*outer.values(), *inner.values())
+    def look(self, context, inner, batch):
+        leaves = (*context.values(), *inner.values())
         seen.append(any(leaf.requires_grad or leaf.grad_fn for leaf in leaves))
-        return metrics(self, outer, inner, batch)
+        return metrics(self, context, inner, batch)
 
     monkeypatch.setattr(Smooth, "metrics", look)
     outer = {name: leaf.requires_grad_() for name, leaf in smooth_outer().items()}

@@ -221,8 +221,8 @@ def test_where_no_task_is_finite_the_total_is_zero():
 
 def test_a_finite_hypergradient_whose_numbers_overflow_when_added_is_kept():
     class Steep(Quadratic):
-        def outer_loss(self, outer, inner, batch):
-            return 1.2e308 * outer["x"].sum()
+        def outer_loss(self, context, inner, batch):
+            return 1.2e308 * context["x"].sum()
 
     problem = Steep(2, 4)
     outer = problem.init_outer(generator(0))
@@ -266,9 +266,9 @@ def test_an_algorithm_s_own_variables_are_trained_and_hidden_from_the_problem(le
             assert not any(name.startswith(OWN) for name in outer)
             return super().init_inner(outer, task)
 
-        def inner_loss(self, outer, inner, batch):
-            assert not any(name.startswith(OWN) for name in outer)
-            return super().inner_loss(outer, inner, batch)
+        def inner_loss(self, context, inner, batch):
+            assert not any(name.startswith(OWN) for name in context)
+            return super().inner_loss(context, inner, batch)
 
     problem, tasks = Watching(), [smooth_task(index) for index in range(2)]
     algorithm = ITD(inner_steps=3, inner_lr=0.2, learn_lr=learn_lr)
@@ -361,8 +361,8 @@ def test_an_algorithm_without_start_gradient_leaves_the_start_alone():
     problem = FewShotProblem(MLP(3, 2, (4,)).double(), loss="mse")
 
     class Still(ITD):
-        def estimate(self, oracle, outer, state):
-            return super().estimate(oracle, outer, state)._replace(start_gradient=None)
+        def estimate(self, oracle, context, state):
+            return super().estimate(oracle, context, state)._replace(start_gradient=None)
 
     outer = problem.init_outer(generator(0))
     result = task_hypergradients(problem, Still(), outer, [vector_task(0)])

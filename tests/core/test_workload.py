@@ -63,9 +63,9 @@ def test_tasks_are_cast_to_the_dtype_of_the_outer_variable():
     seen = []
 
     class Watching(Quadratic):
-        def inner_loss(self, outer, inner, batch):
+        def inner_loss(self, context, inner, batch):
             seen.append(batch.tensors[0].dtype)
-            return super().inner_loss(outer, inner, batch)
+            return super().inner_loss(context, inner, batch)
 
     problem = Watching(2, 4)
     problem.start = problem.start.float()

@@ -37,21 +37,21 @@ SHAPES = [{"y": (3,)}, {"w": (2, 3), "b": ()}, {"w": (4, 2, 3, 3), "v": (1,), "e
 class Loop(InnerLoop):
     """An algorithm with an inner loop and no hypergradient."""
 
-    def estimate(self, oracle, outer, state):
-        inner = self.descend(oracle, outer, state.inner)
-        return Estimate(zeros_like(outer), None, InnerState(inner), {})
+    def estimate(self, oracle, context, state):
+        inner = self.descend(oracle, context, state.inner)
+        return Estimate(zeros_like(context), None, InnerState(inner), {})
 
 
 class Single(SingleLoop):
     """An algorithm whose only move is one step of y."""
 
-    def init(self, oracle, outer, inner):
+    def init(self, oracle, context, inner):
         return InnerState(inner)
 
-    def move(self, oracle, outer, state):
-        gradient = oracle.inner_grad(outer, state.inner, oracle.draw_inner())
+    def move(self, oracle, context, state):
+        gradient = oracle.inner_grad(context, state.inner, oracle.draw_inner())
         inner = self.descend_once(oracle, state.inner, gradient)
-        return Estimate(zeros_like(outer), None, InnerState(inner), {})
+        return Estimate(zeros_like(context), None, InnerState(inner), {})
 
 
 def inner_of(shapes, seed=0):

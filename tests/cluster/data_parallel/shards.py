@@ -58,15 +58,15 @@ class Cleaning(Problem):
         inputs, targets = batch.tensors
         return inputs @ inner["slope"] + inner["offset"] - targets
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        weights = outer["weights"][batch.index].sigmoid()
-        ridge = 0.5 * outer["ridge"].exp() * inner["slope"].square().sum()
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        weights = context["weights"][batch.index].sigmoid()
+        ridge = 0.5 * context["ridge"].exp() * inner["slope"].square().sum()
         return (weights * self._residuals(inner, batch).square()).mean() + ridge
 
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
-        return self._residuals(inner, batch).square().mean() + 0.1 * outer["ridge"].square()
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        return self._residuals(inner, batch).square().mean() + 0.1 * context["ridge"].square()
 
-    def metrics(self, outer: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
+    def metrics(self, context: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
         return {"error": self._residuals(inner, batch).abs().mean()}
 
 

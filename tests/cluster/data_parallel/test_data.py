@@ -134,12 +134,12 @@ def test_rows_are_spread_among_zeros():
 
 
 class Sum(Cleaning):
-    def inner_loss(self, outer, inner, batch):
-        return super().inner_loss(outer, inner, batch) * len(batch.index)
+    def inner_loss(self, context, inner, batch):
+        return super().inner_loss(context, inner, batch) * len(batch.index)
 
 
 class Centred(Cleaning):
-    def outer_loss(self, outer, inner, batch):
+    def outer_loss(self, context, inner, batch):
         residuals = self._residuals(inner, batch)
         return (residuals - residuals.mean()).square().mean()
 
@@ -150,14 +150,14 @@ class Encoded(Cleaning):
 
 
 class Normalised(Cleaning):
-    def inner_loss(self, outer, inner, batch):
-        outer = {**outer, "weights": outer["weights"].softmax(0)}
-        return super().inner_loss(outer, inner, batch)
+    def inner_loss(self, context, inner, batch):
+        context = {**context, "weights": context["weights"].softmax(0)}
+        return super().inner_loss(context, inner, batch)
 
 
 class Penalised(Cleaning):
-    def outer_loss(self, outer, inner, batch):
-        return super().outer_loss(outer, inner, batch) + outer["weights"].square().mean()
+    def outer_loss(self, context, inner, batch):
+        return super().outer_loss(context, inner, batch) + context["weights"].square().mean()
 
 
 def fault(problem: Problem, task: Task | None = None, part: int = 1, num_parts: int = 2):
@@ -174,8 +174,8 @@ def fault(problem: Problem, task: Task | None = None, part: int = 1, num_parts: 
         (Sum(), "inner_loss must be a mean over examples (plus terms without data), but on 6"),
         (Centred(), "outer_loss must be a mean over examples"),
         (Encoded(), "encode must return outer variables as they are, got another ridge: what"),
-        (Normalised(), "per_example variables (weights) must enter inner_loss as outer[name]"),
-        (Penalised(), "per_example variables (weights) must enter outer_loss as outer[name]"),
+        (Normalised(), "per_example variables (weights) must enter inner_loss as context[name]"),
+        (Penalised(), "per_example variables (weights) must enter outer_loss as context[name]"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -110,11 +110,11 @@ def test_the_same_shards_give_the_same_bytes():
 class Lasso(Cleaning):
     """With a non-smooth part, whose weight is learned."""
 
-    def nonsmooth_loss(self, outer, inner):
-        return 0.05 * outer["ridge"].exp() * inner["slope"].abs().sum()
+    def nonsmooth_loss(self, context, inner):
+        return 0.05 * context["ridge"].exp() * inner["slope"].abs().sum()
 
-    def prox_inner(self, outer, inner, size):
-        threshold = 0.05 * size * outer["ridge"].exp()
+    def prox_inner(self, context, inner, step_size):
+        threshold = 0.05 * step_size * context["ridge"].exp()
         slope = inner["slope"]
         return {**inner, "slope": slope.sign() * (slope.abs() - threshold).relu()}
 
@@ -412,8 +412,8 @@ class Dirty(Unequal):
 
 
 class Summed(Cleaning):
-    def inner_loss(self, outer, inner, batch):
-        return super().inner_loss(outer, inner, batch) * len(batch.index)
+    def inner_loss(self, context, inner, batch):
+        return super().inner_loss(context, inner, batch) * len(batch.index)
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,10 @@ class Armed(Cleaning):
         super().__init__()
         self.folder = str(folder)
 
-    def inner_loss(self, outer, inner, batch):
+    def inner_loss(self, context, inner, batch):
         if (Path(self.folder) / "armed").exists() and bool((batch.index == PART_1).any()):
             self.strike()
-        return super().inner_loss(outer, inner, batch)
+        return super().inner_loss(context, inner, batch)
 
     @abstractmethod
     def strike(self) -> None: ...
@@ -209,10 +209,10 @@ def test_one_slow_worker_holds_up_the_others_after_so_many_steps(workers, tmp_pa
 class Uneven(Quadratic):
     """One worker takes longer than the others."""
 
-    def inner_loss(self, outer, inner, batch):
+    def inner_loss(self, context, inner, batch):
         if batch.index[0] == 0:
             time.sleep(0.02)
-        return super().inner_loss(outer, inner, batch)
+        return super().inner_loss(context, inner, batch)
 
 
 @pytest.mark.slow

@@ -29,10 +29,10 @@ class Wide(Regression):
     def init_inner(self, outer: Params, task: Task) -> Params:
         return outer
 
-    def inner_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         pull = torch.arange(self.num_idle, dtype=inner["idle"].dtype).cos() * batch.tensors[1][0]
         return (
-            super().inner_loss(outer, inner, batch) + 1e-3 * (inner["idle"] - pull).square().sum()
+            super().inner_loss(context, inner, batch) + 1e-3 * (inner["idle"] - pull).square().sum()
         )
 
     outer_loss = inner_loss
@@ -45,10 +45,10 @@ class WideDirections(Directions):
         idle = torch.ones(BLOCK + 300, dtype=torch.float64)
         return {**super().init_outer(generator), "idle": idle}
 
-    def outer_loss(self, outer: Params, inner: Params, batch: Batch) -> Tensor:
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         return (
-            super().outer_loss(outer, inner, batch)
-            + (outer["idle"] * batch.tensors[1][0]).square().mean()
+            super().outer_loss(context, inner, batch)
+            + (context["idle"] * batch.tensors[1][0]).square().mean()
         )
 
 
