@@ -23,7 +23,6 @@ from metadist.cluster.parameter_server.policies import (
     Policy,
     StalenessWeight,
     View,
-    make_policy,
 )
 
 __all__ = [
@@ -42,7 +41,6 @@ __all__ = [
     "StalenessWeight",
     "View",
     "WorkerLostError",
-    "make_policy",
     "metadist_runtime_env",
     "tune",
 ]

@@ -23,7 +23,7 @@ from metadist.cluster.actors.metrics import RunMetrics
 from metadist.cluster.actors.placement import Places, devices_of
 from metadist.cluster.actors.pool import Retry
 from metadist.cluster.actors.runtime_env import pickle_by_value
-from metadist.cluster.parameter_server.policies import BSP, Policy, make_policy
+from metadist.cluster.parameter_server.policies import BSP, Policy
 from metadist.cluster.parameter_server.scheduler import Scheduler
 from metadist.cluster.parameter_server.server import ParameterServer
 from metadist.cluster.parameter_server.supervisor import Keeper
@@ -39,7 +39,7 @@ log = logging.getLogger("metadist.cluster")
 
 
 class RayExecutor:
-    """Computes leases on Ray workers; under "bsp" to the same bytes as `LocalExecutor`.
+    """Computes leases on Ray workers; under BSP to the same bytes as `LocalExecutor`.
 
     Uses the Ray connection that this process has; otherwise see `address`.
 
@@ -54,15 +54,15 @@ class RayExecutor:
         the driver, the head the run ends, and Ray with all it started; `metadist resume` (or
                              `Trainer.restore`) goes on from the last checkpoint
 
-    Under "bsp" the result has the same bytes in each case. Under the other policies every lease
+    Under BSP the result has the same bytes in each case. Under the other policies every lease
     is in x once.
 
     Args:
         num_workers: workers, each one process that computes one lease at a time.
         min_workers: workers that make a start, the others join when their resources appear; None:
             `num_workers`. Ray's autoscaler sees those that lack as demand.
-        policy: "bsp", "ssp", "asp" or "buffered", or a `Policy`.
-        staleness, buffer_size, staleness_weight, staleness_exponent: see `make_policy`.
+        policy: When results become an outer step: `BSP()`, `SSP(staleness=2)`, `ASP()`,
+            `Buffered(size=4)` or a `Policy` of your own.
         cpus_per_worker: CPUs reserved per worker, > 0.
         gpus_per_worker: GPUs reserved per worker, also a fraction. None: one where the cluster
             has one for each of `min_workers` at the start, an equal share of one where it has
@@ -81,7 +81,7 @@ class RayExecutor:
             slow at times.
         prefetch: leases that a worker may have beside the one it computes, so that it can go on at
             once; 0: none. They are handed out when half the usual time of a lease is over. Except
-            under "bsp" they are computed at an older x.
+            under BSP they are computed at an older x.
         snapshot_every: versions of x between the states that the driver keeps in shared memory
             for the case that the server is lost; what was stepped since is computed again. One
             takes the server about half the time of a step, and the driver's node the memory of
@@ -111,11 +111,7 @@ class RayExecutor:
     def __init__(
         self,
         num_workers: int = 2,
-        policy: str | Policy = "bsp",
-        staleness: int | None = None,
-        buffer_size: int | None = None,
-        staleness_weight: str = "constant",
-        staleness_exponent: float | None = None,
+        policy: Policy = BSP(),
         cpus_per_worker: float = 1.0,
         gpus_per_worker: float | None = None,
         device: str = "auto",
@@ -146,6 +142,11 @@ class RayExecutor:
             show_worker_output,
             object_store_bytes,
         )
+        if not isinstance(policy, Policy):
+            raise ValueError(
+                "policy must be a Policy, such as BSP(), SSP(staleness=2), ASP() or "
+                f"Buffered(size=4), got {policy!r}"
+            )
         if prefetch < 0:
             raise ValueError(f"prefetch must be >= 0, got {prefetch}")
         for field, value in (("snapshot_every", snapshot_every), ("num_shards", num_shards)):
@@ -167,9 +168,7 @@ class RayExecutor:
             )
         self._transport = Transport(transport, on_gpu=gpus_per_server > 0)
         self._gpus_per_server = gpus_per_server
-        self._policy = make_policy(
-            policy, staleness, buffer_size, staleness_weight, staleness_exponent
-        )
+        self._policy = policy
         self._retry = Retry(
             max_losses=max_losses, lease_s=lease_timeout_s, backup_factor=backup_factor
         )
@@ -188,22 +187,23 @@ class RayExecutor:
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         """See `Executor`; started again, it keeps its processes and sets them up anew."""
-        if isinstance(self._policy, BSP) and self._num_workers > workload.leases_per_step:
+        if self._policy.is_synchronous and self._num_workers > workload.leases_per_step:
             raise ValueError(
-                f"num_workers must be <= {workload.leases_per_step} with policy='bsp', as many as "
-                f"an outer step has leases (meta_batch_size={workload.meta_batch_size} / "
+                f"num_workers must be <= {workload.leases_per_step} with policy="
+                f"{str(self._policy)!r}, as many as an outer step has leases "
+                f"(meta_batch_size={workload.meta_batch_size} / "
                 f"tasks_per_lease={workload.tasks_per_lease}), got {self._num_workers}: the "
                 "others would never work; lower tasks_per_lease"
             )
-        if workload.must_be_synchronous and not isinstance(self._policy, BSP):
+        if workload.must_be_synchronous and not self._policy.is_synchronous:
             why = (
                 "keep_state=True"
                 if workload.keep_state
                 else f"the two-point method {type(workload.algorithm).__name__}"
             )
             raise ValueError(
-                f"policy must be 'bsp' with {why}, got {str(self._policy)!r}: every step needs "
-                "what the step before it left"
+                f"policy must be synchronous, as BSP() is, with {why}, got {str(self._policy)!r}: "
+                "every step needs what the step before it left"
             )
         self._spec = OuterSpec.of(state.outer)
         self._bounds = shard_bounds(self._spec.num_elements, self._num_shards)

@@ -72,9 +72,18 @@ class Ledger:
         """Lease id -> weight of the leases to apply now as one outer step; empty: none."""
         if self.version >= self._until_version:
             return {}
+        leases = self._policy.leases_to_apply(self._view)
+        if leases and self._policy.is_synchronous:
+            versions = [self.arrived[lease_id] for lease_id in leases]
+            if versions != [self.version] * self._leases_per_step:
+                raise ValueError(
+                    f"policy {self._policy} must apply {self._leases_per_step} leases of version "
+                    f"{self.version} together, as it says is_synchronous, got {len(leases)} of the "
+                    f"versions {sorted(set(versions))}: leave is_synchronous out"
+                )
         return {
             lease_id: self._policy.weight(self.version - self.arrived[lease_id])
-            for lease_id in self._policy.leases_to_apply(self._view)
+            for lease_id in leases
         }
 
     def apply(self, lease_ids: Collection[int], version: int) -> None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
-PolicyName = Literal["bsp", "ssp", "asp", "buffered"]
 WeightName = Literal["constant", "inverse", "polynomial"]
 
 
@@ -19,10 +18,10 @@ class View(NamedTuple):
     """What a policy decides on.
 
     Args:
-        version: of x now.
-        in_flight: lease id -> version, of the leases that workers compute.
-        arrived: lease id -> version, of the results that wait, in order of arrival.
-        leases_per_step: leases in a meta-batch.
+        version: The current version of x.
+        in_flight: The leases that workers compute: lease id -> version.
+        arrived: The results that wait, in order of arrival: lease id -> version.
+        leases_per_step: The number of leases in a meta-batch.
     """
 
     version: int
@@ -36,24 +35,28 @@ class StalenessWeight:
     """How much a result counts that was computed `tau` versions ago.
 
     Args:
-        name: "constant" 1, "inverse" 1 / (1 + tau), "polynomial" (1 + tau) ** -exponent.
-        exponent: of "polynomial" only, > 0, default 0.5.
+        name: The factor: "constant" is 1, "inverse" is 1 / (1 + tau), "polynomial" is
+            (1 + tau) ** -exponent.
+        exponent: The exponent of "polynomial", > 0; None: 0.5.
     """
 
     name: WeightName = "constant"
     exponent: float | None = None
 
     def __post_init__(self) -> None:
-        names = ("constant", "inverse", "polynomial")
-        if self.name not in names:
-            raise ValueError(f"staleness_weight must be one of {names}, got {self.name!r}")
+        if self.name not in get_args(WeightName):
+            raise ValueError(
+                f"staleness_weight.name must be one of {get_args(WeightName)}, got {self.name!r}"
+            )
         if self.exponent is not None and self.name != "polynomial":
             raise ValueError(
-                "staleness_exponent must be left out unless staleness_weight='polynomial', "
-                f"got {self.exponent} with {self.name!r}"
+                "staleness_weight.exponent must be left out unless staleness_weight.name is "
+                f"'polynomial', got {self.exponent} with {self.name!r}"
             )
         if self.exponent is not None and not 0 < self.exponent < float("inf"):
-            raise ValueError(f"staleness_exponent must be > 0 and finite, got {self.exponent}")
+            raise ValueError(
+                f"staleness_weight.exponent must be > 0 and finite, got {self.exponent}"
+            )
 
     def __call__(self, tau: int) -> float:
         """The factor, in (0, 1]."""
@@ -74,6 +77,12 @@ CONSTANT = StalenessWeight()
 
 class Policy(ABC):
     """When to step and when to hand out; subclass it as a frozen dataclass."""
+
+    is_synchronous: ClassVar[bool] = False
+    """Whether every step applies one whole meta-batch, all of it computed at the current x.
+
+    Kept states and two-point methods need that.
+    """
 
     @abstractmethod
     def leases_to_apply(self, view: View) -> tuple[int, ...]:
@@ -96,6 +105,8 @@ class Policy(ABC):
 class BSP(Policy):
     """Bulk synchronous: a meta-batch at one version, applied together when all have arrived."""
 
+    is_synchronous: ClassVar[bool] = True
+
     def leases_to_apply(self, view: View) -> tuple[int, ...]:
         return tuple(view.arrived) if len(view.arrived) == view.leases_per_step else ()
 
@@ -111,7 +122,11 @@ class BSP(Policy):
 
 @dataclass(frozen=True)
 class ASP(Policy):
-    """Asynchronous: every lease that arrives is an outer step of its own, at once."""
+    """Asynchronous: every lease that arrives is an outer step of its own, at once.
+
+    Args:
+        staleness_weight: How much a stale result counts.
+    """
 
     staleness_weight: StalenessWeight = CONSTANT
 
@@ -136,6 +151,10 @@ class SSP(Policy):
     meanwhile. When the slow lease has come, the results that would not survive another version
     are applied together, as one step. So `staleness=0` is a barrier over the workers.
     Never stuck: results are held only while a lease is in flight, which arrives or is lost.
+
+    Args:
+        staleness: The number of versions a result may be old, >= 0.
+        staleness_weight: How much a stale result counts.
     """
 
     staleness: int
@@ -143,7 +162,7 @@ class SSP(Policy):
 
     def __post_init__(self) -> None:
         if self.staleness < 0:
-            raise ValueError(f"staleness must be >= 0 with policy='ssp', got {self.staleness}")
+            raise ValueError(f"staleness of SSP must be >= 0, got {self.staleness}")
 
     def leases_to_apply(self, view: View) -> tuple[int, ...]:
         oldest_allowed = view.version + 1 - self.staleness
@@ -165,14 +184,19 @@ class SSP(Policy):
 
 @dataclass(frozen=True)
 class Buffered(Policy):
-    """Every `size` results that arrive are one outer step; workers never wait."""
+    """Every `size` results that arrive are one outer step; workers never wait.
+
+    Args:
+        size: The number of results in an outer step, >= 1.
+        staleness_weight: How much a stale result counts.
+    """
 
     size: int
     staleness_weight: StalenessWeight = CONSTANT
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"buffer_size must be >= 1 with policy='buffered', got {self.size}")
+            raise ValueError(f"size of Buffered must be >= 1, got {self.size}")
 
     def leases_to_apply(self, view: View) -> tuple[int, ...]:
         return tuple(view.arrived)[: self.size] if len(view.arrived) >= self.size else ()
@@ -188,63 +212,3 @@ class Buffered(Policy):
 
     def __str__(self) -> str:
         return f"buffered(size={self.size}, staleness_weight={self.staleness_weight})"
-
-
-def make_policy(
-    name: str | Policy,
-    staleness: int | None = None,
-    buffer_size: int | None = None,
-    staleness_weight: str = "constant",
-    staleness_exponent: float | None = None,
-) -> Policy:
-    """The policy of that name; ValueError for an option it lacks or does not use.
-
-    Args:
-        name: "bsp", "ssp", "asp" or "buffered"; or a Policy, which is returned as it is.
-        staleness: versions a result may be old, >= 0; of "ssp" only, and needed there.
-        buffer_size: results per outer step, >= 1; of "buffered" only, and needed there.
-        staleness_weight: "constant", "inverse" or "polynomial"; of all but "bsp".
-        staleness_exponent: > 0, default 0.5; of "polynomial" only.
-    """
-    if isinstance(name, Policy):
-        given = (staleness, buffer_size, staleness_exponent)
-        if any(value is not None for value in given) or staleness_weight != "constant":
-            raise ValueError(
-                "staleness, buffer_size, staleness_weight and staleness_exponent must be set in "
-                f"the policy object itself, got policy={name} and such an option beside it"
-            )
-        return name
-    if name not in ("bsp", "ssp", "asp", "buffered"):
-        raise ValueError(
-            f"policy must be 'bsp', 'ssp', 'asp' or 'buffered' (or a Policy), got {name!r}"
-        )
-    _check_used(name, "staleness", staleness, "ssp")
-    _check_used(name, "buffer_size", buffer_size, "buffered")
-    # Made before the check of bsp, so that a wrong value is reported as such.
-    weight = StalenessWeight(staleness_weight, staleness_exponent)  # type: ignore[arg-type]
-    if name == "bsp":
-        if weight != CONSTANT:
-            raise ValueError(
-                "staleness_weight must be 'constant' with policy='bsp', where nothing is stale, "
-                f"got {staleness_weight!r}: leave it out, or use 'ssp', 'asp' or 'buffered'"
-            )
-        return BSP()
-    if name == "ssp":
-        return SSP(_needed(name, "staleness", staleness), weight)
-    if name == "buffered":
-        return Buffered(_needed(name, "buffer_size", buffer_size), weight)
-    return ASP(weight)
-
-
-def _check_used(policy: str, option: str, value: int | None, user: str) -> None:
-    if value is not None and policy != user:
-        raise ValueError(
-            f"{option} must be left out with policy={policy!r}, got {value}: "
-            f"only policy={user!r} uses it"
-        )
-
-
-def _needed(policy: str, option: str, value: int | None) -> int:
-    if value is None:
-        raise ValueError(f"{option} must be given with policy={policy!r}, got None")
-    return value

@@ -16,6 +16,10 @@ NAMES = {
     "local": "metadist.executor.LocalExecutor",
     "ray": "metadist.cluster.RayExecutor",
     "data_parallel": "metadist.cluster.DataParallelExecutor",
+    "bsp": "metadist.cluster.BSP",
+    "ssp": "metadist.cluster.SSP",
+    "asp": "metadist.cluster.ASP",
+    "buffered": "metadist.cluster.Buffered",
     "few_shot": "metadist.tasks.FewShotProblem",
     "conv4": "metadist.models.Conv4",
     "resnet12": "metadist.models.ResNet12",
@@ -74,18 +78,21 @@ ProblemBase: Any = _any_with("Problem", "init_outer", "init_inner", "inner_loss"
 
 ExecutorBase: Any = _any_with("Executor", "start", "run", "state", "close")
 
+PolicyBase: Any = _any_with("Policy", "leases_to_apply", "may_issue")
+
 KINDS: dict[str, tuple[type, str]] = {
     "algorithms": (Algorithm, "--algorithm"),
     "problems": (ProblemBase, "--problem"),
     "models": (torch.nn.Module, "--problem.model"),
     "samplers": (SamplerBase, "--sampler"),
     "executors": (ExecutorBase, "--executor"),
+    "policies": (PolicyBase, "--executor.policy"),
 }
 """What has short names: its base class and its option."""
 
 SAMPLERS = ("sampler", "val_sampler", "test_sampler")
 
-CLASS_OPTIONS = (*SAMPLERS, "problem", "algorithm", "executor", "model")
+CLASS_OPTIONS = (*SAMPLERS, "problem", "algorithm", "executor", "policy", "model")
 
 
 def named(kind: str) -> dict[str, type]:

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from metadist import OuterOptimizer, Trainer
 from metadist.algorithms import ITD
-from metadist.cluster import RayExecutor
+from metadist.cluster import ASP, BSP, Policy, RayExecutor
 from metadist.executor import StepReport
 from metadist.models import MLP
 from metadist.tasks import FewShotProblem, Sinusoid
@@ -44,6 +44,8 @@ ROLES = {
 
 OURS = ("driver", "workers", "server", "object store")
 """Must not grow. Ray's own processes are shown beside them."""
+
+POLICIES: dict[str, Policy] = {"bsp": BSP(), "asp": ASP()}
 
 Sample = Mapping[str, float]
 """MiB by role."""
@@ -126,7 +128,7 @@ def soak(num_leases: int, policy: str, run_dir: str) -> list[tuple[int, Sample]]
     leases_per_step = LEASES_PER_STEP if policy == "bsp" else 1
     num_steps = num_leases // leases_per_step
     executor = Sampled(
-        max(1, num_steps // NUM_SAMPLES), num_workers=2, policy=policy, address="local"
+        max(1, num_steps // NUM_SAMPLES), num_workers=2, policy=POLICIES[policy], address="local"
     )
     trainer = Trainer(
         FewShotProblem(MLP(hidden=(256, 256)), loss="mse"),  # 260 kB: it goes through the store
@@ -163,7 +165,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--leases", type=int, default=20_000)
-    parser.add_argument("--policy", choices=("bsp", "asp"), default="bsp")
+    parser.add_argument("--policy", choices=tuple(POLICIES), default="bsp")
     parser.add_argument("--tolerance_mib", type=float, default=8.0, help="of each (8)")
     options = parser.parse_args()
     logging.disable(logging.INFO)

@@ -150,8 +150,20 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         r"test_split must not be given beside test_sampler, got 'test'",
     ),
     "staleness with bsp": (
-        train("--executor ray --executor.staleness 2"),
-        r"staleness must be left out with policy='bsp'",
+        train("--executor ray --executor.policy bsp --executor.policy.staleness 2"),
+        r'(?s)"policy":\n.*BSP.*:\n.*staleness',
+    ),
+    "ssp without staleness": (
+        train("--executor ray --executor.policy ssp"),
+        r'(?s)"policy":\n.*SSP.*:\n.*required: staleness',
+    ),
+    "negative staleness": (
+        train("--executor ray --executor.policy ssp --executor.policy.staleness -1"),
+        r"staleness of SSP must be >= 0, got -1",
+    ),
+    "policy that is none": (
+        train("--executor ray --executor.policy sync"),
+        r'(?s)"policy":\n.*sync',
     ),
     "more workers than leases": (
         train("--executor ray --executor.num_workers 9"),

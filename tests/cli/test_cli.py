@@ -415,6 +415,7 @@ def test_list_names_everything_that_has_a_short_name(cli):
     assert "glyphs A sampler of N-way K-shot tasks" in flat(cli.good("list", "samplers"))
     assert "conv4 Four blocks" in flat(cli.good("list", "models"))
     assert "local " in cli.good("list", "executors")
+    assert "ssp Stale synchronous" in flat(cli.good("list", "policies"))
 
 
 @pytest.mark.parametrize("width", [80, 200])

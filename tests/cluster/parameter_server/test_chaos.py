@@ -14,6 +14,7 @@ import ray
 import torch
 from ray import exceptions
 
+from metadist.cluster import ASP, SSP, Buffered
 from metadist.executor import StepReport
 from metadist.outer import OuterOptimizer
 from tests.algorithms.directions import run_in_one_process, with_what_a_step_leaves
@@ -154,16 +155,13 @@ def test_a_run_that_needs_the_step_before_ends_with_the_same_bytes(executor, nam
     assert chaos.kills.total() == 8
 
 
-SSP = {"policy": "ssp", "staleness": 3}
-
-
 @pytest.mark.parametrize(
     ("options", "num_kills", "until"),
     [
-        pytest.param(SSP, 4, 40, marks=pytest.mark.slow),
-        pytest.param(SSP, 24, 150, marks=pytest.mark.slow),
-        pytest.param({"policy": "asp"}, 4, 100, marks=pytest.mark.slow),
-        pytest.param({"policy": "buffered", "buffer_size": 2}, 12, 100, marks=pytest.mark.slow),
+        pytest.param({"policy": SSP(3)}, 4, 40, marks=pytest.mark.slow),
+        pytest.param({"policy": SSP(3)}, 24, 150, marks=pytest.mark.slow),
+        pytest.param({"policy": ASP()}, 4, 100, marks=pytest.mark.slow),
+        pytest.param({"policy": Buffered(2)}, 12, 100, marks=pytest.mark.slow),
     ],
     ids=["ssp", "ssp long", "asp", "buffered"],
 )
@@ -179,8 +177,8 @@ def test_without_a_barrier_every_lease_is_in_x_exactly_once(executor, options, n
     counts = torch.zeros(512)
     for report in reports:
         assert report.step.repeated == ()
-        if options is SSP:
-            assert max(report.step.staleness) <= SSP["staleness"]
+        if isinstance(options["policy"], SSP):
+            assert max(report.step.staleness) <= 3
         for lease_id in report.step.applied:
             assert counts[lease_id] == 0
             counts[lease_id] = 1.0 / len(report.step.applied)

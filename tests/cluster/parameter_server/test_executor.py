@@ -13,7 +13,15 @@ import ray
 import torch
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
-from metadist.cluster import Buffered, LeaseError, RayExecutor, ResourcesError
+from metadist.cluster import (
+    ASP,
+    SSP,
+    Buffered,
+    LeaseError,
+    RayExecutor,
+    ResourcesError,
+    StalenessWeight,
+)
 from metadist.cluster.actors.connection import _sigterm_kept, reserve
 from metadist.outer import OuterOptimizer
 from tests.cluster.toy import (
@@ -160,8 +168,8 @@ def test_an_error_in_user_code_ends_the_run_with_its_traceback(executor):
     ("options", "num_leases"),
     [
         pytest.param({"policy": Buffered(3)}, 48, marks=pytest.mark.slow),
-        ({"policy": "ssp", "staleness": 2}, None),
-        pytest.param({"policy": "asp", "staleness_weight": "inverse"}, 16, marks=pytest.mark.slow),
+        ({"policy": SSP(staleness=2)}, None),
+        pytest.param({"policy": ASP(StalenessWeight("inverse"))}, 16, marks=pytest.mark.slow),
     ],
 )
 def test_asynchronous_policies_apply_each_lease_once(executor, tmp_path, options, num_leases):
@@ -178,16 +186,16 @@ def test_asynchronous_policies_apply_each_lease_once(executor, tmp_path, options
     assert (state.version, state.applied_below, state.applied) == (16, len(applied), ())
     staleness = [tau for report in reports for tau in report.step.staleness]
     # How old they get is a matter of who is slow when; the bound is not.
-    if options["policy"] == "ssp":
+    if isinstance(options["policy"], SSP):
         assert max(staleness) <= 2
-    if options["policy"] == "asp":  # all workers began at the same version
+    if isinstance(options["policy"], ASP):  # all workers began at the same version
         assert max(staleness) > 0
     assert running.describe()["policy"].startswith(str(options["policy"]).partition("(")[0])
     assert running.describe()["device"].startswith("2 x cpu on ")
 
 
 def test_asynchronous_runs_go_on_from_any_state(executor):
-    running = executor(policy="asp", staleness_weight="inverse")
+    running = executor(policy=ASP(StalenessWeight("inverse")))
     for _ in itertools.islice(running.run(20), 5):
         pass
     state = running.state()
@@ -257,7 +265,7 @@ def test_gpus_that_do_not_exist_are_reported(executor):
         ({"device": "cuda:1"}, "device must be 'auto', 'cpu' or 'cuda' .* got 'cuda:1'"),
         ({"device": "cuda", "gpus_per_worker": 0}, "gpus_per_worker must be > 0 or None"),
         ({"start_timeout_s": 0}, "start_timeout_s must be > 0, got 0"),
-        ({"policy": "bsp", "staleness": 1}, "staleness must be left out with policy='bsp'"),
+        ({"policy": "ssp"}, "policy must be a Policy, such as .*, got 'ssp'"),
         ({"max_losses": 0}, "max_losses must be >= 1, got 0"),
         ({"lease_timeout_s": 0.0}, "lease_timeout_s must be > 0"),
         ({"backup_factor": 0.5}, "backup_factor must be >= 1 or None .* got 0.5"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -113,3 +114,23 @@ def test_weights_follow_the_staleness():
     ledger.apply([0], 1)
     ledger.arrive(1)
     assert ledger.next_step() == {1: 0.5}
+
+
+@pytest.mark.parametrize(
+    ("leases_per_step", "message"),
+    [(2, r"must apply 2 leases of version 0 together, .*, got 1 of the versions \[0\]"), (1, None)],
+)
+def test_a_policy_that_is_not_as_synchronous_as_it_says_is_refused(leases_per_step, message):
+    class Hasty(ASP):
+        is_synchronous = True
+
+    ledger = Ledger(Hasty(), leases_per_step, 0, 0, (), until_version=3)
+    ledger.issue()
+    ledger.issue()
+    ledger.arrive(0)
+    if message is None:
+        ledger.apply(ledger.next_step(), 1)
+        ledger.arrive(1)
+        message = r"must apply 1 leases of version 1 together, .*, got 1 of the versions \[0\]"
+    with pytest.raises(ValueError, match=message):
+        ledger.next_step()
