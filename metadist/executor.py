@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable, StepResult
+from metadist.task import TaskSampler
 from metadist.trees import Params
 from metadist.workload import LeaseResult, Workload, intra_op_threads, pick_device
 
@@ -41,7 +42,18 @@ class StepReport(NamedTuple):
 
 
 class Executor(Protocol):
-    """Runs outer steps: hands out leases, applies their sums to the outer variable."""
+    """Runs outer steps: hands out leases, applies their sums to the outer variable.
+
+    Derive from it: `probe` has a body, the other methods have none.
+    """
+
+    def probe(self, sampler: TaskSampler) -> TaskSampler:
+        """The sampler that is checked before a run; `sampler` itself, or parts of its tasks.
+
+        An executor whose workers read a part of a task each returns a sampler of such parts, so
+        that no machine needs to hold all data.
+        """
+        return sampler
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         """Make ready to continue from `state`; raises before any work if it cannot run."""
@@ -76,7 +88,7 @@ class Executor(Protocol):
         ...
 
 
-class LocalExecutor:
+class LocalExecutor(Executor):
     """Computes the leases one after another in this process, synchronously.
 
     Args:

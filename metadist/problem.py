@@ -82,6 +82,10 @@ class Problem(Protocol):
         """Further metrics on the query set, each of shape (), for example `accuracy`."""
         return {}
 
+    def solution_metrics(self, outer: Params, inner: Params) -> dict[str, float]:
+        """Metrics of a solution that need no data, for example the distance to a known one."""
+        return {}
+
     def describe(self) -> dict[str, str]:
         """What a reader of a result must know to repeat it, for example the batch-norm policy."""
         return {}

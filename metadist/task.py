@@ -1,14 +1,29 @@
 """Tasks: what a sampler gives and an algorithm adapts to.
 
+A class with a method `sample` is a sampler (`TaskSampler`). What else a sampler may offer is
+declared below, one protocol for each member; the code asks for it with `isinstance`:
+
+    FixedSet       num_tasks         every step of the Trainer has these tasks and keeps states
+    Shardable      shard             workers read their part of a task without the rest of it
+    Labelled       num_classes       the last tensor of a batch may be labels
+    NamedClasses   class_names       two splits can be checked for a class that is in both
+    Measured       solution_metrics  solutions are also judged on data that only the sampler has
+
 Shape letters: S support examples, Q query examples, B tasks.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from metadist.trees import Params
+
+if TYPE_CHECKING:
+    from metadist.problem import Problem
 
 
 class Batch(NamedTuple):
@@ -63,6 +78,54 @@ class TaskSampler(Protocol):
 
     def sample(self, index: int) -> Task:
         """The task number `index`, index >= 0."""
+        ...
+
+
+@runtime_checkable
+class FixedSet(TaskSampler, Protocol):
+    """A sampler of a fixed set of tasks, which have the indices 0 .. num_tasks-1."""
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks there are."""
+        ...
+
+
+@runtime_checkable
+class Shardable(TaskSampler, Protocol):
+    """A sampler that can give a part of a task without reading all its data."""
+
+    def shard(self, index: int, part: int, num_parts: int) -> Task:
+        """Shard `part` of `num_parts` of a task; `Batch.index` are positions in the full sets."""
+        ...
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """A sampler whose last tensor of a batch, where it is int64 of shape (n,), holds classes."""
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        ...
+
+
+@runtime_checkable
+class NamedClasses(Protocol):
+    """A sampler that names the classes it draws from."""
+
+    @property
+    def class_names(self) -> Iterable[str]:
+        """The name of each class, the same in every split."""
+        ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A sampler that can judge solutions of its task 0, for example on test data."""
+
+    def solution_metrics(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
+        """Metrics of the solution (outer, inner) by name."""
         ...
 
 

@@ -149,9 +149,7 @@ class Trainer:
         if eval_inner_steps is not None:
             with_inner_steps(algorithm, eval_inner_steps)
         self._executor = executor or LocalExecutor()
-        # Nobody needs to hold all data of a task that is cut into shards.
-        probe: Callable[[TaskSampler], TaskSampler] | None = getattr(self._executor, "probe", None)
-        self._probe = sampler if probe is None else probe(sampler)
+        self._probe = self._executor.probe(sampler)
         for source in (self._probe, val_sampler):
             if source is not None:
                 check_sampler(source, 2, processes=False, allow_equal_examples=allow_equal_examples)
@@ -198,7 +196,7 @@ class Trainer:
         self._events = EventLog(None if self.run_dir is None else self.run_dir / EVENTS)
         probed = replace(self._workload, sampler=self._probe)
         outer = initial_outer(problem, probed, seed)
-        preflight(probed, outer)
+        preflight(probed, outer, is_whole=self._probe is sampler)
         if val_sampler is not None:
             check_losses(problem, val_sampler, outer, "val_sampler")
         # What must not change between the parts of one run, as a checkpoint gives it back.

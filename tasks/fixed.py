@@ -31,11 +31,13 @@ class FixedTasks:
         """The task at `index`, modulo their number."""
         return self.tasks[index % len(self.tasks)]._replace(id=index)
 
-    def __len__(self) -> int:
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks there are."""
         return len(self.tasks)
 
     def __repr__(self) -> str:
-        return f"FixedTasks({len(self)} tasks)"
+        return f"FixedTasks({self.num_tasks} tasks)"
 
 
 class OneTask:
@@ -47,6 +49,8 @@ class OneTask:
         support: training data, all of it.
         query: validation data, all of it.
     """
+
+    num_tasks = 1
 
     def __init__(self, support: Batch, query: Batch) -> None:
         self.support = support

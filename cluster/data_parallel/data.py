@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metadist.oracle import SOURCES, AutogradOracle, Draw, Source
 from metadist.problem import Problem, per_example_names
-from metadist.task import Batch, Task, TaskSampler
+from metadist.task import Batch, Labelled, Shardable, Task, TaskSampler
 from metadist.trees import Params, gradients, leaves
 
 
@@ -41,11 +41,29 @@ def sample_shard(sampler: TaskSampler, part: int, num_parts: int) -> Task:
     By `sampler.shard(index, part, num_parts)` where the sampler has such a method, which need not
     read all data; else the whole task is sampled and cut.
     """
-    shard = getattr(sampler, "shard", None)
-    if shard is None:
-        return cut(sampler.sample(0), part, num_parts)
-    task: Task = shard(0, part, num_parts)
-    return task
+    if isinstance(sampler, Shardable):
+        return sampler.shard(0, part, num_parts)
+    return cut(sampler.sample(0), part, num_parts)
+
+
+class FirstShard:
+    """Shard 0 of each task, for checks on machines that hold no full data set.
+
+    Args:
+        sampler: The sampler of the tasks.
+        num_parts: Shards of a task.
+    """
+
+    def __init__(self, sampler: Shardable, num_parts: int) -> None:
+        self._sampler = sampler
+        self._num_parts = num_parts
+
+    def sample(self, index: int) -> Task:
+        """Shard 0 of the task, its examples numbered from 0."""
+        task = self._sampler.shard(index, 0, self._num_parts)
+        return task._replace(
+            support=Batch.of(*task.support.tensors), query=Batch.of(*task.query.tensors)
+        )
 
 
 def check_partition(indices: Sequence[Tensor], source: Source) -> None:
@@ -68,7 +86,7 @@ def check_partition(indices: Sequence[Tensor], source: Source) -> None:
 def class_labels(sampler: TaskSampler, batch: Batch) -> set[int] | None:
     """The labels of a batch; None unless the sampler has `num_classes` and they are last in it."""
     labels = batch.tensors[-1]
-    if not hasattr(sampler, "num_classes") or labels.ndim != 1 or labels.dtype != torch.int64:
+    if not isinstance(sampler, Labelled) or labels.ndim != 1 or labels.dtype != torch.int64:
         return None
     return set(labels.unique().tolist())
 

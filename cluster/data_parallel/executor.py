@@ -20,31 +20,30 @@ from metadist.algorithm import (
     split_own,
     unflatten_state,
 )
-from metadist.checks.preflight import FirstShard
 from metadist.cluster.actors.buffers import OuterSpec, to_array, to_tensor
 from metadist.cluster.actors.metrics import RunMetrics
 from metadist.cluster.actors.placement import Places, devices_of
 from metadist.cluster.actors.pool import Retry
 from metadist.cluster.actors.runtime_env import pickle_by_value
-from metadist.cluster.data_parallel.data import check_classes, check_partition
+from metadist.cluster.data_parallel.data import FirstShard, check_classes, check_partition
 from metadist.cluster.data_parallel.exchange import Exchange
 from metadist.cluster.data_parallel.layout import Layout, ShardCheck, ShardInfo
 from metadist.cluster.data_parallel.oracle import ClusterOracle
 from metadist.cluster.data_parallel.pending import Rounds, known
 from metadist.cluster.data_parallel.worker import ShardWorker
 from metadist.cluster.data_parallel.worker_pool import ShardFleet
-from metadist.executor import StepReport, signals_held
+from metadist.executor import Executor, StepReport, signals_held
 from metadist.oracle import SOURCES, CountingOracle
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable
 from metadist.problem import check_rows
-from metadist.task import TaskSampler
+from metadist.task import Shardable, TaskSampler
 from metadist.trees import Params, flatten, zeros_like
 from metadist.workload import Lease, LeaseResult, Workload, intra_op_threads
 
 log = logging.getLogger("metadist.cluster")
 
 
-class DataParallelExecutor:
+class DataParallelExecutor(Executor):
     """Solves one bilevel problem whose data is cut into shards, one on each of many workers.
 
         Trainer(problem, FixedTasks([task]), SOBA(), meta_batch_size=1, keep_state=True,
@@ -120,8 +119,10 @@ class DataParallelExecutor:
         self._variable: OuterVariable | None = None
 
     def probe(self, sampler: TaskSampler) -> TaskSampler:
-        """What the trainer looks at before a run: where workers read their parts, one of them."""
-        return FirstShard(sampler, self._num_workers) if hasattr(sampler, "shard") else sampler
+        """See `Executor`: where workers read their parts, the first of them."""
+        if isinstance(sampler, Shardable):
+            return FirstShard(sampler, self._num_workers)
+        return sampler
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         """See `Executor`; started again, it keeps its processes and sets them up anew."""

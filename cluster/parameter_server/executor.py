@@ -30,7 +30,7 @@ from metadist.cluster.parameter_server.supervisor import Keeper
 from metadist.cluster.parameter_server.transport import Transport, TransportName
 from metadist.cluster.parameter_server.worker import Transfer, Worker
 from metadist.cluster.parameter_server.worker_pool import Fleet
-from metadist.executor import StepReport
+from metadist.executor import Executor, StepReport
 from metadist.outer import OuterOptimizer, OuterState, shard_bounds
 from metadist.trees import Params
 from metadist.workload import Workload
@@ -38,7 +38,7 @@ from metadist.workload import Workload
 log = logging.getLogger("metadist.cluster")
 
 
-class RayExecutor:
+class RayExecutor(Executor):
     """Computes leases on Ray workers; under BSP to the same bytes as `LocalExecutor`.
 
     Uses the Ray connection that this process has; otherwise see `address`.

@@ -13,33 +13,13 @@ from metadist.algorithm import Algorithm, split_own
 from metadist.hypergradient import HypergradientSum, vectorizes
 from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.problem import Problem, check_rows, context_depends_on, is_nonsmooth
-from metadist.task import Batch, Task, TaskSampler, to_device
+from metadist.task import Task, TaskSampler, to_device
 from metadist.trees import Params, check_flattenable
 from metadist.workload import Workload, intra_op_threads
 
 
 class NoSecondDerivative(ValueError):
     """An operator of the problem cannot be differentiated the way the algorithm needs."""
-
-
-class FirstShard:
-    """Of every task shard 0, as a task: what can be looked at where nobody holds all data.
-
-    Args:
-        sampler: with a method `shard`.
-        num_parts: shards of a task.
-    """
-
-    def __init__(self, sampler: Any, num_parts: int) -> None:
-        self._sampler = sampler
-        self._num_parts = num_parts
-
-    def sample(self, index: int) -> Task:
-        """Shard 0 of the task, its examples numbered from 0."""
-        task: Task = self._sampler.shard(index, 0, self._num_parts)
-        return task._replace(
-            support=Batch.of(*task.support.tensors), query=Batch.of(*task.query.tensors)
-        )
 
 
 def initial_outer(problem: Problem, workload: Workload, seed: int) -> Params:
@@ -51,18 +31,24 @@ def initial_outer(problem: Problem, workload: Workload, seed: int) -> Params:
     return {name: leaf.detach().cpu() for name, leaf in outer.items()}
 
 
-def preflight(workload: Workload, outer: Params) -> None:
+def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> None:
     """Raise ValueError if training cannot work; run one task through everything, on the CPU.
 
     And two tasks together where vmap is used, since what works alone may not work there.
     Warns (RuntimeWarning) of outer variables that get no hypergradient.
+
+    Args:
+        workload: What is to be trained.
+        outer: x at the start.
+        is_whole: Whether the sampler gives whole tasks; False: a part of each, see
+            `Executor.probe`.
 
     Cost: the hypergradient of one or three tasks, and one double backward pass of g.
     """
     num_tasks = min(2, workload.meta_batch_size) if workload.keep_state else 2
     tasks = [_task(workload.sampler, outer, index) for index in range(num_tasks)]
     algorithm, problem_outer = workload.algorithm, split_own(outer)[0]
-    if not isinstance(workload.sampler, FirstShard):
+    if is_whole:
         check_rows(workload.problem, problem_outer, len(tasks[0].support.index))
     with intra_op_threads(workload.num_threads):
         check_losses(workload.problem, workload.sampler, outer)

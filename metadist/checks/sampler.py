@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.task import Batch, Task, shape_signature
+from metadist.task import Batch, NamedClasses, Task, shape_signature
 
 
 class SamplerError(ValueError):
@@ -280,7 +280,9 @@ def _hash_seed() -> Iterator[None]:
 def _impure(
     sampler: Any, other: Any, tasks: list[Task], allow_equal_examples: bool
 ) -> Iterator[str]:
-    names = set(getattr(sampler, "class_names", ())) & set(getattr(other, "class_names", ()))
+    names: set[str] = set()
+    if isinstance(sampler, NamedClasses) and isinstance(other, NamedClasses):
+        names = set(sampler.class_names) & set(other.class_names)
     if names:
         yield (
             f"splits must share no class, got {len(names)} in both, such as {min(names)!r}: "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from statistics import fmean
 
 import torch
 
 from metadist.algorithm import split_own
 from metadist.problem import Problem
-from metadist.task import TaskSampler, to_device
+from metadist.task import Measured, TaskSampler, to_device
 from metadist.trainer import Trainer
 from metadist.trees import Params
 
@@ -43,9 +42,9 @@ def solution_metrics(
         for name, value in problem.metrics(context, inner, task.query).items():
             found[f"query_{name}"] = value
     metrics = {name: float(value) for name, value in found.items()}
-    metrics |= _optional(problem)(outer, inner)
-    if index == 0:
-        metrics |= _optional(sampler)(problem, outer, inner)
+    metrics |= problem.solution_metrics(outer, inner)
+    if index == 0 and isinstance(sampler, Measured):
+        metrics |= sampler.solution_metrics(problem, outer, inner)
     return metrics
 
 
@@ -58,9 +57,3 @@ def kept_metrics(trainer: Trainer) -> dict[str, float]:
         for index in range(trainer.workload.meta_batch_size)
     ]
     return {name: fmean(metrics[name] for metrics in found if name in metrics) for name in found[0]}
-
-
-def _optional(owner: object) -> Callable[..., dict[str, float]]:
-    """The method `solution_metrics` of a problem or sampler, or one that finds nothing."""
-    method = getattr(owner, "solution_metrics", None)
-    return method if callable(method) else lambda *arguments: {}

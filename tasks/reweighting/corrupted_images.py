@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,8 +25,17 @@ from metadist.tasks.reweighting.image_sets import (
     Scaling,
     require_classes,
 )
-from metadist.tasks.reweighting.problem import HyperCleaning, LinearClassifier, LossWeighting
+from metadist.tasks.reweighting.problem import HyperCleaning, LinearClassifier
 from metadist.trees import Params, dot
+
+
+@runtime_checkable
+class FindsWrongLabels(Protocol):
+    """A problem that says which training examples it holds for wrongly labelled."""
+
+    def suspected(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        """Whether each example of `batch` is held for wrong: bool, shape (examples,)."""
+        ...
 
 
 class CorruptedImages(ImageProblemData):
@@ -110,19 +119,18 @@ class CorruptedImages(ImageProblemData):
         return torch.from_numpy(self.train.labels != self.clean_labels)
 
     def solution_metrics(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
-        """Test accuracy and loss; of problems with weights in [0, 1] also what they found.
+        """Test accuracy and loss; of problems that suspect examples also what they found.
 
         With images for selection `selection_accuracy` and `selection_loss` too. `precision` is the
-        share of wrong labels among examples of a weight below 1/2 (0 if there is none), `recall`
-        the share of wrong labels that has such a weight.
+        share of wrong labels among the examples that the problem suspects (0 if there is none),
+        `recall` the share of wrong labels that it suspects.
         """
         metrics = super().solution_metrics(problem, outer, inner)
-        if isinstance(problem, HyperCleaning | LossWeighting):
+        if isinstance(problem, FindsWrongLabels):
             like = next(iter(inner.values()))
             batch = to_device(self.sample(0), like.device, like.dtype).support
             with torch.no_grad():
-                weights = problem.weights(outer, problem.losses(inner, batch), batch)
-            metrics |= self.found(weights < 0.5)
+                metrics |= self.found(problem.suspected(outer, inner, batch))
         return metrics
 
     def found(self, suspected: Tensor) -> dict[str, float]:

@@ -120,6 +120,8 @@ class ImageProblemData:
     Images travel with a pickled sampler as one byte a pixel.
     """
 
+    num_tasks = 1
+
     def __init__(
         self,
         train: Images,

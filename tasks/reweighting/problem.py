@@ -155,6 +155,10 @@ class HyperCleaning(ExampleWeighting):
     def weights(self, context: Params, losses: Tensor, batch: Batch) -> Tensor:
         return context["logits"][batch.index].sigmoid()
 
+    def suspected(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        """Whether the weight of each example is below 1/2."""
+        return self.weights(context, self.losses(inner, batch), batch) < 0.5
+
 
 class ClassWeights(ExampleWeighting):
     """A weight for each class, for training data in which some classes are rare.
@@ -233,6 +237,10 @@ class LossWeighting(ExampleWeighting):
     def weights(self, context: Params, losses: Tensor, batch: Batch) -> Tensor:
         shifted = losses[:, None] - context["thresholds"]
         return (self._slopes(context) * shifted).sigmoid() @ context["mixture"].softmax(0)
+
+    def suspected(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        """Whether the weight of each example is below 1/2."""
+        return self.weights(context, self.losses(inner, batch), batch) < 0.5
 
     def weighted(self, context: Params, losses: Tensor, batch: Batch) -> Tensor:
         slopes, thresholds = self._slopes(context), context["thresholds"]

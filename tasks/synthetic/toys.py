@@ -27,6 +27,8 @@ DOUBLE = torch.float64
 class NoData:
     """A sampler for problems without data: its sets hold one number each, to be ignored."""
 
+    num_tasks = 1
+
     def sample(self, index: int) -> Task:
         """The same task at every index, which is its id."""
         support, query = (torch.full((1,), value, dtype=DOUBLE) for value in (0.0, 1.0))
