@@ -1,10 +1,10 @@
 """How code reaches the workers: the user's own inside the pickled workload, metadist as a module.
 
 A class in `my_tasks.py` beside the user's script is not installed on any node. So everything
-from the user's own modules is pickled by value, which needs no shipping of files and no
-restart of anything after an edit. Two things are out of its reach, and need the files on the
-nodes (`ray job submit --working-dir .`, or an installed package): a module that is imported only
-while a task is sampled or computed, and modules with state that cannot be pickled.
+from the user's own modules is pickled by value: no files are shipped, and nothing needs a restart
+after an edit. Two cases need the files on the nodes all the same (`ray job submit --working-dir .`,
+or an installed package): a module that is imported only while a task is sampled or computed, and a
+module whose state cannot be pickled.
 """
 
 from __future__ import annotations
@@ -25,12 +25,22 @@ from ray import cloudpickle
 import metadist
 from metadist.cluster.actors.errors import ClusterError
 
+LIGHT_DEPENDENCIES = (
+    "fsspec",
+    "higher>=0.2.1",
+    "jsonargparse[signatures]>=4.49",
+    "rich",
+    "safetensors",
+    "tensorboard",
+)
+"""The dependencies without PyTorch, torchvision, numpy and Ray, which pip could replace."""
+
 
 def pickle_by_value(value: Any) -> bytes:
     """`value` pickled so that it can be loaded where the user's modules do not exist.
 
     Raises:
-        ClusterError: something in it cannot be pickled.
+        ClusterError: A part of it cannot be pickled.
     """
     with _by_value(user_modules()):
         try:
@@ -47,12 +57,14 @@ def pickle_by_value(value: Any) -> bytes:
 def metadist_runtime_env() -> dict[str, Any]:
     """A Ray `runtime_env` that ships this metadist to a cluster whose nodes lack it.
 
-    For `ray.init(runtime_env=...)` before a `RayExecutor` is started; Ray takes it for a whole
-    job only, and not from inside `ray job submit`. The nodes need torch and Ray themselves.
+    For `ray.init(runtime_env=...)` before a `RayExecutor` is started; Ray accepts it for a whole
+    job only, and not from inside `ray job submit`. The nodes need PyTorch, numpy and Ray; each
+    installs `LIGHT_DEPENDENCIES` with pip into an environment of the job.
     """
     return {
         "py_modules": [str(Path(metadist.__file__).parent)],
         "excludes": ["**/__pycache__/"],
+        "pip": {"packages": list(LIGHT_DEPENDENCIES), "pip_check": False},
     }
 
 

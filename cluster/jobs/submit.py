@@ -1,8 +1,8 @@
-"""A run as a job of Ray, which outlives the connection it was submitted by; one per run folder.
+"""A run as a Ray job, which outlives the connection that submitted it; one job per run folder.
 
-Ray's register of jobs is the lock: the id of a job follows from its run folder, Ray refuses an id
-that it knows, and it sees itself when the process of a job is gone. So a second submission finds
-the first, and nothing has to be cleaned up after a crash.
+Ray's list of jobs serves as the lock: the id of a job follows from its run folder, Ray refuses an
+id that exists, and Ray notices when the process of a job is gone. So a second submission finds the
+first one, and a crash leaves nothing to clean up.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from metadist.cluster.actors.errors import ConnectError
 from metadist.cluster.actors.runtime_env import metadist_runtime_env
 
 MAX_SHIPPED_BYTES = 100 * 2**20
-"""Ray refuses to take more through its dashboard."""
+"""The most that Ray's dashboard accepts."""
 
 EXCLUDED = (".*", "__pycache__", "*.egg-info", "venv", "build", "dist", "runs", "data")
 """Names of files and folders that are never shipped."""
@@ -39,9 +39,9 @@ class Job:
     """A job that drives a run.
 
     Args:
-        client: of the cluster.
-        id: under which Ray knows it.
-        is_new: whether it was started just now, and not found running.
+        client: The client of the cluster's dashboard.
+        id: The job's id in Ray.
+        is_new: Whether this call started it; False if it was found running.
     """
 
     def __init__(self, client: JobSubmissionClient, id: str, is_new: bool) -> None:
@@ -50,10 +50,10 @@ class Job:
         self.is_new = is_new
 
     def follow(self, write: Callable[[str], object]) -> None:
-        """Give `write` what the job prints, from its beginning, until the job ends.
+        """Pass the output of the job to `write`, from its beginning until the job ends.
 
         Raises:
-            ConnectError: the connection is lost; the job goes on.
+            ConnectError: The connection is lost; the job continues.
         """
         try:
             asyncio.run(self._follow(write))
@@ -66,7 +66,7 @@ class Job:
             ) from error
 
     def exit_code(self) -> int:
-        """Of the ended job: that of its process where it had one, and never 0 unless it is done."""
+        """The exit code of the job's process, if it has one; 0 only if the job succeeded."""
         details = self._details()
         if details.status == JobStatus.SUCCEEDED:
             return 0
@@ -98,20 +98,21 @@ def submit(
     exclude: Sequence[str] = (),
     ship_metadist: bool = False,
 ) -> Job:
-    """The job that runs `metadist ARGUMENTS`, or the one that is at work on `run_dir` already.
+    """The job that runs `metadist ARGUMENTS`, or the one that already works on `run_dir`.
 
     Args:
-        arguments: of the command line.
-        run_dir: as in the arguments; what the job is known by.
-        address: of Ray's dashboard.
-        working_dir: folder with the user's modules, which is shipped and in which the job runs.
+        arguments: The arguments of the command line.
+        run_dir: The run folder, as in the arguments; it identifies the job.
+        address: The address of Ray's dashboard.
+        working_dir: The folder with the user's modules, which is shipped and in which the job runs.
             None: nothing is shipped; this is the head node, and the job runs in this folder.
-        exclude: names or patterns of files and folders in it to leave out, beside `EXCLUDED`.
-        ship_metadist: ship this metadist too; the nodes need PyTorch and Ray themselves.
+        exclude: Names or patterns of files and folders in it to leave out, besides `EXCLUDED`.
+        ship_metadist: Ship this metadist too, for nodes that have only PyTorch, numpy and Ray: they
+            install what else it needs with pip (docs/cluster.md).
 
     Raises:
-        ValueError: the folder holds more than Ray takes, or the run folder would be lost.
-        ConnectError: there is no cluster at `address` that lets us in.
+        ValueError: The folder holds more than Ray accepts, or the run folder would be lost.
+        ConnectError: No cluster at `address` accepts the connection.
     """
     if working_dir is None:
         run_dir = run_dir if "://" in run_dir else os.path.abspath(run_dir)
@@ -136,7 +137,7 @@ def submit(
 
 
 def job_name(run_dir: str) -> str:
-    """What the ids of all jobs of a run folder begin with."""
+    """The prefix of the ids of all jobs of a run folder."""
     digest = hashlib.sha256(run_dir.encode()).hexdigest()[:10]
     last = re.sub(r"[^A-Za-z0-9]+", "-", run_dir.rstrip("/").rpartition("/")[2])
     return f"metadist-{last}-{digest}"
@@ -169,7 +170,7 @@ def _start_or_find(
         try:
             client.submit_job(entrypoint=command, submission_id=id, runtime_env=runtime_env)
         except RuntimeError as error:
-            # Somebody was faster, between our look and our call.
+            # Another submission came between our listing and our call.
             if "already exists" not in str(error):
                 raise
         else:
@@ -177,7 +178,7 @@ def _start_or_find(
 
 
 def pack(folder: Path, archive: Path, exclude: Sequence[str]) -> None:
-    """Write the files of `folder` to a zip; ValueError if they are more than Ray takes."""
+    """Write the files of `folder` to a zip; ValueError if they are more than Ray accepts."""
     files = list(_files(folder, exclude))
     sizes: Counter[str] = Counter()
     for path in files:

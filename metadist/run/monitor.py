@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.nn import functional
 
 from metadist.evaluation import EvaluationResult
 from metadist.executor import StepReport
@@ -60,7 +61,7 @@ class Monitor:
         for name, batch in (("support", task.support), ("query", task.query)):
             images = batch.tensors[0]
             if images.ndim == 4 and images.shape[1] in (1, 3):
-                self._writer.add_image(f"task/{name}", _grid(images, len(images)), 0)
+                self._writer.add_image(f"task/{name}", _grid(images), 0)
 
     def step(self, report: StepReport) -> dict[str, float]:
         """Write one outer step; returns the means of its reported metrics (may be empty).
@@ -223,9 +224,15 @@ def _per_second(report: StepReport) -> float:
     return num_tasks / report.seconds if report.seconds > 0 else math.nan
 
 
-def _grid(images: Tensor, num_images: int) -> Tensor:
-    from torchvision.utils import make_grid
-
-    images = images[:MAX_IMAGES].detach().float().cpu()
-    columns = min(10, max(1, round(math.sqrt(min(num_images, MAX_IMAGES)) * 1.5)))
-    return make_grid(images, nrow=columns, normalize=True, padding=1, pad_value=0.5)
+def _grid(images_BCHW: Tensor) -> Tensor:
+    """The images in rows, scaled to [0, 1], with a grey line around each."""
+    images_BCHW = images_BCHW[:MAX_IMAGES].detach().float().cpu()
+    num_images = len(images_BCHW)
+    columns = min(10, num_images, max(1, round(math.sqrt(num_images) * 1.5)))
+    rows = math.ceil(num_images / columns)
+    low, high = images_BCHW.min(), images_BCHW.max()
+    scaled = (images_BCHW - low) / (high - low).clamp(min=1e-5)
+    blank = rows * columns - num_images
+    tiles = functional.pad(scaled, (1, 0, 1, 0, 0, 0, 0, blank), value=0.5)
+    image_CHW = tiles.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    return functional.pad(image_CHW, (0, 1, 0, 1), value=0.5)

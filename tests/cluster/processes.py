@@ -35,18 +35,30 @@ class Script:
     """A Python process whose descendants can be found by a mark in their environment.
 
     Args:
-        source: the program.
-        home: a private home folder; short, because paths of sockets must be.
-        arguments: of the program.
+        source: The program.
+        home: A private home folder; short, because paths of sockets must be.
+        arguments: Those of the program.
+        python: The interpreter.
+        cwd: The folder that the program runs in.
+        variables: Further environment variables.
     """
 
-    def __init__(self, source: str, home: str, *arguments: str) -> None:
+    def __init__(
+        self,
+        source: str,
+        home: str,
+        *arguments: str,
+        python: str | Path = sys.executable,
+        cwd: str | None = None,
+        **variables: str,
+    ) -> None:
         self.mark = f"METADIST_TEST={uuid.uuid4()}"
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         name, _, value = self.mark.partition("=")
-        environment |= {name: value, "HOME": home, "PYTHONPATH": str(ROOT)}
+        environment |= {name: value, "HOME": home, "PYTHONPATH": str(ROOT), **variables}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", source, *arguments],
+            [python, "-c", source, *arguments],
+            cwd=cwd,
             stdin=subprocess.PIPE,  # so that a program that reads it waits for `finish`
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -59,7 +71,7 @@ class Script:
         """(stdout, stderr) at the end, of the process and all that descends from it."""
         try:
             output, errors = self.process.communicate(timeout=timeout_s)
-            assert self.process.returncode == 0, errors
+            assert self.process.returncode == 0, output + errors
         finally:
             self.stop()
         return output, errors

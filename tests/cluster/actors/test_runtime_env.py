@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -91,12 +92,22 @@ def test_what_is_the_users(user_sampler):
 def test_what_ships_metadist_holds_all_of_it():
     (folder,) = metadist_runtime_env()["py_modules"]
     for name in (
-        "lease.py",
+        "workload.py",
         "cluster/parameter_server/worker.py",
         "algorithms/__init__.py",
         "tasks/__init__.py",
     ):
         assert (Path(folder) / name).is_file()
+
+
+def test_what_ships_metadist_names_its_dependencies_but_the_heavy_ones():
+    text = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+    listed = re.search(r"(?ms)^dependencies = \[\n(.*?)^\]", text)
+    assert listed
+    dependencies = re.findall('"(.*)"', listed[1])
+    heavy = [name for name in dependencies if re.match("(numpy|ray|torch|torchvision)\\b", name)]
+    assert len(heavy) == 4
+    assert metadist_runtime_env()["pip"]["packages"] == sorted({*dependencies} - {*heavy})
 
 
 def test_objects_of_metadist_are_pickled_by_reference():

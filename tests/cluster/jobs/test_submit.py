@@ -112,7 +112,7 @@ def test_the_job_runs_here_or_where_the_files_are_shipped_to(jobs, tmp_path, mon
 def test_metadist_can_be_shipped(jobs):
     job = submit(["train"], "s3://bucket/mine", "http://head:8265", None, ship_metadist=True)
     (module,) = jobs.register[job.id].runtime_env["py_modules"]
-    assert (Path(module) / "cluster" / "submit.py").is_file()
+    assert (Path(module) / "cluster" / "jobs" / "submit.py").is_file()
 
 
 def test_a_run_folder_that_ray_would_delete_is_refused(jobs):
