@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import re
 
-from ray import exceptions
-
 
 class ClusterError(RuntimeError):
     """Base of the errors of metadist.cluster."""
@@ -38,25 +36,6 @@ class WorkerLostError(ClusterError):
 
 class ServerLostError(ClusterError):
     """The parameter server dies again and again without a new version of x, or cannot start."""
-
-
-_LOST = (
-    exceptions.RayActorError,
-    exceptions.ObjectLostError,
-    exceptions.GetTimeoutError,
-    exceptions.WorkerCrashedError,
-    exceptions.NodeDiedError,
-    exceptions.OutOfMemoryError,
-    *filter(None, [getattr(exceptions, "RayDirectTransportError", None)]),  # not in older ones
-)
-
-
-def is_loss(error: exceptions.RayError) -> bool:
-    """Whether a machine, process or object was lost: true is to be retried, false is a bug."""
-    if isinstance(error, exceptions.RayTaskError):
-        # Ray raises a lost argument of a call as an error of the call.
-        return isinstance(error.cause, _LOST)
-    return isinstance(error, _LOST)
 
 
 def message(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""`Places`: a connection to a cluster, and what workers are reserved of it, one bundle each."""
+"""`Placement`: a connection to a cluster, and what workers are reserved of it, one bundle each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from metadist.cluster.actors.connection import connect, demand, reserve
 
 
-class Places:
+class Placement:
     """Reserves resources for workers and makes the actors that take them.
 
     Args:
@@ -71,7 +71,7 @@ class Places:
         self._show_worker_output = show_worker_output
         self._object_store_bytes = object_store_bytes
         self._is_connection_ours = False
-        self._places: list[tuple[PlacementGroup, int]] = []
+        self._bundles: list[tuple[PlacementGroup, int]] = []
 
     def open(self) -> None:
         """Connect, wait for the places of `min_workers`, and ask for those of the others; once.
@@ -84,20 +84,20 @@ class Places:
         self._is_connection_ours |= connect(
             self._address, num_cpus, self._show_worker_output, self._object_store_bytes
         )
-        if self._places:
+        if self._bundles:
             return
         num_gpus = self._num_gpus()
         bundle = {"CPU": float(self._cpus_per_worker)} | ({"GPU": num_gpus} if num_gpus else {})
         is_elastic = self._min_workers < self._num_workers
         option = "min_workers" if is_elastic else "num_workers"
         group = reserve([bundle] * self._min_workers, self._start_timeout_s, option)
-        self._places = [(group, index) for index in range(self._min_workers)]
+        self._bundles = [(group, index) for index in range(self._min_workers)]
         for _ in range(self._num_workers - self._min_workers):
-            self._places.append((demand(bundle), 0))
+            self._bundles.append((demand(bundle), 0))
 
     def make(self, actor_class: type, number: int) -> Any:
         """An actor at place `number`; the class is given a name and the device."""
-        group, index = self._places[number]
+        group, index = self._bundles[number]
         bundle = group.bundle_specs[index]
         place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
         actor: Any = ray.remote(actor_class).options(
@@ -111,7 +111,7 @@ class Places:
 
     def close(self) -> None:
         """Give everything back, with the connection if it was made here."""
-        for group in {group.id: group for group, _ in self._places}.values():
+        for group in {group.id: group for group, _ in self._bundles}.values():
             remove_placement_group(group)
         if self._is_connection_ours:
             ray.shutdown()
@@ -119,7 +119,7 @@ class Places:
 
     def forget(self) -> None:
         """The cluster is gone, and the reservations with it."""
-        self._places = []
+        self._bundles = []
         self._is_connection_ours = False
 
     def _num_gpus(self) -> float:

@@ -21,9 +21,9 @@ from metadist.algorithm import (
     unflatten_state,
 )
 from metadist.cluster.actors.buffers import OuterSpec, to_array, to_tensor
+from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.metrics import RunMetrics
-from metadist.cluster.actors.placement import Places, devices_of
-from metadist.cluster.actors.pool import Retry
+from metadist.cluster.actors.placement import Placement, devices_of
 from metadist.cluster.actors.runtime_env import pickle_by_value
 from metadist.cluster.data_parallel.data import FirstShard, check_classes, check_partition
 from metadist.cluster.data_parallel.exchange import Exchange
@@ -31,7 +31,7 @@ from metadist.cluster.data_parallel.layout import Layout, ShardCheck, ShardInfo
 from metadist.cluster.data_parallel.oracle import ClusterOracle
 from metadist.cluster.data_parallel.pending import Rounds, known
 from metadist.cluster.data_parallel.worker import ShardWorker
-from metadist.cluster.data_parallel.worker_pool import ShardFleet
+from metadist.cluster.data_parallel.worker_pool import ShardPool
 from metadist.executor import Executor, StepReport, signals_held
 from metadist.oracle import SOURCES, CountingOracle
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable
@@ -92,7 +92,7 @@ class DataParallelExecutor(Executor):
         object_store_bytes: int | None = None,
         allow_missing_classes: bool = False,
     ) -> None:
-        self._places = Places(
+        self._placement = Placement(
             num_workers,
             None,
             cpus_per_worker,
@@ -109,13 +109,13 @@ class DataParallelExecutor(Executor):
             raise ValueError(
                 f"round_timeout_s must be > 0 or None for no limit, got {round_timeout_s}"
             )
-        self._retry = Retry(max_losses=max_losses, lease_s=round_timeout_s)
+        self._failures = Failures(max_losses=max_losses, timeout_s=round_timeout_s)
         self._num_workers = num_workers
         self._staleness = staleness
         self._allow_missing_classes = allow_missing_classes
         self._device = device
         self._start_timeout_s = start_timeout_s
-        self._fleet: ShardFleet | None = None
+        self._pool: ShardPool | None = None
         self._variable: OuterVariable | None = None
 
     def probe(self, sampler: TaskSampler) -> TaskSampler:
@@ -131,14 +131,14 @@ class DataParallelExecutor(Executor):
         if not ray.is_initialized():
             self._forget()
         try:
-            self._places.open()
-            if self._fleet is None:
-                make_worker = partial(self._places.make, ShardWorker)
-                self._fleet = ShardFleet(
-                    make_worker, self._num_workers, self._retry, self._staleness
+            self._placement.open()
+            if self._pool is None:
+                make_worker = partial(self._placement.make, ShardWorker)
+                self._pool = ShardPool(
+                    make_worker, self._num_workers, self._failures, self._staleness
                 )
-            infos = self._fleet.start(self._start_timeout_s, ray.put(payload))
-            self._open(self._fleet, infos, workload, optimizer, state)
+            infos = self._pool.start(self._start_timeout_s, ray.put(payload))
+            self._open(self._pool, infos, workload, optimizer, state)
         except BaseException:
             self.close()
             raise
@@ -147,7 +147,7 @@ class DataParallelExecutor(Executor):
 
     def _open(
         self,
-        fleet: ShardFleet,
+        pool: ShardPool,
         infos: list[ShardInfo],
         workload: Workload,
         optimizer: OuterOptimizer,
@@ -159,7 +159,7 @@ class DataParallelExecutor(Executor):
         num_examples = (sum(map(len, positions)), sum(len(info.query) for info in infos))
         rows = check_rows(workload.problem, problem_outer, num_examples[0])
         layout = _layout(problem_outer, rows, num_examples)
-        checks = fleet.check(
+        checks = pool.check(
             layout,
             to_array(layout.pack_shared("outer", problem_outer)),
             [to_array(layout.pack_own("outer", problem_outer, index)) for index in positions],
@@ -171,7 +171,7 @@ class DataParallelExecutor(Executor):
         self._context = context
         self._start = start
         self._num_examples = num_examples
-        self._exchange = Exchange(fleet, layout, positions)
+        self._exchange = Exchange(pool, layout, positions)
         self._last: tuple[Tensor, State] | None = None
         self._variable = OuterVariable.from_state(state, optimizer, workload.stepping_rules())
 
@@ -179,36 +179,36 @@ class DataParallelExecutor(Executor):
         return self._metrics.watch(self._run(until_version))
 
     def _run(self, until_version: int) -> Iterator[StepReport]:
-        variable, fleet = self._started()
-        fleet.forget()
+        variable, pool = self._started()
+        pool.forget()
         while variable.version < until_version:
             began = time.perf_counter()
-            computed_before, lost_before = fleet.computing_s, fleet.num_lost
+            computed_before, lost_before = pool.computing_s, pool.num_lost
             (lease_id,) = variable.next_leases(1)
             lease = self._workload.lease(lease_id, variable.version)
             with intra_op_threads(self._workload.num_threads):
-                contribution, result = self._compute(lease, variable, fleet)
+                contribution, result = self._compute(lease, variable, pool)
                 with signals_held():
                     step = variable.apply([contribution])
             seconds = time.perf_counter() - began
-            computing_s = fleet.computing_s - computed_before
+            computing_s = pool.computing_s - computed_before
             yield StepReport(
                 step,
                 (result,),
                 ("data-parallel",),
                 seconds,
                 max(0.0, self._num_workers * seconds - computing_s),
-                fleet.num_ready,
-                fleet.num_lost - lost_before,
+                pool.num_ready,
+                pool.num_lost - lost_before,
                 (),
             )
 
     def _compute(
-        self, lease: Lease, variable: OuterVariable, fleet: ShardFleet
+        self, lease: Lease, variable: OuterVariable, pool: ShardPool
     ) -> tuple[Contribution, LeaseResult]:
         """One estimate of the algorithm, by all workers together."""
         began = time.perf_counter()
-        sent, received, fleet.oldest = fleet.bytes_sent, fleet.bytes_received, 0
+        sent, received, pool.oldest = pool.bytes_sent, pool.bytes_received, 0
         outer = variable.params
         estimate, num_rounds, calls = self._estimate(lease.version, outer, variable.states.get(0))
         total = flatten({**zeros_like(outer), **estimate.hypergradient})
@@ -220,10 +220,10 @@ class DataParallelExecutor(Executor):
         if lease.report:
             metrics = {name: float(value) for name, value in estimate.metrics.items()}
             metrics["rounds"] = float(num_rounds)
-            metrics["bytes_sent"] = float(fleet.bytes_sent - sent)
-            metrics["bytes_received"] = float(fleet.bytes_received - received)
+            metrics["bytes_sent"] = float(pool.bytes_sent - sent)
+            metrics["bytes_received"] = float(pool.bytes_received - received)
             if self._staleness:
-                metrics["oldest_answer"] = float(fleet.oldest)
+                metrics["oldest_answer"] = float(pool.oldest)
             y = estimate.state.inner
             metrics |= self._exchange.metrics(lease.version, split_own(outer)[0], y)
         return self._done(lease, began, total, flat, metrics, calls)
@@ -289,7 +289,7 @@ class DataParallelExecutor(Executor):
         return self._started()[0].state()
 
     def describe(self) -> dict[str, str]:
-        infos = self._fleet.infos if self._fleet else []
+        infos = self._pool.infos if self._pool else []
         return {
             "executor": "data_parallel",
             "policy": f"staleness {self._staleness}" if self._staleness else "bsp",
@@ -299,19 +299,19 @@ class DataParallelExecutor(Executor):
 
     def close(self) -> None:
         if ray.is_initialized():
-            if self._fleet is not None:
-                self._fleet.stop()
-            self._places.close()
+            if self._pool is not None:
+                self._pool.stop()
+            self._placement.close()
         self._forget()
 
     def _forget(self) -> None:
-        self._places.forget()
-        self._fleet = self._variable = None
+        self._placement.forget()
+        self._pool = self._variable = None
 
     def _started(self) -> tuple[OuterVariable, Any]:
-        if self._variable is None or self._fleet is None:
+        if self._variable is None or self._pool is None:
             raise RuntimeError("the executor must be started with start(...) before it is used")
-        return self._variable, self._fleet
+        return self._variable, self._pool
 
 
 def check_workload(workload: Workload, staleness: int) -> None:

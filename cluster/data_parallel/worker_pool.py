@@ -1,4 +1,4 @@
-"""`ShardFleet`: one worker per shard, their rounds and their deaths."""
+"""`ShardPool`: one worker per shard, their rounds and their deaths."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from ray import ObjectRef, exceptions
 from metadist.cluster.actors.buffers import Array
 from metadist.cluster.actors.errors import (
     ClusterError,
-    LeaseError,
     ResourcesError,
     WorkerLostError,
-    is_loss,
     message,
 )
-from metadist.cluster.actors.pool import Retry, wait_for_any
+from metadist.cluster.actors.failure import SHARD, Event, Failures, History, Raise, Retry
+from metadist.cluster.actors.pool import wait_for_any
 from metadist.cluster.data_parallel.exchange import Round
 from metadist.cluster.data_parallel.layout import Key, Layout, Reply, ShardCheck, ShardInfo
 
@@ -66,7 +65,7 @@ class _Slot:
     resume_at: float = 0.0
 
 
-class ShardFleet:
+class ShardPool:
     """Workers that hold one shard each.
 
     A lost worker is replaced by one that reads its shard again, and is asked the same again: what
@@ -75,20 +74,20 @@ class ShardFleet:
     Args:
         make_worker: creates the actor of that number.
         num_shards: how many.
-        retry: limits and pauses; `lease_s` limits a round.
+        failures: limits and pauses; `timeout_s` limits a round.
         staleness: answers may be so many steps old.
     """
 
     def __init__(
-        self, make_worker: Callable[[int], Any], num_shards: int, retry: Retry, staleness: int
+        self, make_worker: Callable[[int], Any], num_shards: int, failures: Failures, staleness: int
     ) -> None:
         self._make_worker = make_worker
-        self._retry = retry
+        self._failures = failures
         self._staleness = staleness
         self._slots = [_Slot(part) for part in range(num_shards)]
         self._setup: tuple[Any, ...] = ()
         self.bytes_sent = 0
-        """To all workers, since the fleet was made; buffers only."""
+        """To all workers, since the pool was made; buffers only."""
         self.bytes_received = 0
         self.computing_s = 0.0
         """Seconds x workers of computing."""
@@ -259,33 +258,27 @@ class ShardFleet:
     def _failed(self, slot: _Slot, error: exceptions.RayError) -> None:
         """A call was lost; raises if it was no loss but a bug, and at the limit of losses."""
         name = f"worker-{slot.part}"
-        if not is_loss(error):
-            raise LeaseError(
-                f"shard {slot.part} failed on {name}, with this error there:\n{message(error)}"
-            ) from getattr(error, "cause", None)
-        if isinstance(error, exceptions.RayTaskError):
-            # The worker lives, and could not read what it was sent.
+        slot.num_losses += 1
+        decision = self._failures.decide(
+            Event(SHARD, name, f"shard {slot.part}", error), History(slot.num_losses)
+        )
+        if isinstance(decision, Raise):
+            raise decision.error
+        slot.resume_at = time.perf_counter() + decision.after_s
+        if isinstance(decision, Retry):
             self._release(slot)
             slot.held = frozenset()
         else:
             self.num_lost += 1
             log.info("%s was lost: %s", name, message(error).partition("\n")[0])
             self._discard(slot)
-        slot.num_losses += 1
-        if slot.num_losses >= self._retry.max_losses:
-            raise WorkerLostError(
-                f"{name} was lost {slot.num_losses} times in a row without an answer, max_losses="
-                f"{self._retry.max_losses}: the machine may lack memory, or the code may crash "
-                f"the process. The last loss: {message(error)}"
-            ) from error
-        slot.resume_at = time.perf_counter() + self._retry.pause_s(slot.num_losses)
 
     def _end_overdue(self) -> None:
-        """Kill workers that have been at one round for longer than `retry.lease_s`."""
-        limit_s = self._retry.lease_s
+        """Kill workers that have been at one round for longer than `failures.timeout_s`."""
+        limit_s = self._failures.timeout_s
         for slot in self._slots if limit_s is not None else ():
             if slot.work is not None and time.perf_counter() - slot.since > limit_s:  # type: ignore[operator]
-                error = f"a round took over round_timeout_s={limit_s:g}"
+                error = f"a round took over timeout_s={limit_s:g}"
                 self._failed(slot, exceptions.GetTimeoutError(error))
 
     def _revive(self) -> None:
@@ -294,9 +287,9 @@ class ShardFleet:
         for slot in self._slots:
             if slot.ready:
                 continue
-            if slot.info is not None and now - slot.since > self._retry.all_lost_s:
+            if slot.info is not None and now - slot.since > self._failures.all_lost_s:
                 raise WorkerLostError(
-                    f"shard {slot.part} has had no worker for {self._retry.all_lost_s:g} s: all "
+                    f"shard {slot.part} has had no worker for {self._failures.all_lost_s:g} s: all "
                     "nodes with the resources of a worker may be gone"
                 )
             if slot.pending is None and slot.resume_at <= now:
@@ -308,8 +301,8 @@ class ShardFleet:
         """Seconds until something must be looked at though no call has ended."""
         now = time.perf_counter()
         times = [slot.resume_at for slot in self._slots if not slot.ready and slot.pending is None]
-        if self._retry.lease_s is not None:
-            times += [slot.since + self._retry.lease_s for slot in self._slots if slot.work]
+        if self._failures.timeout_s is not None:
+            times += [slot.since + self._failures.timeout_s for slot in self._slots if slot.work]
         if self.num_ready < len(self._slots):
             times.append(now + 1.0)
         return max(0.0, min(times, default=math.inf) - now)

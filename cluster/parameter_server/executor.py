@@ -19,17 +19,17 @@ from metadist.cluster.actors.buffers import (
     pack_state,
     split_state,
 )
+from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.metrics import RunMetrics
-from metadist.cluster.actors.placement import Places, devices_of
-from metadist.cluster.actors.pool import Retry
+from metadist.cluster.actors.placement import Placement, devices_of
 from metadist.cluster.actors.runtime_env import pickle_by_value
 from metadist.cluster.parameter_server.policies import BSP, Policy
 from metadist.cluster.parameter_server.scheduler import Scheduler
 from metadist.cluster.parameter_server.server import ParameterServer
-from metadist.cluster.parameter_server.supervisor import Keeper
+from metadist.cluster.parameter_server.supervisor import Supervisor
 from metadist.cluster.parameter_server.transport import Transport, TransportName
 from metadist.cluster.parameter_server.worker import Transfer, Worker
-from metadist.cluster.parameter_server.worker_pool import Fleet
+from metadist.cluster.parameter_server.worker_pool import WorkerPool
 from metadist.executor import Executor, StepReport
 from metadist.outer import OuterOptimizer, OuterState, shard_bounds
 from metadist.trees import Params
@@ -131,7 +131,7 @@ class RayExecutor(Executor):
         show_worker_output: bool = False,
         object_store_bytes: int | None = None,
     ) -> None:
-        self._places = Places(
+        self._placement = Placement(
             num_workers,
             min_workers,
             cpus_per_worker,
@@ -169,9 +169,12 @@ class RayExecutor(Executor):
         self._transport = Transport(transport, on_gpu=gpus_per_server > 0)
         self._gpus_per_server = gpus_per_server
         self._policy = policy
-        self._retry = Retry(
-            max_losses=max_losses, lease_s=lease_timeout_s, backup_factor=backup_factor
-        )
+        if backup_factor is not None and not backup_factor >= 1:
+            raise ValueError(
+                f"backup_factor must be >= 1 or None for no backup leases, got {backup_factor}"
+            )
+        self._failures = Failures(max_losses=max_losses, timeout_s=lease_timeout_s)
+        self._backup_factor = backup_factor
         self._prefetch = prefetch
         self._snapshot_every = snapshot_every
         self._num_shards = num_shards
@@ -181,8 +184,8 @@ class RayExecutor(Executor):
         self._min_workers = num_workers if min_workers is None else min_workers
         self._device = device
         self._start_timeout_s = start_timeout_s
-        self._fleet: Fleet | None = None
-        self._keeper: Keeper | None = None
+        self._pool: WorkerPool | None = None
+        self._supervisor: Supervisor | None = None
         self._scheduler: Scheduler | None = None
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
@@ -221,14 +224,14 @@ class RayExecutor(Executor):
         if not ray.is_initialized():
             self._forget_actors()
         try:
-            self._places.open()
-            fleet = self._start_fleet(payload)
+            self._placement.open()
+            pool = self._start_pool(payload)
             parts = split_state(pack_state(state), self._bounds)
-            keeper = self._start_server(parts, optimizer, workload)
+            supervisor = self._start_server(parts, optimizer, workload)
         except BaseException:
             self.close()
             raise
-        self._scheduler = Scheduler(workload, self._policy, keeper, fleet)
+        self._scheduler = Scheduler(workload, self._policy, supervisor, pool)
         self._metrics = RunMetrics(ray.get_runtime_context().get_job_id())
         log.info("%s", self.describe())
 
@@ -243,7 +246,7 @@ class RayExecutor(Executor):
         return join_states(self._started().state(), self._spec)
 
     def describe(self) -> dict[str, str]:
-        infos = self._fleet.infos if self._fleet else []
+        infos = self._pool.infos if self._pool else []
         ways = {"transfer": self._transfer, "transport": self._transport.name}
         unusual = {name: way for name, way in ways.items() if way not in ("full", "object_store")}
         return {
@@ -258,28 +261,29 @@ class RayExecutor(Executor):
 
     def close(self) -> None:
         if ray.is_initialized():
-            if self._fleet is not None:
-                self._fleet.stop()
-            if self._keeper is not None:
-                self._keeper.stop()
-            self._places.close()
+            if self._pool is not None:
+                self._pool.stop()
+            if self._supervisor is not None:
+                self._supervisor.stop()
+            self._placement.close()
         self._forget_actors()
 
     def _forget_actors(self) -> None:
-        self._places.forget()
-        self._fleet = self._keeper = self._scheduler = None
+        self._placement.forget()
+        self._pool = self._supervisor = self._scheduler = None
 
-    def _start_fleet(self, payload: bytes) -> Fleet:
-        if self._fleet is None:
-            self._fleet = Fleet(
-                partial(self._places.make, Worker),
+    def _start_pool(self, payload: bytes) -> WorkerPool:
+        if self._pool is None:
+            self._pool = WorkerPool(
+                partial(self._placement.make, Worker),
                 self._num_workers,
-                self._retry,
+                self._failures,
                 self._min_workers,
                 self._prefetch,
+                self._backup_factor,
             )
         # Put once, owned by the driver: workers that start later, anywhere, read it too.
-        self._fleet.start(
+        self._pool.start(
             self._start_timeout_s,
             ray.put(payload),
             self._spec,
@@ -287,23 +291,25 @@ class RayExecutor(Executor):
             self._transfer,
             self._transport,
         )
-        return self._fleet
+        return self._pool
 
     def _start_server(
         self, parts: list[PackedState], optimizer: OuterOptimizer, workload: Workload
-    ) -> Keeper:
-        if self._keeper is None:
-            self._keeper = Keeper(
+    ) -> Supervisor:
+        if self._supervisor is None:
+            self._supervisor = Supervisor(
                 partial(_make_server, self._gpus_per_server),
-                self._retry,
+                self._failures,
                 self._snapshot_every,
                 self._start_timeout_s,
                 self._server_timeout_s,
             )
         rules = pickle_by_value(workload.stepping_rules())
         specs = self._spec.of_slices(self._bounds)
-        self._keeper.start(parts, specs, optimizer, workload.num_threads, rules, self._transport)
-        return self._keeper
+        self._supervisor.start(
+            parts, specs, optimizer, workload.num_threads, rules, self._transport
+        )
+        return self._supervisor
 
     def _started(self) -> Scheduler:
         if self._scheduler is None:

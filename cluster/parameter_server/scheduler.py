@@ -6,15 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from ray import ObjectRef, exceptions
+from ray import ObjectRef
 
 from metadist.cluster.actors.buffers import Array, PackedState
-from metadist.cluster.actors.errors import is_loss
 from metadist.cluster.parameter_server.ledger import Ledger
 from metadist.cluster.parameter_server.policies import Policy
 from metadist.cluster.parameter_server.server import Arrival, Progress
-from metadist.cluster.parameter_server.supervisor import Keeper, ServerGone
-from metadist.cluster.parameter_server.worker_pool import Done, Fleet, Lost
+from metadist.cluster.parameter_server.supervisor import ServerGone, SumLost, Supervisor
+from metadist.cluster.parameter_server.worker_pool import Done, Lost, WorkerPool
 from metadist.executor import StepReport
 from metadist.outer import StepResult
 from metadist.workload import Workload
@@ -28,15 +27,17 @@ class Scheduler:
     Args:
         workload: what the leases are cut from.
         policy: when to step.
-        keeper: of a started server.
-        fleet: started workers.
+        supervisor: of a started server.
+        pool: started workers.
     """
 
-    def __init__(self, workload: Workload, policy: Policy, keeper: Keeper, fleet: Fleet) -> None:
+    def __init__(
+        self, workload: Workload, policy: Policy, supervisor: Supervisor, pool: WorkerPool
+    ) -> None:
         self._workload = workload
         self._policy = policy
-        self._keeper = keeper
-        self._fleet = fleet
+        self._supervisor = supervisor
+        self._pool = pool
         self._ledger: Ledger | None = None
         self._outer: tuple[ObjectRef[Any], ...] = ()
 
@@ -46,8 +47,8 @@ class Scheduler:
         self._until_version = until_version
         self._handed_out_below = 0
         self._reissued: list[int] = []
-        self._fleet.take_waiting_s()
-        self._keeper.take_num_lost()
+        self._pool.take_waiting_s()
+        self._supervisor.take_num_lost()
         self._ended = time.perf_counter()
         while not self._is_done:
             report = self._with_server(self._advance)
@@ -61,11 +62,11 @@ class Scheduler:
 
     def read(self) -> list[Array]:
         """The current x, the slices of all shards."""
-        return self._with_server(self._keeper.read)
+        return self._with_server(self._supervisor.read)
 
     def state(self) -> list[PackedState]:
         """Everything that must persist, the parts of all shards."""
-        return self._with_server(self._keeper.state)
+        return self._with_server(self._supervisor.state)
 
     def _with_server(self, action: Callable[[], T]) -> T:
         """What `action` returns, after as many servers as it takes."""
@@ -73,7 +74,7 @@ class Scheduler:
             try:
                 return action()
             except ServerGone as error:
-                self._keeper.replace(error)
+                self._supervisor.replace(error)
                 self._ledger = None
 
     def _advance(self) -> StepReport | None:
@@ -86,7 +87,7 @@ class Scheduler:
         weights = ledger.next_step()
         if not weights:
             self._hand_out(ledger)
-            for event in self._fleet.wait(self._keeper.check()):
+            for event in self._pool.wait(self._supervisor.check()):
                 self._note(event, ledger)
             return None
         done = [self._done[lease_id] for lease_id in sorted(weights)]
@@ -96,16 +97,16 @@ class Scheduler:
         now = time.perf_counter()
         # The workers go on while the caller looks at the report.
         self._hand_out(ledger)
-        self._keeper.stepped(step.version)
+        self._supervisor.stepped(step.version)
         seconds, self._ended = now - self._ended, now
         return self._report(step, done, seconds)
 
     def _open_ledger(self) -> Ledger:
         """A ledger of what is in x; whatever else was handed out is computed again."""
-        self._fleet.forget()
+        self._pool.forget()
         self._done: dict[int, Done] = {}
-        progress: Progress = self._keeper.ask([self._keeper.server.progress.remote()])[0]
-        self._outer = self._keeper.pull()
+        progress: Progress = self._supervisor.ask([self._supervisor.server.progress.remote()])[0]
+        self._outer = self._supervisor.pull()
         return Ledger(
             self._policy,
             self._workload.leases_per_step,
@@ -114,7 +115,7 @@ class Scheduler:
         )
 
     def _hand_out(self, ledger: Ledger) -> None:
-        while self._fleet.has_room and (lease_id := ledger.issue()) is not None:
+        while self._pool.has_room and (lease_id := ledger.issue()) is not None:
             # Fresh ones come in the order of their numbers.
             if lease_id < self._handed_out_below:
                 self._reissued.append(lease_id)
@@ -122,9 +123,9 @@ class Scheduler:
             lease = self._workload.lease(lease_id, ledger.version)
             kept = None
             if self._workload.keep_state:
-                kept = self._keeper.server.kept.remote(lease.indices)
-            self._fleet.submit(lease, self._outer, kept)
-        self._fleet.back_up()
+                kept = self._supervisor.server.kept.remote(lease.indices)
+            self._pool.submit(lease, self._outer, kept)
+        self._pool.back_up()
 
     def _note(self, event: Done | Lost, ledger: Ledger) -> None:
         if isinstance(event, Done):
@@ -134,8 +135,8 @@ class Scheduler:
         self._lose(event.lease.id, ledger)
         if event.lost_data:
             # The server may have died with it: find out here, and not as the death of workers.
-            self._keeper.ask(self._keeper.versions())
-            self._outer = self._keeper.pull()
+            self._supervisor.ask(self._supervisor.versions())
+            self._outer = self._supervisor.pull()
 
     def _lose(self, lease_id: int, ledger: Ledger) -> None:
         ledger.lose(lease_id)
@@ -150,10 +151,8 @@ class Scheduler:
             for r in (item.result for item in done)
         ]
         try:
-            step, outer = self._keeper.apply(arrivals, [item.totals for item in done])
-        except exceptions.RayTaskError as error:
-            if not is_loss(error):
-                raise
+            step, outer = self._supervisor.apply(arrivals, [item.totals for item in done])
+        except SumLost:
             for item in done:
                 self._lose(item.result.lease_id, ledger)
             return None
@@ -170,9 +169,9 @@ class Scheduler:
             tuple(item.result for item in done),
             tuple(item.worker for item in done),
             seconds,
-            self._fleet.take_waiting_s(),
-            self._fleet.num_alive,
-            self._fleet.take_num_lost(),
+            self._pool.take_waiting_s(),
+            self._pool.num_alive,
+            self._pool.take_num_lost(),
             reissued,
-            self._keeper.take_num_lost(),
+            self._supervisor.take_num_lost(),
         )

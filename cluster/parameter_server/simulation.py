@@ -170,13 +170,13 @@ def simulate(
         costs: what everything else takes.
         num_leases: leases in the whole run; rounded up to whole steps.
         seed: of durations, slow workers and failures.
-        prefetch: as in `Fleet`; but what is stuck behind a slow lease stays there.
+        prefetch: as in `WorkerPool`; but what is stuck behind a slow lease stays there.
     """
     return _Simulation(policy, leases_per_step, workers, costs, num_leases, seed, prefetch).run()
 
 
 class _Event(NamedTuple):
-    """The order of events of the same time is that of the workers, as in `Fleet.wait`."""
+    """The order of events of the same time is that of the workers, as in `WorkerPool.wait`."""
 
     time_s: float
     worker: int

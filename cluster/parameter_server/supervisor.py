@@ -1,4 +1,4 @@
-"""`Keeper`: the parameter server, and what it takes to start another in its place."""
+"""`Supervisor`: the parameter server, and what it takes to start another in its place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray import ObjectRef, exceptions
 
 from metadist.cluster.actors.buffers import Array, OuterSpec, PackedState
 from metadist.cluster.actors.errors import ServerLostError, message
-from metadist.cluster.actors.pool import Retry
+from metadist.cluster.actors.failure import SERVER, Event, Failures, History, Raise, Retry
 from metadist.cluster.parameter_server.server import Arrival
 from metadist.outer import StepResult, norm_of_blocks
 
@@ -22,10 +22,18 @@ log = logging.getLogger("metadist.cluster")
 
 
 class ServerGone(Exception):
-    """The parameter server is lost; `Keeper.replace` starts another. Never leaves the cluster."""
+    """The parameter server is lost; `Supervisor.replace` starts another one after `after_s`."""
+
+    def __init__(self, why: str, after_s: float) -> None:
+        super().__init__(why)
+        self.after_s = after_s
 
 
-class Keeper:
+class SumLost(Exception):
+    """A sum of hypergradients was lost on its way to the server, which lives."""
+
+
+class Supervisor:
     """Asks the parameter server, and keeps a state from which another can go on.
 
     The state is held in the shared memory of the driver's node. It is fetched while the workers
@@ -38,7 +46,7 @@ class Keeper:
 
     Args:
         make_server: creates the actor of that shard.
-        retry: `max_losses` without a new version of x end the run; pauses between attempts.
+        failures: `max_losses` without a new version of x end the run; pauses between attempts.
         snapshot_every: versions of x between two states, >= 1.
         start_timeout_s: how long a server may take to start.
         timeout_s: how long it may take to answer; None: for ever.
@@ -47,13 +55,13 @@ class Keeper:
     def __init__(
         self,
         make_server: Callable[[int], Any],
-        retry: Retry,
+        failures: Failures,
         snapshot_every: int,
         start_timeout_s: float,
         timeout_s: float | None,
     ) -> None:
         self._make_server = make_server
-        self._retry = retry
+        self._failures = failures
         self._snapshot_every = snapshot_every
         self._start_timeout_s = start_timeout_s
         self._timeout_s = timeout_s
@@ -88,6 +96,7 @@ class Keeper:
                 return self._set_up()
             log.info("the parameter server of the last run is gone, starting another")
             self.stop()
+            self._num_losses = 0
         try:
             self._set_up()
         except ServerGone as error:
@@ -107,13 +116,25 @@ class Keeper:
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         try:
             return list(ray.get(list(refs), timeout=limit_s))
-        except exceptions.RayTaskError:
-            raise  # it lives
-        except exceptions.GetTimeoutError as error:
-            raise ServerGone(f"no answer for {limit_s:g} s") from error
-        except (exceptions.RayActorError, exceptions.ObjectLostError) as error:
+        except exceptions.GetTimeoutError:
+            raise self._failed(_no_answer(limit_s)) from None
+        except exceptions.RayError as error:
             # An answer is lost with the node of the server that gave it.
-            raise ServerGone(message(error)) from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: exceptions.RayError) -> Exception:
+        """The exception to raise for a call that failed with `error`."""
+        self._num_losses += 1
+        event = Event(
+            SERVER, "the parameter server", f"the step from version {self._version}", error
+        )
+        decision = self._failures.decide(event, History(self._num_losses))
+        if isinstance(decision, Raise):
+            return decision.error
+        if isinstance(decision, Retry):
+            return SumLost(message(error))
+        self._num_lost += 1
+        return ServerGone(message(error), decision.after_s)
 
     def check(self) -> float | None:
         """Seconds until this should be called again, while there is nothing else to ask it.
@@ -129,7 +150,7 @@ class Keeper:
             self._checking = []
         if self._checking:
             if waited_s > self._timeout_s:
-                raise ServerGone(f"no answer for {self._timeout_s:g} s")
+                raise self._failed(_no_answer(self._timeout_s))
             return self._timeout_s - waited_s
         if waited_s > self._timeout_s / 2:
             self._checking, self._checked_at, waited_s = self.versions(), time.perf_counter(), 0.0
@@ -200,31 +221,19 @@ class Keeper:
         """
         self._fetch()
         while True:
-            self._num_losses += 1
-            self._num_lost += 1
-            if self._num_losses >= self._retry.max_losses:
-                raise ServerLostError(
-                    f"the parameter server was lost {self._num_losses} times in a row without a "
-                    f"new version of x, max_losses={self._retry.max_losses}: its machine may lack "
-                    f"memory. The last checkpoint holds, resume from it. The last loss, at version "
-                    f"{self._version}: {error}"
-                ) from error
             log.warning(
-                "the parameter server was lost at version %d of x; another goes on from version "
-                "%d: %s",
+                "the parameter server was lost at version %d of x; another one resumes from "
+                "version %d: %s",
                 self._version,
                 self._snapshot[0].version,
                 str(error).partition("\n")[0],
             )
-            if self._num_losses > 1:
-                time.sleep(self._retry.pause_s(self._num_losses - 1))
+            time.sleep(error.after_s)
             self.stop()  # it may be out of reach and still at work
             try:
-                self._set_up()
+                return self._set_up()
             except ServerGone as again:
                 error = again
-            else:
-                return
 
     def _set_up(self) -> None:
         """Set the server up with the last state; makes one if there is none."""
@@ -245,7 +254,7 @@ class Keeper:
         """Keep the state that was asked for, if it has come."""
         if not self._fetching or not _all_ready(self._fetching):
             return
-        with suppress(exceptions.RayActorError, exceptions.ObjectLostError):  # the next call tells
+        with suppress(exceptions.RayError):  # the next call to the server reports its loss
             self._keep(ray.get(self._fetching))
         self._fetching = []
 
@@ -256,3 +265,7 @@ class Keeper:
 
 def _all_ready(refs: list[ObjectRef[Any]]) -> bool:
     return len(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) == len(refs)
+
+
+def _no_answer(limit_s: float | None) -> exceptions.RayError:
+    return exceptions.GetTimeoutError(f"no answer for {limit_s:g} s")

@@ -1,4 +1,4 @@
-"""`Fleet`: the workers, their work and their deaths. The one place where anything is retried."""
+"""`WorkerPool`: the workers of a parameter server, their leases and their losses."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ import ray
 from ray import ObjectRef, exceptions
 
 from metadist.cluster.actors.errors import (
-    ClusterError,
-    LeaseError,
     ResourcesError,
     WorkerLostError,
-    is_loss,
     message,
 )
+from metadist.cluster.actors.failure import WORKER, Event, Failures, History, Raise, Retry
 from metadist.cluster.actors.placement import WorkerInfo
-from metadist.cluster.actors.pool import Retry, wait_for_any
+from metadist.cluster.actors.pool import wait_for_any
 from metadist.workload import Lease, LeaseResult
 
 log = logging.getLogger("metadist.cluster")
@@ -85,7 +83,7 @@ class _Slot:
         return self.calls[0].lease if self.calls else None
 
 
-class Fleet:
+class WorkerPool:
     """Workers that compute one lease at a time, and may have others to go on with.
 
     A lost worker is replaced here and not restarted by Ray, which takes longer to say that it
@@ -94,25 +92,29 @@ class Fleet:
     Args:
         make_worker: creates the actor of that number.
         num_workers: how many at the most.
-        retry: see `Retry`.
+        failures: see `Failures`.
         min_workers: how many make a start; the others join when there are resources for them.
         prefetch: leases that a worker may have beside the one it computes. It gets them late,
             when half the time of a lease is over: x is fresher then, and fewer are stuck behind
             one that takes long. (Ray cannot take back what an actor has been sent.)
+        backup_factor: a lease that takes so many times as long as the median one goes to an idle
+            worker too; None: never.
     """
 
     def __init__(
         self,
         make_worker: Callable[[int], Any],
         num_workers: int,
-        retry: Retry,
+        failures: Failures,
         min_workers: int,
         prefetch: int = 0,
+        backup_factor: float | None = None,
     ) -> None:
         self._make_worker = make_worker
-        self._retry = retry
+        self._failures = failures
         self._min_workers = min_workers
         self._prefetch = prefetch
+        self._backup_factor = backup_factor
         self._slots = [_Slot(f"worker-{number}") for number in range(num_workers)]
         self._setup: tuple[Any, ...] = ()
         self._lease_losses: Counter[int] = Counter()
@@ -297,7 +299,7 @@ class Fleet:
             for slot in self._slots
             for place, call in enumerate(slot.calls)
             # What is stuck behind a slow one has not begun.
-            if (factor := STUCK_FACTOR if place else self._retry.backup_factor) is not None
+            if (factor := STUCK_FACTOR if place else self._backup_factor) is not None
             and not call.is_redundant
             and not self._others(call)
         ]
@@ -307,10 +309,22 @@ class Fleet:
         self, slot: _Slot, call: _Call | None, error: exceptions.RayError
     ) -> list[Done | Lost]:
         """The leases that are lost with a call; raises if it was no loss but a bug."""
-        if not is_loss(error):
-            raise _user_error(slot, call, error) from getattr(error, "cause", None)
-        # An error of the task means that the worker lives, and could not read what it was sent.
-        answered = isinstance(error, exceptions.RayTaskError)
+        # Of several the first was being computed: the others had not begun.
+        if slot.calls and not isinstance(error, exceptions.RayTaskError):
+            call = slot.calls[0]
+        slot.num_losses += 1
+        num_lease_losses = 0
+        if call is not None and not call.is_redundant:
+            self._lease_losses[call.lease.id] += 1
+            num_lease_losses = self._lease_losses[call.lease.id]
+        work = None if call is None else f"lease {call.lease.id} (tasks {_tasks(call.lease)})"
+        decision = self._failures.decide(
+            Event(WORKER, slot.name, work, error), History(slot.num_losses, num_lease_losses)
+        )
+        if isinstance(decision, Raise):
+            raise decision.error
+        slot.resume_at = time.perf_counter() + decision.after_s
+        answered = isinstance(decision, Retry)
         if answered:
             lost = [] if call is None else [call]
             slot.calls = [other for other in slot.calls if other is not call]
@@ -320,42 +334,22 @@ class Fleet:
             self._num_lost += 1
             log.info("%s was lost: %s", slot.name, message(error).partition("\n")[0])
             self._discard(slot)
-        # The others had not begun.
-        blamed = lost[0].lease if lost and not lost[0].is_redundant else None
-        self._count_loss(slot, blamed, error)
-        slot.resume_at = time.perf_counter() + self._retry.pause_s(slot.num_losses)
         return [
             Lost(call.lease, lost_data=answered)
             for call in lost
             if not call.is_redundant and not self._others(call)
         ]
 
-    def _count_loss(self, slot: _Slot, lease: Lease | None, error: exceptions.RayError) -> None:
-        """One more loss in a row of this worker and this lease; raises at the limit."""
-        slot.num_losses += 1
-        if lease is not None:
-            self._lease_losses[lease.id] += 1
-        on_lease = 0 if lease is None else self._lease_losses[lease.id]
-        if max(slot.num_losses, on_lease) < self._retry.max_losses:
-            return
-        what = f"{slot.name} was lost {slot.num_losses} times in a row without completing a lease"
-        if lease is not None and on_lease >= slot.num_losses:
-            what = f"lease {lease.id} (tasks {_tasks(lease)}) lost its worker {on_lease} times"
-        raise WorkerLostError(
-            f"{what}, max_losses={self._retry.max_losses}: the machine may lack memory, or the "
-            f"code may crash the process. The last loss: {message(error)}"
-        ) from error
-
     def _overdue(self) -> list[Done | Lost]:
-        """The leases that took longer than `retry.lease_s`; their workers are killed."""
-        if self._retry.lease_s is None:
+        """The leases that took longer than `failures.timeout_s`; their workers are killed."""
+        if self._failures.timeout_s is None:
             return []
-        latest = time.perf_counter() - self._retry.lease_s
+        latest = time.perf_counter() - self._failures.timeout_s
         events: list[Done | Lost] = []
         for slot in self._slots:
             if slot.calls and slot.since <= latest:
                 error = exceptions.GetTimeoutError(
-                    f"a lease took over lease_timeout_s={self._retry.lease_s:g}"
+                    f"a lease took over timeout_s={self._failures.timeout_s:g}"
                 )
                 events += self._failed(slot, slot.calls[0], error)
         return events
@@ -373,9 +367,9 @@ class Fleet:
             self._none_alive_since = None
         elif self._none_alive_since is None:
             self._none_alive_since = now
-        elif now - self._none_alive_since > self._retry.all_lost_s:
+        elif now - self._none_alive_since > self._failures.all_lost_s:
             raise WorkerLostError(
-                f"no worker has been alive for {self._retry.all_lost_s:g} s: all nodes with the "
+                f"no worker has been alive for {self._failures.all_lost_s:g} s: all nodes with the "
                 "resources of a worker may be gone"
             )
 
@@ -384,8 +378,8 @@ class Fleet:
         now = time.perf_counter()
         times = [slot.resume_at for slot in self._slots if not slot.alive and slot.setup is None]
         times += [at for slot in self._slots if (at := self._room_at(slot)) > now]
-        if self._retry.lease_s is not None:
-            times += [slot.since + self._retry.lease_s for slot in self._slots if slot.calls]
+        if self._failures.timeout_s is not None:
+            times += [slot.since + self._failures.timeout_s for slot in self._slots if slot.calls]
         if (backup := self._next_backup()) is not None:
             times.append(backup[0])
         if not self.num_alive:
@@ -395,12 +389,3 @@ class Fleet:
 
 def _tasks(lease: Lease) -> str:
     return ", ".join(map(str, lease.indices))
-
-
-def _user_error(slot: _Slot, call: _Call | None, error: exceptions.RayError) -> ClusterError:
-    if call is None or not isinstance(error, exceptions.RayTaskError):
-        return ClusterError(f"{slot.name} failed: {message(error)}")
-    return LeaseError(
-        f"lease {call.lease.id} (tasks {_tasks(call.lease)}) failed on {slot.name}, "
-        f"with this error there:\n{message(error)}"
-    )

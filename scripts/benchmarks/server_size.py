@@ -35,10 +35,10 @@ from rich.console import Console
 from rich.table import Table
 
 from metadist.cluster.actors.buffers import OuterSpec, PackedState, split_state
-from metadist.cluster.actors.pool import Retry
+from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.runtime_env import pickle_by_value
 from metadist.cluster.parameter_server.server import Arrival, ParameterServer
-from metadist.cluster.parameter_server.supervisor import Keeper
+from metadist.cluster.parameter_server.supervisor import Supervisor
 from metadist.cluster.parameter_server.transport import Pulled, Pushed, Transport
 from metadist.cluster.parameter_server.worker import Transfer, Worker
 from metadist.outer import OuterOptimizer, shard_bounds
@@ -127,7 +127,7 @@ def raylet_pid() -> int:
     raise RuntimeError("Ray has no raylet here")
 
 
-def measure(keeper: Keeper, worker: Any, num_shards: int, repeats: int) -> dict[str, float]:
+def measure(supervisor: Supervisor, worker: Any, num_shards: int, repeats: int) -> dict[str, float]:
     """Median ratios to a copy, by phase, and the seconds of a copy; two turns do not count."""
     ratios: dict[str, list[float]] = {"push": [], "apply": [], "pull": []}
     copies = []
@@ -137,7 +137,7 @@ def measure(keeper: Keeper, worker: Any, num_shards: int, repeats: int) -> dict[
         ray.wait(totals, num_returns=num_shards, fetch_local=False)
         copy_s = ray.get(copied)
         times.append(time.perf_counter())
-        _, outer = keeper.apply([Arrival(turn, turn, 1, 1.0)], [tuple(totals)])
+        _, outer = supervisor.apply([Arrival(turn, turn, 1, 1.0)], [tuple(totals)])
         times.append(time.perf_counter())
         del totals
         ray.get(worker.pull.remote(*outer))
@@ -169,9 +169,9 @@ def run(
     payload = pickle_by_value(None)
     ray.get(worker.setup.remote(payload, spec, bounds, transfer, transport))
     ray.get(worker.setup_sum.remote())
-    keeper = Keeper(
+    supervisor = Supervisor(
         lambda number: ray.remote(ParameterServer).options(num_cpus=0).remote(),
-        Retry(),
+        Failures(),
         snapshot_every=1 << 30,
         start_timeout_s=START_S,
         timeout_s=None,
@@ -183,11 +183,13 @@ def run(
     shared = 0  # what is freed there is used again, so it is the most that was in use
     for name, (optimizer, moved) in OPTIMIZERS.items():
         parts = split_state(state, bounds)
-        keeper.start(parts, spec.of_slices(bounds), optimizer, 1, None, transport)
+        supervisor.start(parts, spec.of_slices(bounds), optimizer, 1, None, transport)
         pids = {"driver": os.getpid(), "worker": pid_of(worker)}
-        pids |= {f"server {number}": pid_of(actor) for number, actor in enumerate(keeper.servers)}
+        pids |= {
+            f"server {number}": pid_of(actor) for number, actor in enumerate(supervisor.servers)
+        }
         with Peaks(pids | {"raylet": raylet_pid()}) as watched:
-            found = measure(keeper, worker, num_shards, repeats)
+            found = measure(supervisor, worker, num_shards, repeats)
         peaks = {who: max(peaks.get(who, 0), size) for who, size in watched.own.items()}
         shared = max(shared, watched.shared)
         must = {"push": 1.0, "apply": 1.0 + 0.5 + moved + 1.0, "pull": 1.0}
@@ -208,7 +210,7 @@ def run(
         memory.add_row(who, f"{size / 1e6:.0f}", f"{size / size_bytes:.2f}")
     console.print(times)
     console.print(memory)
-    keeper.stop()
+    supervisor.stop()
     ray.shutdown()
 
 

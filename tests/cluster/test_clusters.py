@@ -187,7 +187,7 @@ def where(_):
     return context.get_node_id(), gpus, os.environ["CUDA_VISIBLE_DEVICES"]
 
 def places(executor):
-    actors = [slot.actor for slot in executor._fleet._slots if slot.alive]
+    actors = [slot.actor for slot in executor._pool._slots if slot.alive]
     found = ray.get([actor.__ray_call__.remote(where) for actor in actors])
     return sorted((names[node], *gpus, visible) for node, gpus, visible in found)
 
@@ -209,10 +209,10 @@ def run(growing=False, **options):
     executor.close()
     print("same bytes", same, flush=True)
 
-print([RayExecutor(num_workers=number)._places._num_gpus() for number in (1, 2, 3)])
+print([RayExecutor(num_workers=number)._placement._num_gpus() for number in (1, 2, 3)])
 run(num_workers=2, gpus_per_worker=0.5)
 run(num_workers=2, min_workers=1, gpus_per_worker=1.0, growing=True)
-print([RayExecutor(num_workers=number)._places._num_gpus() for number in (1, 2, 3)])
+print([RayExecutor(num_workers=number)._placement._num_gpus() for number in (1, 2, 3)])
 run(num_workers=2, gpus_per_worker=1.0)
 print("closed", flush=True)
 time.sleep(1000)

@@ -126,7 +126,7 @@ class PreciseText(TextRegularisation):
         return {name: x.double() for name, x in super().init_outer(generator).items()}
 
 
-class LocalFleet:
+class LocalPool:
     """The shards in this process; `packages` are what each was sent, by round."""
 
     def __init__(self, num_shards: int) -> None:
@@ -167,15 +167,15 @@ class LocalFleet:
 class InProcess(DataParallelExecutor):
     """The executor without Ray: everything but the processes is the same."""
 
-    fleet: LocalFleet
-    make_fleet = LocalFleet
+    pool: LocalPool
+    make_pool = LocalPool
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         check_workload(workload, self._staleness)
-        self.fleet = self.make_fleet(self._num_workers)
-        infos = self.fleet.start(cloudpickle.dumps(workload))
-        self._fleet = self.fleet  # type: ignore[assignment]
-        self._open(self.fleet, infos, workload, optimizer, state)  # type: ignore[arg-type]
+        self.pool = self.make_pool(self._num_workers)
+        infos = self.pool.start(cloudpickle.dumps(workload))
+        self._pool = self.pool  # type: ignore[assignment]
+        self._open(self.pool, infos, workload, optimizer, state)  # type: ignore[arg-type]
 
     def run(self, until_version: int):
         return self._run(until_version)

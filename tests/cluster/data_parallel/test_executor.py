@@ -49,7 +49,7 @@ from tests.algorithms.directions import NEW_TASKS
 from tests.cluster.data_parallel.shards import (
     Cleaning,
     InProcess,
-    LocalFleet,
+    LocalPool,
     PreciseText,
     Shared,
     Unequal,
@@ -176,7 +176,7 @@ def test_rounds_and_vectors_of_a_step_are_those_of_the_page(name, rounds, sent, 
     executor = InProcess(2)
     _, reports = solve(executor, algorithm, 3, report_every=3)
     assert reports[2].results[0].metrics["rounds"] == num_rounds
-    packages = [p[0] for p in executor.fleet.packages]
+    packages = [p[0] for p in executor.pool.packages]
     step = [p for p in packages if p.message.step == 2 and p.message.requests[0].draw]
     assert len(step) == num_rounds
     trees = [key[0] for package in step for key in package.shared]
@@ -213,7 +213,7 @@ def test_averages_of_local_hypergradients_are_wrong_and_this_is_not():
 # Old answers.
 
 
-class Late(LocalFleet):
+class Late(LocalPool):
     """Shard i answers with what it said i steps ago."""
 
     def __init__(self, num_shards: int) -> None:
@@ -227,7 +227,7 @@ class Late(LocalFleet):
 
 
 class LateExecutor(InProcess):
-    make_fleet = Late
+    make_pool = Late
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_shard_sees_the_rows_of_its_own_examples_and_gives_no_others():
     found, _ = solve(executor, SOBA(), batch_size=None)
     sampler = Unequal()
     owned = [sampler.shard(0, part, 3).support.index for part in range(3)]
-    for packages, replies in zip(executor.fleet.packages, executor.fleet.replies, strict=True):
+    for packages, replies in zip(executor.pool.packages, executor.pool.replies, strict=True):
         for part, (package, reply) in enumerate(zip(packages, replies, strict=True)):
             for key, array in package.shared.items():
                 # ridge alone; slope and offset
@@ -280,14 +280,14 @@ def test_a_shard_sees_the_rows_of_its_own_examples_and_gives_no_others():
     everywhere = InProcess(3)
     expected, _ = solve(everywhere, SOBA(), problem=Shared())
     assert_same_state(found, expected)
-    assert executor.fleet.bytes_sent < everywhere.fleet.bytes_sent
-    assert executor.fleet.bytes_received < everywhere.fleet.bytes_received
+    assert executor.pool.bytes_sent < everywhere.pool.bytes_sent
+    assert executor.pool.bytes_received < everywhere.pool.bytes_received
 
 
 def test_the_rows_sent_are_those_of_the_owner():
     executor = InProcess(2)
     solve(executor, SOBA(), 1, sampler=Whole())
-    first = executor.fleet.packages[0]
+    first = executor.pool.packages[0]
     rows = [a for package in first for key, a in package.own.items() if key[0] == "x"]
     initial = Cleaning().init_outer(torch.Generator().manual_seed(3))["weights"]
     assert torch.equal(torch.cat([torch.tensor(row) for row in rows]), initial)
@@ -296,13 +296,13 @@ def test_the_rows_sent_are_those_of_the_owner():
 def test_nothing_is_sent_twice_and_nothing_kept_for_longer_than_needed():
     executor = InProcess(2)
     _, reports = solve(executor, FSLA(), 4, report_every=1)
-    asked = [p[0] for p in executor.fleet.packages if p[0].message.requests[0].method != METRICS]
+    asked = [p[0] for p in executor.pool.packages if p[0].message.requests[0].method != METRICS]
     # x and the moved y, then v; the point before and its v are there already.
     assert [len(package.shared) for package in asked[-3:]] == [1, 1, 1]
     sent = [key for package in asked for key in package.shared]
     assert len(sent) == len(set(sent))
     # x, y, v, and x, y, v before
-    assert all(len(held) <= 8 for held in executor.fleet._held)
+    assert all(len(held) <= 8 for held in executor.pool._held)
     metrics = reports[-1].results[0].metrics
     # x (12 numbers in all shards' parts and ridge twice), y, v to 2 shards, 8 bytes each
     assert metrics["bytes_sent"] == 8 * (11 + 2 + 2 * 4 + 2 * 4)
@@ -311,7 +311,7 @@ def test_nothing_is_sent_twice_and_nothing_kept_for_longer_than_needed():
 def test_iterates_of_itd_are_not_sent_again_on_the_way_back():
     executor = InProcess(2)
     solve(executor, ITD(T), 1, report_every=9)
-    asked = [p[0] for p in executor.fleet.packages if p[0].message.requests[0].method != METRICS]
+    asked = [p[0] for p in executor.pool.packages if p[0].message.requests[0].method != METRICS]
     back = asked[T + 1 :]
     assert len(back) == T and all(len(package.shared) == 1 for package in back)
 

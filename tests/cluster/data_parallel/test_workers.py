@@ -161,7 +161,7 @@ def test_a_worker_that_is_killed_between_rounds_changes_no_byte(workers):
     solve(executor, ALL["aid"], 1)
     reports = executor.run(3)
     next(reports)
-    for info in executor._fleet.infos[:2]:
+    for info in executor._pool.infos[:2]:
         os.kill(info.where.pid, signal.SIGKILL)
     (last,) = reports
     assert bytes_of(executor.state()) == bytes_of(expected)
@@ -190,7 +190,7 @@ def test_one_slow_worker_holds_up_the_others_after_so_many_steps(workers, tmp_pa
     ages = []
     for _ in range(2):
         next(reports)
-        ages.append(executor._fleet.oldest)
+        ages.append(executor._pool.oldest)
     assert armed.exists() and wait_until((tmp_path / "waiting").exists)
     assert ages == [1, 2]
     timer = threading.Timer(1.0, armed.unlink)
@@ -198,7 +198,7 @@ def test_one_slow_worker_holds_up_the_others_after_so_many_steps(workers, tmp_pa
     for report in reports:
         # Without its answer no step could be taken.
         assert not armed.exists()
-        ages.append(executor._fleet.oldest)
+        ages.append(executor._pool.oldest)
         assert report.num_workers == 3
     timer.join()
     assert len(ages) == 5 and max(ages) == 2
@@ -230,7 +230,7 @@ def test_stale_answers_still_lead_to_the_solution(workers):
     algorithm = SOBA(inner_lr=0.15, adjoint_lr=0.15)
     first, _ = solve(executor, algorithm, 1, **options)
     for _ in executor.run(500):
-        oldest.append(executor._fleet.oldest)
+        oldest.append(executor._pool.oldest)
     before, after = (
         float(true_hypergradient(problem, outer, task).norm())
         for outer in (first.outer, executor.outer())
@@ -311,14 +311,14 @@ def test_data_that_cannot_be_read_ends_the_start(ray_session, sampler, error, me
     executor = DataParallelExecutor(2, cpus_per_worker=0.5, max_losses=2, start_timeout_s=600.0)
     with pytest.raises(error, match=message):
         solve(executor, SOBA(), sampler=sampler)
-    assert executor._fleet is None
+    assert executor._pool is None
 
 
 @pytest.mark.slow
 def test_a_shard_that_changes_is_noticed(workers, tmp_path):
     executor = workers()
     solve(executor, SOBA(), 1, sampler=Changing(tmp_path))
-    os.kill(executor._fleet.infos[1].where.pid, signal.SIGKILL)
+    os.kill(executor._pool.infos[1].where.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match=r"shard 1 must hold the same examples whenever it is r"):
         list(executor.run(3))
 

@@ -90,7 +90,7 @@ class Chaos:
             self._plan.insert(0, (0, 0.05, kind))
 
     def _kill_server(self, how: str) -> bool:
-        server = self._running._keeper.server
+        server = self._running._supervisor.server
         if server is None:
             return False
         try:
@@ -102,7 +102,7 @@ class Chaos:
     def _kill_worker(self, how: str) -> bool:
         alive = [
             slot
-            for slot in self._running._fleet._slots
+            for slot in self._running._pool._slots
             if slot.alive and slot.info.pid not in self._dead
         ]
         if not alive:

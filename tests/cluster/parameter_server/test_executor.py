@@ -95,14 +95,14 @@ def test_a_run_that_goes_on_gives_the_bytes_of_an_uninterrupted_one(executor):
 )
 def test_a_lease_that_is_handed_out_ahead_changes_no_byte(executor, monkeypatch, options):
     running = executor(make_workload(Steady(), meta_batch_size=8), **options)
-    fleet = running._fleet
-    submit, at_once = fleet.submit, []
+    pool = running._pool
+    submit, at_once = pool.submit, []
 
     def note(*arguments):
         submit(*arguments)
-        at_once.append(max(len(slot.calls) for slot in fleet._slots))
+        at_once.append(max(len(slot.calls) for slot in pool._slots))
 
-    monkeypatch.setattr(fleet, "submit", note)
+    monkeypatch.setattr(pool, "submit", note)
     list(running.run(2))
     assert max(at_once) == (1 if options else 2)
     assert state_bytes(running.state()) == state_bytes(
@@ -122,9 +122,7 @@ def test_old_versions_of_x_are_let_go(executor):
 
     def all_ended():
         # A lease that went to two workers may still be computed by one of them.
-        return running._fleet.wait(0.0) == [] and all(
-            s.lease is None for s in running._fleet._slots
-        )
+        return running._pool.wait(0.0) == [] and all(s.lease is None for s in running._pool._slots)
 
     list(running.run(5))
     assert wait_until(lambda: all_ended() and num_references() < 15)
@@ -135,12 +133,12 @@ def test_old_versions_of_x_are_let_go(executor):
 
 def test_starting_again_keeps_the_processes(executor):
     running = executor()
-    pids = [info.pid for info in running._fleet.infos]
+    pids = [info.pid for info in running._pool.infos]
     list(running.run(1))
     running.start(make_workload(), ADAM, first_state())
     list(running.run(2))
     assert state_bytes(running.state()) == state_bytes(local_run(2)[0])
-    assert [info.pid for info in running._fleet.infos] == pids
+    assert [info.pid for info in running._pool.infos] == pids
 
 
 def test_an_error_in_user_code_ends_the_run_with_its_traceback(executor):
@@ -235,7 +233,7 @@ def test_workers_join_when_their_resources_appear(free_cluster, executor):
     while reports[-1].num_workers < 3:
         version += 2
         reports += running.run(version)
-        running._fleet.wait(timeout_s=0.2)
+        running._pool.wait(timeout_s=0.2)
     assert [report.step.version for report in reports] == list(range(1, version + 1))
     assert state_bytes(running.state()) == state_bytes(local_run(version)[0])
     assert {name for report in reports[-2:] for name in report.workers} > {"worker-0"}
@@ -267,7 +265,7 @@ def test_gpus_that_do_not_exist_are_reported(executor):
         ({"start_timeout_s": 0}, "start_timeout_s must be > 0, got 0"),
         ({"policy": "ssp"}, "policy must be a Policy, such as .*, got 'ssp'"),
         ({"max_losses": 0}, "max_losses must be >= 1, got 0"),
-        ({"lease_timeout_s": 0.0}, "lease_timeout_s must be > 0"),
+        ({"lease_timeout_s": 0.0}, "timeout_s must be > 0"),
         ({"backup_factor": 0.5}, "backup_factor must be >= 1 or None .* got 0.5"),
         ({"snapshot_every": 0}, "snapshot_every must be >= 1, got 0"),
         ({"prefetch": -1}, "prefetch must be >= 0, got -1"),

@@ -1,4 +1,4 @@
-"""Every policy on a simulated fleet: random arrivals, random deaths, no Ray."""
+"""Every policy on a simulated pool: random arrivals, random deaths, no Ray."""
 
 from __future__ import annotations
 

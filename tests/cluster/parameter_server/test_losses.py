@@ -15,8 +15,7 @@ from ray import exceptions
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from metadist.cluster import ClusterError, RayExecutor, ServerLostError, WorkerLostError
-from metadist.cluster.actors.placement import Places
-from metadist.cluster.actors.pool import Retry
+from metadist.cluster.actors.placement import Placement
 from tests.algorithms.directions import NEW_TASKS, trainer
 from tests.cluster.toy import (
     Deadly,
@@ -54,7 +53,7 @@ def test_a_worker_that_ray_gave_up_is_replaced(executor, tmp_path):
     reports = running.run(3)
     first = next(reports)
     assert wait_until(lambda: (tmp_path / "gate.waiting").exists())
-    for slot in running._fleet._slots:
+    for slot in running._pool._slots:
         ray.kill(slot.actor, no_restart=True)
     gate.touch()
     rest = list(reports)
@@ -66,7 +65,7 @@ def test_a_worker_that_ray_gave_up_is_replaced(executor, tmp_path):
 def test_a_worker_that_is_lost_between_leases_is_replaced(executor):
     running = executor()
     list(running.run(2))
-    for slot in running._fleet._slots:
+    for slot in running._pool._slots:
         ray.kill(slot.actor, no_restart=True)
     list(running.run(4))
     assert state_bytes(running.state()) == state_bytes(local_run(4)[0])
@@ -90,7 +89,7 @@ def test_an_interrupt_leaves_a_state_to_save(executor, monkeypatch, tmp_path):
 
 
 def server_pid(running):
-    return ray.get(running._keeper.server.__ray_call__.remote(lambda _: os.getpid()))
+    return ray.get(running._supervisor.server.__ray_call__.remote(lambda _: os.getpid()))
 
 
 @pytest.mark.parametrize("how", ["ray.kill", "SIGKILL"])
@@ -101,7 +100,7 @@ def test_a_killed_server_changes_no_byte(executor, caplog, how):
     running.state()  # as for a checkpoint
     seen.append(next(reports))
     if how == "ray.kill":
-        ray.kill(running._keeper.server)
+        ray.kill(running._supervisor.server)
     else:
         os.kill(server_pid(running), signal.SIGKILL)
     seen += reports
@@ -110,7 +109,7 @@ def test_a_killed_server_changes_no_byte(executor, caplog, how):
     assert state_bytes(running.state()) == state_bytes(local_run(4)[0])
     assert (total(seen, "lost_servers"), total(seen, "lost_workers")) == (1, 0)
     assert {8, 9, 10, 11} <= set(seen[3].reissued)
-    assert "lost at version 3 of x; another goes on from version 2: The actor" in caplog.text
+    assert "lost at version 3 of x; another one resumes from version 2: " in caplog.text
 
 
 def kill_for_good(actor: Any) -> None:
@@ -125,10 +124,10 @@ def test_the_state_can_be_had_when_the_server_is_dead(executor):
     running = executor()
     reports = running.run(3)
     next(reports), next(reports)
-    kill_for_good(running._keeper.server)
+    kill_for_good(running._supervisor.server)
     assert running.state().version == 0
     assert [report.step.version for report in reports] == [1, 2, 3]
-    kill_for_good(running._keeper.server)
+    kill_for_good(running._supervisor.server)
     # Nothing was asked for since.
     assert running.state().version == 0
     assert [report.step.version for report in running.run(3)] == [1, 2, 3]
@@ -139,7 +138,7 @@ def test_a_dead_server_is_no_death_of_workers_that_miss_its_x(executor):
     running = executor()
     list(running.run(2))
     running.state()
-    ray.kill(running._keeper.server)
+    ray.kill(running._supervisor.server)
     reports = list(running.run(4))
     assert [report.step.version for report in reports] == [3, 4]
     assert total(reports, "lost_workers") == 0
@@ -164,8 +163,8 @@ class Killing(RayExecutor):
             yield report
             if report.step.version in self.to_come:
                 self.to_come = self.to_come[1:]
-                assert self._keeper is not None
-                ray.kill(self._keeper.server)
+                assert self._supervisor is not None
+                ray.kill(self._supervisor.server)
 
 
 @pytest.mark.parametrize(
@@ -258,10 +257,8 @@ def test_a_lease_that_takes_long_goes_to_an_idle_worker_too(executor, tmp_path):
     assert state_bytes(running.state()) == state_bytes(local_run(3)[0])
     gate.touch()
     # It comes back; the answer that it gives late is ignored.
-    slots = running._fleet._slots
-    assert wait_until(
-        lambda: running._fleet.wait(0.1) == [] and all(s.lease is None for s in slots)
-    )
+    slots = running._pool._slots
+    assert wait_until(lambda: running._pool.wait(0.1) == [] and all(s.lease is None for s in slots))
     reports = list(running.run(6))
     assert [report.step.version for report in reports] == [4, 5, 6]
     assert total(reports, "lost_workers") == 0
@@ -275,7 +272,7 @@ def test_a_lease_that_two_workers_compute_is_lost_with_the_second(executor, tmp_
     first = next(reports)
 
     def kill_both() -> None:
-        slots = running._fleet._slots
+        slots = running._pool._slots
         wait_until(lambda: all(slot.lease is not None and slot.lease.id == 5 for slot in slots))
         for slot in slots:
             os.kill(slot.info.pid, signal.SIGKILL)
@@ -292,18 +289,7 @@ def test_a_lease_that_two_workers_compute_is_lost_with_the_second(executor, tmp_
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where torch sees no GPU")
 def test_workers_that_cannot_start_are_reported(executor, monkeypatch):
-    monkeypatch.setattr(Places, "_num_gpus", lambda self: 0.0)
+    monkeypatch.setattr(Placement, "_num_gpus", lambda self: 0.0)
     with pytest.raises(ClusterError, match="device must be 'cpu' or 'auto' where torch sees no"):
         executor(num_workers=1, device="cuda")
     assert wait_until(lambda: cpus_taken() == 0)
-
-
-def test_pauses_double_up_to_a_limit():
-    retry = Retry(backoff_s=0.5, max_backoff_s=3)
-    assert [retry.pause_s(n) for n in (1, 2, 3, 4)] == [0.5, 1, 2, 3]
-
-
-@pytest.mark.parametrize("name", ["backoff_s", "max_backoff_s", "all_lost_s"])
-def test_retry_limits_are_checked(name):
-    with pytest.raises(ValueError, match=f"{name} must be >= 0, got -1"):
-        Retry(**{name: -1})

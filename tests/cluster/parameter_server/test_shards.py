@@ -50,7 +50,7 @@ class Projected(Wide):
 def test_shards_give_the_bytes_of_one_process(executor, tmp_path):
     expected, expected_reports = local_run(5, wide_workload(), CLIPPED)
     running = executor(wide_workload(), first_state(Wide(), CLIPPED), CLIPPED, **SHARDED)
-    assert len(running._keeper.servers) == 2
+    assert len(running._supervisor.servers) == 2
     reports = list(running.run(5))
     state = running.state()
     assert state_bytes(state) == state_bytes(expected)
@@ -84,29 +84,29 @@ def test_the_number_of_shards_may_change_between_the_parts_of_a_run(executor):
 )
 def test_a_killed_shard_changes_no_byte(executor, monkeypatch, number, when):
     running = executor(wide_workload(), first_state(Wide()), **SHARDED)
-    keeper = running._keeper
+    supervisor = running._supervisor
     reports = running.run(4)
     seen = [next(reports), next(reports)]
     running.state()  # as for a checkpoint
     seen.append(next(reports))
-    first = list(keeper.servers)
+    first = list(supervisor.servers)
     if when == "between steps":
-        os.kill(pid_of(keeper.servers[number]), signal.SIGKILL)
+        os.kill(pid_of(supervisor.servers[number]), signal.SIGKILL)
     else:
-        ask = keeper.ask
+        ask = supervisor.ask
 
         def ask_and_kill(refs: Any, *arguments: Any) -> Any:
             answers = ask(refs, *arguments)
             if isinstance(answers[0], list):  # the squares that both have prepared
                 monkeypatch.undo()
-                os.kill(pid_of(keeper.servers[number]), signal.SIGKILL)
+                os.kill(pid_of(supervisor.servers[number]), signal.SIGKILL)
             return answers
 
-        monkeypatch.setattr(keeper, "ask", ask_and_kill)
+        monkeypatch.setattr(supervisor, "ask", ask_and_kill)
     seen += reports
     assert [report.step.version for report in seen] == [1, 2, 3, 3, 4]
     assert sum(report.lost_servers for report in seen) == 1
-    assert not set(keeper.servers) & set(first), "all go on from the same state"
+    assert not set(supervisor.servers) & set(first), "all go on from the same state"
     assert state_bytes(running.state()) == state_bytes(local_run(4, wide_workload())[0])
 
 
@@ -117,7 +117,7 @@ def test_shards_keep_what_a_step_leaves_for_the_next(executor, name, keep_state)
     reports = running.run(6)
     next(reports), next(reports)
     running.state()
-    ray.kill(running._keeper.servers[1])
+    ray.kill(running._supervisor.servers[1])
     list(reports)
     state = running.state()
     assert state_bytes(state) == state_bytes(expected)
@@ -143,7 +143,7 @@ def test_a_server_that_hangs_is_replaced(executor, caplog, num_shards):
     reports = running.run(4)
     seen = [next(reports), next(reports)]
     running.state()
-    hung = pid_of(running._keeper.servers[-1])
+    hung = pid_of(running._supervisor.servers[-1])
     os.kill(hung, signal.SIGSTOP)
     seen += reports
     assert seen[-1].step.version == 4
@@ -160,16 +160,16 @@ def test_a_server_that_hangs_while_the_workers_compute_is_noticed(executor, tmp_
     reports = running.run(2)
     next(reports)
     assert wait_until(lambda: (tmp_path / "gate.waiting").exists())
-    before = running._keeper.server
+    before = running._supervisor.server
     hung = pid_of(before)
     os.kill(hung, signal.SIGSTOP)
-    replace = running._keeper.replace
+    replace = running._supervisor.replace
 
     def replace_and_open(error: Any) -> None:
         gate.touch()
         replace(error)
 
-    running._keeper.replace = replace_and_open
+    running._supervisor.replace = replace_and_open
     assert [report.step.version for report in reports] == [1, 2]
     assert "no answer for 4 s" in caplog.text
     assert state_bytes(running.state()) == state_bytes(local_run(2)[0])
@@ -203,7 +203,7 @@ executor.start(wide_workload(), ADAM, first_state(Wide()))
 
 def places():
     where = lambda _: ray.get_runtime_context().get_node_id()
-    found = [ray.get(s.__ray_call__.remote(where)) for s in executor._keeper.servers]
+    found = [ray.get(s.__ray_call__.remote(where)) for s in executor._supervisor.servers]
     return sorted(node == here for node in found)
 
 print("beside the driver", places(), flush=True)

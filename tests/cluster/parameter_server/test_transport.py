@@ -52,7 +52,7 @@ def test_the_way_changes_no_byte(executor):
     running = executor(wide_workload(), first_state(Wide()), num_workers=1, transport="nixl")
     assert running.describe()["transport"] == "nixl"
     list(running.run(2))
-    assert isinstance(ray.get(running._keeper.pull()[0]).flat, ray.ObjectRef)
+    assert isinstance(ray.get(running._supervisor.pull()[0]).flat, ray.ObjectRef)
     expected = local_run(2, wide_workload())[0]
     assert state_bytes(running.state()) == state_bytes(expected)
     assert all(torch.equal(running.outer()[name], x) for name, x in expected.outer.items())
@@ -64,10 +64,10 @@ def test_a_lost_worker_and_a_lost_server_change_no_byte(executor):
     running = executor(wide_workload(), first_state(Wide(), CLIPPED), CLIPPED, **DIRECT)
     reports = running.run(8)
     seen = [next(reports), next(reports)]
-    os.kill(running._fleet.infos[1].pid, signal.SIGKILL)
+    os.kill(running._pool.infos[1].pid, signal.SIGKILL)
     seen += [next(reports), next(reports)]
     running.state()
-    os.kill(pid_of(running._keeper.server), signal.SIGKILL)
+    os.kill(pid_of(running._supervisor.server), signal.SIGKILL)
     seen += reports
     assert [report.step.version for report in seen] == list(range(1, 9))
     assert sum(report.lost_workers for report in seen) == 1

@@ -1,4 +1,4 @@
-"""`Fleet` alone, with calls that end when and how the test says."""
+"""`WorkerPool` alone, with calls that end when and how the test says."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from ray import exceptions
 
+from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.placement import WorkerInfo
-from metadist.cluster.actors.pool import Retry
 from metadist.cluster.parameter_server import worker_pool as module
-from metadist.cluster.parameter_server.worker_pool import Done, Fleet, Lost
+from metadist.cluster.parameter_server.worker_pool import Done, Lost, WorkerPool
 from metadist.workload import Lease, LeaseResult
 
 
@@ -68,7 +68,7 @@ class Clock:
 
 
 class FakeRay:
-    """What `Fleet` asks of ray."""
+    """What `WorkerPool` asks of ray."""
 
     ObjectRef = object
 
@@ -100,30 +100,32 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def start(monkeypatch, clock):
-    """Makes (a fleet, its actors by number, the newest of each).
+    """Makes (a pool, its actors by number, the newest of each).
 
     Every worker has had one lease, which took a second.
     """
     monkeypatch.setattr(module, "ray", FakeRay(clock))
 
-    def start(num_workers: int = 3, prefetch: int = 0, **retry: Any):
+    def start(
+        num_workers: int = 3, prefetch: int = 0, backup: float | None = None, **failures: Any
+    ):
         actors: dict[int, Actor] = {}
 
         def make(number):
             actors[number] = Actor(number)
             return actors[number]
 
-        limits = Retry(**{"backoff_s": 0.0, **retry})
-        fleet: Any = Fleet(make, num_workers, limits, num_workers, prefetch)
-        fleet.start(10.0, b"", None)
+        limits = Failures(**{"backoff_s": 0.0, **failures})
+        pool: Any = WorkerPool(make, num_workers, limits, num_workers, prefetch, backup)
+        pool.start(10.0, b"", None)
         for number in range(num_workers):
             first = lease(number, 0)
-            fleet.submit(first, (object(),))
+            pool.submit(first, (object(),))
             clock.sleep(1.0)
             next(actor for actor in actors.values() if actor.open).answer(first, 1.0)
-            assert [event.result.lease_id for event in fleet.wait(0.0)] == [number]
-        fleet.take_waiting_s()
-        return fleet, actors
+            assert [event.result.lease_id for event in pool.wait(0.0)] == [number]
+        pool.take_waiting_s()
+        return pool, actors
 
     return start
 
@@ -131,7 +133,7 @@ def start(monkeypatch, clock):
 @pytest.fixture
 def workers(start):
     """Three of them, with backups."""
-    return start(3, backup_factor=1.0)
+    return start(3, backup=1.0)
 
 
 def lease(number: int, version: int = 1) -> Lease:
@@ -141,81 +143,81 @@ def lease(number: int, version: int = 1) -> Lease:
 LEASE = lease(7)
 
 
-def holders(fleet: Fleet, lease: Lease = LEASE) -> list[int]:
-    return [n for n, slot in enumerate(fleet._slots) for call in slot.calls if call.lease == lease]
+def holders(pool: WorkerPool, lease: Lease = LEASE) -> list[int]:
+    return [n for n, slot in enumerate(pool._slots) for call in slot.calls if call.lease == lease]
 
 
-def back_up(fleet: Fleet) -> list[int]:
+def back_up(pool: WorkerPool) -> list[int]:
     """Who computes it, when it has taken as long as is usual."""
-    assert fleet.wait(timeout_s=1.0) == []
-    fleet.back_up()
-    return holders(fleet)
+    assert pool.wait(timeout_s=1.0) == []
+    pool.back_up()
+    return holders(pool)
 
 
 def test_a_second_worker_gets_a_lease_that_takes_long_and_no_third(workers):
-    fleet, actors = workers
-    fleet.submit(LEASE, (object(),))
-    first, second = back_up(fleet)
-    assert back_up(fleet) == [first, second]
+    pool, actors = workers
+    pool.submit(LEASE, (object(),))
+    first, second = back_up(pool)
+    assert back_up(pool) == [first, second]
     actors[second].answer(LEASE)
-    (done,) = fleet.wait(0.0)
+    (done,) = pool.wait(0.0)
     assert isinstance(done, Done) and done.worker == f"worker-{second}"
-    assert back_up(fleet) == [first], "an answered lease goes to nobody"
+    assert back_up(pool) == [first], "an answered lease goes to nobody"
     actors[first].answer(LEASE)
-    assert fleet.wait(0.0) == []
-    assert holders(fleet) == []
+    assert pool.wait(0.0) == []
+    assert holders(pool) == []
 
 
 def test_two_answers_at_once_count_as_one(workers):
-    fleet, actors = workers
-    fleet.submit(LEASE, (object(),))
-    for number in back_up(fleet):
+    pool, actors = workers
+    pool.submit(LEASE, (object(),))
+    for number in back_up(pool):
         actors[number].answer(LEASE)
-    assert len(fleet.wait(0.0)) == 1
+    assert len(pool.wait(0.0)) == 1
 
 
 def test_a_lease_is_lost_with_the_last_of_its_workers(workers):
-    fleet, actors = workers
-    fleet.submit(LEASE, (object(),))
-    first, second = back_up(fleet)
+    pool, actors = workers
+    pool.submit(LEASE, (object(),))
+    first, second = back_up(pool)
     actors[first].die()
-    assert fleet.wait(0.0) == []
+    assert pool.wait(0.0) == []
     actors[second].die()
-    assert fleet.wait(0.0) == [Lost(LEASE, lost_data=False)]
-    assert fleet.take_num_lost() == 2
+    assert pool.wait(0.0) == [Lost(LEASE, lost_data=False)]
+    assert pool.take_num_lost() == 2
 
 
 def test_a_worker_that_dies_over_an_answered_lease_loses_none(workers):
-    fleet, actors = workers
-    fleet.submit(LEASE, (object(),))
-    first, second = back_up(fleet)
+    pool, actors = workers
+    pool.submit(LEASE, (object(),))
+    first, second = back_up(pool)
     actors[second].answer(LEASE)
-    fleet.wait(0.0)
+    pool.wait(0.0)
     actors[first].die()
-    assert fleet.wait(0.0) == []
+    assert pool.wait(0.0) == []
 
 
 def test_a_lease_whose_answer_was_lost_is_not_mistaken_for_its_late_copy(workers):
-    fleet, actors = workers
-    fleet.submit(LEASE, (object(),))
-    first, second = back_up(fleet)
+    pool, actors = workers
+    pool.submit(LEASE, (object(),))
+    first, second = back_up(pool)
     actors[second].answer(LEASE)
-    fleet.wait(0.0)
-    fleet.submit(LEASE, (object(),))  # again, while the first is still at it
-    (again,) = set(holders(fleet)) - {first}
+    pool.wait(0.0)
+    pool.submit(LEASE, (object(),))  # again, while the first is still at it
+    (again,) = set(holders(pool)) - {first}
     actors[again].die()
-    assert fleet.wait(0.0) == [Lost(LEASE, lost_data=False)]
+    assert pool.wait(0.0) == [Lost(LEASE, lost_data=False)]
 
 
 def busy(start, num_workers: int = 1, **options: Any):
-    """A fleet whose workers have computed a lease for half the usual time."""
-    fleet, actors = start(num_workers, prefetch=1, **options)
+    """A pool whose workers have computed a lease for half the usual time."""
+    pool, actors = start(num_workers, prefetch=1, **options)
     for number in range(num_workers):
-        fleet.submit(lease(10 + number), (object(),))
-    assert not fleet.has_room
-    assert fleet.wait() == [], "it must not wait longer than until there is room"
-    assert fleet.has_room
-    return fleet, actors
+        pool.submit(lease(10 + number), (object(),))
+    assert not pool.has_room
+    assert pool.wait() == [], "it must not wait longer than until there is room"
+    assert pool.has_room
+    return pool, actors
 
 
 def ids(events) -> list[int]:
@@ -224,122 +226,122 @@ def ids(events) -> list[int]:
 
 def test_a_busy_worker_is_given_its_next_lease_before_it_is_idle(start, clock):
     before = clock.now
-    fleet, actors = busy(start)
+    pool, actors = busy(start)
     assert clock.now == before + 1.0 + 0.5
-    fleet.submit(LEASE, (object(),))
-    assert not fleet.has_room, "one beside the one it computes"
+    pool.submit(LEASE, (object(),))
+    assert not pool.has_room, "one beside the one it computes"
     actors[0].answer(lease(10))
     actors[0].answer(LEASE)
-    assert ids(fleet.wait(0.0)) == [10, 7]
+    assert ids(pool.wait(0.0)) == [10, 7]
 
 
 def test_without_prefetch_a_busy_worker_is_given_none(start):
-    fleet, _ = start(1)
-    fleet.submit(LEASE, (object(),))
-    assert fleet.wait(timeout_s=10.0) == []
-    assert not fleet.has_room
+    pool, _ = start(1)
+    pool.submit(LEASE, (object(),))
+    assert pool.wait(timeout_s=10.0) == []
+    assert not pool.has_room
 
 
 def test_idle_workers_come_first(start):
-    fleet, actors = busy(start, num_workers=2)
+    pool, actors = busy(start, num_workers=2)
     actors[1].answer(lease(11))
-    fleet.wait(0.0)
-    fleet.submit(LEASE, (object(),))
-    assert holders(fleet) == [1]
+    pool.wait(0.0)
+    pool.submit(LEASE, (object(),))
+    assert holders(pool) == [1]
 
 
 def test_a_dead_worker_loses_all_it_had_and_what_it_computed_is_blamed(start):
-    fleet, actors = busy(start)
-    fleet.submit(LEASE, (object(),))
+    pool, actors = busy(start)
+    pool.submit(LEASE, (object(),))
     actors[0].die()
-    assert fleet.wait(0.0) == [Lost(lease(10), False), Lost(LEASE, False)]
-    assert fleet._lease_losses == {10: 1}
-    assert fleet.take_num_lost() == 1
+    assert pool.wait(0.0) == [Lost(lease(10), False), Lost(LEASE, False)]
+    assert pool._lease_losses == {10: 1}
+    assert pool.take_num_lost() == 1
 
 
 def test_what_a_dead_worker_has_answered_is_not_lost(start):
-    fleet, actors = busy(start)
-    fleet.submit(LEASE, (object(),))
+    pool, actors = busy(start)
+    pool.submit(LEASE, (object(),))
     actors[0].answer(lease(10))
     actors[0].die()
-    done, lost = fleet.wait(0.0)
+    done, lost = pool.wait(0.0)
     assert ids([done]) == [10] and lost == Lost(LEASE, False)
-    assert fleet._lease_losses == {7: 1}
+    assert pool._lease_losses == {7: 1}
 
 
 def test_what_is_stuck_behind_a_slow_lease_goes_to_an_idle_worker(start, clock):
-    fleet, actors = busy(start, num_workers=2)
+    pool, actors = busy(start, num_workers=2)
     began = clock.now - 0.5
-    fleet.submit(LEASE, (object(),))
-    (slow,) = holders(fleet)
+    pool.submit(LEASE, (object(),))
+    (slow,) = holders(pool)
     actors[1 - slow].answer(lease(11 - slow))
-    fleet.wait(0.0)
-    fleet.back_up()
-    assert holders(fleet) == [slow], "it may be the next to begin"
-    while len(holders(fleet)) < 2:
-        assert fleet.wait() == []
-        fleet.back_up()
+    pool.wait(0.0)
+    pool.back_up()
+    assert holders(pool) == [slow], "it may be the next to begin"
+    while len(holders(pool)) < 2:
+        assert pool.wait() == []
+        pool.back_up()
     assert clock.now == began + module.STUCK_FACTOR
-    assert holders(fleet, lease(10 + slow)) == [slow], "no backup of what has begun"
+    assert holders(pool, lease(10 + slow)) == [slow], "no backup of what has begun"
     actors[1 - slow].answer(LEASE)
-    (done,) = fleet.wait(0.0)
+    (done,) = pool.wait(0.0)
     assert done.worker == f"worker-{1 - slow}"
     actors[slow].answer(lease(10 + slow))
     actors[slow].answer(LEASE)
-    assert ids(fleet.wait(0.0)) == [10 + slow]
+    assert ids(pool.wait(0.0)) == [10 + slow]
 
 
 def test_the_time_of_a_lease_begins_when_the_one_before_it_ends(start, clock):
-    fleet, actors = busy(start, lease_s=2.0)
-    fleet.submit(LEASE, (object(),))
+    pool, actors = busy(start, timeout_s=2.0)
+    pool.submit(LEASE, (object(),))
     clock.sleep(1.0)
     actors[0].answer(lease(10))
-    assert ids(fleet.wait(0.0)) == [10]
+    assert ids(pool.wait(0.0)) == [10]
     clock.sleep(1.75)
-    assert fleet.wait(0.0) == []
+    assert pool.wait(0.0) == []
     clock.sleep(0.25)
-    assert fleet.wait(0.0) == [Lost(LEASE, False)]
+    assert pool.wait(0.0) == [Lost(LEASE, False)]
 
 
 def test_what_is_let_go_of_keeps_its_worker_busy_and_is_not_reported(start):
-    fleet, actors = busy(start)
-    fleet.submit(LEASE, (object(),))
-    fleet.forget()
-    assert not fleet.has_room
+    pool, actors = busy(start)
+    pool.submit(LEASE, (object(),))
+    pool.forget()
+    assert not pool.has_room
     actors[0].answer(lease(10))
     actors[0].answer(LEASE)
-    assert fleet.wait(0.0) == []
-    assert fleet.has_room
+    assert pool.wait(0.0) == []
+    assert pool.has_room
     # The same once more is not mistaken for it.
-    fleet.submit(LEASE, (object(),))
+    pool.submit(LEASE, (object(),))
     actors[0].die()
-    assert fleet.wait(0.0) == [Lost(LEASE, False)]
+    assert pool.wait(0.0) == [Lost(LEASE, False)]
 
 
 def test_only_time_without_computing_is_waiting(start, clock):
-    fleet, actors = start(2, prefetch=1)
+    pool, actors = start(2, prefetch=1)
     for number in (10, 11):
-        fleet.submit(lease(number), (object(),))
+        pool.submit(lease(number), (object(),))
     clock.sleep(1.0)
     actors[0].answer(lease(10), compute_s=0.75)
-    fleet.wait(0.0)
+    pool.wait(0.0)
     clock.sleep(0.5)  # without a lease
-    assert fleet.take_waiting_s() == pytest.approx(0.25 + 0.5)
+    assert pool.take_waiting_s() == pytest.approx(0.25 + 0.5)
 
 
 def test_computing_that_nobody_saw_begin_is_not_waiting(start, clock):
-    fleet, actors = busy(start)
-    fleet.submit(LEASE, (object(),))
+    pool, actors = busy(start)
+    pool.submit(LEASE, (object(),))
     clock.sleep(1.0)  # ended after 0.9, and LEASE has begun
     actors[0].answer(lease(10), compute_s=0.9)
-    fleet.wait(0.0)
-    seen = fleet.take_waiting_s()
+    pool.wait(0.0)
+    seen = pool.take_waiting_s()
     clock.sleep(0.5)
     actors[0].answer(LEASE, compute_s=1.0)
-    fleet.wait(0.0)
-    assert seen >= 0 and fleet.take_waiting_s() == 0
-    fleet.submit(lease(12), (object(),))
+    pool.wait(0.0)
+    assert seen >= 0 and pool.take_waiting_s() == 0
+    pool.submit(lease(12), (object(),))
     clock.sleep(1.0)
     actors[0].answer(lease(12), compute_s=0.0)
-    fleet.wait(0.0)
-    assert seen + fleet.take_waiting_s() == pytest.approx(0.1 + 1.0)
+    pool.wait(0.0)
+    assert seen + pool.take_waiting_s() == pytest.approx(0.1 + 1.0)
