@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+__all__ = ["MLP", "Conv4", "ResNet12"]  # whole models; those of a command line come from here
+
 BatchNormPolicy = Literal["transductive", "inductive", "none"]
 
 

@@ -42,7 +42,7 @@ def cards(algorithms: Mapping[str, type[Algorithm]], width: int) -> RenderableTy
 
 
 def card_of(algorithm: type[Algorithm]) -> Card:
-    """The card of a class; of one without a card, what its docstring tells."""
+    """The card of a class; of one without a card, the first line of its docstring."""
     return Card(*algorithm.card) if algorithm.card else Card(summary(algorithm), *[""] * 5)
 
 

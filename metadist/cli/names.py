@@ -1,136 +1,187 @@
-"""What has a short name, and how short names become class paths."""
+"""Short names of classes: what the public packages export, by one rule.
+
+There is no table: a class has a short name as soon as its package exports it. Its methods or base
+class tell its kind, and its own name becomes the short one: `HyperCleaning` is `hyper_cleaning`,
+`FewShotProblem` is `few_shot`, `LancBiOData` is `lancbio_data`, `CIFARFS` is `cifarfs`.
+Case, underscores and hyphens do not matter in what users write.
+"""
 
 from __future__ import annotations
 
-import importlib
+import inspect
+import re
 from abc import ABC
-from typing import Any
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple
 
-import torch
-
-from metadist.algorithm import Algorithm
-from metadist.algorithms import ALGORITHMS
-
-NAMES = {
-    **{name: f"metadist.algorithms.{cls.__name__}" for name, cls in ALGORITHMS.items()},
-    "local": "metadist.executor.LocalExecutor",
-    "ray": "metadist.cluster.RayExecutor",
-    "data_parallel": "metadist.cluster.DataParallelExecutor",
-    "bsp": "metadist.cluster.BSP",
-    "ssp": "metadist.cluster.SSP",
-    "asp": "metadist.cluster.ASP",
-    "buffered": "metadist.cluster.Buffered",
-    "few_shot": "metadist.tasks.FewShotProblem",
-    "conv4": "metadist.models.Conv4",
-    "resnet12": "metadist.models.ResNet12",
-    "mlp": "metadist.models.MLP",
-    "linear": "metadist.tasks.LinearClassifier",
-    "glyphs": "metadist.tasks.Glyphs",
-    "sinusoid": "metadist.tasks.Sinusoid",
-    "omniglot": "metadist.tasks.Omniglot",
-    "cifar_fs": "metadist.tasks.CIFARFS",
-    "fc100": "metadist.tasks.FC100",
-    "image_folder": "metadist.tasks.ImageFolder",
-    "hyper_cleaning": "metadist.tasks.HyperCleaning",
-    "class_weights": "metadist.tasks.ClassWeights",
-    "loss_weighting": "metadist.tasks.LossWeighting",
-    "corrupted_images": "metadist.tasks.CorruptedImages",
-    "long_tail": "metadist.tasks.LongTail",
-    "text_regularisation": "metadist.tasks.TextRegularisation",
-    "text_features": "metadist.tasks.TextFeatures",
-    "quadratics": "metadist.tasks.Quadratics",
-    "quadratic_data": "metadist.tasks.QuadraticData",
-    "lancbio_synthetic": "metadist.tasks.LancBiOSynthetic",
-    "lancbio_data": "metadist.tasks.LancBiOData",
-    "amigo_toy": "metadist.tasks.AmigoToy",
-    "coreset": "metadist.tasks.Coreset",
-    "degenerate": "metadist.tasks.Degenerate",
-    "lasso": "metadist.tasks.Lasso",
-    "merely_convex": "metadist.tasks.MerelyConvex",
-    "minimax": "metadist.tasks.Minimax",
-    "pbgd_toy": "metadist.tasks.PBGDToy",
-    "penalty_toy": "metadist.tasks.PenaltyToy",
-    "sine": "metadist.tasks.Sine",
-    "no_data": "metadist.tasks.NoData",
-}
-"""Short names of class paths."""
+from metadist.cli.suggestions import plain
 
 
-def _any_with(title: str, *methods: str) -> type:
-    """A base class of every class with these methods: users need not derive from ours.
-
-    `title` is the heading of its options in the help.
-    """
+def _any_with(title: str, *methods: str) -> Any:
+    """A base class of every class with these methods: users need not derive from ours."""
 
     class Base(ABC):  # noqa: B024  # it is its subclass hook
         @classmethod
         def __subclasshook__(cls, other: type) -> bool:
             return all(callable(getattr(other, name, None)) for name in methods)
 
-    Base.__name__ = " ".join(methods)  # for the message of `readable`
+    Base.__name__ = ", ".join(methods)  # for the message that a class has not all of them
     Base.__doc__ = title
     return Base
 
 
-SamplerBase: Any = _any_with("Tasks", "sample")
+SamplerBase = _any_with("Tasks", "sample")
+ProblemBase = _any_with("Problem", "init_outer", "init_inner", "inner_loss", "outer_loss")
+ExecutorBase = _any_with("Executor", "start", "run", "state", "close")
+PolicyBase = _any_with("Policy", "leases_to_apply", "may_issue")
 
-ProblemBase: Any = _any_with("Problem", "init_outer", "init_inner", "inner_loss", "outer_loss")
 
-ExecutorBase: Any = _any_with("Executor", "start", "run", "state", "close")
+class Kind(NamedTuple):
+    """Classes that stand for one another.
 
-PolicyBase: Any = _any_with("Policy", "leases_to_apply", "may_issue")
+    Args:
+        options: The options that name one, the shortest way to it first.
+        modules: Where the classes are exported, in the order in which they are searched: Ray is
+            imported only for what is found nowhere else.
+        base: Their base class, or its path where importing it takes long.
+        suffix: The end of a class name that the short name leaves out.
+    """
 
-KINDS: dict[str, tuple[type, str]] = {
-    "algorithms": (Algorithm, "--algorithm"),
-    "problems": (ProblemBase, "--problem"),
-    "models": (torch.nn.Module, "--problem.model"),
-    "samplers": (SamplerBase, "--sampler"),
-    "executors": (ExecutorBase, "--executor"),
-    "policies": (PolicyBase, "--executor.policy"),
+    options: tuple[str, ...]
+    modules: tuple[str, ...]
+    base: Any
+    suffix: str
+
+
+KINDS = {
+    "algorithms": Kind(
+        options=("algorithm",),
+        modules=("metadist.algorithms",),
+        base="metadist.algorithm.Algorithm",
+        suffix="",
+    ),
+    "problems": Kind(
+        options=("problem",), modules=("metadist.tasks",), base=ProblemBase, suffix="Problem"
+    ),
+    "models": Kind(
+        options=("problem.model",),
+        modules=("metadist.models", "metadist.tasks"),
+        base="torch.nn.Module",
+        suffix="Classifier",
+    ),
+    "samplers": Kind(
+        options=("sampler", "val_sampler", "test_sampler"),
+        modules=("metadist.tasks",),
+        base=SamplerBase,
+        suffix="Sampler",
+    ),
+    "executors": Kind(
+        options=("executor",),
+        modules=("metadist", "metadist.cluster"),
+        base=ExecutorBase,
+        suffix="Executor",
+    ),
+    "policies": Kind(
+        options=("executor.policy",), modules=("metadist.cluster",), base=PolicyBase, suffix=""
+    ),
 }
-"""What has short names: its base class and its option."""
 
-SAMPLERS = ("sampler", "val_sampler", "test_sampler")
 
-CLASS_OPTIONS = (*SAMPLERS, "problem", "algorithm", "executor", "policy", "model")
+def kind_of(option: str) -> str | None:
+    """The kind of class that an option names, such as `problem.model`; None: it names none."""
+    last = option.removesuffix(".class_path").rpartition(".")[2]
+    for kind, (options, *_) in KINDS.items():
+        if last in (name.rpartition(".")[2] for name in options):
+            return kind
+    return None
+
+
+def short_name(cls_name: str, suffix: str = "") -> str:
+    """The short name of a class: words of three letters and more are set apart, but acronyms."""
+    bare = cls_name.removesuffix(suffix) or cls_name
+    return re.sub(r"(?<=.)(?=[A-Z][a-z]{2,}([A-Z][a-z]{2}|$))", "_", bare).lower()
 
 
 def named(kind: str) -> dict[str, type]:
     """The classes of a kind by short name."""
     found: dict[str, type] = {}
-    for name, path in NAMES.items():
-        module, _, attribute = path.rpartition(".")
-        cls = getattr(importlib.import_module(module), attribute)
-        if issubclass(cls, KINDS[kind][0]):
-            found[name] = cls
-    return found
+    for module in KINDS[kind].modules:
+        found |= _named_in(module, kind)
+    return dict(sorted(found.items()))
 
 
-def expand_tree(tree: Any) -> Any:
-    """A tree of options with the short names of classes written out."""
+def class_path(kind: str, name: str) -> str | None:
+    """The class path of a short name, or of a bare class name; None if no class has it."""
+    for module in KINDS[kind].modules:
+        for short, cls in _named_in(module, kind).items():
+            if plain(name) in (plain(short), plain(cls.__name__)):
+                return f"{module}.{cls.__name__}"
+    return None
+
+
+@cache
+def _named_in(module: str, kind: str) -> dict[str, type]:
+    _, _, base, suffix = KINDS[kind]
+    if isinstance(base, str):
+        where, _, name = base.rpartition(".")
+        base = getattr(import_module(where), name)
+    package = import_module(module)
+    exported = [getattr(package, name) for name in package.__all__]
+    return {
+        short_name(cls.__name__, suffix): cls
+        for cls in exported
+        if inspect.isclass(cls) and issubclass(cls, base) and _can_be_named(cls)
+    }
+
+
+def _can_be_named(cls: type) -> bool:
+    """Whether text can describe one: it is not abstract, and requires no object."""
+    if inspect.isabstract(cls) or getattr(cls, "_is_protocol", False):
+        return False
+    return all(map(_can_be_written, inspect.signature(cls).parameters.values()))
+
+
+def _can_be_written(parameter: inspect.Parameter) -> bool:
+    is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    if is_variadic or parameter.default is not parameter.empty or kind_of(parameter.name):
+        return True
+    # As text: a generated __init__ may have annotations of names that its module lacks.
+    hints = inspect.formatannotation(parameter.annotation).strip("'").split(" | ")
+    return not {"bool", "int", "float", "str", "Path"}.isdisjoint(hints)
+
+
+def expand(option: str, name: str) -> str:
+    """The class path of a short name given for an option; any other text as it is."""
+    kind = kind_of(option.removeprefix("--"))
+    if kind is None or name == "null" or not re.fullmatch(r"[\w-]+", name):
+        return name
+    return class_path(kind, name) or name
+
+
+def expand_tree(tree: Any, option: str = "") -> Any:
+    """A tree of options with the short names of classes written out; it is what `option` holds."""
+    if isinstance(tree, str):
+        return expand(option, tree)
     if not isinstance(tree, dict):
         return tree
-    tree = {key: expand_tree(value) for key, value in tree.items()}
-    for key in (*CLASS_OPTIONS, "class_path"):
-        if isinstance(tree.get(key), str):
-            tree[key] = NAMES.get(tree[key], tree[key])
-    return tree
+    return {
+        key: expand_tree(value, f"{option}.{key}" if key == "class_path" else str(key))
+        for key, value in tree.items()
+    }
 
 
 def expand_names(arguments: list[str]) -> list[str]:
     """Arguments with the short names of classes written out."""
     expanded = []
-    is_class = False
+    option = ""
     for argument in arguments:
-        option, equals, value = argument.partition("=")
-        if is_class:
-            argument = NAMES.get(argument, argument)
-        elif equals and option.removeprefix("--").rpartition(".")[2] in CLASS_OPTIONS:
-            argument = f"{option}={NAMES.get(value, value)}"
-        is_class = (
-            not equals
-            and option.startswith("--")
-            and (option.removeprefix("--").rpartition(".")[2] in (*CLASS_OPTIONS, "class_path"))
-        )
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("--"):
+            option = "" if equals else flag
+            argument = f"{flag}={expand(flag, value)}" if equals else flag
+        elif option:
+            argument = expand(option, argument)
+            option = ""
         expanded.append(argument)
     return expanded

@@ -1,4 +1,4 @@
-"""Parsers of options and YAML, and the objects they name."""
+"""Parsers of options and YAML."""
 
 from __future__ import annotations
 
@@ -10,45 +10,66 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import ArgumentParser, get_loader, set_loader
 
-from metadist.algorithm import Algorithm
-from metadist.cli.names import CLASS_OPTIONS, NAMES, ProblemBase, SamplerBase, expand_tree
+from metadist.cli.names import expand, expand_names, expand_tree
 
 MAX_CONFIG_BYTES = 1 << 20
 
 
 class Parser(ArgumentParser):
-    """Says what is wrong, without two screens of usage before it; `first` come before all flags.
+    """Says what is wrong, without two screens of usage before it.
 
-    So classes are named by default. A default in the usual sense would fill in the values of its
-    class, of which those that another class knows too would stay when that one is named.
+    Args:
+        positional: The option that may also be given as the one argument without a name.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, *args: Any, positional: str = "", **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+        self.positional = positional
         self.first: dict[str, str] = {}
+        """Options that come before all flags, which name classes by default. A default in the usual
+        sense would fill in the values of its class, of which those that another class knows too
+        would stay when that one is named."""
 
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
-        args = sys.argv[1:] if args is None else list(args)
-        first = dict(self.first)
+        args = expand_names(sys.argv[1:] if args is None else list(args))
+        if self.positional:
+            args = name_positional(self.positional, args)
+        first = {option: expand(option, name) for option, name in self.first.items()}
         for option in self.first:
             whole = option.rpartition(".")[0]
             if whole and last_named(whole, args) not in (None, first[whole]):
                 # It would stay where another class, with a default of its own, takes it too.
                 del first[option]
-        return super().parse_args(
-            [*(part for pair in first.items() for part in pair), *args], *rest, **options
-        )
+        pairs = [part for pair in first.items() for part in pair]
+        return super().parse_args([*pairs, *args], *rest, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        if not self.exit_on_error:  # a parser of nested arguments: the outermost one tells
+        if not self.exit_on_error:  # a parser of nested arguments: the outermost one reports it
             super().error(message, ex)
         print(f"{self.prog}: error: {readable(message)}", file=sys.stderr)
-        print(f"`{self.prog} --help` tells the options", file=sys.stderr)
+        print(f"`{self.prog} --help` shows the options", file=sys.stderr)
         sys.exit(2)
+
+
+def name_positional(option: str, args: list[str]) -> list[str]:
+    """Arguments with `--option=` before the one that has no name.
+
+    argparse has optional positionals too, but takes them for absent when flags come first.
+    """
+    named = []
+    is_value = False
+    for argument in args:
+        if argument.startswith("-"):
+            is_value = "=" not in argument and argument not in ("-h", "--help")
+        elif not is_value:
+            argument = f"--{option}={argument}"
+        else:
+            is_value = False
+        named.append(argument)
+    return named
 
 
 def last_named(name: str, args: list[str]) -> str | None:
@@ -60,8 +81,8 @@ def last_named(name: str, args: list[str]) -> str | None:
         if option == name:
             found = value
         elif option == "--config":
-            with suppress(ValueError):  # which the parser will tell
-                inline = value.startswith("{")  # JSON, from metadist.cli.training.parse_training
+            with suppress(ValueError):  # which the parser reports
+                inline = value.startswith("{")  # JSON, from metadist.cli.train.parse_training
                 tree = expand_tree(json.loads(value)) if inline else read_yaml(value)
                 named = tree.get(name.removeprefix("--"), {})
                 found = named.get("class_path", found) if isinstance(named, dict) else named
@@ -128,39 +149,3 @@ def check_yaml(text: str) -> None:
         raise ValueError("no mapping of options to values")
     if size(root) > MAX_CONFIG_BYTES:
         raise ValueError("aliases that make it huge")
-
-
-def add_workload(parser: Parser) -> None:
-    """Options of what is solved, on what tasks, by which method."""
-    parser.add_subclass_arguments(
-        SamplerBase, "sampler", required=True, help="training tasks: a class with sample(index)"
-    )
-    parser.add_subclass_arguments(
-        ProblemBase, "problem", required=True, help="what is solved; few_shot with conv4 by default"
-    )
-    parser.add_subclass_arguments(
-        Algorithm, "algorithm", required=True, help="by which method; itd by default"
-    )
-    parser.first |= {"--problem": NAMES["few_shot"], "--problem.model": NAMES["conv4"]}
-    parser.first["--algorithm"] = NAMES["itd"]
-
-
-def instantiate(config: Namespace, parser: ArgumentParser, only: str | None = None) -> Namespace:
-    """The objects that a config names; `only` that of one option."""
-    for key, default in parser.get_defaults().items():
-        # Null is what jsonargparse lets pass for any option of a file.
-        if default is not None and key in config and config[key] is None:
-            raise ValueError(f"{key} must be a value, got null: leave it out for {default!r}")
-    torch.manual_seed(config.seed)  # the model's initial weights
-    optimizer = config.get("outer_optimizer", Namespace())
-    if not isinstance(optimizer, Namespace):  # which the parser lets pass
-        raise ValueError(f"outer_optimizer must be a mapping of its options, got {optimizer!r}")
-    if only is not None:
-        config = config.clone()
-        for key in CLASS_OPTIONS:
-            if key in config and key != only:
-                config[key] = None
-    try:
-        return parser.instantiate(config)
-    except ValueError as error:
-        raise ValueError(readable(str(error))) from error

@@ -63,7 +63,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "class path of no module": (
         words(f"train --sampler my_missing.Sampler {RUN}"),
         r'"sampler":\n.*\'my_missing.Sampler\':\n.*No module named \'my_missing\'\n'
-        r"`metadist train --help` tells",
+        r"`metadist train --help` shows",
     ),
     "class path of no class": (
         words(f"train --sampler mine.Sampler {RUN}"),
@@ -182,12 +182,12 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         r"run_dir must be a folder that can be written to, got 'mine.py/run': .*; choose another",
     ),
     "run that is none": (
-        ["resume", "--run", "pictures"],
-        r"run must be a folder with a config.yaml, got 'pictures': give the run_dir of `metadist",
+        ["resume", "pictures"],
+        r"run_dir must be a folder with a config.yaml, got 'pictures': give the run_dir",
     ),
     "judged run that is none": (
-        ["evaluate", "--run", "nowhere"],
-        r"run must be a folder with a config.yaml, got 'nowhere'",
+        ["evaluate", "nowhere"],
+        r"run_dir must be a folder with a config.yaml, got 'nowhere'",
     ),
     "config that is none": (["train", "--config", "nowhere.yaml"], r"(?s)config.*nowhere.yaml"),
     "unknown option of a class": (
@@ -195,22 +195,22 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         r'(?s)"algorithm":\n.*ITD.*:\n.*inner_rate',
     ),
     "no good checkpoint to resume": (
-        ["resume", "--run", "damaged"],
+        ["resume", "damaged"],
         r"no good checkpoint in damaged/checkpoints\n  checkpoint .*step-00000002 is damaged: "
         r"tensors.safetensors must have \(bytes, SHA-256\) .*, got \(3, ",
     ),
     "damaged checkpoint by name": (
-        ["evaluate", "--run", "damaged", "--checkpoint", "step-00000002"],
+        ["evaluate", "damaged", "--checkpoint", "step-00000002"],
         r"checkpoint .*damaged/checkpoints/step-00000002 is damaged: tensors.safetensors must",
     ),
     "checkpoint of another model to resume": (
-        ["resume", "--run", "other"],
+        ["resume", "other"],
         r"checkpoint other/checkpoints/step-00000002 is of another model: "
         r"'features.0.weight' must be float32 of shape \(8, 1\) as in the problem, got float32 of "
         r"shape \(5, 1\); give the problem and algorithm it was trained with",
     ),
     "checkpoint of another model to judge": (
-        ["evaluate", "--run", "other"],
+        ["evaluate", "other"],
         r"checkpoint other/checkpoints/step-00000002 is of another model: 'features.0.weight'",
     ),
 }

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from metadist.cli.contending import check_contender
+from metadist.cli.contenders import check_contender
 from metadist.cli.parsing import read_yaml
-from metadist.cli.training import parse_training
+from metadist.cli.train import parse_training
 from metadist.compare.plan import Comparison
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -43,7 +43,7 @@ def await_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
 
 def resume(here: Path, **variables: str) -> Outcome:
     """`metadist resume`, which must succeed."""
-    arguments = ["-m", "metadist", "resume", "--run", "run"]
+    arguments = ["-m", "metadist", "resume", "--run_dir", "run"]
     outcome = finish(start(arguments, here, **variables), LONG_S)
     assert outcome.code == 0, outcome.err
     assert (here / "run" / "result.json").exists()
@@ -118,7 +118,7 @@ def test_a_run_goes_on_from_its_checkpoints_on_a_new_head(tmp_path, with_driver)
         outcome = finish(process, LONG_S)
         assert outcome.code == (-signal.SIGKILL if with_driver else 1), outcome.err
         assert step <= newest(run) < 200, outcome.err
-        arguments = ["-m", "metadist", "resume", "--run", "run"]
+        arguments = ["-m", "metadist", "resume", "--run_dir", "run"]
     with head() as variables:
         assert f"continuing run from step-{newest(run):08d}" in resume(tmp_path, **variables).out
     assert last_state(run) == whole_run(tmp_path)

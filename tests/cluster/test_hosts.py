@@ -144,7 +144,7 @@ def test_submit_from_a_laptop(hosts, gate, undisturbed):
         hosts.signal("metadist submit", signal.SIGINT)
         output, _ = following.communicate()
         assert following.returncode == 130, output
-        assert "goes on; submit the same again to follow it" in output
+        assert "still runs; submit the same again to follow it" in output
         # kill -9 of the process that drives the run; nothing is left to clean up.
         hosts.signal("metadist train", signal.SIGKILL, "host1")
         (gate / "open").touch()

@@ -96,7 +96,7 @@ def write(changes: dict[str, Any] | None = None, name: str = "config.yaml") -> s
 
 
 def compare(cli, *flags: str | int, folder: str = "out", changes: dict[str, Any] | None = None):
-    return cli("compare", write(changes), "--folder", folder, "--plots", "false", *flags)
+    return cli("compare", write(changes), "--run_dir", folder, "--plots", "false", *flags)
 
 
 def table(folder: str = "out") -> list[dict[str, str]]:
@@ -120,7 +120,7 @@ def timeless(folder: str = "out") -> list[dict[str, Any]]:
 
 
 def test_a_comparison_ends_with_tables_and_curves(cli):
-    out = cli.good("compare", write({"log_every": 1}), "--folder", "out")
+    out = cli.good("compare", write({"log_every": 1}), "--run_dir", "out")
     assert "runs/AID/seed-0: 12 steps, " in out and "runs/SOBA/seed-1: 12 steps, " in out
     found = results()
     assert [r["step"] for r in found if (r["entry"], r["seed"]) == ("AID", 1)] == [1, 3, 6, 9, 12]
@@ -184,7 +184,7 @@ def test_a_changed_config_is_refused_with_the_difference(cli, here):
     ):
         code, out, err = compare(cli, changes={**few, **changes})
         assert (code, out) == (2, "")
-        assert f"metadist compare: error: folder 'out' is of another config: {message}" in err
+        assert f"metadist compare: error: run_dir 'out' is of another config: {message}" in err
         assert contents(here / "out") == before
 
 
@@ -193,7 +193,7 @@ def test_options_may_take_the_seed(cli):
     tree = {**CONFIG, "entries": entries, "budget": {"steps": 1}, "evaluations": 1}
     for folder, changes in (("same", {}), ("own", {"seeded": ["sampler.seed"]})):
         Path("config.yaml").write_text(yaml.safe_dump({**tree, **changes}))
-        cli.good("compare", "config.yaml", "--folder", folder, "--plots", "false")
+        cli.good("compare", "config.yaml", "--run_dir", folder, "--plots", "false")
     (same, own) = table("same"), table("own")
     assert float(same[0]["support_loss +-"]) > 0  # of another start of x
     one, other = (
@@ -253,7 +253,7 @@ def test_a_grid_without_a_finite_metric_is_a_failure(cli):
     Path("config.yaml").write_text(
         yaml.safe_dump({**CONFIG, "entries": entries, "metric": "distance"})
     )
-    code, out, _ = cli("compare", "config.yaml", "--folder", "out", "--plots", "false")
+    code, out, _ = cli("compare", "config.yaml", "--run_dir", "out", "--plots", "false")
     assert code == 1
     assert "failed: runs/AID/point-1/seed-0: distance is not finite" in out
     assert table()[0]["runs"] == "0"
@@ -263,7 +263,7 @@ def test_a_grid_without_a_finite_metric_is_a_failure(cli):
 def test_a_killed_comparison_goes_on_to_the_same_results(cli, here):
     steps = {"budget": {"steps": 80}, "evaluations": 40, "seeds": [0]}
     config = write(steps)
-    process = start(["-m", "metadist", "compare", config, "--folder", "out"], here)
+    process = start(["-m", "metadist", "compare", config, "--run_dir", "out"], here)
     second = here / "out" / "runs" / "SOBA" / "seed-0" / "records.jsonl"
     assert becomes(lambda: second.exists() and len(second.read_text().splitlines()) >= 3, 300)
     process.kill()
@@ -323,9 +323,9 @@ def test_what_cannot_be_compared_is_refused_before_any_work(cli, changes, messag
 def test_other_input_is_refused(cli, monkeypatch):
     for text in ("- 1", "a: [", "{}"):
         Path("bad.yaml").write_text(text)
-        code, _, err = cli("compare", "bad.yaml", "--folder", "out")
+        code, _, err = cli("compare", "bad.yaml", "--run_dir", "out")
         assert code == 2 and "metadist compare: error: " in err
-    code, _, err = cli("compare", "none.yaml", "--folder", "out")
+    code, _, err = cli("compare", "none.yaml", "--run_dir", "out")
     assert code == 2 and "config must be a YAML file of options, got 'none.yaml'" in err
     assert "num_workers must be >= 0, got -1" in compare(cli, "--num_workers", -1)[2]
     ray = {"executor": "ray"}
@@ -336,9 +336,9 @@ def test_other_input_is_refused(cli, monkeypatch):
     assert not Path("out").exists()
     Path("full").mkdir()
     Path("full/thesis.txt").touch()
-    assert "folder must be new, empty, or hold comparison.json" in compare(cli, folder="full")[2]
+    assert "run_dir must be new, empty, or hold comparison.json" in compare(cli, folder="full")[2]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    code, _, err = cli("compare", write(), "--folder", "out")
+    code, _, err = cli("compare", write(), "--run_dir", "out")
     assert code == 2 and "plots must be false without matplotlib, got true: pip install" in err
 
 

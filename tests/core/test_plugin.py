@@ -60,11 +60,11 @@ def test_it_trains_from_the_command_line_and_in_a_script_to_the_same_bytes(
 def test_it_is_found_by_name_when_a_run_is_judged_and_continued(folder, cli):
     local_run(folder, cli)
     assert "continuing local from step-00000004" in cli.good(
-        *("resume", "--run", "local", "--num_steps", "6")
+        *("resume", "--run_dir", "local", "--num_steps", "6")
     )
-    out = cli.good("evaluate", "--run", "local", "--num_tasks", "5", *FLAGS[1:5])
+    out = cli.good("evaluate", "--run_dir", "local", "--num_tasks", "5", *FLAGS[1:5])
     assert "sampler: MySampler(n_way=3, k_shot=3, k_query=4, spread=0.3)" in out
-    code, _, err = cli("evaluate", "--run", "local")
+    code, _, err = cli("evaluate", "--run_dir", "local")
     assert code == 2
     assert "sampler must have an argument split to be judged on 'test', my_tasks.MySampler" in err
 

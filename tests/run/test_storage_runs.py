@@ -88,7 +88,7 @@ def test_every_command_works_on_a_run_folder_elsewhere(cli, place, here):
     for run in (place, "local"):
         printed: list[str] = []
         for command in ("inspect", "evaluate --num_tasks 5", "resume", "resume --num_steps 6"):
-            text = cli.good(*words(command), "--run", run)
+            text = cli.good(*words(command), "--run_dir", run)
             printed.append(text)
         assert "nothing to do: 4 outer steps are taken" in printed[2]
     assert everything(mine.load()[1]) == everything(other.load()[1])
@@ -171,9 +171,9 @@ def test_a_bucket_that_is_not_there_is_refused_and_not_made(cli, s3):
 
 @pytest.mark.parametrize("command", ["resume", "evaluate"])
 def test_a_run_that_is_not_there_is_refused(cli, place, command):
-    code, _, err = cli(command, "--run", place)
+    code, _, err = cli(command, "--run_dir", place)
     assert code == 2
-    assert f"run must be a folder with a config.yaml, got '{place}': give the run_dir" in err
+    assert f"run_dir must be a folder with a config.yaml, got '{place}': give the run_dir" in err
 
 
 def test_a_server_that_cannot_be_reached_is_told_of(cli, s3, monkeypatch):
@@ -183,9 +183,8 @@ def test_a_server_that_cannot_be_reached_is_told_of(cli, s3, monkeypatch):
     fs.clear_instance_cache()
     monkeypatch.setattr(fs, "retries", 1)
     for command in ("train", "resume", "evaluate"):
-        where = "--run_dir" if command == "train" else "--run"
         flags = CURVES if command == "train" else []
-        code, out, err = cli(command, *(*flags, where, f"{s3}/run"))
+        code, out, err = cli(command, *flags, "--run_dir", f"{s3}/run")
         assert (code, "Traceback" in out + err) == (2, False)
         assert f"metadist {command}: error: " in err and "cannot be" in err
 
@@ -255,7 +254,7 @@ def test_a_config_that_is_malformed_is_refused(cli, run, here, name):
     (folder / "config.yaml").write_bytes(bad if isinstance(bad, bytes) else bad.encode())
     before = contents(folder)
     for command in ("resume", "evaluate"):
-        code, out, err = cli(command, "--run", folder)
+        code, out, err = cli(command, "--run_dir", folder)
         assert code == 2, out + err
         assert err.startswith(f"metadist {command}: error: config.yaml of run '{folder}' ")
         assert "Traceback" not in out + err and len(err) < 5_000
@@ -289,7 +288,7 @@ def test_a_config_with_anything_in_any_place(cli, run, key, value):
     tree[key] = value
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     before = contents(folder)
-    code, out, err = cli("evaluate", "--run", folder, "--num_tasks", 2)
+    code, out, err = cli("evaluate", "--run_dir", folder, "--num_tasks", 2)
     assert code in (0, 2), (code, err)
     assert "Traceback" not in out + err
     assert code == 0 or err.startswith("metadist evaluate: error: ")
@@ -309,7 +308,7 @@ def test_a_config_with_any_edit(cli, run, data):
     inserted = data.draw(st.text(max_size=6))
     raw = (text[:first] + inserted + text[last:]).encode(errors="surrogatepass")
     (folder / "config.yaml").write_bytes(raw)
-    code, out, err = cli("evaluate", "--run", folder, "--num_tasks", 2)
+    code, out, err = cli("evaluate", "--run_dir", folder, "--num_tasks", 2)
     assert "Traceback" not in out + err, err
     assert code in (0, 2), (code, err)
 
@@ -318,7 +317,7 @@ def test_inspect_runs_nothing_of_a_config(cli, run, here):
     folder, _ = run
     (here / "evil.py").write_text("open('hacked', 'w').close()\nclass Sampler:\n    pass")
     (folder / "config.yaml").write_text("sampler: evil.Sampler")
-    assert "good" in cli.good("inspect", "--run", folder)
+    assert "good" in cli.good("inspect", "--run_dir", folder)
     assert [path.name for path in here.iterdir()] == ["evil.py"]
 
 

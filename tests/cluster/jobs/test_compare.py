@@ -66,7 +66,7 @@ def test_runs_on_ray_are_those_of_this_process(ray_session, tmp_path, monkeypatc
     Path("mine.py").write_text(MINE)
     config = {**CONFIG, "budget": {"calls": 60}, "evaluations": 2, "seeds": [0]}
     Path("config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    here = ["compare", "config.yaml", "--plots", "false", "--folder"]
+    here = ["compare", "config.yaml", "--plots", "false", "--run_dir"]
     assert main([*here, "out", "--num_workers", "2"]) == 0
     assert "runs/SOBA/seed-0: " in capsys.readouterr().out
     assert main([*here, "plain"]) == 0
@@ -92,7 +92,7 @@ def lose():
 
 losing = threading.Thread(target=lose)
 losing.start()
-here = ["compare", "config.yaml", "--plots", "false", "--folder"]
+here = ["compare", "config.yaml", "--plots", "false", "--run_dir"]
 print("exit", main([*here, "out", "--num_workers", "2"]), flush=True)
 losing.join()
 cluster.shutdown()

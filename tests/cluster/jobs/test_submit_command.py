@@ -72,7 +72,7 @@ def test_without_following_the_command_ends_at_once(jobs, capsys):
 def test_an_interrupt_ends_the_following_and_not_the_job(jobs, capsys):
     running = jobs("step 1\n", KeyboardInterrupt())
     assert main(SUBMIT) == 130
-    assert f"job {ID} goes on; submit the same again to follow it" in capsys.readouterr().out
+    assert f"job {ID} still runs; submit the same again to follow it" in capsys.readouterr().out
     assert running.register[ID].status == JobStatus.RUNNING
     running.printed = ["step 1\n", "step 2\n"]
     assert main(SUBMIT) == 0

@@ -121,7 +121,7 @@ def test_the_command_writes_a_config_that_trains(ray_session, tmp_path, monkeypa
         "space": {"algorithm.inner_lr": {"grid": [1e-9, 0.05]}},
     }
     Path("tune.yaml").write_text(yaml.safe_dump(config))
-    assert main(["tune", "tune.yaml", "--folder", "out", "--verbose", "0"]) == 0
+    assert main(["tune", "tune.yaml", "--run_dir", "out", "--verbose", "0"]) == 0
     out = capsys.readouterr().out
     assert "metadist train --config out/best.yaml --run_dir runs/NAME" in out
     trials = json.loads(Path("out/trials.json").read_text())
@@ -131,7 +131,7 @@ def test_the_command_writes_a_config_that_trains(ray_session, tmp_path, monkeypa
     assert main(["train", "--config", "out/best.yaml", *words("--run_dir run --num_steps 1")]) == 0
     # Another config is not for this folder.
     Path("tune.yaml").write_text(yaml.safe_dump({**config, "num_steps": 3}))
-    assert main(["tune", "tune.yaml", "--folder", "out"]) == 2
+    assert main(["tune", "tune.yaml", "--run_dir", "out"]) == 2
     assert "num_steps was 2, is 3" in capsys.readouterr().err
 
 
@@ -187,6 +187,6 @@ def test_a_config_that_cannot_be_searched_is_refused(
         **changes,
     }
     Path("tune.yaml").write_text(yaml.safe_dump({k: v for k, v in tree.items() if v is not None}))
-    assert main(["tune", "tune.yaml", "--folder", "out"]) == 2
+    assert main(["tune", "tune.yaml", "--run_dir", "out"]) == 2
     assert message in capsys.readouterr().err
     assert not Path("out").exists()

@@ -1,4 +1,4 @@
-"""What `metadist compare` and `metadist tune` share: trainings made of options, and judged."""
+"""What `metadist compare` and `metadist tune` share: trainings made from options, and judged."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from functools import partial
 from typing import Any
 
 from metadist import __version__
-from metadist.cli.names import NAMES
+from metadist.cli.names import class_path
 from metadist.cli.parsing import MAX_CONFIG_BYTES
-from metadist.cli.training import build, parse_training
+from metadist.cli.train import build, parse_training
 from metadist.compare.metrics import kept_metrics
 from metadist.compare.plan import differences
 from metadist.compare.run import MAX_STEPS, Contender
 from metadist.evaluation import EvaluationResult
 from metadist.run.storage import Folder, write_json
 
+LOCAL = class_path("executors", "local")
+
 
 def contender(options: Mapping[str, Any], values: Mapping[str, Any], run_dir: str) -> Contender:
     """The training with these options, and these values of some of them, and its metrics."""
     ours = {"quiet": True, "run_dir": run_dir, "checkpoint_every": MAX_STEPS}
-    # A report of losses costs forward passes.
+    # Every report of losses costs forward passes.
     parsed = parse_training({"log_every": 1000, **options, **ours}, values)
     trainer, samplers = build(parsed)
     if parsed.keep_state:
         return Contender(trainer, partial(kept_metrics, trainer))
 
-    def judged(split: str, num_tasks: int, prefix: str = "") -> dict[str, float]:
+    def means(split: str, num_tasks: int, prefix: str = "") -> dict[str, float]:
         if split not in samplers:
             return {}
         result: EvaluationResult = trainer.test(samplers[split], num_tasks)
@@ -38,8 +40,8 @@ def contender(options: Mapping[str, Any], values: Mapping[str, Any], run_dir: st
 
     return Contender(
         trainer,
-        partial(judged, "val", parsed.val_tasks),
-        partial(judged, "test", parsed.test_tasks, "test_"),
+        partial(means, "val", parsed.val_tasks),
+        partial(means, "test", parsed.test_tasks, "test_"),
     )
 
 
@@ -51,7 +53,7 @@ def check_contender(
         parsed = parse_training({**options, "run_dir": "x"}, values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    if num_workers and parsed.executor.class_path != NAMES["local"]:
+    if num_workers and parsed.executor.class_path != LOCAL:
         raise ValueError(
             f"{where}: executor must be local with num_workers={num_workers}, got "
             f"{parsed.executor.class_path}: every run is in a process of Ray already"
@@ -70,29 +72,29 @@ def check_contender(
 
 
 def keep_config(folder: Folder, tree: dict[str, Any], name: str) -> None:
-    """Write the config; raise ValueError if the folder is of another one."""
+    """Write the config; raise ValueError if the folder has another one."""
     now = json.loads(json.dumps(tree))
     try:
         before = json.loads(folder.read(name, MAX_CONFIG_BYTES))["config"]
     except FileNotFoundError:
         if folder.names():
             raise ValueError(
-                f"folder must be new, empty, or hold {name}, got {folder.uri!r}, which holds "
+                f"run_dir must be new, empty, or hold {name}, got {folder.uri!r}, which holds "
                 "other files"
             ) from None
         folder.check_writable()
     else:
         if found := differences(before, now):
             raise ValueError(
-                f"folder {folder.uri!r} is of another config: {'; '.join(found)}. Choose another "
+                f"run_dir {folder.uri!r} is of another config: {'; '.join(found)}. Choose another "
                 "folder"
             )
     write_json(f"{folder.uri.rstrip('/')}/{name}", {"metadist": __version__, "config": now})
 
 
-def go_to(here: str) -> None:
-    """Let relative paths and users' modules be found as where the command was given."""
+def go_to(cwd: str) -> None:
+    """Let relative paths and users' modules be found as in the folder of the command."""
     with suppress(FileNotFoundError):  # on another machine, where they must be absolute
-        os.chdir(here)
-    if here not in sys.path:
-        sys.path.insert(0, here)
+        os.chdir(cwd)
+    if cwd not in sys.path:
+        sys.path.insert(0, cwd)

@@ -13,8 +13,9 @@ from jsonargparse import ArgumentError, Namespace
 
 from metadist.checks.preflight import check_losses
 from metadist.checks.sampler import check_sampler
-from metadist.cli.names import NAMES, ExecutorBase, SamplerBase, expand_names
-from metadist.cli.parsing import Parser, add_workload, instantiate, readable
+from metadist.cli.names import ExecutorBase, SamplerBase
+from metadist.cli.parsing import MAX_CONFIG_BYTES, Parser, check_yaml, readable
+from metadist.cli.workload import add_workload, instantiate
 from metadist.evaluation import EvaluationResult
 from metadist.outer import OuterOptimizer
 from metadist.run.status import RESULT
@@ -22,32 +23,33 @@ from metadist.run.storage import Folder, write_json
 from metadist.trainer import CONFIG, Trainer, headline
 
 
-def train_parser() -> Parser:
+def parser() -> Parser:
     """Options of `metadist train`."""
     parser = Parser(
         prog="metadist train",
-        allow_abbrev=False,
-        description="Meta-train, write checkpoints and TensorBoard events, evaluate at the end.",
+        description="Train on tasks; write checkpoints and TensorBoard events; test at the end.",
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    parser.add_argument("--run_dir", type=str, help="new folder for everything the run writes")
-    parser.add_argument("--num_steps", type=int, default=1000, help="outer steps")
-    parser.add_argument("--seed", type=int, default=0, help="of model, tasks' draws and order")
+    parser.add_argument("--config", action="config", help="A YAML file with any of these options.")
+    parser.add_argument("--run_dir", type=str, help="A new folder for all that the run writes.")
+    parser.add_argument("--num_steps", type=int, default=1000, help="Outer steps.")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="The seed of the model's weights and mini-batches."
+    )
     add_workload(parser)
     for split in ("val", "test"):
         parser.add_subclass_arguments(
-            SamplerBase, f"{split}_sampler", required=False, help=f"{split} tasks"
+            SamplerBase, f"{split}_sampler", required=False, help=f"The sampler of {split} tasks."
         )
         parser.add_argument(
             f"--{split}_split",
             type=str | None,
-            help=f"instead of {split}_sampler: `sampler` with this value of its argument split",
+            help=f"In place of {split}_sampler: `sampler` with this value of its argument split.",
         )
     parser.add_class_arguments(OuterOptimizer, "outer_optimizer")
     parser.add_subclass_arguments(
-        ExecutorBase, "executor", required=True, help="where it runs; this process by default"
+        ExecutorBase, "executor", required=True, help="Where tasks are computed."
     )
-    parser.first["--executor"] = NAMES["local"]
+    parser.first["--executor"] = "local"
     parser.add_class_arguments(
         Trainer,
         skip={
@@ -55,13 +57,13 @@ def train_parser() -> Parser:
             "val_sampler", "config",
         },
     )  # fmt: skip
-    parser.add_argument("--test_tasks", type=int, default=600, help="tasks of the final test")
+    parser.add_argument("--test_tasks", type=int, default=600, help="Tasks of the final test.")
     parser.add_argument(
         "--if_exists",
         type=Literal["refuse", "continue"],
         default="refuse",
-        help="what to do if run_dir holds a run: continue it from its newest good checkpoint with "
-        "these options, or, if it is finished, say so",
+        help="What to do if run_dir holds a run: continue it from its newest good checkpoint with "
+        "these options, or, if it is finished, report that.",
     )
     return parser
 
@@ -72,20 +74,19 @@ def parse_training(options: Mapping[str, Any], flags: Mapping[str, Any]) -> Name
     Raises:
         ValueError: it is refused.
     """
-    parser = train_parser()
-    parser.exit_on_error = False
-    values = {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in flags.items()
-    }
-    arguments = [f"--{name}={value}" for name, value in values.items()]
+    arguments = ["--config", json.dumps(options)]
+    for name, value in flags.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        arguments.append(f"--{name}={text}")
+    refusing = parser()
+    refusing.exit_on_error = False
     try:
-        return parser.parse_args(["--config", json.dumps(options), *expand_names(arguments)])
+        return refusing.parse_args(arguments)
     except ArgumentError as error:
         raise ValueError(readable(str(error))) from error
 
 
-def train(config: Namespace) -> int:
+def run(config: Namespace) -> int:
     """Run `metadist train`."""
     if not config.run_dir:
         raise ValueError("run_dir must name a new folder, got none: pass --run_dir runs/NAME")
@@ -96,21 +97,23 @@ def train(config: Namespace) -> int:
 
 
 def continue_run(
-    run: Namespace, trainer: Trainer, samplers: dict[str, Any], checkpoint: str | None = None
+    config: Namespace, trainer: Trainer, samplers: dict[str, Any], checkpoint: str | None = None
 ) -> int:
     name = trainer.restore(checkpoint)
-    say_skipped(trainer.skipped)
-    print(f"continuing {run.run_dir} from {name}")
-    if trainer.version >= run.num_steps and RESULT in Folder(run.run_dir).names():
-        print(f"nothing to do: {trainer.version} outer steps are taken, num_steps={run.num_steps}")
+    report_skipped(trainer.skipped)
+    print(f"continuing {config.run_dir} from {name}")
+    if trainer.version >= config.num_steps and RESULT in Folder(config.run_dir).names():
+        print(
+            f"nothing to do: {trainer.version} outer steps are taken, num_steps={config.num_steps}"
+        )
         return 0
-    return fit(run, trainer, samplers)
+    return fit(config, trainer, samplers)
 
 
 def build(config: Namespace) -> tuple[Trainer, dict[str, Any]]:
     """(the trainer, the samplers by split); everything is checked, nothing is started."""
-    parser = train_parser()
-    objects = instantiate(config, parser)
+    options_of = parser()
+    objects = instantiate(config, options_of)
     samplers = {"train": objects.sampler}
     for split in ("val", "test"):
         given, name = objects[f"{split}_sampler"], config[f"{split}_split"]
@@ -121,7 +124,7 @@ def build(config: Namespace) -> tuple[Trainer, dict[str, Any]]:
         if name is not None:
             other = config.clone()
             set_split(other, name)
-            given = instantiate(other, parser, only="sampler").sampler
+            given = instantiate(other, options_of, only="sampler").sampler
         if given is not None:
             samplers[split] = given
     if "test" in samplers:
@@ -135,7 +138,7 @@ def build(config: Namespace) -> tuple[Trainer, dict[str, Any]]:
     }
     options["val_sampler"] = samplers.get("val")
     options["outer_optimizer"] = objects.outer_optimizer
-    options["config"] = parser.dump(config, skip_unset=False)
+    options["config"] = options_of.dump(config, skip_unset=False)
     trainer = Trainer(**options)
     if "test" in samplers:
         check_losses(trainer.problem, samplers["test"], trainer.outer, "test_sampler")
@@ -201,6 +204,31 @@ def print_evaluation(result: EvaluationResult) -> None:
         print(f"  {name}: {value}")
 
 
-def say_skipped(skipped: dict[str, str]) -> None:
+def report_skipped(skipped: dict[str, str]) -> None:
     for reason in skipped.values():
         print(f"skipped: {reason}", file=sys.stderr)
+
+
+def saved_config(run_dir: str) -> Namespace:
+    """The options that a run was started with."""
+    options_of = parser()
+    options_of.exit_on_error = False
+    try:
+        text = Folder(run_dir).read(CONFIG, MAX_CONFIG_BYTES).decode()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(
+            f"run_dir must be a folder with a {CONFIG}, got {run_dir!r}: give the run_dir of "
+            "`metadist train`"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{CONFIG} of run {run_dir!r} cannot be read: {error}") from error
+    try:
+        check_yaml(text)
+        config = options_of.parse_string(text)
+    except Exception as error:
+        raise ValueError(
+            f"{CONFIG} of run {run_dir!r} must be as `metadist train` wrote it, got:\n"
+            f"{readable(str(error))}"
+        ) from error
+    config.run_dir = run_dir
+    return config

@@ -1,0 +1,111 @@
+"""The table of commands, and the exit code of a call."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from types import FrameType
+
+from metadist import __version__
+from metadist.cli.suggestions import one_of
+
+COMMANDS = {
+    "train": "Train on tasks; write checkpoints, curves and a final test.",
+    "resume": "Continue a run from its newest good checkpoint.",
+    "evaluate": "Adapt to tasks of another split and report the metrics.",
+    "inspect": "Show the checkpoints of a run and what one of them holds.",
+    "status": "Show how a run stands, from its folder alone.",
+    "compare": "Train several methods on one problem, on equal budgets.",
+    "tune": "Search for good hyperparameters with Ray Tune.",
+    "data": "List the data sets that can be downloaded, or download one.",
+    "check-hypergradient": "Compare a hypergradient with exact derivatives.",
+    "submit": "Run `metadist train` as a job of a Ray cluster and follow it.",
+    "list": "List algorithms, problems, models, samplers, ... by short name.",
+}
+"""One line of help for each command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of one call of the command line."""
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if command == "--version":
+        print(f"metadist {__version__}")
+        return 0
+    if command not in COMMANDS:
+        print(f"metadist: error: {one_of('command', command, COMMANDS)}", file=sys.stderr)
+        print("`metadist --help` says what each does", file=sys.stderr)
+        return 2
+    # Users' modules beside their script or in the folder they are in, as with `python -m`.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module = import_module(f"metadist.cli.{command.replace('-', '_')}")
+    config = module.parser().parse_args(rest)
+    return _exit_code(command, lambda: module.run(config))
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {line}" for name, line in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: metadist COMMAND [options]",
+            "",
+            "Distributed meta-learning and bilevel optimisation.",
+            "",
+            *lines,
+            "",
+            "`metadist COMMAND --help` shows the options of a command, `metadist --version` the "
+            "version.",
+        ]
+    )
+
+
+def _exit_code(command: str, run: Callable[[], int]) -> int:
+    try:
+        with _terminate_as_interrupt() as stopped_by:
+            try:
+                return run()
+            except KeyboardInterrupt:
+                return 128 + stopped_by()
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        print(f"metadist {command}: error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # noqa: BLE001  # the last place; the user sees all of it
+        if _is_failure(error):
+            print(f"metadist {command}: failed: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        return 1
+
+
+def _is_failure(error: Exception) -> bool:
+    """Whether a message says all there is to say about it."""
+    from metadist.cluster import ClusterError
+    from metadist.trainer import TrainingDiverged
+
+    return isinstance(error, (TrainingDiverged, ClusterError, FloatingPointError))
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[Callable[[], int]]:
+    """SIGTERM stops a run as Ctrl-C does; gives the number of the signal that came."""
+    received = signal.SIGINT
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield lambda: int(received)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,37 @@
+"""`metadist status`."""
+
+from __future__ import annotations
+
+from jsonargparse import Namespace
+
+from metadist.cli.parsing import Parser
+
+
+def parser() -> Parser:
+    """Options of `metadist status`."""
+    parser = Parser(
+        prog="metadist status",
+        positional="run_dir",
+        description="Show a running or finished run at a glance. Only its folder is read, wherever "
+        "it runs. Exit codes: 0 it is running or finished; 1 it was interrupted, has failed, or "
+        "has been silent for too long; 2 there is no run.",
+    )
+    parser.add_argument("--run_dir", type=str, required=True, help="The folder of the run.")
+    parser.add_argument(
+        "--stale_s",
+        type=float,
+        default=300.0,
+        help="Seconds without a sign of life after which a run that has not ended is stale.",
+    )
+    return parser
+
+
+def run(config: Namespace) -> int:
+    """Run `metadist status`; exit code 1 if the run has stopped before its end."""
+    from rich.console import Console
+
+    from metadist.run.status import run_status
+
+    status = run_status(config.run_dir, config.stale_s)
+    Console().print(status)
+    return 0 if status.is_well else 1

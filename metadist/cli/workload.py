@@ -1,0 +1,49 @@
+"""The options of what is trained, and the objects they name."""
+
+from __future__ import annotations
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from metadist.algorithm import Algorithm
+from metadist.cli.names import ProblemBase, SamplerBase, kind_of
+from metadist.cli.parsing import Parser, readable
+
+
+def add_workload(parser: Parser) -> None:
+    """Add the options of what is solved, on what tasks, by which method."""
+    parser.add_subclass_arguments(
+        SamplerBase, "sampler", required=True, help="The sampler of the training tasks."
+    )
+    parser.add_subclass_arguments(
+        ProblemBase, "problem", required=True, help="The problem that every task poses."
+    )
+    parser.add_subclass_arguments(
+        Algorithm, "algorithm", required=True, help="The method that estimates hypergradients."
+    )
+    parser.first |= {
+        "--problem": "few_shot",
+        "--problem.model": "conv4",
+        "--algorithm": "itd",
+    }
+
+
+def instantiate(config: Namespace, parser: ArgumentParser, only: str | None = None) -> Namespace:
+    """The objects that a config names; `only` that of one option."""
+    for key, default in parser.get_defaults().items():
+        # Null is what jsonargparse lets pass for any option of a file.
+        if default is not None and key in config and config[key] is None:
+            raise ValueError(f"{key} must be a value, got null: leave it out for {default!r}")
+    torch.manual_seed(config.seed)  # the model's initial weights
+    optimizer = config.get("outer_optimizer", Namespace())
+    if not isinstance(optimizer, Namespace):  # which the parser lets pass
+        raise ValueError(f"outer_optimizer must be a mapping of its options, got {optimizer!r}")
+    if only is not None:
+        config = config.clone()
+        for key in list(config.keys(branches=True)):
+            if kind_of(key) and "." not in key and key != only:
+                config[key] = None
+    try:
+        return parser.instantiate(config)
+    except ValueError as error:
+        raise ValueError(readable(str(error))) from error
