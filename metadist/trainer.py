@@ -30,7 +30,7 @@ from metadist.run.monitor import Monitor, TerminalProgress, calls_of, mean_metri
 from metadist.run.storage import Folder, Mirror
 from metadist.task import TaskSampler, to_device
 from metadist.trees import Params
-from metadist.workload import Workload
+from metadist.workload import Workload, tasks_of_steps
 
 CONFIG = "config.yaml"
 """The name of the file in a run folder."""
@@ -73,13 +73,14 @@ class Trainer:
         sampler: of the training tasks.
         algorithm: how a hypergradient is estimated.
         outer_optimizer: how the outer variable is stepped.
-        meta_batch_size: tasks per (synchronous) outer step.
+        meta_batch_size: Tasks per (synchronous) outer step; None: all tasks of a sampler that says
+            `num_tasks`, 16 of any other.
         tasks_per_lease: tasks that travel together; None: a quarter of a meta-batch, or 1 where
             that is no divisor. Results depend on it by rounding, and on nothing else of the way
             the work is distributed.
-        keep_state: for problems with a fixed set of tasks, of which `meta_batch_size` is the number
-            (1: a single problem): all of them at every outer step, each with what the algorithm
-            keeps of it (inner variable, adjoint, ...). Otherwise every task is new.
+        keep_state: True: every outer step has the same tasks, 0 .. meta_batch_size-1, each with
+            what the algorithm keeps of it (inner variable, adjoint, ...). False: every task is new.
+            None: True for a sampler that says `num_tasks`, False for any other.
         seed: of the initial outer variable and the mini-batch draws.
         executor: who computes; None: this process.
         run_dir: folder for checkpoints, TensorBoard events and results, a path or any fsspec URI;
@@ -111,9 +112,9 @@ class Trainer:
         algorithm: Algorithm,
         *,
         outer_optimizer: OuterOptimizer | None = None,
-        meta_batch_size: int = 16,
+        meta_batch_size: int | None = None,
         tasks_per_lease: int | None = None,
-        keep_state: bool = False,
+        keep_state: bool | None = None,
         seed: int = 0,
         executor: Executor | None = None,
         run_dir: str | Path | None = None,
@@ -149,6 +150,9 @@ class Trainer:
         if eval_inner_steps is not None:
             with_inner_steps(algorithm, eval_inner_steps)
         self._executor = executor or LocalExecutor()
+        meta_batch_size, keep_state = tasks_of_steps(
+            sampler, algorithm, meta_batch_size, keep_state
+        )
         self._probe = self._executor.probe(sampler)
         for source in (self._probe, val_sampler):
             if source is not None:

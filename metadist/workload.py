@@ -21,7 +21,7 @@ from metadist.algorithm import Algorithm, split_own
 from metadist.hypergradient import HypergradientSum, Vectorize, task_hypergradients
 from metadist.outer import StepRules
 from metadist.problem import Problem, is_constrained
-from metadist.task import Task, TaskSampler, to_device
+from metadist.task import FixedSet, Task, TaskSampler, to_device
 from metadist.trees import Params, flatten
 
 
@@ -235,6 +235,34 @@ class Workload:
             found.calls,
         )
         return Computed(result, total, found.states)
+
+
+def tasks_of_steps(
+    sampler: TaskSampler, algorithm: Algorithm, meta_batch_size: int | None, keep_state: bool | None
+) -> tuple[int, bool]:
+    """(`meta_batch_size`, `keep_state`) of a training; None is what the sampler says.
+
+    A sampler of a fixed set has all its tasks at every step, with kept states, unless the
+    algorithm trains nothing but the start of adaptation. Otherwise 16 tasks, new at every step.
+
+    Raises:
+        ValueError: an argument contradicts the sampler.
+    """
+    if not isinstance(sampler, FixedSet) or algorithm.trains == "start":
+        return 16 if meta_batch_size is None else meta_batch_size, bool(keep_state)
+    name, num_tasks = type(sampler).__name__, sampler.num_tasks
+    if keep_state is False:
+        raise ValueError(
+            f"keep_state must be True with {name}, whose num_tasks={num_tasks} are those of every "
+            "outer step, got False: each step would start from the beginning, and the weights "
+            "found would never be kept. Leave it out, or use a sampler without num_tasks"
+        )
+    if meta_batch_size not in (None, num_tasks):
+        raise ValueError(
+            f"meta_batch_size must be {num_tasks}, the num_tasks of {name}, with keep_state, got "
+            f"{meta_batch_size}: every outer step has all of them. Leave it out"
+        )
+    return num_tasks, True
 
 
 def _project(problem: Problem, outer: Params) -> Params:

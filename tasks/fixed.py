@@ -14,7 +14,7 @@ from metadist.trees import Params
 class FixedTasks:
     """The given tasks; for training with `keep_state`, which has all of them at every step.
 
-        Trainer(problem, FixedTasks([task]), algorithm, meta_batch_size=1, keep_state=True)
+        Trainer(problem, FixedTasks([task]), algorithm)
 
     Beyond the last task it begins again with the first.
 
@@ -42,8 +42,6 @@ class FixedTasks:
 
 class OneTask:
     """A sampler of one task, the same at every index; its id is the index.
-
-        Trainer(problem, sampler, algorithm, meta_batch_size=1, keep_state=True)
 
     Args:
         support: training data, all of it.

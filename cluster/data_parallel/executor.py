@@ -46,8 +46,7 @@ log = logging.getLogger("metadist.cluster")
 class DataParallelExecutor(Executor):
     """Solves one bilevel problem whose data is cut into shards, one on each of many workers.
 
-        Trainer(problem, FixedTasks([task]), SOBA(), meta_batch_size=1, keep_state=True,
-                executor=DataParallelExecutor(num_workers=4))
+        Trainer(problem, FixedTasks([task]), SOBA(), executor=DataParallelExecutor(num_workers=4))
 
     The algorithm runs in this process, on its CPU, and asks all workers for every derivative; the
     answers are averaged, and what is not linear in them is computed here. So the run is that of

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from metadist import __version__
@@ -29,7 +30,7 @@ def contender(options: Mapping[str, Any], values: Mapping[str, Any], run_dir: st
     # Every report of losses costs forward passes.
     parsed = parse_training({"log_every": 1000, **options, **ours}, values)
     trainer, samplers = build(parsed)
-    if parsed.keep_state:
+    if trainer.workload.keep_state:
         return Contender(trainer, partial(kept_metrics, trainer))
 
     def means(split: str, num_tasks: int, prefix: str = "") -> dict[str, float]:
@@ -59,12 +60,16 @@ def check_contender(
             f"{parsed.executor.class_path}: every run is in a process of Ray already"
         )
     judges = parsed.val_sampler or parsed.val_split
-    if parsed.keep_state and (judges or parsed.test_sampler or parsed.test_split):
+    keep_state = parsed.keep_state
+    if keep_state is None:  # the sampler is not made here: its class says it
+        module, _, name = parsed.sampler.class_path.rpartition(".")
+        keep_state = hasattr(getattr(import_module(module), name), "num_tasks")
+    if keep_state and (judges or parsed.test_sampler or parsed.test_split):
         raise ValueError(
             f"{where}: val and test samplers must not be given with keep_state: the metrics are "
             "those of the kept solution"
         )
-    if not parsed.keep_state and not judges:
+    if not keep_state and not judges:
         raise ValueError(
             f"{where}: val_split or val_sampler must be given, got neither: new tasks at every "
             "step are judged on those (for a single problem set keep_state)"

@@ -115,7 +115,7 @@ class ImageProblemData:
     """A sampler of one task: images for training (support) and for validation (query).
 
     `sample(index)` is the same task at every index, whose tensors are images float32
-    (n, C, H, W) and labels int64 (n,). For training with `keep_state` and `meta_batch_size=1`.
+    (n, C, H, W) and labels int64 (n,).
 
     Images travel with a pickled sampler as one byte a pixel.
     """

@@ -118,7 +118,7 @@ class HyperCleaning(ExampleWeighting):
         problem = HyperCleaning(num_examples=5000)
         sgd = OuterOptimizer("sgd", lr=100.0)
         trainer = Trainer(problem, data, LancBiO(inner_steps=5, inner_lr=0.1),
-                          outer_optimizer=sgd, meta_batch_size=1, keep_state=True)
+                          outer_optimizer=sgd)
         trainer.fit(1000)
         data.solution_metrics(problem, trainer.outer, trainer.inner(0))
 
@@ -169,8 +169,7 @@ class ClassWeights(ExampleWeighting):
     numbers take the place of labels.
 
         data = LongTail("fashion_mnist", imbalance=100)
-        trainer = Trainer(ClassWeights(num_classes=10), data, AID(), meta_batch_size=1,
-                          keep_state=True)
+        trainer = Trainer(ClassWeights(num_classes=10), data, AID())
 
     Args:
         num_classes: >= 2.
@@ -202,8 +201,7 @@ class LossWeighting(ExampleWeighting):
     are positive, half negative.
 
         data = CorruptedImages("fashion_mnist")
-        trainer = Trainer(LossWeighting(), data, ITD(inner_steps=5, inner_lr=0.1),
-                          meta_batch_size=1, keep_state=True, batch_size=100)
+        trainer = Trainer(LossWeighting(), data, ITD(inner_steps=5, inner_lr=0.1), batch_size=100)
 
     Args:
         num_sigmoids: k, >= 2.

@@ -25,8 +25,7 @@ class LancBiOSynthetic(Synthetic):
     E + G = A'A / n comes as the rows of A, one an example; see `LancBiOData`.
 
         data = LancBiOData(size=200)
-        trainer = Trainer(LancBiOSynthetic(200), data, LancBiO(inner_lr=1e-5),
-                          meta_batch_size=1, keep_state=True)
+        trainer = Trainer(LancBiOSynthetic(200), data, LancBiO(inner_lr=1e-5))
 
     Args:
         size: of x and of y.

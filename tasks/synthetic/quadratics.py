@@ -23,8 +23,7 @@ class Quadratics(Synthetic):
         f = mean_j (u_j'y + w_j'x - t_j)^2 / 2 + mu/2 |x|^2
 
         data = QuadraticData(100, 100)
-        trainer = Trainer(Quadratics(100, 100), data, SABA(), meta_batch_size=1, keep_state=True,
-                          batch_size=64)
+        trainer = Trainer(Quadratics(100, 100), data, SABA(), batch_size=64)
 
     Args:
         num_outer, num_inner: sizes of x and y.

@@ -1,7 +1,7 @@
 """Bilevel toys of the literature, without data and with a known solution, in float64.
 
     toy = Coreset()
-    trainer = Trainer(toy, NoData(), BOME(), meta_batch_size=1, keep_state=True)
+    trainer = Trainer(toy, NoData(), BOME())
     trainer.fit(1000)
     toy.solution_metrics(trainer.outer, trainer.inner(0))
 

@@ -29,8 +29,7 @@ class TextRegularisation(Problem):
         data = TextFeatures("news_articles")
         problem = TextRegularisation(data.num_features, data.num_classes)
         trainer = Trainer(problem, data, SOBA(inner_lr=10.0, adjoint_lr=10.0),
-                          outer_optimizer=OuterOptimizer("adam", lr=0.1),
-                          meta_batch_size=1, keep_state=True)
+                          outer_optimizer=OuterOptimizer("adam", lr=0.1))
         trainer.fit(500)
         data.solution_metrics(problem, trainer.outer, trainer.inner(0))
 

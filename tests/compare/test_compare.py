@@ -40,6 +40,7 @@ import torch
 from tests.problems import Quadratic, quadratic_task
 
 class Data:
+    num_tasks = 1
     def __init__(self, seed: int = 0):
         self.seed = seed
     def sample(self, index):
@@ -59,8 +60,6 @@ class Hyper(Quadratic):
 CONFIG: dict[str, Any] = {
     "problem": "mine.Hyper",
     "sampler": "mine.Data",
-    "meta_batch_size": 1,
-    "keep_state": True,
     "outer_optimizer": {"name": "sgd", "lr": 0.05},
     "budget": {"steps": 12},
     "seeds": [0, 1],
@@ -358,8 +357,6 @@ def contender(run_dir: str, **options: Any) -> Contender:
     chosen: dict[str, Any] = {
         "algorithm": SOBA(inner_lr=0.1),
         "outer_optimizer": OuterOptimizer("sgd", lr=0.01),
-        "meta_batch_size": 1,
-        "keep_state": True,
         "quiet": True,
         "run_dir": run_dir,
         "checkpoint_every": 10**9,

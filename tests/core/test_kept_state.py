@@ -14,7 +14,7 @@ from metadist.outer import Contribution, OuterVariable, StepRules
 from metadist.problem import Problem
 from metadist.tasks import FixedTasks
 from metadist.trees import Params, add, flatten
-from metadist.workload import Workload
+from metadist.workload import Workload, tasks_of_steps
 from tests.problems import (
     DOUBLE,
     Quadratic,
@@ -173,8 +173,6 @@ def test_a_single_problem_is_solved_through_the_trainer(tmp_path):
             FixedTasks([task]),
             algorithm,
             outer_optimizer=OuterOptimizer("sgd", lr=1.0),
-            meta_batch_size=1,
-            keep_state=True,
             run_dir=tmp_path / folder,
             checkpoint_every=10,
             quiet=True,
@@ -193,6 +191,30 @@ def test_a_single_problem_is_solved_through_the_trainer(tmp_path):
     again.fit(120)
     assert_same_bytes(again.outer, whole.outer)
     assert_same_bytes(again.inner(0), whole.inner(0))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "algorithm", "given", "expected"),
+    [
+        (fixed(3), AID(), (None, None), (3, True)),
+        (fixed(3), AID(), (3, True), (3, True)),
+        (fixed(3), Reptile(), (None, None), (16, False)),  # nothing to keep: it trains the start
+        (fixed(3), Reptile(), (2, False), (2, False)),
+        (QuadraticSampler(), AID(), (None, None), (16, False)),
+        (QuadraticSampler(), AID(), (2, True), (2, True)),
+    ],
+)
+def test_a_sampler_of_a_fixed_set_has_all_its_tasks_at_every_step(
+    sampler, algorithm, given, expected
+):
+    assert tasks_of_steps(sampler, algorithm, *given) == expected
+
+
+def test_a_fixed_set_is_neither_forgotten_nor_cut():
+    with pytest.raises(ValueError, match=r"keep_state must be True with FixedTasks, whose num_t"):
+        Trainer(Quadratic(2, 4), fixed(3), AID(), keep_state=False, quiet=True)
+    with pytest.raises(ValueError, match=r"meta_batch_size must be 3, the num_tasks of FixedTasks"):
+        Trainer(Quadratic(2, 4), fixed(3), AID(), meta_batch_size=2, quiet=True)
 
 
 def test_messages_about_kept_states(tmp_path):

@@ -229,7 +229,7 @@ MALFORMED: dict[str, str | bytes] = {
 
 
 @pytest.mark.parametrize(
-    ("key", "default"), [("seed", "0"), ("meta_batch_size", "16"), ("outer_optimizer.lr", "0.001")]
+    ("key", "default"), [("seed", "0"), ("log_every", "10"), ("outer_optimizer.lr", "0.001")]
 )
 def test_null_is_no_value(cli, run, tmp_path, key, default):
     tree = {**yaml.safe_load(run[1]), "run_dir": str(tmp_path / "new")}

@@ -17,7 +17,7 @@ NEW = "CorruptedImages LongTail TextFeatures QuadraticData LancBiOData NoData Li
 @pytest.mark.filterwarnings("ignore:these outer variables got no hypergradient")
 @pytest.mark.parametrize("example", [e for e in EXAMPLES if not any(s in e for s in SOURCES)])
 def test_examples_run(example, capsys):
-    exec(example.replace("keep_state=True", "keep_state=True, quiet=True"), {})
+    exec(example.replace("outer_optimizer=", "quiet=True, outer_optimizer="), {})
     assert "{" in capsys.readouterr().out
 
 

@@ -31,8 +31,6 @@ def training(values: Any, run_dir: str, notes: str | None = None, fatal: int = 0
         FixedTasks([quadratic_task(0)]),
         SOBA(inner_lr=values["inner_lr"]),
         outer_optimizer=OuterOptimizer("sgd", lr=values.get("outer_lr", 0.05)),
-        meta_batch_size=1,
-        keep_state=True,
         quiet=True,
         run_dir=run_dir,
         checkpoint_every=10**9,

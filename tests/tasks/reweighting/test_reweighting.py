@@ -145,8 +145,6 @@ def train(problem, data, algorithm, num_steps, optimizer, **options):
         data,
         algorithm,
         outer_optimizer=optimizer,
-        meta_batch_size=1,
-        keep_state=True,
         quiet=True,
         **options,
     )
@@ -197,8 +195,6 @@ def test_class_weights_favour_rare_classes(algorithm):
         data,
         algorithm,
         outer_optimizer=OuterOptimizer("adam", lr=0.1),
-        meta_batch_size=1,
-        keep_state=True,
         quiet=True,
     )
     trainer.fit(40)

@@ -129,8 +129,6 @@ def test_training_brings_the_hypergradient_down(problem, data, algorithm, lr):
         data,
         algorithm,
         outer_optimizer=OuterOptimizer("sgd", lr=lr),
-        meta_batch_size=1,
-        keep_state=True,
         quiet=True,
     )
     start = problem.init_inner(trainer.outer, data.sample(0))

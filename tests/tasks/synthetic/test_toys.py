@@ -162,8 +162,6 @@ def test_it_is_trained(toy, algorithm, lr, num_steps, distance):
         NoData(),
         algorithm,
         outer_optimizer=OuterOptimizer("sgd", lr=lr),
-        meta_batch_size=1,
-        keep_state=True,
         quiet=True,
     )
     before = toy.solution_metrics(trainer.outer, toy.init_inner(trainer.outer, NoData().sample(0)))

@@ -193,8 +193,6 @@ def test_training_learns_which_words_to_distrust(algorithm, batch_size):
         data,
         algorithm,
         outer_optimizer=OuterOptimizer("adam", lr=0.1),
-        meta_batch_size=1,
-        keep_state=True,
         quiet=True,
         batch_size=batch_size,
     )
@@ -262,9 +260,7 @@ def dense(part):
 def test_a_problem_of_too_few_features_is_refused_before_training():
     data = features()
     problem = TextRegularisation(data.num_features - 1, data.num_classes)
-    message = refusal(
-        lambda: Trainer(problem, data, SOBA(), meta_batch_size=1, keep_state=True, quiet=True)
-    )
+    message = refusal(lambda: Trainer(problem, data, SOBA(), quiet=True))
     assert f"a model of these rows needs num_features >= {data.num_features}" in message
 
 
