@@ -1,6 +1,7 @@
 """What a build ships: each file of the four folders once, under metadist/, and importable there."""
 
 import importlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import metadist
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("algorithms", "tasks", "cluster")
@@ -60,10 +63,12 @@ def test_sdist_holds_every_folder_once(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]
-    folders = ["metadist", *LINKED, "tests", "scripts", "docs"]
+    folders = ["metadist", *LINKED, "examples", "tests", "scripts", "docs"]
     expected = [path for folder in folders for path in sources(folder)]
     assert sorted(name for name in names if "/" in name) == sorted(expected)
-    assert {"LICENSE", "pyproject.toml"} <= {name for name in names if "/" not in name}
+    assert {"LICENSE", "CHANGELOG.md", "CITATION.cff", "pyproject.toml"} <= {
+        name for name in names if "/" not in name
+    }
 
 
 def test_wheel_holds_every_module_and_data_file_once(built):
@@ -85,6 +90,15 @@ for module in (metadist, metadist.algorithms, metadist.tasks, metadist.cluster):
     files = run("-I", "-c", code, cwd=installed).split()
     assert len(files) == 4
     assert all(Path(file).is_relative_to(installed) for file in files)
+
+
+def test_the_newest_release_is_this_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    citation = (ROOT / "CITATION.cff").read_text()
+    version, date = re.findall(r"(?m)^## \[([\d.]+)\] - (\S+)$", changelog)[0]
+    assert version == metadist.__version__
+    assert f"\nversion: {version}\ndate-released: {date}\n" in citation
+    assert changelog.index("\n## [Unreleased]\n") < changelog.index(f"## [{version}]")
 
 
 @pytest.mark.parametrize("name", LINKED)

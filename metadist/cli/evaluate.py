@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from jsonargparse import Namespace
 
 from metadist.cli.names import SamplerBase
@@ -49,9 +47,8 @@ def run(config: Namespace) -> int:
     store = CheckpointStore((Folder(config.run_dir) / "checkpoints").uri)
     name, checkpoint = store.load(config.checkpoint)
     train.report_skipped(store.skipped)
-    compute = objects.compute.given(batch_size=saved.batch_size, seed=saved.seed)
-    workload = Workload(objects.problem, objects.sampler, objects.algorithm, compute=compute)
-    expected = initial_outer(workload)
+    workload = Workload(objects.problem, objects.sampler, objects.algorithm)
+    expected = initial_outer(objects.problem, workload, saved.seed)
     check_same_model(checkpoint.state.outer, expected, f"{store.uri}/{name}")
     result = evaluate(
         objects.problem,
@@ -60,7 +57,9 @@ def run(config: Namespace) -> int:
         checkpoint.state.outer,
         config.num_tasks,
         inner_steps=saved.eval_inner_steps if config.inner_steps is None else config.inner_steps,
-        compute=replace(compute, device=config.device, num_threads=None),
+        batch_size=saved.batch_size,
+        seed=saved.seed,
+        device=config.device,
     )
     print(f"{config.run_dir} {name}, {checkpoint.state.version} outer steps")
     train.print_evaluation(result)

@@ -11,7 +11,6 @@ from torch import Tensor
 from metadist import OuterOptimizer, Trainer
 from metadist.algorithm import Algorithm
 from metadist.algorithms import ALGORITHMS, BOME, MEHA, VPBGD, Reptile
-from metadist.compute import Compute
 from metadist.executor import LocalExecutor
 from metadist.outer import OuterState, OuterVariable
 from metadist.problem import Problem
@@ -107,7 +106,7 @@ def trainer(algorithm: Algorithm, keep_state: bool = False, **options: object) -
             "tasks_per_lease": 1,
             "keep_state": keep_state,
             "batch_size": 6,
-            "compute": Compute(vectorize=False, device="cpu"),
+            "vectorize": False,
             "quiet": True,
             "seed": 3,
             **options,
@@ -129,10 +128,11 @@ def run_in_one_process(
         NEW_TASKS[name],
         meta_batch_size=meta_batch_size,
         keep_state=keep_state,
-        compute=Compute(batch_size=6, vectorize=False, device="cpu"),
+        batch_size=6,
+        vectorize=False,
     )
     outer = workload.problem.init_outer(torch.Generator())
     first = OuterVariable(outer, optimizer, workload.stepping_rules()).state()
-    local = LocalExecutor()
+    local = LocalExecutor("cpu")
     local.start(workload, optimizer, first)
     return workload, first, local

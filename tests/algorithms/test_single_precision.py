@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from metadist.algorithm import Algorithm
-from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.task import Batch, Task
 from metadist.trees import add
@@ -35,7 +34,8 @@ def trained(algorithm: Algorithm, dtype: torch.dtype, num_steps: int = 3) -> tor
             algorithm,
             outer,
             tasks,
-            compute=Compute(vectorize=False, batch_size=2),
+            vectorize=False,
+            batch_size=2,
             step=step,
             states=states,
         )

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from metadist.algorithm import Card, counters_of, flatten_state, unflatten_state
 from metadist.algorithms import ALGORITHMS
-from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.problem import Problem
@@ -110,7 +109,8 @@ def test_tasks_together_are_tasks_in_a_loop(name, case, kept):
                 case.algorithm,
                 outer,
                 tasks,
-                compute=Compute(vectorize=vectorize, batch_size=2),
+                vectorize=vectorize,
+                batch_size=2,
                 step=step,
                 states=states,
             )

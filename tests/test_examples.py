@@ -1,0 +1,34 @@
+"""The examples run as they stand; here with fewer steps, and what they learn is checked."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    return lambda name, **options: importlib.import_module(name).main(**options)
+
+
+def test_few_shot(run):
+    assert run("few_shot", num_steps=4, num_test_tasks=10) > 0.25
+
+
+def test_your_own_sampler(run, capsys):
+    assert run("your_own_sampler", num_steps=20, num_test_tasks=40) > 0.5
+    assert "accuracy on new tasks: 0." in capsys.readouterr().out
+
+
+def test_your_own_problem(run):
+    penalties = run("your_own_problem", num_steps=40)
+    assert penalties[:5].mean() < penalties[5:].mean() / 3
+
+
+def test_hyper_cleaning(run):
+    metrics = run("hyper_cleaning", num_steps=40)
+    assert metrics["precision"] > 0.8
+    assert metrics["test_accuracy"] > 0.85
