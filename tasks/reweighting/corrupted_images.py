@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from metadist.checks.hypergradient import lbfgs
 from metadist.checks.values import require_integer, require_word
 from metadist.problem import Problem
 from metadist.task import Batch, to_device
@@ -25,8 +22,7 @@ from metadist.tasks.reweighting.image_sets import (
     Scaling,
     require_classes,
 )
-from metadist.tasks.reweighting.problem import HyperCleaning, LinearClassifier
-from metadist.trees import Params, dot
+from metadist.trees import Params
 
 
 @runtime_checkable
@@ -141,65 +137,6 @@ class CorruptedImages(ImageProblemData):
             "precision": hits / max(1, int(suspected.sum())),
             "recall": hits / max(1, int(wrong.sum())),
         }
-
-    def baselines(
-        self,
-        model: nn.Module | None = None,
-        weight_decay: float | Sequence[float] = 2e-3,
-        max_iter: int = 100,
-    ) -> dict[str, float]:
-        """Test accuracy of a model fitted to five training sets, by name, with L-BFGS.
-
-        What hyper-cleaning has to beat ("val only": throwing the training set away), and what it
-        cannot ("wrong dropped + val": knowing which labels are wrong).
-
-        Args:
-            model: its weights are the start; None: logistic regression.
-            weight_decay: adds weight_decay / 2 * |y|^2 to the mean cross entropy, >= 0. The noisier
-                the labels, the more of it is best: of several, every set has the one of the highest
-                accuracy on the images for selection.
-            max_iter: of L-BFGS, >= 1.
-        """
-        require_integer("max_iter", max_iter, 1)
-        decays = list(weight_decay) if isinstance(weight_decay, Sequence) else [weight_decay]
-        if len(decays) != 1 and (not decays or self.selection is None):
-            raise ValueError(
-                f"weight_decay must be one number without images for selection, got {decays}: "
-                "give the sampler num_selection"
-            )
-        if model is None:
-            model = LinearClassifier(math.prod(self.train.pixels.shape[1:]), self.num_classes)
-        train, val = self.scaling.batch(self.train), self.scaling.batch(self.val)
-        clean = self.scaling.batch(Images(self.train.pixels, self.clean_labels))
-        right = train.take((~self.wrong).nonzero()[:, 0])
-        return {
-            name: max(
-                (self._fitted(model, decay, parts, max_iter) for decay in decays),
-                key=lambda metrics: metrics.get("selection_accuracy", 0.0),
-            )["test_accuracy"]
-            for name, parts in {
-                "corrupted train": [train],
-                "corrupted train + val": [train, val],
-                "val only": [val],
-                "wrong dropped + val": [right, val],
-                "all clean": [clean, val],
-            }.items()
-        }
-
-    def _fitted(
-        self, model: nn.Module, weight_decay: float, parts: list[Batch], max_iter: int
-    ) -> dict[str, float]:
-        """Metrics of `model` fitted to all examples of `parts`."""
-        problem = HyperCleaning(len(self.wrong), model, weight_decay)
-        outer = problem.init_outer(torch.Generator())
-        columns = zip(*(part.tensors for part in parts), strict=True)
-        batch = Batch.of(*map(torch.cat, columns))
-
-        def loss(y: Params) -> Tensor:
-            return problem.outer_loss({}, y, batch) + weight_decay / 2 * dot(y, y)
-
-        fitted = lbfgs(loss, problem.init_inner(outer, self.sample(0)), max_iter)
-        return super().solution_metrics(problem, outer, fitted)  # no search for wrong labels
 
 
 def _redrawn(

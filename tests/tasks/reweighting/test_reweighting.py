@@ -262,19 +262,6 @@ def test_images_for_selection_change_no_other_training_data_and_judge_alike():
     }
 
 
-def test_baselines_have_the_decay_that_the_images_for_selection_choose():
-    data = cleaning(num_train=90, num_test=60, num_val=12, num_selection=30)
-    decays = (1e-3, 100.0)
-    best, small_decay, large_decay = (
-        data.baselines(weight_decay=decay) for decay in (decays, *decays)
-    )
-    assert small_decay != large_decay
-    assert all(best[name] in (small_decay[name], large_decay[name]) for name in best)
-    assert best["all clean"] == small_decay["all clean"]
-    message = refusal(lambda: cleaning().baselines(weight_decay=decays))
-    assert message.startswith("weight_decay must be one number without images for selection, got ")
-
-
 def test_no_image_is_in_two_sets_even_if_the_data_set_repeats_it():
     one = blobs(100)
     doubled = ArrayDataset(
@@ -298,26 +285,6 @@ def test_inputs_are_scaled():
     inputs, _ = data.sample(0).support.tensors
     expected = (torch.from_numpy(data.train.pixels).float() / 255 - 0.5) / 0.25
     assert torch.allclose(inputs, expected)
-
-
-def test_the_baselines_are_ordered_and_logistic_regression_is_that_of_scikit_learn():
-    from sklearn.linear_model import LogisticRegression
-
-    data = cleaning(num_train=120, num_val=12, num_test=100)
-    metrics = data.baselines()
-    assert list(metrics) == [
-        *("corrupted train", "corrupted train + val", "val only", "wrong dropped + val"),
-        "all clean",
-    ]
-    assert metrics["corrupted train"] <= metrics["wrong dropped + val"] + 0.02
-    (inputs, labels), (test, truth) = (
-        data.scaling.batch(images).tensors for images in (data.train, data.test)
-    )
-    reference = LogisticRegression(C=1 / (2e-3 * 120), max_iter=1000, tol=1e-8)
-    # Its intercept is not regularised; the difference is far below one test image here.
-    reference.fit(inputs.flatten(1).numpy(), labels.numpy())
-    accuracy = reference.score(test.flatten(1).numpy(), truth.numpy())
-    assert metrics["corrupted train"] == pytest.approx(accuracy, abs=0.03)
 
 
 class Torchvision:
@@ -427,16 +394,3 @@ def test_a_data_set_with_other_classes_in_its_test_part_is_refused():
         "both parts of a data set must have the same classes, got [0, 1, 2] for training and "
         "[0, 1] for the test"
     )
-
-
-@pytest.mark.slow
-def test_the_baselines_on_mnist_are_those_of_the_literature():
-    """Needs a package index, unless METADIST_DATA has the files; some minutes."""
-    metrics = CorruptedImages("mnist").baselines(max_iter=60)
-    for name, expected in {
-        "corrupted train + val": 0.889,
-        "val only": 0.907,
-        "wrong dropped + val": 0.910,
-        "all clean": 0.915,
-    }.items():
-        assert metrics[name] == pytest.approx(expected, abs=0.005)

@@ -14,7 +14,7 @@ from metadist.algorithms import AID, ITD, SOBA
 from metadist.task import Batch, Task
 from metadist.tasks import FetchError, TextFeatures, TextRegularisation, check_sampler
 from metadist.tasks.data.sources import NEWS_ARTICLES
-from metadist.tasks.text import features as text_module
+from metadist.tasks.text import corpora
 from metadist.tasks.text.sparse import KEPT, _kept, sparse_matmul
 from tests.problems import (
     DOUBLE,
@@ -205,50 +205,6 @@ def test_training_learns_which_words_to_distrust(algorithm, batch_size):
     assert set(metrics) == {"test_accuracy", "test_loss"}
 
 
-@pytest.mark.parametrize("num_selection", [0, 30])
-def test_one_strength_is_that_of_a_grid_search_with_scikit_learn(num_selection):
-    from sklearn.linear_model import LogisticRegression
-
-    sizes = {"num_train": 40, "num_val": 55 - num_selection, "num_selection": num_selection}
-    data = features(**sizes)
-    train, val, test = (
-        tuple(np.concatenate(arrays) for arrays in zip(*map(dense, parts), strict=True))
-        for parts in (
-            [(data, data.support)],
-            [(data, data.query), *([(data, data.selection)] if num_selection else [])],
-            [(data, data.test)],
-        )
-    )
-
-    def fitted(strength, inputs, labels):
-        return LogisticRegression(
-            C=1 / (strength * len(labels)), fit_intercept=False, tol=1e-9, max_iter=10_000
-        ).fit(inputs, labels)
-
-    def judged(model, inputs, labels):
-        chances = model.predict_proba(inputs)
-        own = chances[np.arange(len(labels)), labels]
-        return -np.log(own).mean(), (chances.argmax(1) == labels).mean()
-
-    strengths = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-    models = {strength: fitted(strength, *train) for strength in strengths}
-    best = min(strengths, key=lambda strength: judged(models[strength], *val)[0])
-    assert strengths[0] < best < strengths[-1]
-    both = tuple(np.concatenate(arrays) for arrays in zip(train, val, strict=True))
-    found = data.baselines(strengths)
-    for name, model in (
-        ("one strength", models[best]),
-        ("one strength, all texts", fitted(best, *both)),
-    ):
-        loss, accuracy = judged(model, *test)
-        assert found[name]["strength"] == best
-        assert found[name]["test_loss"] == pytest.approx(loss, abs=1e-4)
-        assert found[name]["test_accuracy"] == pytest.approx(accuracy)
-    one = found["one strength"]
-    assert one["val_loss"] == pytest.approx(judged(models[best], *val)[0], abs=1e-4)
-    assert ("selection_loss" in one) == bool(num_selection)
-
-
 def dense(part):
     """(inputs, labels) of the texts of a batch: (data, batch)."""
     data, batch = part
@@ -337,7 +293,7 @@ def test_news_articles_lose_the_names_of_their_publishers(tmp_path, monkeypatch)
             writer.writerow(
                 {"article_source_link": link, "title": f"{name} news", "text": f"{text} {name}"}
             )
-    monkeypatch.setattr(text_module, "fetch", lambda name, root: root)
+    monkeypatch.setattr(corpora, "fetch", lambda name, root: root)
     data = TextFeatures("news_articles", tmp_path, 20, 10, 10)
     assert data.class_names.tolist() == ["tass.com", "www.bbc.co.uk"]
     assert "news" in data.terms and not {"bbc", "tass"} & set(data.terms)
@@ -353,8 +309,6 @@ def test_news_articles_lose_the_names_of_their_publishers(tmp_path, monkeypatch)
             lambda: features(num_val=100),
             "num_train + num_val + num_selection must be <= 105, the different texts, got 160",
         ),
-        (lambda: features().baselines([]), "strengths must be numbers > 0, at least one, got []"),
-        (lambda: features().baselines([1, 0]), "strengths must be numbers > 0, at least one, got "),
         (
             lambda: features(num_val=1),
             "num_val must hold a text of every class, got none of ",
@@ -400,12 +354,3 @@ def test_newsgroups_are_tested_on_their_test_part(tmp_path, monkeypatch):
     assert message.startswith(
         "data set '20newsgroups' must be fetched by scikit-learn, got <urlopen error no route"
     )
-
-
-@pytest.mark.slow
-def test_real_news_articles_are_classified(tmp_path):
-    """Needs a package index, unless METADIST_DATA has the files."""
-    data = TextFeatures("news_articles")
-    assert data.num_classes == 9 and data.num_features > 15_000
-    found = data.baselines([1e-5, 1e-4], max_iter=50)
-    assert 0.65 < found["one strength"]["test_accuracy"] < 0.8
