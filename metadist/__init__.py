@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from metadist.algorithm import Algorithm, Estimate, InnerState
     from metadist.checks.hypergradient import HypergradientReport, check_hypergradient
+    from metadist.compute import Compute
     from metadist.evaluation import EvaluationResult, Interval, evaluate
     from metadist.executor import Executor, LocalExecutor, StepReport
     from metadist.hypergradient import HypergradientSum, task_hypergradients
@@ -28,6 +29,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointStore",
+    "Compute",
     "CountingOracle",
     "Draw",
     "Estimate",
@@ -56,6 +58,7 @@ __all__ = [
 _MODULES = (
     "metadist.algorithm",
     "metadist.checks.hypergradient",
+    "metadist.compute",
     "metadist.evaluation",
     "metadist.executor",
     "metadist.hypergradient",

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from metadist.algorithm import Algorithm, split_own
-from metadist.hypergradient import Vectorize, adaptation_metrics, vectorizes
+from metadist.compute import AS_TORCH_IS_SET, Compute, intra_op_threads, pick_device
+from metadist.hypergradient import adaptation_metrics, vectorizes
 from metadist.oracle import AutogradOracle
 from metadist.problem import Problem
 from metadist.task import Task, TaskSampler, stack_tasks, to_device
 from metadist.trees import Params, detach, select, tree_map
-from metadist.workload import intra_op_threads, pick_device
+
+TASKS_AT_A_TIME = 25
 
 
 @dataclass(frozen=True)
@@ -62,28 +64,19 @@ def evaluate(
     num_tasks: int = 600,
     *,
     inner_steps: int | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    vectorize: Vectorize = "auto",
-    chunk_size: int = 25,
-    device: str = "auto",
-    num_threads: int | None = None,
+    compute: Compute = AS_TORCH_IS_SET,
 ) -> EvaluationResult:
     """Mean and 95 % t-interval over the tasks 0 .. num_tasks-1 of `sampler`.
 
     Args:
         problem: the problem.
         algorithm: adaptation is its `adapt`; no hypergradient is computed.
-        sampler: of the split to judge on.
+        sampler: The sampler of the split to judge on.
         outer: the outer variable, the algorithm's own variables included.
         num_tasks: >= 2; 600 is the convention of the field.
         inner_steps: steps of adaptation; None: as in training.
-        batch_size: examples per draw from the support set; None: all of it.
-        seed: of these draws.
-        vectorize: see `task_hypergradients`.
-        chunk_size: tasks at a time; bounds memory.
-        device: "auto", "cpu", "cuda", ...
-        num_threads: intra-op threads; None: as torch is set.
+        compute: On which device and how; its batch_size is that of the support set. By default
+            with threads as torch is set.
 
     Raises:
         ValueError: num_tasks < 2, or inner_steps with an algorithm that has none.
@@ -93,19 +86,7 @@ def evaluate(
         raise ValueError(f"num_tasks must be >= 2 for an interval, got {num_tasks}")
     if inner_steps is not None:
         algorithm = with_inner_steps(algorithm, inner_steps)
-    metrics = evaluate_tasks(
-        problem,
-        sampler,
-        algorithm,
-        outer,
-        num_tasks,
-        batch_size=batch_size,
-        seed=seed,
-        vectorize=vectorize,
-        chunk_size=chunk_size,
-        device=device,
-        num_threads=num_threads,
-    )
+    metrics = evaluate_tasks(problem, sampler, algorithm, outer, num_tasks, compute=compute)
     protocol = {
         "tasks": f"{num_tasks} (indices 0 .. {num_tasks - 1})",
         "sampler": describe_sampler(sampler),
@@ -123,25 +104,21 @@ def evaluate_tasks(
     outer: Params,
     num_tasks: int,
     *,
-    batch_size: int | None = None,
-    seed: int = 0,
-    vectorize: Vectorize = "auto",
-    chunk_size: int = 25,
-    device: str = "auto",
-    num_threads: int | None = None,
+    compute: Compute = AS_TORCH_IS_SET,
 ) -> dict[str, list[float]]:
     """The metrics of each of the tasks 0 .. num_tasks-1 by name; arguments as of `evaluate`."""
-    where = pick_device(device)
+    where = pick_device(compute.device)
+    size = compute.chunk_size or TASKS_AT_A_TIME
     outer = {name: leaf.detach().to(where) for name, leaf in outer.items()}
     leaf = next(iter(outer.values()))
     metrics: dict[str, list[float]] = {}
-    with intra_op_threads(num_threads or torch.get_num_threads()):
-        for first in range(0, num_tasks, chunk_size):
-            indices = range(first, min(first + chunk_size, num_tasks))
+    with intra_op_threads(compute.num_threads):
+        for first in range(0, num_tasks, size):
+            indices = range(first, min(first + size, num_tasks))
             tasks = [to_device(sampler.sample(i), where, leaf.dtype) for i in indices]
             for index, found in zip(
                 indices,
-                _adapt_and_judge(problem, algorithm, outer, tasks, vectorize, batch_size, seed),
+                _adapt_and_judge(problem, algorithm, outer, tasks, compute),
                 strict=True,
             ):
                 for name, value in found.items():
@@ -173,16 +150,19 @@ def _adapt_and_judge(
     algorithm: Algorithm,
     outer: Params,
     tasks: list[Task],
-    vectorize: Vectorize,
-    batch_size: int | None,
-    seed: int,
+    compute: Compute,
 ) -> list[dict[str, float]]:
     problem_outer, own = split_own(outer)
-    together = vectorizes(vectorize, problem, algorithm, outer, tasks)
+    together = vectorizes(compute.vectorize, problem, algorithm, outer, tasks)
 
     def judge(context: Params, start: Params, task: Task) -> dict[str, torch.Tensor]:
         oracle = AutogradOracle(
-            problem, task, batch_size, seed, compile=algorithm.compiles, eager=not together
+            problem,
+            task,
+            compute.batch_size,
+            compute.seed,
+            compile=algorithm.compiles,
+            eager=not together,
         )
         adapted = algorithm.adapt(oracle, {**context, **own}, start)
         return adaptation_metrics(problem, context, start, adapted, task)

@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
+from metadist.compute import intra_op_threads, pick_device
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable, StepResult
 from metadist.task import TaskSampler
 from metadist.trees import Params
-from metadist.workload import LeaseResult, Workload, intra_op_threads, pick_device
+from metadist.workload import LeaseResult, Workload
 
 
 class StepReport(NamedTuple):
@@ -89,17 +92,14 @@ class Executor(Protocol):
 
 
 class LocalExecutor(Executor):
-    """Computes the leases one after another in this process, synchronously.
+    """Computes the leases one after another in this process, synchronously."""
 
-    Args:
-        device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...
-    """
-
-    def __init__(self, device: str = "auto") -> None:
-        self._device = pick_device(device)
+    def __init__(self) -> None:
         self._variable: OuterVariable | None = None
+        self._device: torch.device | None = None
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
+        self._device = pick_device(workload.compute.device)
         self._workload = workload
         self._variable = OuterVariable.from_state(state, optimizer, workload.stepping_rules())
 
@@ -119,7 +119,7 @@ class LocalExecutor(Executor):
                     for index in lease.indices
                     if index in variable.states
                 }
-                computed = self._workload.compute(lease, outer, previous, states)
+                computed = self._workload.compute_lease(lease, outer, previous, states)
                 results.append(computed.result)
                 contributions.append(
                     Contribution(
@@ -131,7 +131,7 @@ class LocalExecutor(Executor):
                     )
                 )
             # A norm may depend on the threads. Half a step must never be what is saved.
-            with intra_op_threads(self._workload.num_threads), signals_held():
+            with intra_op_threads(self._workload.compute.num_threads), signals_held():
                 step = variable.apply(contributions)
             seconds = time.perf_counter() - began
             computing = sum(result.sampling_s + result.compute_s for result in results)
@@ -153,7 +153,8 @@ class LocalExecutor(Executor):
         return self._started().state()
 
     def describe(self) -> dict[str, str]:
-        return {"executor": "local", "policy": "bsp", "device": str(self._device)}
+        device = {} if self._device is None else {"device": str(self._device)}
+        return {"executor": "local", "policy": "bsp", **device}
 
     def close(self) -> None:
         self._variable = None

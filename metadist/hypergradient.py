@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,11 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, counters_of, flatten_state, split_own, unflatten_state
+from metadist.compute import AS_TORCH_IS_SET, Compute, Vectorize, intra_op_threads
 from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.problem import Problem
 from metadist.task import Task, shape_signature, stack_tasks
 from metadist.trees import Params, add, detach, gradients, leaves, tree_map, zeros_like
-
-Vectorize = Literal["auto"] | bool
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,7 @@ def task_hypergradients(
     outer: Params,
     tasks: list[Task],
     *,
-    vectorize: Vectorize = "auto",
-    chunk_size: int | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
+    compute: Compute = AS_TORCH_IS_SET,
     report: bool = False,
     step: int = 0,
     previous: Params | None = None,
@@ -71,13 +67,8 @@ def task_hypergradients(
         algorithm: run once on each task.
         outer: the outer variable, the algorithm's own variables included.
         tasks: tasks on the device of `outer`.
-        vectorize: run tasks together under `torch.func.vmap` (they must have equal shapes), or
-            one after another. "auto": together where the algorithm allows it and no inner
-            tensor is a convolution kernel on a CPU, where vmap is slower than a loop.
-        chunk_size: at most so many tasks at a time under vmap; bounds memory. None: all on a GPU,
-            4 on a CPU, where memory for more costs time and saves none.
-        batch_size: examples per draw of support and query; None: whole sets.
-        seed: of the draws.
+        compute: Vectorisation, mini-batches and threads. The device is that of `outer`, whatever
+            it says.
         report: also evaluate losses and metrics before and after adaptation (keys
             `query_loss`, `query_loss_before`, and so on), at the cost of three forward passes.
         step: outer steps taken so far: for schedules, and part of the seed of the draws.
@@ -94,11 +85,9 @@ def task_hypergradients(
     """
     if not tasks:
         raise ValueError("tasks must hold at least one task, got none")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be >= 1 or None, got {chunk_size}")
-    if vectorizes(vectorize, problem, algorithm, outer, tasks):
+    if vectorizes(compute.vectorize, problem, algorithm, outer, tasks):
         on_cpu = next(iter(outer.values())).device.type == "cpu"
-        size = chunk_size or (4 if on_cpu else len(tasks))
+        size = compute.chunk_size or (4 if on_cpu else len(tasks))
         groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
     else:
         groups = [[task] for task in tasks]
@@ -112,9 +101,9 @@ def task_hypergradients(
         if kept is not None and len({counters for _, counters in kept}) > 1:
             groups[:0] = [[task] for task in group]  # counters are the same for a whole group
             continue
-        run = _Run(problem, algorithm, batch_size, seed, step, kept, Counter())
+        run = _Run(problem, algorithm, compute, step, kept, Counter())
         # The fused attention kernels have no double backward, the plain one has.
-        with sdpa_kernel(SDPBackend.MATH):
+        with intra_op_threads(compute.num_threads), sdpa_kernel(SDPBackend.MATH):
             found = run.hypergradients(outer, group, report)
             before = None if previous is None else run.hypergradients(previous, group, False)
         calls.update({name: count * len(group) for name, count in run.calls.items()})
@@ -178,8 +167,7 @@ class _Run(NamedTuple):
 
     problem: Problem
     algorithm: Algorithm
-    batch_size: int | None
-    seed: int
+    compute: Compute
     step: int
     kept: list[tuple[Tensor | None, tuple[int, ...]]] | None
     calls: Counter[str]
@@ -239,8 +227,8 @@ class _Run(NamedTuple):
             AutogradOracle(
                 self.problem,
                 task,
-                self.batch_size,
-                self.seed,
+                self.compute.batch_size,
+                self.compute.seed,
                 compile=self.algorithm.compiles,
                 eager=not together,
                 step=self.step,
@@ -284,8 +272,6 @@ def vectorizes(
     tasks: list[Task],
 ) -> bool:
     """Whether these tasks go through together; see `task_hypergradients`."""
-    if vectorize not in ("auto", True, False):
-        raise ValueError(f"vectorize must be 'auto', True or False, got {vectorize!r}")
     if vectorize is False or len(tasks) == 1:
         return False
     stackable = len({shape_signature(task) for task in tasks}) == 1

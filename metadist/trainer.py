@@ -13,9 +13,9 @@ from typing import Any
 from metadist.algorithm import Algorithm, counters_of, split_own, unflatten_state
 from metadist.checks.preflight import check_losses, check_trainable, initial_outer, preflight
 from metadist.checks.sampler import check_sampler
+from metadist.compute import DEFAULT, Compute
 from metadist.evaluation import EvaluationResult, describe_sampler, evaluate, with_inner_steps
 from metadist.executor import Executor, LocalExecutor, StepReport
-from metadist.hypergradient import Vectorize
 from metadist.oracle import AutogradOracle
 from metadist.outer import OuterOptimizer, OuterVariable, check_state
 from metadist.problem import Problem
@@ -81,7 +81,8 @@ class Trainer:
         keep_state: True: every outer step has the same tasks, 0 .. meta_batch_size-1, each with
             what the algorithm keeps of it (inner variable, adjoint, ...). False: every task is new.
             None: True for a sampler that says `num_tasks`, False for any other.
-        seed: of the initial outer variable and the mini-batch draws.
+        batch_size, seed: Those of `compute`, for short.
+        compute: How leases are computed, and on which device.
         executor: who computes; None: this process.
         run_dir: folder for checkpoints, TensorBoard events and results, a path or any fsspec URI;
             None: keep nothing. Events are written on this machine; where the folder is elsewhere,
@@ -93,8 +94,6 @@ class Trainer:
         checkpoint_every: outer steps between checkpoints; the first is of the start.
         keep_checkpoints: how many of the newest stay (and the best).
         log_every: outer steps between reports of losses and metrics.
-        vectorize, chunk_size, batch_size: see `task_hypergradients`.
-        num_threads: intra-op threads while a lease is computed, the same on every worker.
         max_dropped: tasks dropped in a row that end the run.
         quiet: show no progress.
         allow_equal_examples: for data in which a query example may equal a support example; see
@@ -115,7 +114,9 @@ class Trainer:
         meta_batch_size: int | None = None,
         tasks_per_lease: int | None = None,
         keep_state: bool | None = None,
-        seed: int = 0,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        compute: Compute = DEFAULT,
         executor: Executor | None = None,
         run_dir: str | Path | None = None,
         val_sampler: TaskSampler | None = None,
@@ -125,16 +126,13 @@ class Trainer:
         checkpoint_every: int = 100,
         keep_checkpoints: int = 3,
         log_every: int = 10,
-        vectorize: Vectorize = "auto",
-        chunk_size: int | None = None,
-        batch_size: int | None = None,
-        num_threads: int = 1,
         max_dropped: int = 64,
         quiet: bool = False,
         allow_equal_examples: bool = False,
         config: str | None = None,
     ) -> None:
         check_trainable(problem, algorithm)
+        compute = compute.given(batch_size=batch_size, seed=seed)
         for field, value, least in (
             ("checkpoint_every", checkpoint_every, 1),
             ("keep_checkpoints", keep_checkpoints, 1),
@@ -171,11 +169,7 @@ class Trainer:
             else tasks_per_lease,
             keep_state=keep_state,
             report_every=log_every,
-            vectorize=vectorize,
-            chunk_size=chunk_size,
-            batch_size=batch_size,
-            seed=seed,
-            num_threads=num_threads,
+            compute=compute,
         )
         self._val_sampler = val_sampler
         self._val_every = val_every
@@ -199,7 +193,7 @@ class Trainer:
             self.run_dir = self._mirror.path
         self._events = EventLog(None if self.run_dir is None else self.run_dir / EVENTS)
         probed = replace(self._workload, sampler=self._probe)
-        outer = initial_outer(problem, probed, seed)
+        outer = initial_outer(probed)
         preflight(probed, outer, is_whole=self._probe is sampler)
         if val_sampler is not None:
             check_losses(problem, val_sampler, outer, "val_sampler")
@@ -207,7 +201,7 @@ class Trainer:
         self._fixed: dict[str, Any] = json.loads(
             json.dumps(
                 {
-                    "seed": seed,
+                    "seed": compute.seed,
                     "tasks_per_lease": self._workload.tasks_per_lease,
                     "keep_state": keep_state,
                     "algorithm": repr(algorithm),
@@ -249,7 +243,7 @@ class Trainer:
         task = to_device(self.sampler.sample(index), leaf.device, leaf.dtype)
         outer, own = split_own(self.outer)
         context, start = self.problem.encode(outer, task), self.problem.init_inner(outer, task)
-        oracle = AutogradOracle(self.problem, task, self._workload.batch_size)
+        oracle = AutogradOracle(self.problem, task, self._workload.compute.batch_size)
         like = self.algorithm.init(oracle, {**context, **own}, start)
         inner: Params = unflatten_state(flat, like, counters_of(flat)).inner
         return inner
@@ -384,9 +378,7 @@ class Trainer:
             self.outer,
             num_tasks,
             inner_steps=self._eval_inner_steps,
-            batch_size=self._workload.batch_size,
-            seed=self._workload.seed,
-            vectorize=self._workload.vectorize,
+            compute=replace(self._workload.compute, num_threads=None),
         )
 
     def record(self, split: str, result: EvaluationResult) -> None:
@@ -409,7 +401,8 @@ class Trainer:
             "outer lr": optimizer.lr,
             "meta_batch_size": self._workload.meta_batch_size,
             "tasks_per_lease": self._workload.tasks_per_lease,
-            "seed": self._workload.seed,
+            "seed": self._workload.compute.seed,
+            "device": self._workload.compute.device,
             **self._executor.describe(),
         }
 

@@ -8,9 +8,8 @@ number, and a lost one is computed again from that number with the same result.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import Algorithm, split_own
-from metadist.hypergradient import HypergradientSum, Vectorize, task_hypergradients
+from metadist.compute import Compute, intra_op_threads
+from metadist.hypergradient import HypergradientSum, task_hypergradients
 from metadist.outer import StepRules
 from metadist.problem import Problem, is_constrained
 from metadist.task import FixedSet, Task, TaskSampler, to_device
@@ -85,10 +85,7 @@ class Workload:
             algorithm keeps of each (the inner variable, an adjoint, ...) goes from step to step.
             Otherwise every task is new. The start of adaptation gets no hypergradient then.
         report_every: outer steps between leases that report losses and metrics.
-        vectorize, chunk_size, batch_size: see `task_hypergradients`.
-        seed: of the mini-batch draws.
-        num_threads: intra-op threads of torch while a lease is computed. The sums of a
-            convolution depend on it, so it is the same wherever the lease is computed.
+        compute: How leases are computed, and on which device.
     """
 
     problem: Problem
@@ -98,20 +95,17 @@ class Workload:
     tasks_per_lease: int = 1
     keep_state: bool = False
     report_every: int = 10
-    vectorize: Vectorize = "auto"
-    chunk_size: int | None = None
-    batch_size: int | None = None
-    seed: int = 0
-    num_threads: int = 1
+    compute: Compute = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
-        for name in ("meta_batch_size", "tasks_per_lease", "report_every", "num_threads"):
+        for name in ("meta_batch_size", "tasks_per_lease", "report_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("chunk_size", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1 or None, got {value}")
+        if self.compute.num_threads is None:
+            raise ValueError(
+                "num_threads must be >= 1 in a training, got None: sums depend on it, and every "
+                "worker must use the same"
+            )
         if self.meta_batch_size % self.tasks_per_lease:
             raise ValueError(
                 "meta_batch_size must be a multiple of tasks_per_lease "
@@ -183,17 +177,14 @@ class Workload:
             self.algorithm,
             outer,
             tasks,
-            vectorize=self.vectorize,
-            chunk_size=self.chunk_size,
-            batch_size=self.batch_size,
-            seed=self.seed,
+            compute=self.compute,
             report=report,
             step=step,
             previous=previous,
             states=states if self.keep_state else None,
         )
 
-    def compute(
+    def compute_lease(
         self,
         lease: Lease,
         outer: Params,
@@ -211,7 +202,7 @@ class Workload:
         leaf = next(iter(outer.values()))
         if not self.needs_previous(lease.version):
             previous = None
-        with intra_op_threads(self.num_threads):
+        with intra_op_threads(self.compute.num_threads):
             began = time.perf_counter()
             tasks = [
                 to_device(self.sampler.sample(index), leaf.device, leaf.dtype)
@@ -269,29 +260,3 @@ def _project(problem: Problem, outer: Params) -> Params:
     problem_outer, own = split_own(outer)
     projected = {**problem.project_outer(problem_outer), **own}
     return {name: projected[name] for name in outer}
-
-
-@contextmanager
-def intra_op_threads(num_threads: int) -> Iterator[None]:
-    """Within the block torch computes with `num_threads` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def pick_device(device: str) -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}"
-        ) from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be 'cpu' or 'auto' where torch sees no GPU, got {device!r}")
-    return chosen

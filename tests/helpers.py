@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from metadist import CheckpointStore, LocalExecutor, OuterOptimizer, StepReport, Task, Trainer
 from metadist.algorithms import ITD
 from metadist.cli import main
+from metadist.compute import Compute
 from metadist.models import MLP, Conv4
 from metadist.tasks import FewShotProblem, Sinusoid
 from metadist.trees import Params
@@ -58,7 +60,7 @@ class Recording(LocalExecutor):
     """Keeps the reports it gave; calls `after` with each before it is given."""
 
     def __init__(self, after: Callable[[StepReport], None] = lambda report: None) -> None:
-        super().__init__("cpu")
+        super().__init__()
         self.reports: list[StepReport] = []
         self._after = after
 
@@ -104,7 +106,15 @@ def make_trainer(**options: Any) -> Trainer:
         "quiet": True,
         "seed": 3,
     }
-    return Trainer(**chosen | options)
+    return Trainer(**with_compute(chosen | options, front=("batch_size", "seed")))
+
+
+def with_compute(options: dict[str, Any], front: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`options` with the fields of `Compute` among them as one, but for those in `front`."""
+    names = {each.name for each in fields(Compute)} - set(front)
+    ours = {name: value for name, value in options.items() if name in names}
+    rest = {name: value for name, value in options.items() if name not in names}
+    return {"compute": Compute(**{"device": "cpu", **ours}), **rest}
 
 
 def fresh(shape: Sequence[int], seed: int = 0) -> Tensor:

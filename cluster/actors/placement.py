@@ -23,7 +23,7 @@ class Placement:
     Args:
         num_workers: at the most.
         min_workers: whose places are waited for, the others are asked for as demand; None: all.
-        cpus_per_worker, gpus_per_worker, device, start_timeout_s, address, show_worker_output,
+        cpus_per_worker, gpus_per_worker, start_timeout_s, address, show_worker_output,
             object_store_bytes: see `RayExecutor`.
 
     Raises:
@@ -36,7 +36,6 @@ class Placement:
         min_workers: int | None,
         cpus_per_worker: float,
         gpus_per_worker: float | None,
-        device: str,
         start_timeout_s: float,
         address: str | None,
         show_worker_output: bool,
@@ -48,12 +47,6 @@ class Placement:
             raise ValueError(f"cpus_per_worker must be > 0, got {cpus_per_worker}")
         if gpus_per_worker is not None and gpus_per_worker < 0:
             raise ValueError(f"gpus_per_worker must be >= 0 or None, got {gpus_per_worker}")
-        if device not in ("auto", "cpu", "cuda"):
-            raise ValueError(
-                f"device must be 'auto', 'cpu' or 'cuda' (Ray picks which GPU), got {device!r}"
-            )
-        if device == "cuda" and gpus_per_worker == 0:
-            raise ValueError("gpus_per_worker must be > 0 or None with device='cuda', got 0")
         if not start_timeout_s > 0:
             raise ValueError(f"start_timeout_s must be > 0, got {start_timeout_s}")
         if min_workers is not None and not 1 <= min_workers <= num_workers:
@@ -65,7 +58,6 @@ class Placement:
         self._min_workers = num_workers if min_workers is None else min_workers
         self._cpus_per_worker = cpus_per_worker
         self._gpus_per_worker = gpus_per_worker
-        self._device = device
         self._start_timeout_s = start_timeout_s
         self._address = address
         self._show_worker_output = show_worker_output
@@ -73,20 +65,30 @@ class Placement:
         self._is_connection_ours = False
         self._bundles: list[tuple[PlacementGroup, int]] = []
 
-    def open(self) -> None:
+    def open(self, device: str) -> None:
         """Connect, wait for the places of `min_workers`, and ask for those of the others; once.
 
+        Args:
+            device: That of the workload; it decides on GPUs where `gpus_per_worker` is None.
+
         Raises:
+            ValueError: It is one that Ray would have to pick, or needs GPUs where none are asked.
             ConnectError: the cluster cannot be reached.
             ResourcesError: they are not free in time.
         """
+        if device not in ("auto", "cpu", "cuda"):
+            raise ValueError(
+                f"device must be 'auto', 'cpu' or 'cuda' (Ray picks which GPU), got {device!r}"
+            )
+        if device == "cuda" and self._gpus_per_worker == 0:
+            raise ValueError("gpus_per_worker must be > 0 or None with device='cuda', got 0")
         num_cpus = self._num_workers * self._cpus_per_worker
         self._is_connection_ours |= connect(
             self._address, num_cpus, self._show_worker_output, self._object_store_bytes
         )
         if self._bundles:
             return
-        num_gpus = self._num_gpus()
+        num_gpus = self._num_gpus(device)
         bundle = {"CPU": float(self._cpus_per_worker)} | ({"GPU": num_gpus} if num_gpus else {})
         is_elastic = self._min_workers < self._num_workers
         option = "min_workers" if is_elastic else "num_workers"
@@ -96,7 +98,7 @@ class Placement:
             self._bundles.append((demand(bundle), 0))
 
     def make(self, actor_class: type, number: int) -> Any:
-        """An actor at place `number`; the class is given a name and the device."""
+        """An actor at place `number`; the class is given a name."""
         group, index = self._bundles[number]
         bundle = group.bundle_specs[index]
         place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
@@ -107,7 +109,7 @@ class Placement:
             max_task_retries=0,
             scheduling_strategy=place,
         )
-        return actor.remote(f"worker-{number}", self._device)
+        return actor.remote(f"worker-{number}")
 
     def close(self) -> None:
         """Give everything back, with the connection if it was made here."""
@@ -122,12 +124,12 @@ class Placement:
         self._bundles = []
         self._is_connection_ours = False
 
-    def _num_gpus(self) -> float:
+    def _num_gpus(self, device: str) -> float:
         """GPUs per worker."""
         if self._gpus_per_worker is not None:
             return float(self._gpus_per_worker)
         num_in_cluster = int(ray.cluster_resources().get("GPU", 0))
-        if self._device == "cpu" or (num_in_cluster == 0 and self._device == "auto"):
+        if device == "cpu" or (num_in_cluster == 0 and device == "auto"):
             return 0.0
         if num_in_cluster == 0:
             # Nodes with GPUs may still join.

@@ -32,13 +32,14 @@ from metadist.cluster.data_parallel.oracle import ClusterOracle
 from metadist.cluster.data_parallel.pending import Rounds, known
 from metadist.cluster.data_parallel.worker import ShardWorker
 from metadist.cluster.data_parallel.worker_pool import ShardPool
+from metadist.compute import intra_op_threads
 from metadist.executor import Executor, StepReport, signals_held
 from metadist.oracle import SOURCES, CountingOracle
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable
 from metadist.problem import check_rows
 from metadist.task import Shardable, TaskSampler
 from metadist.trees import Params, flatten, zeros_like
-from metadist.workload import Lease, LeaseResult, Workload, intra_op_threads
+from metadist.workload import Lease, LeaseResult, Workload
 
 log = logging.getLogger("metadist.cluster")
 
@@ -69,7 +70,7 @@ class DataParallelExecutor(Executor):
         staleness: s >= 0: a step may use answers of a worker that are up to s steps old, and waits
             for half of the workers, and for those whose last answer is older. For single-loop
             algorithms only; results then depend on timing. 0: exact.
-        cpus_per_worker, gpus_per_worker, device, address, start_timeout_s, max_losses,
+        cpus_per_worker, gpus_per_worker, address, start_timeout_s, max_losses,
             show_worker_output, object_store_bytes: as of `RayExecutor`.
         round_timeout_s: a worker that answers one round for longer is replaced; None: never.
         allow_missing_classes: let a shard be without a class that others have. Classes are known of
@@ -82,7 +83,6 @@ class DataParallelExecutor(Executor):
         staleness: int = 0,
         cpus_per_worker: float = 1.0,
         gpus_per_worker: float | None = None,
-        device: str = "auto",
         address: str | None = None,
         start_timeout_s: float = 60.0,
         max_losses: int = 5,
@@ -96,7 +96,6 @@ class DataParallelExecutor(Executor):
             None,
             cpus_per_worker,
             gpus_per_worker,
-            device,
             start_timeout_s,
             address,
             show_worker_output,
@@ -112,7 +111,6 @@ class DataParallelExecutor(Executor):
         self._num_workers = num_workers
         self._staleness = staleness
         self._allow_missing_classes = allow_missing_classes
-        self._device = device
         self._start_timeout_s = start_timeout_s
         self._pool: ShardPool | None = None
         self._variable: OuterVariable | None = None
@@ -130,7 +128,7 @@ class DataParallelExecutor(Executor):
         if not ray.is_initialized():
             self._forget()
         try:
-            self._placement.open()
+            self._placement.open(workload.compute.device)
             if self._pool is None:
                 make_worker = partial(self._placement.make, ShardWorker)
                 self._pool = ShardPool(
@@ -185,7 +183,7 @@ class DataParallelExecutor(Executor):
             computed_before, lost_before = pool.computing_s, pool.num_lost
             (lease_id,) = variable.next_leases(1)
             lease = self._workload.lease(lease_id, variable.version)
-            with intra_op_threads(self._workload.num_threads):
+            with intra_op_threads(self._workload.compute.num_threads):
                 contribution, result = self._compute(lease, variable, pool)
                 with signals_held():
                     step = variable.apply([contribution])
@@ -239,8 +237,8 @@ class DataParallelExecutor(Executor):
             ClusterOracle(
                 workload.problem,
                 self._num_examples,
-                workload.batch_size,
-                workload.seed,
+                workload.compute.batch_size,
+                workload.compute.seed,
                 step,
                 rounds,
             )
@@ -293,7 +291,7 @@ class DataParallelExecutor(Executor):
             "executor": "data_parallel",
             "policy": f"staleness {self._staleness}" if self._staleness else "bsp",
             "num_workers": str(self._num_workers),
-            "device": devices_of(info.where for info in infos) or self._device,
+            **({"device": devices_of(info.where for info in infos)} if infos else {}),
         }
 
     def close(self) -> None:

@@ -29,10 +29,11 @@ from metadist.cluster.data_parallel.layout import (
     ShardCheck,
     ShardInfo,
 )
+from metadist.compute import intra_op_threads, pick_device
 from metadist.hypergradient import adaptation_metrics
 from metadist.task import Task, to_device
 from metadist.trees import Params, check_flattenable
-from metadist.workload import Workload, intra_op_threads, pick_device
+from metadist.workload import Workload
 
 
 class ShardWorker:
@@ -40,12 +41,10 @@ class ShardWorker:
 
     Args:
         name: in reports and errors.
-        device: see `Worker`.
     """
 
-    def __init__(self, name: str, device: str) -> None:
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._requested_device = device
         self._trees: dict[Key, Params] = {}
 
     def setup(self, payload: bytes, part: int, num_parts: int) -> ShardInfo:
@@ -56,8 +55,8 @@ class ShardWorker:
             part: which shard.
             num_parts: of how many.
         """
-        self._device = pick_device(worker_device(self._requested_device))
         self._workload: Workload = cloudpickle.loads(payload)
+        self._device = pick_device(worker_device(self._workload.compute.device))
         self._trees = {}
         sampler = self._workload.sampler
         self._data = sample_shard(sampler, part, num_parts)
@@ -76,7 +75,7 @@ class ShardWorker:
 
     def check(self, layout: Layout, shared: Array, own: Array) -> ShardCheck:
         """Whether this shard can be asked, at the given outer variable."""
-        with intra_op_threads(self._workload.num_threads), sdpa_kernel(SDPBackend.MATH):
+        with intra_op_threads(self._workload.compute.num_threads), sdpa_kernel(SDPBackend.MATH):
             problem = self._workload.problem
             outer = self._tree(layout, "outer", shared, own)
             shard = self._on_device(layout)
@@ -104,15 +103,15 @@ class ShardWorker:
             workload.problem,
             self._on_device(layout),
             layout.num_examples,
-            workload.batch_size,
-            workload.seed,
+            workload.compute.batch_size,
+            workload.compute.seed,
             workload.algorithm.compiles,
             message.step,
         )
         answered: list[bool] = []
         flats: list[Tensor] = []
         metrics: dict[str, float] = {}
-        with intra_op_threads(workload.num_threads), sdpa_kernel(SDPBackend.MATH):
+        with intra_op_threads(workload.compute.num_threads), sdpa_kernel(SDPBackend.MATH):
             for request in message.requests:
                 trees = [self._trees[key] for key in request.trees]
                 if request.draw is None:

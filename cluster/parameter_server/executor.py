@@ -66,9 +66,8 @@ class RayExecutor(Executor):
         cpus_per_worker: CPUs reserved per worker, > 0.
         gpus_per_worker: GPUs reserved per worker, also a fraction. None: one where the cluster
             has one for each of `min_workers` at the start, an equal share of one where it has
-            fewer, none where it has none or device="cpu". Give a number if nodes with GPUs join
-            later.
-        device: "auto" (a GPU if one is reserved, else the CPU), "cpu" or "cuda".
+            fewer, none where it has none or with Compute(device="cpu"). Give a number if nodes
+            with GPUs join later.
         address: of a running cluster, for example "auto" or "10.0.0.1:6379". None: the variable
             RAY_ADDRESS, which Ray sets in a submitted job, and without it (or with "local") a
             cluster of our own on this machine, with at least the CPUs the workers need.
@@ -114,7 +113,6 @@ class RayExecutor(Executor):
         policy: Policy = BSP(),
         cpus_per_worker: float = 1.0,
         gpus_per_worker: float | None = None,
-        device: str = "auto",
         address: str | None = None,
         start_timeout_s: float = 60.0,
         max_losses: int = 5,
@@ -136,7 +134,6 @@ class RayExecutor(Executor):
             min_workers,
             cpus_per_worker,
             gpus_per_worker,
-            device,
             start_timeout_s,
             address,
             show_worker_output,
@@ -160,11 +157,11 @@ class RayExecutor(Executor):
             raise ValueError(f"transfer must be 'full' or 'bfloat16', got {transfer!r}")
         if gpus_per_server < 0:
             raise ValueError(f"gpus_per_server must be >= 0, got {gpus_per_server}")
-        if gpus_per_server and (device == "cpu" or not gpus_per_worker):
+        if gpus_per_server and not gpus_per_worker:
             raise ValueError(
-                "gpus_per_worker must be a number > 0, and device not 'cpu', with gpus_per_server="
-                f"{gpus_per_server:g}, got {gpus_per_worker} and {device!r}: the workers must "
-                "leave room for the server on a GPU, and have one themselves"
+                f"gpus_per_worker must be a number > 0 with gpus_per_server={gpus_per_server:g}, "
+                f"got {gpus_per_worker}: the workers must leave room for the server on a GPU, and "
+                "have one themselves"
             )
         self._transport = Transport(transport, on_gpu=gpus_per_server > 0)
         self._gpus_per_server = gpus_per_server
@@ -182,7 +179,6 @@ class RayExecutor(Executor):
         self._transfer = transfer
         self._num_workers = num_workers
         self._min_workers = num_workers if min_workers is None else min_workers
-        self._device = device
         self._start_timeout_s = start_timeout_s
         self._pool: WorkerPool | None = None
         self._supervisor: Supervisor | None = None
@@ -220,11 +216,16 @@ class RayExecutor(Executor):
                 "transfer must be 'full' with an outer variable of float16, got 'bfloat16', which "
                 "is as large and less exact"
             )
+        if self._gpus_per_server and workload.compute.device == "cpu":
+            raise ValueError(
+                f"device must not be 'cpu' with gpus_per_server={self._gpus_per_server:g}, got "
+                "'cpu': the server's GPU serves workers that have one themselves"
+            )
         payload = pickle_by_value(workload)
         if not ray.is_initialized():
             self._forget_actors()
         try:
-            self._placement.open()
+            self._placement.open(workload.compute.device)
             pool = self._start_pool(payload)
             parts = split_state(pack_state(state), self._bounds)
             supervisor = self._start_server(parts, optimizer, workload)
@@ -255,7 +256,7 @@ class RayExecutor(Executor):
             "num_workers": str(self._num_workers)
             if self._min_workers == self._num_workers
             else f"{self._min_workers} to {self._num_workers}",
-            "device": devices_of(infos) or self._device,
+            **({"device": devices_of(infos)} if infos else {}),
             **unusual,
         }
 
@@ -307,7 +308,7 @@ class RayExecutor(Executor):
         rules = pickle_by_value(workload.stepping_rules())
         specs = self._spec.of_slices(self._bounds)
         self._supervisor.start(
-            parts, specs, optimizer, workload.num_threads, rules, self._transport
+            parts, specs, optimizer, workload.compute.num_threads, rules, self._transport
         )
         return self._supervisor
 

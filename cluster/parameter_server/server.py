@@ -25,9 +25,9 @@ from metadist.cluster.parameter_server.transport import (
     Transport,
     receive,
 )
+from metadist.compute import intra_op_threads, pick_device
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable, StepResult
 from metadist.trees import Params
-from metadist.workload import intra_op_threads, pick_device
 
 
 class Arrival(NamedTuple):
@@ -58,7 +58,7 @@ class ParameterServer:
         state: PackedState,
         spec: OuterSpec,
         optimizer: OuterOptimizer,
-        num_threads: int,
+        num_threads: int | None,
         rules: bytes | None = None,
         transport: Transport = OBJECT_STORE,
     ) -> None:

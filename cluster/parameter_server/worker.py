@@ -19,7 +19,8 @@ from metadist.cluster.parameter_server.transport import (
     Transport,
     receive,
 )
-from metadist.workload import Lease, LeaseResult, Workload, pick_device
+from metadist.compute import pick_device
+from metadist.workload import Lease, LeaseResult, Workload
 
 Transfer = Literal["full", "bfloat16"]
 
@@ -29,12 +30,10 @@ class Worker:
 
     Args:
         name: in reports and errors.
-        device: "auto": the GPU that Ray gave to this actor, else the CPU; or "cpu", "cuda".
     """
 
-    def __init__(self, name: str, device: str) -> None:
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._requested_device = device
 
     def setup(
         self,
@@ -53,8 +52,8 @@ class Worker:
             transfer: how sums of hypergradients are sent, see `RayExecutor`.
             transport: by which way.
         """
-        device = pick_device(worker_device(self._requested_device))
         self._workload: Workload = cloudpickle.loads(payload)
+        device = pick_device(worker_device(self._workload.compute.device))
         self._flat = torch.zeros(spec.num_elements, dtype=spec.dtype, device=device)
         self._spec = spec
         self._bounds = bounds or [(0, spec.num_elements)]
@@ -80,7 +79,7 @@ class Worker:
         if before:
             previous = self._spec.views(torch.cat([receive(part).to(device) for part in before]))
         states = {index: to_tensor(state).to(device) for index, state in (kept or {}).items()}
-        computed = self._workload.compute(lease, self._outer, previous, states)
+        computed = self._workload.compute_lease(lease, self._outer, previous, states)
         return computed.result, *self.send(computed.total, computed.states, computed.result)
 
     def load(self, pulled: Sequence[Pulled]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.checks.preflight import check_losses, check_trainable, initial_outer, preflight
+from metadist.compute import DEFAULT, Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.problem import Problem, is_nonsmooth
@@ -168,8 +169,7 @@ def check_hypergradient(
     algorithm: Algorithm,
     outer: Params | None = None,
     *,
-    seed: int = 0,
-    batch_size: int | None = None,
+    compute: Compute = DEFAULT,
     num_directions: int = 20,
     repeats: Sequence[int] = (1, 10, 100),
     max_dense: int = 2000,
@@ -184,9 +184,8 @@ def check_hypergradient(
         tasks: a task, or a sampler, of which task 0 is taken.
         algorithm: its `estimate` goes the way it goes in training.
         outer: x, the algorithm's own variables included; None: the start of training.
-        seed: of the problem's start, of draws and of directions.
-        batch_size: examples per draw, as in training; None: whole sets. The references are
-            always those of the whole sets.
+        compute: The draws of the estimates, as in training; its seed is also that of the start
+            and of the directions. The references are always those of the whole sets.
         num_directions: random directions of central differences; where x has 100 numbers or
             fewer, all of the gradient is compared instead.
         repeats: numbers of estimates to report the error after; empty: none.
@@ -205,11 +204,15 @@ def check_hypergradient(
         raise ValueError(f"repeats must hold numbers >= 1, got {list(repeats)}")
     check_trainable(problem, algorithm)
     sampler = _Always(tasks) if isinstance(tasks, Task) else tasks
-    workload = Workload(
-        problem, sampler, algorithm, vectorize=False, batch_size=batch_size, seed=seed
-    )
+    if compute.device not in ("auto", "cpu"):
+        raise ValueError(
+            f"device must be 'cpu' or 'auto' for a check, which runs there, got {compute.device!r}"
+        )
+    # The task goes alone, however many a training has go together.
+    compute = replace(compute, vectorize=False)
+    workload = Workload(problem, sampler, algorithm, compute=compute)
     if outer is None:
-        outer = initial_outer(problem, workload, seed)
+        outer = initial_outer(workload)
     outer, notes = _in_double(workload, outer)
     preflight(workload, outer)
     # The fused attention kernels have no double backward, the plain one has.
@@ -292,7 +295,7 @@ class _Check:
     def report(
         self, num_directions: int, repeats: Sequence[int], max_dense: int
     ) -> HypergradientReport:
-        drawn = CountingOracle(self._oracle(self.workload.batch_size))
+        drawn = CountingOracle(self._oracle(self.workload.compute.batch_size))
         x = {**self.context, **self.own}
         estimate = self.algorithm.estimate(drawn, x, self.algorithm.init(drawn, x, self.start))
         adapted = detach(estimate.state.inner)
@@ -330,7 +333,9 @@ class _Check:
         )
 
     def _oracle(self, batch_size: int | None = None) -> AutogradOracle:
-        return AutogradOracle(self.problem, self.task, batch_size, self.workload.seed, eager=True)
+        return AutogradOracle(
+            self.problem, self.task, batch_size, self.workload.compute.seed, eager=True
+        )
 
     def _inner_gradient(self, y: Params) -> float:
         oracle = self._oracle()
@@ -339,6 +344,7 @@ class _Check:
     def _estimates(self, number: int, *, keep: bool = False) -> list[Params]:
         """Hypergradients at x by the path of training, with other draws each."""
         found = []
+        compute = self.workload.compute
         states: dict[int, Tensor] | None = {} if keep else None
         for step in range(number):
             result = task_hypergradients(
@@ -346,10 +352,8 @@ class _Check:
                 self.algorithm,
                 self.outer,
                 [self.task],
-                vectorize=False,
-                batch_size=self.workload.batch_size,
                 # Schedules go by the step; without a kept state there is none.
-                seed=self.workload.seed + (0 if keep else step),
+                compute=replace(compute, seed=compute.seed + (0 if keep else step)),
                 step=step if keep else 0,
                 states=states,
             )
@@ -414,7 +418,7 @@ class _Check:
         )
 
     def _random_directions(self, number: int) -> list[Params]:
-        generator = torch.Generator().manual_seed(self.workload.seed)
+        generator = torch.Generator().manual_seed(self.workload.compute.seed)
         drawn = [
             tree_map(
                 lambda leaf: torch.randn(leaf.shape, generator=generator, dtype=self.dtype),

@@ -10,21 +10,23 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, split_own
+from metadist.compute import intra_op_threads
 from metadist.hypergradient import HypergradientSum, vectorizes
 from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.problem import Problem, check_rows, context_depends_on, is_nonsmooth
 from metadist.task import Task, TaskSampler, to_device
 from metadist.trees import Params, check_flattenable
-from metadist.workload import Workload, intra_op_threads
+from metadist.workload import Workload
 
 
 class NoSecondDerivative(ValueError):
     """An operator of the problem cannot be differentiated the way the algorithm needs."""
 
 
-def initial_outer(problem: Problem, workload: Workload, seed: int) -> Params:
+def initial_outer(workload: Workload) -> Params:
     """The outer variable at the start of training, the algorithm's own variables included."""
-    outer = problem.init_outer(torch.Generator().manual_seed(seed))
+    problem = workload.problem
+    outer = problem.init_outer(torch.Generator().manual_seed(workload.compute.seed))
     start = problem.init_inner(outer, _task(workload.sampler, outer))
     outer = {**outer, **workload.algorithm.init_own(start)}
     check_flattenable(outer, "outer")
@@ -50,7 +52,7 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> None:
     algorithm, problem_outer = workload.algorithm, split_own(outer)[0]
     if is_whole:
         check_rows(workload.problem, problem_outer, len(tasks[0].support.index))
-    with intra_op_threads(workload.num_threads):
+    with intra_op_threads(workload.compute.num_threads):
         check_losses(workload.problem, workload.sampler, outer)
         if is_nonsmooth(workload.problem) and not algorithm.takes_prox:
             raise ValueError(
@@ -147,7 +149,7 @@ def _check_twice_differentiable(workload: Workload, outer: Params, task: Task) -
     It takes the backward pass of a `once_differentiable` function for a constant; a plain
     backward pass to all leaves refuses it.
     """
-    problem = workload.problem
+    problem, compute = workload.problem, workload.compute
     with torch.no_grad():
         context = problem.encode(split_own(outer)[0], task)
         start = problem.init_inner(outer, task)
@@ -158,7 +160,7 @@ def _check_twice_differentiable(workload: Workload, outer: Params, task: Task) -
         }
         for tree in (context, start)
     )
-    oracle = AutogradOracle(problem, task, workload.batch_size, workload.seed)
+    oracle = AutogradOracle(problem, task, compute.batch_size, compute.seed)
     try:
         with sdpa_kernel(SDPBackend.MATH):
             loss = oracle.inner_value(x, y, oracle.draw_inner())
@@ -176,8 +178,9 @@ def _check_twice_differentiable(workload: Workload, outer: Params, task: Task) -
 def _takes_second_derivatives(workload: Workload, outer: Params, task: Task) -> bool:
     problem, algorithm = workload.problem, workload.algorithm
     problem_outer, own = split_own(outer)
+    compute = workload.compute
     oracle = CountingOracle(
-        AutogradOracle(problem, task, workload.batch_size, workload.seed, eager=True)
+        AutogradOracle(problem, task, compute.batch_size, compute.seed, eager=True)
     )
     x = {**problem.encode(problem_outer, task), **own}
     start = problem.init_inner(problem_outer, task)
@@ -197,14 +200,14 @@ def _hypergradient(workload: Workload, outer: Params, tasks: list[Task]) -> Hype
 def _check_vectorizes(workload: Workload, outer: Params, tasks: list[Task]) -> None:
     """Raise ValueError if tasks that worked alone do not work together under vmap."""
     problem, algorithm = workload.problem, workload.algorithm
-    if not vectorizes(workload.vectorize, problem, algorithm, outer, tasks):
+    if not vectorizes(workload.compute.vectorize, problem, algorithm, outer, tasks):
         return
     try:
         _hypergradient(workload, outer, tasks)
     except RuntimeError as error:
         raise ValueError(
             f"vectorize must be False for a problem that vmap cannot run, got "
-            f"{workload.vectorize!r}: {_reason(error)}"
+            f"{workload.compute.vectorize!r}: {_reason(error)}"
         ) from error
 
 

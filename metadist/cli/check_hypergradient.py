@@ -21,6 +21,12 @@ def parser() -> Parser:
     )
     parser.add_argument("--config", action="config", help="A YAML file with any of these options.")
     add_workload(parser)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="The seed of the model's weights and mini-batches."
+    )
+    parser.add_argument(
+        "--batch_size", type=int | None, help="Examples per draw; by default whole sets."
+    )
     parser.add_function_arguments(
         check_hypergradient, skip={"problem", "tasks", "algorithm", "outer"}
     )
@@ -40,6 +46,7 @@ def run(config: Namespace) -> int:
     objects = instantiate(config, parser())
     accepted = inspect.signature(check_hypergradient).parameters
     options = {key: value for key, value in objects.items() if key in accepted}
+    options["compute"] = objects.compute.given(batch_size=config.batch_size, seed=config.seed)
     report = check_hypergradient(tasks=objects.sampler, **options)
     Console().print(report)
     if config.max_error is None or report.error <= config.max_error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jsonargparse import Namespace
 
 from metadist.cli.names import SamplerBase
@@ -47,8 +49,9 @@ def run(config: Namespace) -> int:
     store = CheckpointStore((Folder(config.run_dir) / "checkpoints").uri)
     name, checkpoint = store.load(config.checkpoint)
     train.report_skipped(store.skipped)
-    workload = Workload(objects.problem, objects.sampler, objects.algorithm)
-    expected = initial_outer(objects.problem, workload, saved.seed)
+    compute = objects.compute.given(batch_size=saved.batch_size, seed=saved.seed)
+    workload = Workload(objects.problem, objects.sampler, objects.algorithm, compute=compute)
+    expected = initial_outer(workload)
     check_same_model(checkpoint.state.outer, expected, f"{store.uri}/{name}")
     result = evaluate(
         objects.problem,
@@ -57,9 +60,7 @@ def run(config: Namespace) -> int:
         checkpoint.state.outer,
         config.num_tasks,
         inner_steps=saved.eval_inner_steps if config.inner_steps is None else config.inner_steps,
-        batch_size=saved.batch_size,
-        seed=saved.seed,
-        device=config.device,
+        compute=replace(compute, device=config.device, num_threads=None),
     )
     print(f"{config.run_dir} {name}, {checkpoint.state.version} outer steps")
     train.print_evaluation(result)

@@ -249,7 +249,7 @@ class _Meter:
 
     def __init__(self, trainer: Trainer, spent: Spent) -> None:
         task = trainer.sampler.sample(0)
-        size = trainer.workload.batch_size
+        size = trainer.workload.compute.batch_size
         self._shares = [
             1.0 if size is None else min(1.0, size / len(batch.index))
             for batch in (task.support, task.query)

@@ -34,6 +34,7 @@ from metadist import (
     task_hypergradients,
 )
 from metadist.algorithms import ITD
+from metadist.compute import Compute
 from metadist.models import Conv4
 from metadist.outer import OuterVariable
 from metadist.tasks import FewShotProblem, Glyphs, Sinusoid
@@ -186,7 +187,7 @@ def bench_ray(repeats: int, threads: int) -> None:
         ITD(inner_steps=5, inner_lr=0.1),
         meta_batch_size=4,
         tasks_per_lease=2,
-        num_threads=1,
+        compute=Compute(device="cpu"),
     )
     optimizer = OuterOptimizer()
     state = OuterVariable(problem.init_outer(torch.Generator()), optimizer).state()
@@ -195,9 +196,9 @@ def bench_ray(repeats: int, threads: int) -> None:
         table.add_column(column)
     local = None
     for name, executor in (
-        ("local", LocalExecutor("cpu")),
-        ("ray, 1 worker", RayExecutor(num_workers=1, device="cpu")),
-        ("ray, 2 workers", RayExecutor(num_workers=2, device="cpu")),
+        ("local", LocalExecutor()),
+        ("ray, 1 worker", RayExecutor(num_workers=1)),
+        ("ray, 2 workers", RayExecutor(num_workers=2)),
     ):
         executor.start(workload, optimizer, state)
         reports = list(executor.run(2 + 2 * repeats))[2:]  # the first are for warming up

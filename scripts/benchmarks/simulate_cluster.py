@@ -23,6 +23,8 @@ from pathlib import Path
 
 import matplotlib
 
+from metadist.compute import Compute
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
@@ -239,7 +241,7 @@ class Cluster:
         self._num = num
         self._policy = Chosen()
         self._executor = RayExecutor(
-            num, policy=self._policy, device="cpu", start_timeout_s=300, prefetch=prefetch
+            num, policy=self._policy, start_timeout_s=300, prefetch=prefetch
         )
 
     def __enter__(self) -> Cluster:
@@ -275,6 +277,7 @@ class Cluster:
             ITD(inner_steps=1, inner_lr=0.1),
             meta_batch_size=leases_per_step,
             report_every=1_000_000,
+            compute=Compute(device="cpu"),
         )
         self._policy.current = policy
         state = OuterVariable(problem.init_outer(torch.Generator()), optimizer).state()

@@ -11,6 +11,7 @@ from torch import Tensor
 from metadist import OuterOptimizer, Trainer
 from metadist.algorithm import Algorithm
 from metadist.algorithms import ALGORITHMS, BOME, MEHA, VPBGD, Reptile
+from metadist.compute import Compute
 from metadist.executor import LocalExecutor
 from metadist.outer import OuterState, OuterVariable
 from metadist.problem import Problem
@@ -106,7 +107,7 @@ def trainer(algorithm: Algorithm, keep_state: bool = False, **options: object) -
             "tasks_per_lease": 1,
             "keep_state": keep_state,
             "batch_size": 6,
-            "vectorize": False,
+            "compute": Compute(vectorize=False, device="cpu"),
             "quiet": True,
             "seed": 3,
             **options,
@@ -128,11 +129,10 @@ def run_in_one_process(
         NEW_TASKS[name],
         meta_batch_size=meta_batch_size,
         keep_state=keep_state,
-        batch_size=6,
-        vectorize=False,
+        compute=Compute(batch_size=6, vectorize=False, device="cpu"),
     )
     outer = workload.problem.init_outer(torch.Generator())
     first = OuterVariable(outer, optimizer, workload.stepping_rules()).state()
-    local = LocalExecutor("cpu")
+    local = LocalExecutor()
     local.start(workload, optimizer, first)
     return workload, first, local

@@ -7,6 +7,7 @@ import torch
 
 from metadist.algorithm import OWN, Algorithm
 from metadist.algorithms import ALGORITHMS, ITD
+from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.models import Conv4
 from metadist.oracle import CountingOracle
@@ -301,7 +302,9 @@ def test_each_step_takes_a_draw_of_its_own_and_second_order_takes_the_same(engin
             y = add(y, oracle.inner_grad(context, y, oracle.draw_inner()), -0.1)
         return oracle.outer_value(context, y, oracle.draw_outer())
 
-    result = task_hypergradients(problem, algorithm, outer, [task], batch_size=3, seed=5)
+    result = task_hypergradients(
+        problem, algorithm, outer, [task], compute=Compute(batch_size=3, seed=5)
+    )
     assert_close(result.total, central_difference(objective, outer), 1e-8)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from metadist.algorithms import ALGORITHMS, Reptile
+from metadist.compute import Compute
 from metadist.executor import LocalExecutor
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP, Conv4
@@ -52,7 +53,9 @@ def test_the_hypergradient_is_start_minus_end_of_adaptation(momentum):
         end = {name: leaf.detach() for name, leaf in leaves.items()}
         expected = add(expected, sub(outer, end))
     for vectorize in (False, True):
-        result = task_hypergradients(problem, algorithm, outer, tasks, vectorize=vectorize)
+        result = task_hypergradients(
+            problem, algorithm, outer, tasks, compute=Compute(vectorize=vectorize)
+        )
         assert_close(result.total, expected, 1e-13)
 
 
@@ -64,7 +67,7 @@ def test_one_inner_step_is_sgd_on_the_joint_loss():
     problem = maml_on_perceptron()
     outer = problem.init_outer(generator(0))
     optimizer = OuterOptimizer("sgd", lr=0.5)
-    executor = LocalExecutor("cpu")
+    executor = LocalExecutor()
     work = Workload(problem, Sampler(), Reptile(inner_steps=1, inner_lr=0.2), meta_batch_size=4)
     executor.start(work, optimizer, OuterVariable(outer, optimizer).state())
     list(executor.run(3))

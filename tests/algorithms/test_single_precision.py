@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from metadist.algorithm import Algorithm
+from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.task import Batch, Task
 from metadist.trees import add
@@ -34,8 +35,7 @@ def trained(algorithm: Algorithm, dtype: torch.dtype, num_steps: int = 3) -> tor
             algorithm,
             outer,
             tasks,
-            vectorize=False,
-            batch_size=2,
+            compute=Compute(vectorize=False, batch_size=2),
             step=step,
             states=states,
         )

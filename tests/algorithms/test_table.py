@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metadist.algorithm import Card, counters_of, flatten_state, unflatten_state
 from metadist.algorithms import ALGORITHMS
+from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.oracle import AutogradOracle, CountingOracle
 from metadist.problem import Problem
@@ -109,8 +110,7 @@ def test_tasks_together_are_tasks_in_a_loop(name, case, kept):
                 case.algorithm,
                 outer,
                 tasks,
-                vectorize=vectorize,
-                batch_size=2,
+                compute=Compute(vectorize=vectorize, batch_size=2),
                 step=step,
                 states=states,
             )

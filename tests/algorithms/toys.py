@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import Algorithm, Estimate, State
+from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.oracle import CountingOracle
 from metadist.problem import Problem
@@ -80,7 +81,12 @@ def assert_vmap_is_loop(algorithm: Algorithm) -> None:
         outer, tasks = problem.init_outer(generator(1)), [task_of(index) for index in range(3)]
         one, other = (
             task_hypergradients(
-                problem, algorithm, outer, tasks, vectorize=vectorize, batch_size=2, report=True
+                problem,
+                algorithm,
+                outer,
+                tasks,
+                compute=Compute(vectorize=vectorize, batch_size=2),
+                report=True,
             )
             for vectorize in (False, True)
         )

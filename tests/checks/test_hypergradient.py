@@ -13,7 +13,7 @@ from metadist import HypergradientReport, Task, check_hypergradient
 from metadist.algorithms import AID, ITD, Reptile
 from metadist.algorithms.noloop_aid import NoLoopAID
 from metadist.trees import add, scale
-from tests.helpers import curves, regression
+from tests.helpers import curves, regression, with_compute
 from tests.problems import (
     Quadratic,
     QuadraticSampler,
@@ -30,7 +30,9 @@ SOLUTION = "the solution x -> f(x, y*(x))"
 
 
 def check(problem: Any, tasks: Any, algorithm: Any, *args: Any, **options: Any) -> Any:
-    return check_hypergradient(problem, tasks, algorithm, *args, **{"repeats": ()} | options)
+    return check_hypergradient(
+        problem, tasks, algorithm, *args, **{"repeats": ()} | with_compute(options)
+    )
 
 
 def errors(report: HypergradientReport) -> dict[str, float]:

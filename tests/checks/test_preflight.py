@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,18 @@ from torch.autograd.function import once_differentiable
 
 from metadist.algorithms import ITD, Reptile
 from metadist.checks.preflight import NoSecondDerivative, initial_outer, preflight
+from metadist.compute import Compute
 from metadist.tasks import FewShotProblem
 from metadist.workload import Workload
-from tests.helpers import Images, Spoiled, curves, make_trainer, regression, small_conv4
+from tests.helpers import (
+    Images,
+    Spoiled,
+    curves,
+    make_trainer,
+    regression,
+    small_conv4,
+    with_compute,
+)
 from tests.problems import Smooth, smooth_task
 
 
@@ -199,8 +209,8 @@ REFUSED = [
 
 def check(**options: Any) -> None:
     usual: dict[str, Any] = {"problem": Smooth(), "sampler": SMOOTH}
-    workload = Workload(**{**usual, "algorithm": ITD(inner_steps=2), **options})
-    preflight(workload, initial_outer(workload.problem, workload, 0))
+    workload = Workload(**with_compute({**usual, "algorithm": ITD(inner_steps=2), **options}))
+    preflight(workload, initial_outer(workload))
 
 
 @pytest.mark.parametrize(
@@ -293,9 +303,9 @@ def test_the_trainer_asks_before_it_makes_anything(tmp_path):
 
 def test_the_initial_outer_variable_holds_the_algorithms_own():
     workload = Workload(Smooth(), SMOOTH, ITD(inner_lr=0.3, learn_lr="per_tensor"))
-    outer = initial_outer(workload.problem, workload, 0)
+    outer = initial_outer(workload)
     assert list(outer) == ["a", "b", "algorithm.inner_lr.w", "algorithm.inner_lr.m"]
     assert float(outer["algorithm.inner_lr.w"]) == 0.3
-    same = initial_outer(workload.problem, workload, 0)
-    other = initial_outer(workload.problem, workload, 1)
+    same = initial_outer(workload)
+    other = initial_outer(replace(workload, compute=Compute(seed=1)))
     assert torch.equal(outer["a"], same["a"]) and not torch.equal(outer["a"], other["a"])

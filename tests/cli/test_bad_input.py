@@ -284,7 +284,7 @@ UNAVAILABLE: dict[str, str] = {
         r"num_workers=1 must be free within start_timeout_s=1, got .*GPU: 1 needed "
         r"\(1 each\), 0 in the cluster, 0 free: lower .*gpus_per_worker, or add nodes"
     ),
-    "--executor.num_workers 1 --executor.device cuda": r".*GPU: 1 needed \(1 each\), 0 in the",
+    "--executor.num_workers 1 --compute.device cuda": r".*GPU: 1 needed \(1 each\), 0 in the",
 }
 
 

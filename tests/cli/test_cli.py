@@ -20,6 +20,7 @@ from metadist.algorithms import ALGORITHMS
 from metadist.cli import COMMANDS, main, train
 from metadist.cli.catalogue import card_of
 from metadist.cli.names import KINDS, class_path, named
+from metadist.compute import Compute
 from tests.helpers import (
     CURVES,
     Outcome,
@@ -72,7 +73,7 @@ def test_flags_train_and_everything_is_in_the_run_folder(cli, here):
         trainer.algorithm,
         store.load("best")[1].state.outer,
         5,
-        seed=3,
+        compute=Compute(seed=3),
     )
     assert result["test"]["metrics"] == expected.to_json()["metrics"]
     assert "trained 4 outer steps, 16 tasks in " in out
@@ -208,7 +209,7 @@ def test_resume_from_an_earlier_checkpoint_and_with_another_executor(cli, run):
     before = last_state(run)
     out = cli.good(
         *("resume", run, "--checkpoint", "step-00000002", "--executor", "local"),
-        *("--executor.device", "cpu", "--num_steps", "6"),
+        *("--num_steps", "6"),
     )
     assert "from step-00000002" in out
     assert CheckpointStore(str(run / "checkpoints")).load()[0] == "step-00000006"

@@ -83,15 +83,15 @@ def run(**options):
     executor.close()
     return same, free.get("CPU", 0), free.get("GPU", 0), ray.is_initialized()
 
-print(run(num_workers=2, gpus_per_worker=1, device="cpu"), flush=True)
+print(run(num_workers=2, gpus_per_worker=1), flush=True)
 try:
-    RayExecutor(num_workers=4, device="cpu", start_timeout_s=1.0).start(
+    RayExecutor(num_workers=4, start_timeout_s=1.0).start(
         make_workload(), ADAM, first_state()
     )
 except ResourcesError as error:
     print(error, ray.is_initialized(), flush=True)
 ray.init(address="auto", logging_level="WARNING")
-print(run(num_workers=3, device="cpu"), ray.available_resources().get("CPU"), flush=True)
+print(run(num_workers=3), ray.available_resources().get("CPU"), flush=True)
 ray.shutdown()
 cluster.shutdown()
 """
@@ -192,7 +192,7 @@ def places(executor):
     return sorted((names[node], *gpus, visible) for node, gpus, visible in found)
 
 def run(growing=False, **options):
-    executor = RayExecutor(device="cpu", start_timeout_s=300, **options)
+    executor = RayExecutor(start_timeout_s=300, **options)
     executor.start(make_workload(), ADAM, first_state())
     version, reports = 2, list(executor.run(2))
     print(places(executor), flush=True)
@@ -209,10 +209,10 @@ def run(growing=False, **options):
     executor.close()
     print("same bytes", same, flush=True)
 
-print([RayExecutor(num_workers=number)._placement._num_gpus() for number in (1, 2, 3)])
+print([RayExecutor(num_workers=number)._placement._num_gpus("auto") for number in (1, 2, 3)])
 run(num_workers=2, gpus_per_worker=0.5)
 run(num_workers=2, min_workers=1, gpus_per_worker=1.0, growing=True)
-print([RayExecutor(num_workers=number)._placement._num_gpus() for number in (1, 2, 3)])
+print([RayExecutor(num_workers=number)._placement._num_gpus("auto") for number in (1, 2, 3)])
 run(num_workers=2, gpus_per_worker=1.0)
 print("closed", flush=True)
 time.sleep(1000)

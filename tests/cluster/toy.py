@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import Algorithm, Estimate
+from metadist.compute import Compute
 from metadist.executor import LocalExecutor, StepReport
 from metadist.oracle import Oracle
 from metadist.outer import OuterOptimizer, OuterState, OuterVariable
@@ -248,6 +249,7 @@ def make_workload(
         meta_batch_size=meta_batch_size,
         tasks_per_lease=tasks_per_lease,
         report_every=2,
+        compute=Compute(device="cpu"),
     )
 
 
@@ -274,7 +276,7 @@ def local_run(
 ) -> tuple[OuterState, list[StepReport]]:
     """What a Ray run has to reproduce."""
     workload = workload or make_workload()
-    executor = LocalExecutor("cpu")
+    executor = LocalExecutor()
     executor.start(workload, optimizer, first_state(workload.problem, optimizer))
     reports = list(executor.run(until))
     return executor.state(), reports

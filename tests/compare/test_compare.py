@@ -175,7 +175,7 @@ def test_a_changed_config_is_refused_with_the_difference(cli, here):
     for changes, message in (
         ({"budget": {"steps": 13}}, "budget.steps was 12, is 13"),
         ({"seeds": [1, 0]}, "seeds was [0, 1], is [1, 0]"),
-        ({"num_threads": 2}, "num_threads was None, is 2"),
+        ({"compute": {"num_threads": 2}}, "compute.num_threads was None, is 2"),
         (
             {"entries": {"SOBA": {"outer_optimizer": {"lr": 0.02}}}},
             "entries.SOBA.outer_optimizer.lr was 0.01, is 0.02. Choose another folder",

@@ -10,7 +10,7 @@ from metadist.algorithms import ITD, MRBO, SOBA
 from metadist.run.status import latest_scalars
 from metadist.run.storage import Folder
 from metadist.trees import Params
-from tests.helpers import exact_state, last_state, make_trainer
+from tests.helpers import exact_state, last_state, make_trainer, with_compute
 from tests.problems import Quadratic, generator, quadratic_task
 
 TASKS = [quadratic_task(index) for index in range(5)]
@@ -19,7 +19,7 @@ TASKS = [quadratic_task(index) for index in range(5)]
 def calls(algorithm, tasks=TASKS, **options):
     problem = Quadratic(2, 4)
     outer = problem.init_outer(generator(0))
-    return task_hypergradients(problem, algorithm, outer, tasks, **options).calls
+    return task_hypergradients(problem, algorithm, outer, tasks, **with_compute(options)).calls
 
 
 @pytest.mark.parametrize("options", [{"vectorize": False}, {"vectorize": True, "chunk_size": 2}])

@@ -13,6 +13,7 @@ import torch
 
 from metadist import AutogradOracle, evaluate
 from metadist.algorithms import ITD, Reptile
+from metadist.compute import Compute
 from metadist.evaluation import (
     EvaluationResult,
     Interval,
@@ -22,7 +23,7 @@ from metadist.evaluation import (
     with_inner_steps,
 )
 from metadist.tasks import FewShotProblem
-from tests.helpers import Images, Spoiled, curves, regression, small_conv4
+from tests.helpers import Images, Spoiled, curves, regression, small_conv4, with_compute
 from tests.problems import (
     Quadratic,
     QuadraticSampler,
@@ -104,7 +105,14 @@ def test_together_and_one_by_one_give_the_same_numbers(algorithm, batch_size):
         {"vectorize": "auto", "chunk_size": 2},
     ]
     results = [
-        evaluate(Smooth(), SMOOTH, algorithm, smooth_outer(), 9, batch_size=batch_size, **way)
+        evaluate(
+            Smooth(),
+            SMOOTH,
+            algorithm,
+            smooth_outer(),
+            9,
+            compute=Compute(batch_size=batch_size, **way),
+        )
         for way in ways
     ]
     for result in results[1:]:
@@ -119,16 +127,21 @@ def test_two_evaluations_are_the_same_to_the_bit_and_the_global_state_is_left_al
     results = [
         evaluate(
             *(Smooth(), SMOOTH, ITD(inner_steps=2), smooth_outer(), 6),
-            batch_size=2,
-            seed=4,
-            num_threads=2,
+            compute=Compute(batch_size=2, seed=4, num_threads=2),
         )
         for _ in range(2)
     ]
     assert results[0] == results[1]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
-    other = evaluate(Smooth(), SMOOTH, ITD(inner_steps=2), smooth_outer(), 6, batch_size=2, seed=5)
+    other = evaluate(
+        Smooth(),
+        SMOOTH,
+        ITD(inner_steps=2),
+        smooth_outer(),
+        6,
+        compute=Compute(batch_size=2, seed=5),
+    )
     assert other.metrics["support_loss"] != results[0].metrics["support_loss"]
 
 
@@ -170,7 +183,7 @@ def test_no_hypergradient_is_computed_and_no_graph_is_kept(monkeypatch, vectoriz
 
     monkeypatch.setattr(Smooth, "metrics", look)
     outer = {name: leaf.requires_grad_() for name, leaf in smooth_outer().items()}
-    evaluate(Smooth(), SMOOTH, ITD(inner_steps=2), outer, 3, vectorize=vectorize)
+    evaluate(Smooth(), SMOOTH, ITD(inner_steps=2), outer, 3, compute=Compute(vectorize=vectorize))
     assert seen and not any(seen)
 
 
@@ -183,7 +196,14 @@ def test_a_metric_that_is_not_finite_names_its_task(vectorize):
         match=r"support_loss must be finite, got nan in task 4: adaptation diverges there; try a "
         r"smaller inner_lr or fewer inner_steps",
     ):
-        evaluate(regression(), sampler, ITD(), outer, 6, vectorize=vectorize, chunk_size=3)
+        evaluate(
+            regression(),
+            sampler,
+            ITD(),
+            outer,
+            6,
+            compute=Compute(vectorize=vectorize, chunk_size=3),
+        )
 
 
 @pytest.mark.parametrize(
@@ -199,7 +219,7 @@ def test_errors_name_field_rule_and_value(options, message):
         pytest.skip("there is a GPU")
     options = {"num_tasks": 2, **options}
     with pytest.raises(ValueError, match=message):
-        evaluate(Smooth(), SMOOTH, ITD(), smooth_outer(), **options)
+        evaluate(Smooth(), SMOOTH, ITD(), smooth_outer(), **with_compute(options))
 
 
 def test_the_protocol_says_how_the_figures_came_about():

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from metadist.algorithms import ITD
+from metadist.compute import Compute
 from metadist.executor import LocalExecutor
 from metadist.hypergradient import task_hypergradients
 from metadist.outer import OuterOptimizer, OuterVariable
 from metadist.trees import add, scale
 from metadist.workload import Workload
+from tests.helpers import with_compute
 from tests.problems import (
     Quadratic,
     QuadraticSampler,
@@ -24,11 +26,11 @@ ADAM = OuterOptimizer("adam", lr=0.1, clip_norm=1.0, schedule="cosine", schedule
 def workload(**options):
     options = {"meta_batch_size": 4, "report_every": 2, "batch_size": 2, "seed": 1, **options}
     sampler = QuadraticSampler(broken=(2, 9))
-    return Workload(Quadratic(2, 4), sampler, ITD(inner_steps=3), **options)
+    return Workload(Quadratic(2, 4), sampler, ITD(inner_steps=3), **with_compute(options))
 
 
 def started(work, optimizer=ADAM, state=None):
-    executor = LocalExecutor("cpu")
+    executor = LocalExecutor()
     if state is None:
         outer = work.problem.init_outer(generator(0))
         state = OuterVariable(outer, optimizer).state()
@@ -118,7 +120,7 @@ def test_what_an_executor_gives_out_is_a_copy():
 @pytest.mark.parametrize("use", ["run", "outer", "state"])
 def test_an_executor_must_be_started(use):
     arguments = (1,) if use == "run" else ()
-    executor = LocalExecutor("cpu")
+    executor = LocalExecutor()
     with pytest.raises(RuntimeError, match=r"must be started with start\(...\) before it is used"):
         list(getattr(executor, use)(*arguments))
     executor = started(workload())
@@ -131,4 +133,4 @@ def test_an_executor_must_be_started(use):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_an_executor_on_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="device must be 'cpu' or 'auto' where torch sees no GPU"):
-        LocalExecutor("cuda")
+        started(workload(compute=Compute(device="cuda")))

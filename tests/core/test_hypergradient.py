@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 from metadist.algorithm import OWN
 from metadist.algorithms import ITD, Reptile
+from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients, vectorizes
 from metadist.models import MLP, Conv4
 from metadist.tasks.few_shot.problem import FewShotProblem
@@ -64,11 +65,18 @@ def case(request):
 def test_tasks_together_are_tasks_in_a_loop(case):
     problem, outer, tasks = case
     algorithm = ITD(inner_steps=2, inner_lr=0.1)
-    loop = task_hypergradients(problem, algorithm, outer, tasks, vectorize=LOOP, report=True)
+    loop = task_hypergradients(
+        problem, algorithm, outer, tasks, compute=Compute(vectorize=LOOP), report=True
+    )
     assert loop.num_tasks == 3 and loop.dropped == ()
     for chunk_size in (None, 2, 99):
         together = task_hypergradients(
-            problem, algorithm, outer, tasks, vectorize=VMAP, report=True, chunk_size=chunk_size
+            problem,
+            algorithm,
+            outer,
+            tasks,
+            compute=Compute(vectorize=VMAP, chunk_size=chunk_size),
+            report=True,
         )
         assert_close(together.total, loop.total)
         assert together.num_tasks == 3
@@ -107,7 +115,9 @@ def test_the_hypergradient_agrees_with_central_differences_number_by_number(vect
     problem = Smooth()
     outer = problem.init_outer(generator(3))
     tasks = [smooth_task(index) for index in range(2)]
-    result = task_hypergradients(problem, ITD(inner_steps=4), outer, tasks, vectorize=vectorize)
+    result = task_hypergradients(
+        problem, ITD(inner_steps=4), outer, tasks, compute=Compute(vectorize=vectorize)
+    )
     expected = [
         central_difference(lambda x: plain_objective(problem, x, task, 4, 0.1), outer)  # noqa: B023
         for task in tasks
@@ -178,7 +188,11 @@ def test_anil_is_the_loop_that_one_would_write_by_hand(batch_encode):
     outer = problem.init_outer(generator(0))
     for vectorize in (LOOP, VMAP):
         result = task_hypergradients(
-            problem, ITD(inner_steps=3, inner_lr=0.1), outer, tasks, vectorize=vectorize
+            problem,
+            ITD(inner_steps=3, inner_lr=0.1),
+            outer,
+            tasks,
+            compute=Compute(vectorize=vectorize),
         )
         assert_close(result.total, dict(zip(names, expected, strict=True)))
 
@@ -202,8 +216,8 @@ def test_a_task_that_is_not_finite_is_named_and_left_out(name, vectorize, chunk_
     expected = task_hypergradients(problem, algorithm, outer, good, report=True)
     break_task(tasks[position])
     problem = make()  # a problem that sees the broken task first
-    options = {"vectorize": vectorize, "chunk_size": chunk_size}
-    result = task_hypergradients(problem, algorithm, outer, tasks, report=True, **options)
+    compute = Compute(vectorize=vectorize, chunk_size=chunk_size)
+    result = task_hypergradients(problem, algorithm, outer, tasks, report=True, compute=compute)
     assert result.dropped == (10 + position,)
     assert result.num_tasks == 2
     assert_close(result.total, expected.total)
@@ -214,7 +228,9 @@ def test_where_no_task_is_finite_the_total_is_zero():
     problem = Quadratic(2, 4)
     outer = problem.init_outer(generator(0))
     tasks = [break_task(quadratic_task(index)) for index in (4, 2)]
-    result = task_hypergradients(problem, ITD(), outer, tasks, vectorize=VMAP, report=True)
+    result = task_hypergradients(
+        problem, ITD(), outer, tasks, compute=Compute(vectorize=VMAP), report=True
+    )
     assert (result.num_tasks, result.dropped, result.metrics) == (0, (4, 2), {})
     assert_same_bytes(result.total, {"x": torch.zeros(2, dtype=torch.float64)})
 
@@ -274,7 +290,9 @@ def test_an_algorithm_s_own_variables_are_trained_and_hidden_from_the_problem(le
     algorithm = ITD(inner_steps=3, inner_lr=0.2, learn_lr=learn_lr)
     outer = problem.init_outer(generator(0))
     outer = {**outer, **algorithm.init_own(problem.init_inner(outer, tasks[0]))}
-    result = task_hypergradients(problem, algorithm, outer, tasks, vectorize=vectorize)
+    result = task_hypergradients(
+        problem, algorithm, outer, tasks, compute=Compute(vectorize=vectorize)
+    )
     assert list(result.total) == list(outer)
 
     def objective(x):
@@ -294,13 +312,21 @@ def test_mini_batches_are_a_function_of_seed_and_task(vectorize):
 
     def total(seed):
         return task_hypergradients(
-            problem, ITD(inner_steps=3), outer, tasks, vectorize=vectorize, batch_size=4, seed=seed
+            problem,
+            ITD(inner_steps=3),
+            outer,
+            tasks,
+            compute=Compute(vectorize=vectorize, batch_size=4, seed=seed),
         ).total
 
     assert_same_bytes(total(1), total(1))
     assert not torch.equal(total(1)["a"], total(2)["a"])
     loop = task_hypergradients(
-        problem, ITD(inner_steps=3), outer, tasks, vectorize=LOOP, batch_size=4, seed=1
+        problem,
+        ITD(inner_steps=3),
+        outer,
+        tasks,
+        compute=Compute(vectorize=LOOP, batch_size=4, seed=1),
     )
     assert_close(total(1), loop.total)
 
@@ -323,7 +349,9 @@ def test_chunk_size_bounds_how_many_tasks_go_together(chunk_size, sizes):
 
     problem, tasks = Watching(), [smooth_task(index) for index in range(5)]
     outer = problem.init_outer(generator(0))
-    task_hypergradients(problem, ITD(1), outer, tasks, vectorize=VMAP, chunk_size=chunk_size)
+    task_hypergradients(
+        problem, ITD(1), outer, tasks, compute=Compute(vectorize=VMAP, chunk_size=chunk_size)
+    )
     assert seen == sizes
 
 
@@ -397,5 +425,9 @@ def test_vectorize_is_refused_where_it_cannot_be(algorithm, sizes, message):
     tasks = [smooth_task(index, num_support=size) for index, size in enumerate(sizes)]
     with pytest.raises(ValueError, match=message):
         task_hypergradients(
-            problem, algorithm, problem.init_outer(generator(0)), tasks, vectorize=True
+            problem,
+            algorithm,
+            problem.init_outer(generator(0)),
+            tasks,
+            compute=Compute(vectorize=True),
         )

@@ -8,6 +8,7 @@ import torch
 from metadist import OuterOptimizer, Trainer
 from metadist.algorithm import Algorithm, InnerState, counters_of, flatten_state, unflatten_state
 from metadist.algorithms import AID, ITD, MRBO, Reptile
+from metadist.compute import Compute
 from metadist.executor import LocalExecutor
 from metadist.hypergradient import task_hypergradients
 from metadist.outer import Contribution, OuterVariable, StepRules
@@ -15,6 +16,7 @@ from metadist.problem import Problem
 from metadist.tasks import FixedTasks
 from metadist.trees import Params, add, flatten
 from metadist.workload import Workload, tasks_of_steps
+from tests.helpers import with_compute
 from tests.problems import (
     DOUBLE,
     Quadratic,
@@ -70,11 +72,13 @@ def fixed(num_tasks: int) -> FixedTasks:
 
 def kept(algorithm: Algorithm = WARM, num_tasks: int = 3, **options: Any) -> Workload:
     options = {"meta_batch_size": num_tasks, **options}
-    return Workload(Quadratic(2, 4), fixed(num_tasks), algorithm, keep_state=True, **options)
+    return Workload(
+        Quadratic(2, 4), fixed(num_tasks), algorithm, keep_state=True, **with_compute(options)
+    )
 
 
 def started(work: Workload, state=None, optimizer: OuterOptimizer = SGD) -> LocalExecutor:
-    executor = LocalExecutor("cpu")
+    executor = LocalExecutor()
     if state is None:
         state = OuterVariable(work.problem.init_outer(generator(0)), optimizer).state()
     executor.start(work, optimizer, state)
@@ -112,7 +116,13 @@ def test_states_go_through_vmap(algorithm):
     for step in range(3):
         for vectorize, states in found.items():
             result = task_hypergradients(
-                problem, algorithm, outer, tasks, vectorize=vectorize, step=step, states=states
+                problem,
+                algorithm,
+                outer,
+                tasks,
+                compute=Compute(vectorize=vectorize),
+                step=step,
+                states=states,
             )
             found[vectorize] = result.states
             totals[vectorize] = result.total
@@ -127,8 +137,12 @@ def test_tasks_of_unequal_age_go_one_by_one():
     outer = problem.init_outer(generator(0))
     tasks = [quadratic_task(index) for index in range(2)]
     first = task_hypergradients(problem, TWO_POINT, outer, tasks[:1], states={}).states
-    both = task_hypergradients(problem, TWO_POINT, outer, tasks, vectorize=True, states=first)
-    alone = task_hypergradients(problem, TWO_POINT, outer, tasks, vectorize=False, states=first)
+    both = task_hypergradients(
+        problem, TWO_POINT, outer, tasks, compute=Compute(vectorize=True), states=first
+    )
+    alone = task_hypergradients(
+        problem, TWO_POINT, outer, tasks, compute=Compute(vectorize=False), states=first
+    )
     assert_same_bytes(both.total, alone.total)
     assert counters_of(both.states[0]) != counters_of(both.states[1])
 
@@ -257,19 +271,21 @@ def test_a_step_at_weight_one_needs_one_point():
 
 
 def test_new_tasks_are_seen_at_both_points_with_the_same_draws():
-    work = Workload(Quadratic(2, 4), fixed(40), TWO_POINT, meta_batch_size=4, batch_size=1)
+    work = Workload(
+        Quadratic(2, 4), fixed(40), TWO_POINT, meta_batch_size=4, compute=Compute(batch_size=1)
+    )
     assert work.is_two_point and work.must_be_synchronous and not kept(TWO_POINT).is_two_point
     assert not work.needs_previous(0) and work.needs_previous(1)
     outer = work.problem.init_outer(generator(0))
-    computed = work.compute(work.lease(3, 5), outer, previous=outer)
+    computed = work.compute_lease(work.lease(3, 5), outer, previous=outer)
     now, before = computed.total.chunk(2)
     assert torch.equal(now, before) and now.any()
     elsewhere = add(outer, outer)
-    moved = work.compute(work.lease(3, 5), outer, previous=elsewhere).total.chunk(2)
+    moved = work.compute_lease(work.lease(3, 5), outer, previous=elsewhere).total.chunk(2)
     assert torch.equal(moved[0], now)
-    alone = work.compute(work.lease(3, 5), elsewhere)
+    alone = work.compute_lease(work.lease(3, 5), elsewhere)
     assert torch.equal(moved[1], alone.total)
-    first = work.compute(work.lease(3, 0), outer, previous=outer).total
+    first = work.compute_lease(work.lease(3, 0), outer, previous=outer).total
     assert first.shape == now.shape
 
 
@@ -312,7 +328,7 @@ def test_x_is_projected_after_every_step():
     work = Workload(Boxed(2, 4), QuadraticSampler(), ITD(learn_lr="per_tensor"), meta_batch_size=4)
     outer = {"algorithm.inner_lr.y": torch.tensor(0.1, dtype=DOUBLE)}
     outer = {**work.problem.init_outer(generator(0)), **outer}
-    executor = LocalExecutor("cpu")
+    executor = LocalExecutor()
     optimizer = OuterOptimizer("sgd", lr=10.0)
     executor.start(work, optimizer, OuterVariable(outer, optimizer).state())
     list(executor.run(2))

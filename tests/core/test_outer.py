@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metadist.compute import intra_op_threads
 from metadist.outer import (
     BLOCK,
     OPTIMIZERS,
@@ -20,7 +21,6 @@ from metadist.outer import (
     shard_bounds,
 )
 from metadist.trees import flatten
-from metadist.workload import intra_op_threads
 from tests.problems import assert_same_bytes, generator
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {

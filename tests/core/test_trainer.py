@@ -24,6 +24,7 @@ from metadist import (
     task_hypergradients,
 )
 from metadist.algorithms import ITD, Reptile
+from metadist.compute import Compute
 from metadist.executor import StepReport
 from metadist.run.events import read_events
 from metadist.run.storage import Folder
@@ -307,7 +308,7 @@ def test_the_best_checkpoint_is_that_of_the_best_validation(tmp_path):
             loaded.state.outer,
             4,
             inner_steps=3,
-            seed=3,
+            compute=Compute(seed=3),
         )
         assert loaded.score == again.score == -again.metrics["query_loss"].mean
     assert [int(name[5:]) for name in scores] == [2, 4, 6, 8, 9]
@@ -396,7 +397,7 @@ REFUSED = [
         {"tasks_per_lease": 3},
         r"meta_batch_size must be a multiple of tasks_per_lease \(3\), got 4",
     ),
-    ({"num_threads": 0}, "num_threads must be >= 1, got 0"),
+    ({"num_threads": 0}, "num_threads must be >= 1 or None, got 0"),
     ({"batch_size": 0}, "batch_size must be >= 1 or None, got 0"),
     ({"chunk_size": -1}, "chunk_size must be >= 1 or None, got -1"),
     ({"sampler": object()}, r"it must have a method sample\(index: int\) -> Task, got object"),

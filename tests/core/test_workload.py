@@ -7,15 +7,19 @@ import pytest
 import torch
 
 from metadist.algorithms import ITD
+from metadist.compute import Compute, intra_op_threads, pick_device
 from metadist.hypergradient import task_hypergradients
 from metadist.trees import flatten
-from metadist.workload import Workload, intra_op_threads, pick_device
+from metadist.workload import Workload
+from tests.helpers import with_compute
 from tests.problems import Quadratic, QuadraticSampler, generator, quadratic_task
 
 
 def workload(**options):
     options = {"meta_batch_size": 6, "tasks_per_lease": 2, "report_every": 3, **options}
-    return Workload(Quadratic(2, 4), QuadraticSampler(broken=(5,)), ITD(inner_steps=2), **options)
+    return Workload(
+        Quadratic(2, 4), QuadraticSampler(broken=(5,)), ITD(inner_steps=2), **with_compute(options)
+    )
 
 
 def test_leases_cut_the_stream_of_tasks_without_gap_or_overlap():
@@ -37,10 +41,16 @@ def test_all_leases_of_the_first_and_of_every_third_step_report():
 def test_a_lease_is_the_sum_over_its_tasks(number):
     work = workload(report_every=1, seed=3, batch_size=2)
     outer = work.problem.init_outer(generator(0))
-    result, flat, _ = work.compute(work.lease(number, 4), outer)
+    result, flat, _ = work.compute_lease(work.lease(number, 4), outer)
     tasks = [QuadraticSampler((5,)).sample(index) for index in (2 * number, 2 * number + 1)]
     expected = task_hypergradients(
-        work.problem, work.algorithm, outer, tasks, batch_size=2, seed=3, report=True, step=4
+        work.problem,
+        work.algorithm,
+        outer,
+        tasks,
+        compute=Compute(batch_size=2, seed=3),
+        report=True,
+        step=4,
     )
     assert torch.equal(flat, flatten(expected.total))
     assert (result.lease_id, result.version) == (number, 4)
@@ -54,8 +64,8 @@ def test_a_lease_that_is_computed_again_has_the_same_bytes():
     work = workload()
     outer = work.problem.init_outer(generator(0))
     lease = work.lease(3, 1)
-    first, second = work.compute(lease, outer)[1], work.compute(lease, outer)[1]
-    copied = pickle.loads(pickle.dumps(work)).compute(lease, outer)[1]
+    first, second = work.compute_lease(lease, outer)[1], work.compute_lease(lease, outer)[1]
+    copied = pickle.loads(pickle.dumps(work)).compute_lease(lease, outer)[1]
     assert torch.equal(first, second) and torch.equal(first, copied)
 
 
@@ -71,7 +81,7 @@ def test_tasks_are_cast_to_the_dtype_of_the_outer_variable():
     problem.start = problem.start.float()
     work = dataclasses.replace(workload(), problem=problem)
     outer = {"x": torch.ones(2, dtype=torch.float32)}
-    assert work.compute(work.lease(0, 0), outer)[1].dtype == torch.float32
+    assert work.compute_lease(work.lease(0, 0), outer)[1].dtype == torch.float32
     assert set(seen) == {torch.float32}
 
 
@@ -83,9 +93,9 @@ def test_a_lease_computes_with_its_own_number_of_threads_and_gives_them_back():
             seen.append(torch.get_num_threads())
             return quadratic_task(index)
 
-    work = dataclasses.replace(workload(), sampler=Watching(), num_threads=2)
+    work = dataclasses.replace(workload(num_threads=2), sampler=Watching())
     before = torch.get_num_threads()
-    work.compute(work.lease(0, 0), work.problem.init_outer(generator(0)))
+    work.compute_lease(work.lease(0, 0), work.problem.init_outer(generator(0)))
     assert seen == [2, 2]
     assert torch.get_num_threads() == before
     with pytest.raises(KeyError), intra_op_threads(2):
@@ -99,7 +109,9 @@ def test_a_lease_computes_with_its_own_number_of_threads_and_gives_them_back():
         ({"meta_batch_size": 0}, r"meta_batch_size must be >= 1, got 0"),
         ({"tasks_per_lease": 0}, r"tasks_per_lease must be >= 1, got 0"),
         ({"report_every": 0}, r"report_every must be >= 1, got 0"),
-        ({"num_threads": -2}, r"num_threads must be >= 1, got -2"),
+        ({"num_threads": -2}, r"num_threads must be >= 1 or None, got -2"),
+        ({"num_threads": None}, r"num_threads must be >= 1 in a training, got None"),
+        ({"vectorize": "no"}, r"vectorize must be 'auto', True or False, got 'no'"),
         ({"chunk_size": 0}, r"chunk_size must be >= 1 or None, got 0"),
         ({"batch_size": -1}, r"batch_size must be >= 1 or None, got -1"),
         (
@@ -113,7 +125,7 @@ def test_a_lease_computes_with_its_own_number_of_threads_and_gives_them_back():
 )
 def test_messages_of_the_workload(options, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(workload(), **options)
+        dataclasses.replace(workload(), **with_compute(options))
 
 
 def test_pick_device():

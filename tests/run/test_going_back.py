@@ -16,7 +16,7 @@ class Forgetful(LocalExecutor):
     """
 
     def __init__(self, *versions: int, before_state: bool = False) -> None:
-        super().__init__("cpu")
+        super().__init__()
         self._to_come = list(versions)
         self._before_state = before_state
         self.versions: list[int] = []

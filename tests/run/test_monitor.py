@@ -332,7 +332,7 @@ def test_dropped_tasks_are_not_in_the_means(tmp_path):
 
 
 def test_the_executor_of_a_run_is_among_its_settings():
-    settings = make_trainer(executor=LocalExecutor("cpu")).settings()
+    settings = make_trainer(executor=LocalExecutor()).settings()
     assert (settings["executor"], settings["policy"], settings["device"]) == ("local", "bsp", "cpu")
 
 

@@ -41,7 +41,7 @@ def stepped_state(dtype):
     contributions = []
     for lease_id in (0, 2):
         lease = make_workload(problem=problem).lease(lease_id, 0)
-        result, total, _ = make_workload(problem=problem).compute(lease, variable.params)
+        result, total, _ = make_workload(problem=problem).compute_lease(lease, variable.params)
         contributions.append(Contribution(lease_id, 0, total, result.num_tasks))
     variable.apply(contributions)
     return variable.state()

@@ -26,6 +26,7 @@ from metadist.tasks import TextRegularisation
 from metadist.trees import Params
 from metadist.workload import Workload
 from tests.cluster.toy import state_bytes
+from tests.helpers import with_compute
 from tests.problems import DOUBLE, assert_close, generator
 from tests.tasks.text.test_text import NUM_CLASSES, NUM_FEATURES
 
@@ -130,7 +131,7 @@ class LocalPool:
     """The shards in this process; `packages` are what each was sent, by round."""
 
     def __init__(self, num_shards: int) -> None:
-        self._workers = [ShardWorker(f"worker-{part}", "cpu") for part in range(num_shards)]
+        self._workers = [ShardWorker(f"worker-{part}") for part in range(num_shards)]
         self._held: list[frozenset[Key]] = [frozenset()] * num_shards
         self.packages: list[list[Package]] = []
         self.replies: list[list[Reply]] = []
@@ -201,9 +202,9 @@ def solve(
     """`num_steps` outer steps in all on one task, from `state` or the beginning on."""
     problem, sampler = problem or Cleaning(), sampler or Unequal()
     options = {"report_every": 1, "seed": 3, **options}
-    workload = Workload(problem, sampler, algorithm, 1, keep_state=True, **options)
+    workload = Workload(problem, sampler, algorithm, 1, keep_state=True, **with_compute(options))
     if state is None:
-        state = OuterVariable(initial_outer(problem, workload, 3), optimizer).state()
+        state = OuterVariable(initial_outer(workload), optimizer).state()
     executor.start(workload, optimizer, state)
     reports = list(executor.run(num_steps))
     return executor.state(), reports

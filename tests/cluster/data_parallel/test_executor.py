@@ -87,7 +87,7 @@ ALL = {
     ],
 )
 def test_three_unequal_shards_are_one_process(name, batch_size):
-    expected, reference = solve(LocalExecutor("cpu"), ALL[name], 2, batch_size=batch_size)
+    expected, reference = solve(LocalExecutor(), ALL[name], 2, batch_size=batch_size)
     found, reports = solve(InProcess(3), ALL[name], 2, batch_size=batch_size)
     assert_same_state(found, expected)
     for mine, theirs in zip(reports, reference, strict=True):
@@ -98,7 +98,7 @@ def test_three_unequal_shards_are_one_process(name, batch_size):
 
 @pytest.mark.parametrize("name", ["soba", "aid", "saba", "fg2u"])
 def test_one_shard_gives_the_bytes_of_one_process(name):
-    expected, _ = solve(LocalExecutor("cpu"), ALL[name], batch_size=4)
+    expected, _ = solve(LocalExecutor(), ALL[name], batch_size=4)
     assert bytes_of(solve(InProcess(1), ALL[name], batch_size=4)[0]) == bytes_of(expected)
 
 
@@ -121,7 +121,7 @@ class Lasso(Cleaning):
 
 def test_a_prox_is_taken_once_and_here():
     algorithm = MEHA(inner_steps=2, inner_lr=0.2)
-    expected, _ = solve(LocalExecutor("cpu"), algorithm, problem=Lasso(), batch_size=4)
+    expected, _ = solve(LocalExecutor(), algorithm, problem=Lasso(), batch_size=4)
     found, reports = solve(InProcess(3), algorithm, problem=Lasso(), batch_size=4)
     assert_same_state(found, expected)
     assert reports[-1].results[0].metrics["rounds"] == 3
@@ -326,7 +326,7 @@ def test_resuming_gives_the_same_bytes_and_with_other_shards_the_same_to_roundin
     half, _ = solve(InProcess(3), algorithm, 2, batch_size=4)
     again, _ = solve(InProcess(3), algorithm, 4, state=half, batch_size=4)
     assert bytes_of(again) == bytes_of(whole)
-    for executor in (InProcess(2), LocalExecutor("cpu")):
+    for executor in (InProcess(2), LocalExecutor()):
         other, _ = solve(executor, algorithm, 4, state=half, batch_size=4)
         assert_same_state(other, whole)
 
@@ -366,7 +366,7 @@ class Partial(Cleaning):
 
 
 def test_the_context_may_be_a_part_of_x():
-    expected, theirs = solve(LocalExecutor("cpu"), AID(3, 0.2), problem=Partial())
+    expected, theirs = solve(LocalExecutor(), AID(3, 0.2), problem=Partial())
     found, mine = solve(InProcess(3), AID(3, 0.2), problem=Partial())
     assert_same_state(found, expected)
     metric = "query_loss_before"
@@ -457,7 +457,7 @@ def test_a_class_missing_from_a_shard_is_refused_unless_it_may_be():
     with pytest.raises(ValueError, match=r"the support set of every shard must hold all \d class"):
         solve(InProcess(3), SOBA(), **given)
     allowed, _ = solve(InProcess(3, allow_missing_classes=True), SOBA(), **given)
-    assert_same_state(allowed, solve(LocalExecutor("cpu"), SOBA(), **given)[0])
+    assert_same_state(allowed, solve(LocalExecutor(), SOBA(), **given)[0])
 
 
 def test_algorithms_that_cannot_be_asked_like_this_are_refused():

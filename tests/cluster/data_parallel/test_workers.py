@@ -121,7 +121,7 @@ class Waiting(Armed):
 def test_workers_are_one_process(workers, name):
     executor = workers()
     found, reports = solve(executor, ALL[name], batch_size=4)
-    assert_same_state(found, solve(LocalExecutor("cpu"), ALL[name], batch_size=4)[0])
+    assert_same_state(found, solve(LocalExecutor(), ALL[name], batch_size=4)[0])
     same, expected = solve(InProcess(3), ALL[name], batch_size=4)
     assert bytes_of(found) == bytes_of(same)
     for mine, theirs in zip(reports, expected, strict=True):
@@ -134,7 +134,7 @@ def test_workers_are_one_process(workers, name):
 def test_sparse_rows_in_shards_are_the_whole_set_in_one_process(workers, name):
     given: dict[str, Any] = {"problem": PreciseText(), "sampler": FixedTasks([sparse_task()[0]])}
     found, _ = solve(workers(), ALL[name], **given)
-    expected, _ = solve(LocalExecutor("cpu"), ALL[name], **given)
+    expected, _ = solve(LocalExecutor(), ALL[name], **given)
     assert found.outer["log_strengths"].dtype == torch.float64
     assert float(found.states[0].abs().max()) > 0.01
     assert_same_state(found, expected)
@@ -247,7 +247,7 @@ def test_a_trainer_runs_it_and_closes_it(workers, tmp_path):
     training = cleaning(AID(3, 0.2), executor, run_dir=tmp_path / "run", log_every=1)
     training.fit(2)
     assert wait_until(lambda: cpus_taken() <= before)
-    local = cleaning(AID(3, 0.2), LocalExecutor("cpu"))
+    local = cleaning(AID(3, 0.2), LocalExecutor())
     local.fit(2)
     for name, leaf in local.outer.items():
         torch.testing.assert_close(training.outer[name], leaf, rtol=1e-10, atol=1e-10)
@@ -268,7 +268,7 @@ class Parts(Unequal):
 def test_no_machine_needs_to_hold_all_data(workers, tmp_path):
     training = cleaning(AID(3, 0.2), workers(), sampler=Parts(), run_dir=tmp_path / "run")
     training.fit(2)
-    local = cleaning(AID(3, 0.2), LocalExecutor("cpu"))
+    local = cleaning(AID(3, 0.2), LocalExecutor())
     local.fit(2)
     for name, leaf in local.outer.items():
         torch.testing.assert_close(training.outer[name], leaf, rtol=1e-10, atol=1e-10)

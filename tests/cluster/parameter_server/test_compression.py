@@ -75,7 +75,7 @@ def pushed_by(transfer: str, dtype: torch.dtype, bounds: Any = None) -> Any:
     problem = Regression(num_features=200_000, dtype=dtype)
     state = first_state(problem)
     spec = OuterSpec.of(state.outer)
-    worker: Any = Worker("worker", "cpu")
+    worker: Any = Worker("worker")
     workload = make_workload(Lines(num_features=200_000), problem)
     worker.setup(pickle_by_value(workload), spec, bounds, transfer)
     flat = pack_state(state).flat
@@ -96,7 +96,7 @@ def test_what_is_sent_has_2_bytes_a_number(dtype, share, bounds):
 
 
 def test_a_sum_of_no_tasks_takes_nothing_along():
-    worker: Any = Worker("worker", "cpu")
+    worker: Any = Worker("worker")
     problem = Regression()
     workload = make_workload(problem=problem)
     state = first_state(problem)
@@ -130,7 +130,7 @@ def test_the_server_adds_bfloat16_without_further_rounding(weight):
 def pushed_small() -> Any:
     problem = Regression()
     workload, state = make_workload(problem=problem), first_state(problem)
-    worker = Worker("worker", "cpu")
+    worker = Worker("worker")
     worker.setup(pickle_by_value(workload), OuterSpec.of(state.outer), None, "bfloat16")
     return worker.compute(workload.lease(0, 0), None, Pulled(pack_state(state).flat))
 

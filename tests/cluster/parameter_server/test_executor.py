@@ -6,6 +6,7 @@ import gc
 import itertools
 import signal
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from metadist.cluster import (
     StalenessWeight,
 )
 from metadist.cluster.actors.connection import _sigterm_kept, reserve
+from metadist.compute import Compute
 from metadist.outer import OuterOptimizer
 from tests.cluster.toy import (
     ADAM,
@@ -251,7 +253,11 @@ def test_gpus_that_do_not_exist_are_reported(executor):
     with pytest.raises(ResourcesError, match=r"GPU: 1 needed \(0.5 each\), 0 in the cluster"):
         executor(num_workers=2, gpus_per_worker=0.5, start_timeout_s=1.0)
     with pytest.raises(ResourcesError, match=r"GPU: 2 needed \(1 each\), 0 in the cluster"):
-        executor(num_workers=2, device="cuda", start_timeout_s=1.0)
+        executor(
+            replace(make_workload(), compute=Compute(device="cuda")),
+            num_workers=2,
+            start_timeout_s=1.0,
+        )
 
 
 @pytest.mark.parametrize(

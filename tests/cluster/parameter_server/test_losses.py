@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from metadist.cluster import ClusterError, RayExecutor, ServerLostError, WorkerLostError
 from metadist.cluster.actors.placement import Placement
+from metadist.compute import Compute
 from tests.algorithms.directions import NEW_TASKS, trainer
 from tests.cluster.toy import (
     Deadly,
@@ -289,7 +291,7 @@ def test_a_lease_that_two_workers_compute_is_lost_with_the_second(executor, tmp_
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where torch sees no GPU")
 def test_workers_that_cannot_start_are_reported(executor, monkeypatch):
-    monkeypatch.setattr(Placement, "_num_gpus", lambda self: 0.0)
+    monkeypatch.setattr(Placement, "_num_gpus", lambda self, device: 0.0)
     with pytest.raises(ClusterError, match="device must be 'cpu' or 'auto' where torch sees no"):
-        executor(num_workers=1, device="cuda")
+        executor(replace(make_workload(), compute=Compute(device="cuda")), num_workers=1)
     assert wait_until(lambda: cpus_taken() == 0)

@@ -21,7 +21,7 @@ from tests.cluster.parameter_server.wide import (
     wide_directions,
     wide_workload,
 )
-from tests.cluster.toy import first_state, local_run, state_bytes
+from tests.cluster.toy import ADAM, first_state, local_run, make_workload, state_bytes
 
 needs_nixl = pytest.mark.skipif(
     importlib.util.find_spec("nixl") is None, reason="the package nixl is not there: Linux only"
@@ -104,16 +104,19 @@ def test_bfloat16_has_the_same_bytes_too(executor):
     [
         ({"transport": "gloo"}, r"transport must be one of \('object_store', 'nixl'\), got 'gloo'"),
         ({"gpus_per_server": -1.0}, "gpus_per_server must be >= 0, got -1"),
-        ({"gpus_per_server": 0.5}, "gpus_per_worker must be a number > 0, .* got None and 'auto'"),
-        (
-            {"gpus_per_server": 0.5, "gpus_per_worker": 0.5, "device": "cpu"},
-            "device not 'cpu', with gpus_per_server=0.5, got 0.5 and 'cpu'",
-        ),
+        ({"gpus_per_server": 0.5}, "gpus_per_worker must be a number > 0 .* got None"),
     ],
 )
 def test_a_way_that_there_is_not_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         RayExecutor(**options)
+
+
+def test_a_server_on_a_gpu_wants_workers_on_one():
+    with pytest.raises(ValueError, match=r"device must not be 'cpu' with gpus_per_server=0.5"):
+        RayExecutor(gpus_per_server=0.5, gpus_per_worker=0.5).start(
+            make_workload(), ADAM, first_state()
+        )
 
 
 def test_a_missing_package_is_named(monkeypatch):

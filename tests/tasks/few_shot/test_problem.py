@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from metadist.algorithms import ITD
+from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP, Conv4, ResNet12, TaskBatchNorm, with_task_batch_norm
 from metadist.task import Batch, Task, stack_tasks, to_device
 from metadist.tasks.few_shot.problem import LOSSES, FewShotProblem, head_name
 from metadist.trees import add, select
+from tests.helpers import with_compute
 from tests.problems import (
     assert_close,
     assert_same_bytes,
@@ -45,7 +47,9 @@ def mlp(*hidden):
 
 def hypergradient(problem, tasks, outer=None, **options):
     outer = problem.init_outer(generator(0)) if outer is None else outer
-    return task_hypergradients(problem, ITD(inner_steps=2), outer, tasks, **options).total
+    return task_hypergradients(
+        problem, ITD(inner_steps=2), outer, tasks, **with_compute(options)
+    ).total
 
 
 def assert_hypergradient_is_true(problem, tasks, engines=("adjoint", "unrolled")):
@@ -58,7 +62,11 @@ def assert_hypergradient_is_true(problem, tasks, engines=("adjoint", "unrolled")
     for vectorize in (LOOP, VMAP):
         for engine in engines:
             total = task_hypergradients(
-                problem, ITD(2, 0.1, engine=engine), outer, tasks, vectorize=vectorize
+                problem,
+                ITD(2, 0.1, engine=engine),
+                outer,
+                tasks,
+                compute=Compute(vectorize=vectorize),
             ).total
             assert_slopes(total, objective, outer)
 
@@ -183,7 +191,11 @@ def test_anil_passes_each_image_through_the_backbone_once(batch_encode, batch_no
     hypergradient(problem, tasks)  # the first call also checks the model
     CALLS.clear()
     total = task_hypergradients(
-        problem, ITD(inner_steps=4), problem.init_outer(generator(0)), tasks, vectorize=vectorize
+        problem,
+        ITD(inner_steps=4),
+        problem.init_outer(generator(0)),
+        tasks,
+        compute=Compute(vectorize=vectorize),
     ).total
     assert bool(total["features.0.0.weight"].any())
     once = batch_encode and vectorize
@@ -402,7 +414,9 @@ def test_the_user_sets_nothing_to_avoid_kernels_that_are_not_differentiable_twic
     enabled = torch.backends.mkldnn.enabled
     for algorithm in (ITD(2), ITD(2, engine="unrolled")):
         one, two = (
-            task_hypergradients(problem, algorithm, outer, tasks, vectorize=vectorize, report=True)
+            task_hypergradients(
+                problem, algorithm, outer, tasks, compute=Compute(vectorize=vectorize), report=True
+            )
             for vectorize in (LOOP, VMAP)
         )
         assert one.num_tasks == two.num_tasks == 2

@@ -1,0 +1,96 @@
+"""`Compute`: how hypergradients and adaptations are computed, wherever that happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+Vectorize = Literal["auto"] | bool
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How tasks are computed; but for `batch_size` and `seed`, results depend on it by rounding.
+
+    Args:
+        vectorize: Run tasks together under `torch.func.vmap` (they must have equal shapes), or
+            one after another. "auto": together where the algorithm allows it and no inner
+            tensor is a convolution kernel on a CPU, where vmap is slower than a loop.
+        chunk_size: The largest number of tasks under one vmap; bounds memory. None: in a
+            training all on a GPU and 4 on a CPU, where memory for more costs time and saves
+            none; in an evaluation 25.
+        batch_size: Examples per draw from support and query set; None: whole sets.
+        seed: The seed of these draws, and of the initial outer variable.
+        num_threads: Intra-op threads of torch. The sums of a convolution depend on it, so every
+            worker uses the same. None, which a training refuses: as torch is set.
+        device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...
+    """
+
+    vectorize: Vectorize = "auto"
+    chunk_size: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    num_threads: int | None = 1
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.vectorize not in ("auto", True, False):
+            raise ValueError(f"vectorize must be 'auto', True or False, got {self.vectorize!r}")
+        for name in ("chunk_size", "batch_size", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1 or None, got {value}")
+        parse_device(self.device)
+
+    def given(self, **fields: Any) -> Compute:
+        """The same with those of `fields` that are not None.
+
+        Raises:
+            ValueError: One of them already has another value, which is not its default.
+        """
+        fields = {name: value for name, value in fields.items() if value is not None}
+        for name, value in fields.items():
+            ours = getattr(self, name)
+            if ours not in (value, getattr(Compute, name)):
+                raise ValueError(
+                    f"{name} must not contradict compute.{name}, got {value!r} and {ours!r}: "
+                    "give one of them"
+                )
+        return replace(self, **fields)
+
+
+def parse_device(device: str) -> torch.device | None:
+    """The device of that name, whether it is there or not; None for "auto"."""
+    try:
+        return None if device == "auto" else torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}"
+        ) from error
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of that name on this machine; "auto" is the GPU if there is one."""
+    chosen = parse_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be 'cpu' or 'auto' where torch sees no GPU, got {device!r}")
+    return chosen
+
+
+@contextmanager
+def intra_op_threads(num_threads: int | None) -> Iterator[None]:
+    """Within the block torch computes with `num_threads` threads; None: as it is set."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+DEFAULT = Compute()
+AS_TORCH_IS_SET = Compute(num_threads=None)
