@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metadist.algorithm import Algorithm, Estimate, InnerState
+    from metadist.autograd import AutogradOracle
     from metadist.checks.hypergradient import HypergradientReport, check_hypergradient
     from metadist.compute import Compute
     from metadist.evaluation import EvaluationResult, Interval, evaluate
     from metadist.executor import Executor, LocalExecutor, StepReport
     from metadist.hypergradient import HypergradientSum, task_hypergradients
-    from metadist.oracle import AutogradOracle, CountingOracle, Draw, Oracle
+    from metadist.oracle import CountingOracle, Draw, Oracle
     from metadist.outer import OuterOptimizer
     from metadist.problem import Problem
     from metadist.run.checkpoint import Checkpoint, CheckpointError, CheckpointStore
@@ -57,6 +58,7 @@ __all__ = [
 
 _MODULES = (
     "metadist.algorithm",
+    "metadist.autograd",
     "metadist.checks.hypergradient",
     "metadist.compute",
     "metadist.evaluation",

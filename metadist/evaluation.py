@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from metadist.algorithm import Algorithm, split_own
+from metadist.autograd import AutogradOracle
 from metadist.compute import AS_TORCH_IS_SET, Compute, intra_op_threads, pick_device
 from metadist.hypergradient import adaptation_metrics, vectorizes
-from metadist.oracle import AutogradOracle
 from metadist.problem import Problem
 from metadist.task import Task, TaskSampler, stack_tasks, to_device
 from metadist.trees import Params, detach, select, tree_map

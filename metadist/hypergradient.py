@@ -16,8 +16,9 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, counters_of, flatten_state, split_own, unflatten_state
+from metadist.autograd import AutogradOracle
 from metadist.compute import AS_TORCH_IS_SET, Compute, Vectorize, intra_op_threads
-from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.oracle import CountingOracle
 from metadist.problem import Problem
 from metadist.task import Task, shape_signature, stack_tasks
 from metadist.trees import Params, add, detach, gradients, leaves, tree_map, zeros_like

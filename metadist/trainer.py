@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from metadist.algorithm import Algorithm, counters_of, split_own, unflatten_state
+from metadist.autograd import AutogradOracle
 from metadist.checks.preflight import check_losses, check_trainable, initial_outer, preflight
 from metadist.checks.sampler import check_sampler
 from metadist.compute import DEFAULT, Compute
 from metadist.evaluation import EvaluationResult, describe_sampler, evaluate, with_inner_steps
 from metadist.executor import Executor, LocalExecutor, StepReport
-from metadist.oracle import AutogradOracle
 from metadist.outer import OuterOptimizer, OuterVariable, check_state
 from metadist.problem import Problem
 from metadist.run.checkpoint import (

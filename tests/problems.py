@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import Algorithm, Estimate, State
-from metadist.oracle import AutogradOracle
+from metadist.autograd import AutogradOracle
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params, add, dot, flatten, tree_map, unflatten

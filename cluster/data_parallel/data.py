@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from metadist.oracle import SOURCES, AutogradOracle, Draw, Source
+from metadist.autograd import AutogradOracle
+from metadist.oracle import SOURCES, Draw, Source
 from metadist.problem import Problem, per_example_names
 from metadist.task import Batch, Labelled, Shardable, Task, TaskSampler
 from metadist.trees import Params, gradients, leaves
@@ -141,7 +142,9 @@ class ShardOracle(AutogradOracle):
 
     def _part(self, draw: Draw) -> tuple[Batch, float]:
         shard, num_examples = self._set(draw.source), self._num_examples[draw.source]
-        chosen = self.chosen(draw, torch.arange(num_examples, device=shard.index.device))
+        chosen = self._mini_batches.chosen(
+            draw, torch.arange(num_examples, device=shard.index.device)
+        )
         if chosen is None:
             return shard, len(shard.index) / num_examples
         places = chosen.new_full((num_examples,), -1)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from metadist.cluster.actors.buffers import Array, read_only, to_array
 from metadist.cluster.data_parallel.layout import (
-    METHODS,
     METRICS,
     Key,
     Layout,
@@ -23,6 +22,7 @@ from metadist.cluster.data_parallel.layout import (
     Role,
 )
 from metadist.cluster.data_parallel.pending import Answer, Question
+from metadist.oracle import DERIVATIVES
 from metadist.trees import Params, zeros_like
 
 
@@ -114,13 +114,16 @@ class Exchange:
             Request(
                 question.method,
                 question.draw,
-                self._keys(METHODS[question.method][0], question.trees, trees),
+                self._keys(DERIVATIVES[question.method].takes, question.trees, trees),
             )
             for question in questions
         )
         place = (number, *((request.method, request.draw.source) for request in requests))  # type: ignore[union-attr]
         replies = self._ask(step, place, requests, trees)
-        sums = [[_Sum(self._layout, role) for role in METHODS[q.method][1]] for q in questions]
+        sums = [
+            [_Sum(self._layout, role) for role in DERIVATIVES[question.method].gives]
+            for question in questions
+        ]
         for reply, index in zip(replies, self._positions, strict=True):
             buffer = _Buffer(read_only(reply.flat))
             for answered, question_sums in zip(reply.answered, sums, strict=True):

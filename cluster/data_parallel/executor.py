@@ -34,7 +34,7 @@ from metadist.cluster.data_parallel.worker import ShardWorker
 from metadist.cluster.data_parallel.worker_pool import ShardPool
 from metadist.compute import intra_op_threads
 from metadist.executor import Executor, StepReport, signals_held
-from metadist.oracle import SOURCES, CountingOracle
+from metadist.oracle import SOURCES, CountingOracle, MiniBatches
 from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable
 from metadist.problem import check_rows
 from metadist.task import Shardable, TaskSampler
@@ -236,10 +236,13 @@ class DataParallelExecutor(Executor):
         oracle = CountingOracle(
             ClusterOracle(
                 workload.problem,
-                self._num_examples,
-                workload.compute.batch_size,
-                workload.compute.seed,
-                step,
+                MiniBatches(
+                    self._num_examples,
+                    task_id=0,
+                    batch_size=workload.compute.batch_size,
+                    seed=workload.compute.seed,
+                    step=step,
+                ),
                 rounds,
             )
         )

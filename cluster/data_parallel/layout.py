@@ -20,18 +20,6 @@ from metadist.trees import Params
 
 Role = Literal["outer", "x", "y", "value"]
 
-METHODS: dict[str, tuple[tuple[Role, ...], tuple[Role, ...]]] = {
-    "inner_grad": (("x", "y"), ("y",)),
-    "inner_grads": (("x", "y"), ("x", "y")),
-    "outer_grads": (("x", "y"), ("x", "y")),
-    "second_order": (("x", "y", "y"), ("x", "y")),
-    "hvp": (("x", "y", "y"), ("y",)),
-    "directional": (("x", "y", "x", "y"), ("y",)),
-    "inner_value": (("x", "y"), ("value",)),
-    "outer_value": (("x", "y"), ("value",)),
-}
-"""The methods of `Oracle` that need data, with what they take and give."""
-
 METRICS = "metrics"
 """Asks for losses and metrics at (outer, y)."""
 
@@ -97,7 +85,7 @@ def _joined(leaves: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 class Request(NamedTuple):
-    """One question: an entry of METHODS, or METRICS; `trees` by key; `draw` None for METRICS."""
+    """One question: a name in `DERIVATIVES`, or METRICS (whose `draw` is None); trees by key."""
 
     method: str
     draw: Draw | None
@@ -125,7 +113,7 @@ class Reply(NamedTuple):
 
     Args:
         answered: which requests; the shard holds no example of the draws of the others.
-        flat: for each of these what METHODS say, times the shard's share of the draw.
+        flat: for each of these what `DERIVATIVES` says, times the shard's share of the draw.
         metrics: losses and metrics, times the shard's share of the set.
         seconds: of computing.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from metadist.cluster.data_parallel.data import (
     shard_fault,
 )
 from metadist.cluster.data_parallel.layout import (
-    METHODS,
     Key,
     Layout,
     Message,
@@ -31,6 +29,7 @@ from metadist.cluster.data_parallel.layout import (
 )
 from metadist.compute import intra_op_threads, pick_device
 from metadist.hypergradient import adaptation_metrics
+from metadist.oracle import DERIVATIVES
 from metadist.task import Task, to_device
 from metadist.trees import Params, check_flattenable
 from metadist.workload import Workload
@@ -120,10 +119,9 @@ class ShardWorker:
                 share = oracle.share(request.draw)
                 answered.append(share > 0)
                 if share > 0:
-                    result: Any = getattr(oracle, request.method)(*trees, request.draw)
-                    roles = METHODS[request.method][1]
-                    results = result if len(roles) > 1 else (result,)
-                    for role, tree in zip(roles, results, strict=True):
+                    found = oracle.derive(request.method, request.draw, *trees)
+                    roles = DERIVATIVES[request.method].gives
+                    for role, tree in zip(roles, found, strict=True):
                         flats += [share * leaf for leaf in self._flats(layout, role, tree)]
             flat = to_array(torch.cat(flats)) if flats else np.empty(0)
         return Reply(tuple(answered), flat, metrics, time.perf_counter() - began)
@@ -139,10 +137,10 @@ class ShardWorker:
         first, second = (to_tensor(array).to(self._device) for array in (shared, own))
         return layout.unpack(role, first, second, self._on_device(layout).support.index)
 
-    def _flats(self, layout: Layout, role: Role, result: Any) -> list[Tensor]:
+    def _flats(self, layout: Layout, role: Role, result: Params) -> list[Tensor]:
         """What goes back of a result."""
         if role == "value":
-            return [result.detach().reshape(1)]
+            return [result["value"].detach().reshape(1)]
         index = self._on_device(layout).support.index
         return [layout.pack_shared(role, result), layout.pack_own(role, result, index)]
 

@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, split_own
+from metadist.autograd import AutogradOracle
 from metadist.checks.preflight import check_losses, check_trainable, initial_outer, preflight
 from metadist.compute import DEFAULT, Compute
 from metadist.hypergradient import task_hypergradients
-from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.oracle import CountingOracle
 from metadist.problem import Problem, is_nonsmooth
 from metadist.task import Task, TaskSampler, to_device
 from metadist.trees import (

@@ -10,9 +10,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, split_own
+from metadist.autograd import AutogradOracle
 from metadist.compute import intra_op_threads
 from metadist.hypergradient import HypergradientSum, vectorizes
-from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.oracle import CountingOracle
 from metadist.problem import Problem, check_rows, context_depends_on, is_nonsmooth
 from metadist.task import Task, TaskSampler, to_device
 from metadist.trees import Params, check_flattenable

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metadist.oracle import AutogradOracle
+from metadist.autograd import AutogradOracle
 from metadist.problem import Problem
 from metadist.task import Task
 from metadist.tasks.fixed import OneTask

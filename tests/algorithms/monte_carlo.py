@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from metadist.algorithm import Algorithm, State
-from metadist.oracle import AutogradOracle
+from metadist.autograd import AutogradOracle
 from metadist.problem import Problem
 from metadist.task import Task
 from metadist.trees import Params, flatten

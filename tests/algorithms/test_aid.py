@@ -8,7 +8,8 @@ import torch
 from metadist.algorithms.aid import AID
 from metadist.algorithms.parts.implicit import AdjointState
 from metadist.algorithms.parts.inner import sgd
-from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.autograd import AutogradOracle
+from metadist.oracle import CountingOracle
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import flatten, unflatten

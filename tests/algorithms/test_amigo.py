@@ -6,7 +6,8 @@ from torch.func import vmap
 
 from metadist.algorithms.amigo import AmIGO
 from metadist.algorithms.parts.implicit import AdjointState
-from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.autograd import AutogradOracle
+from metadist.oracle import CountingOracle
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from tests.problems import (

@@ -25,7 +25,7 @@ from metadist.algorithms import (
     StocBiO,
     SubBiO,
 )
-from metadist.oracle import AutogradOracle
+from metadist.autograd import AutogradOracle
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params

@@ -6,9 +6,9 @@ from torch.func import vmap
 
 from metadist.algorithms.fg2u import FG2U, random_pair
 from metadist.algorithms.itd import ITD
+from metadist.autograd import AutogradOracle
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP
-from metadist.oracle import AutogradOracle
 from metadist.tasks.few_shot.problem import FewShotProblem
 from metadist.trees import dot, flatten, scale
 from tests.algorithms.monte_carlo import assert_mean, by_draws, one_estimate

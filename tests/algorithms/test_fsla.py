@@ -3,7 +3,7 @@
 import pytest
 
 from metadist.algorithms.fsla import FSLA
-from metadist.oracle import AutogradOracle
+from metadist.autograd import AutogradOracle
 from metadist.trees import add, scale, sub
 from tests.algorithms.monte_carlo import one_estimate, vector
 from tests.problems import (

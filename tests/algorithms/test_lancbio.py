@@ -10,7 +10,8 @@ from metadist.algorithms.aid import AID
 from metadist.algorithms.lancbio import LancBiO
 from metadist.algorithms.parts.linear import conjugate_gradient
 from metadist.algorithms.subbio import SubBiO
-from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.autograd import AutogradOracle
+from metadist.oracle import CountingOracle
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import add

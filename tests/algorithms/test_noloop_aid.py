@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from metadist.algorithms.noloop_aid import NoLoopAID
-from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.autograd import AutogradOracle
+from metadist.oracle import CountingOracle
 from tests.problems import (
     DOUBLE,
     Quadratic,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from metadist.algorithms.nystrom import Nystrom, choose
-from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.autograd import AutogradOracle
+from metadist.oracle import CountingOracle
 from metadist.task import Batch, Task
 from tests.problems import (
     DOUBLE,

@@ -6,7 +6,7 @@ import torch
 from metadist.algorithms.fg2u import random_pair
 from metadist.algorithms.itd import ITD
 from metadist.algorithms.pzobo import PZOBO
-from metadist.oracle import AutogradOracle
+from metadist.autograd import AutogradOracle
 from metadist.trees import add, dot, scale, sub
 from tests.algorithms.monte_carlo import assert_mean, one_estimate
 from tests.algorithms.test_fg2u import exact, samples

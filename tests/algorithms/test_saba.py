@@ -8,7 +8,8 @@ import torch
 from metadist.algorithms import saba
 from metadist.algorithms.saba import SABA
 from metadist.algorithms.soba import SOBA
-from metadist.oracle import AutogradOracle, CountingOracle, Draw
+from metadist.autograd import AutogradOracle
+from metadist.oracle import CountingOracle, Draw
 from metadist.task import Batch, Task
 from tests.algorithms.monte_carlo import one_estimate, vector
 from tests.problems import (

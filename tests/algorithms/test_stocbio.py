@@ -12,7 +12,7 @@ from metadist.algorithms.stocbio import (
     truncated_sample,
     whole_bundle,
 )
-from metadist.oracle import AutogradOracle
+from metadist.autograd import AutogradOracle
 from metadist.task import Batch, Task
 from tests.algorithms.monte_carlo import assert_mean, by_draws, one_estimate, vector
 from tests.problems import (

@@ -5,7 +5,8 @@ import torch
 
 from metadist.algorithms.parts.implicit import AdjointState
 from metadist.algorithms.subbio import SubBiO
-from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.autograd import AutogradOracle
+from metadist.oracle import CountingOracle
 from metadist.task import Batch, Task
 from tests.problems import (
     DOUBLE,

@@ -5,7 +5,7 @@ import torch
 
 from metadist.algorithms.stocbio import draw_bundle, neumann_sample, truncated_sample
 from metadist.algorithms.sustain import SUSTAIN
-from metadist.oracle import AutogradOracle
+from metadist.autograd import AutogradOracle
 from metadist.trees import add
 from tests.algorithms.monte_carlo import assert_mean, by_draws, one_estimate, vector
 from tests.problems import (
@@ -57,9 +57,10 @@ def test_all_lengths_occur_equally_often():
     algorithm, counts = SUSTAIN(adjoint_steps=4), [0] * 4
     for step in range(2000):
         oracle = AutogradOracle(problem, task, step=step)
-        before = oracle._num_draws
+        before = oracle.draw_inner().counter
         algorithm.draw_estimator(oracle)
-        counts[oracle._num_draws - before - 3] += 1  # beside p factors: the coin, f and J
+        num_draws = oracle.draw_inner().counter - before - 1
+        counts[num_draws - 3] += 1  # beside p factors: the coin, f and J
     assert min(counts) > 500 - 4 * (2000 * 0.25 * 0.75) ** 0.5, counts
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from metadist.algorithm import Card, counters_of, flatten_state, unflatten_state
 from metadist.algorithms import ALGORITHMS
+from metadist.autograd import AutogradOracle
 from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
-from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.oracle import CountingOracle
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params, add

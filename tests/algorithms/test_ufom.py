@@ -6,7 +6,8 @@ import pytest
 
 from metadist.algorithms.itd import ITD
 from metadist.algorithms.ufom import UFOM
-from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.autograd import AutogradOracle
+from metadist.oracle import CountingOracle
 from metadist.trees import add, sub
 from tests.algorithms.monte_carlo import one_estimate, vector
 from tests.problems import (

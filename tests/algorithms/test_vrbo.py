@@ -5,7 +5,8 @@ import torch
 
 from metadist.algorithms.stocbio import StocBiO, draw_bundle, neumann_sample
 from metadist.algorithms.vrbo import VRBO
-from metadist.oracle import AutogradOracle, CountingOracle
+from metadist.autograd import AutogradOracle
+from metadist.oracle import CountingOracle
 from metadist.trees import add
 from tests.algorithms.monte_carlo import one_estimate, vector
 from tests.problems import (

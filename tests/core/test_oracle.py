@@ -7,7 +7,8 @@ import torch
 from scipy.stats import chi2
 from torch.func import vmap
 
-from metadist.oracle import AutogradOracle, CountingOracle, Draw, random_keys
+from metadist.autograd import AutogradOracle
+from metadist.oracle import CountingOracle, Draw, random_keys
 from metadist.task import stack_tasks
 from metadist.trees import dot
 from tests.problems import (

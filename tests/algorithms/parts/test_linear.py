@@ -193,10 +193,10 @@ def test_together_under_vmap_as_one_by_one_and_always_finite(solver):
 
     together, metrics = vmap(one)(matrices, vectors)
     for i, name in enumerate(SYSTEMS):
-        v, metrics = one(matrices[i], vectors[i])
+        v, alone = one(matrices[i], vectors[i])
         assert v.isfinite().all() and v.dtype == DOUBLE, name
         assert_close({"v": together[i]}, {"v": v}, 1e-10)
-        for key, metric in metrics.items():
+        for key, metric in alone.items():
             assert metric.shape == () and metric.isfinite()
             assert metrics[key][i] == pytest.approx(float(metric), rel=1e-9, abs=1e-9), name
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metadist.autograd import AutogradOracle
 from metadist.cluster.data_parallel.data import (
     ShardOracle,
     check_classes,
@@ -17,7 +18,7 @@ from metadist.cluster.data_parallel.data import (
     shard_fault,
     spread,
 )
-from metadist.oracle import AutogradOracle, Draw, Source
+from metadist.oracle import Draw, Source
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params, add, scale

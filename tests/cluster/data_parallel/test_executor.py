@@ -40,8 +40,9 @@ from metadist.algorithms import (
 from metadist.cluster import DataParallelExecutor
 from metadist.cluster.data_parallel.data import cut
 from metadist.cluster.data_parallel.exchange import Round
-from metadist.cluster.data_parallel.layout import METHODS, METRICS, Reply
+from metadist.cluster.data_parallel.layout import METRICS, Reply
 from metadist.hypergradient import task_hypergradients
+from metadist.oracle import DERIVATIVES
 from metadist.outer import OuterOptimizer
 from metadist.task import Batch, Task
 from metadist.tasks import FixedTasks
@@ -180,7 +181,7 @@ def test_rounds_and_vectors_of_a_step_are_those_of_the_page(name, rounds, sent, 
     step = [p for p in packages if p.message.step == 2 and p.message.requests[0].draw]
     assert len(step) == num_rounds
     trees = [key[0] for package in step for key in package.shared]
-    back = [role for p in step for r in p.message.requests for role in METHODS[r.method][1]]
+    back = [role for p in step for r in p.message.requests for role in DERIVATIVES[r.method].gives]
     values = {"T": T, "Q": Q, "b": 2}
     assert eval(rounds, values) == num_rounds
     assert eval(sent, values) == (trees.count("x"), trees.count("y"))
