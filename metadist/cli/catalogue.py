@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 
 from rich.console import Group, RenderableType
@@ -10,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metadist.algorithm import Algorithm, Card
+from metadist.cli.help import summary
 
 LEGEND = (
     "Cost is per outer step and task: G = grad_y g, Gx = grad_x g, F = both gradients of f, "
@@ -44,11 +44,6 @@ def cards(algorithms: Mapping[str, type[Algorithm]], width: int) -> RenderableTy
 def card_of(algorithm: type[Algorithm]) -> Card:
     """The card of a class; of one without a card, the first line of its docstring."""
     return Card(*algorithm.card) if algorithm.card else Card(summary(algorithm), *[""] * 5)
-
-
-def summary(cls: type) -> str:
-    """The first line of a class's docstring."""
-    return (inspect.getdoc(cls) or "").partition("\n")[0]
 
 
 def classes(named: Mapping[str, type]) -> Table:

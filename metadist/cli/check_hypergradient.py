@@ -10,7 +10,7 @@ from rich.console import Console
 
 from metadist.checks.hypergradient import check_hypergradient
 from metadist.cli.parsing import Parser
-from metadist.cli.workload import add_workload, instantiate
+from metadist.cli.workload import add_config, add_workload, instantiate
 
 
 def parser() -> Parser:
@@ -18,8 +18,9 @@ def parser() -> Parser:
     parser = Parser(
         prog="metadist check-hypergradient",
         description="Compare an algorithm's hypergradient with exact derivatives, on one task.",
+        required=("sampler",),
     )
-    parser.add_argument("--config", action="config", help="A YAML file with any of these options.")
+    add_config(parser)
     add_workload(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="The seed of the model's weights and mini-batches."

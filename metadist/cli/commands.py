@@ -15,17 +15,17 @@ from metadist import __version__
 from metadist.cli.suggestions import one_of
 
 COMMANDS = {
-    "train": "Train on tasks; write checkpoints, curves and a final test.",
+    "train": "Train on tasks; write checkpoints and curves; test.",
     "resume": "Continue a run from its newest good checkpoint.",
     "evaluate": "Adapt to tasks of another split and report the metrics.",
     "inspect": "Show the checkpoints of a run and what one of them holds.",
     "status": "Show how a run stands, from its folder alone.",
     "compare": "Train several methods on one problem, on equal budgets.",
     "tune": "Search for good hyperparameters with Ray Tune.",
-    "data": "List the data sets that can be downloaded, or download one.",
+    "data": "List the data sets, or download one of them.",
     "check-hypergradient": "Compare a hypergradient with exact derivatives.",
-    "submit": "Run `metadist train` as a job of a Ray cluster and follow it.",
-    "list": "List algorithms, problems, models, samplers, ... by short name.",
+    "submit": "Run `metadist train` as a job of a Ray cluster.",
+    "list": "List algorithms, problems, models, samplers, ... by name.",
 }
 """One line of help for each command."""
 
@@ -62,8 +62,7 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "`metadist COMMAND --help` shows the options of a command, `metadist --version` the "
-            "version.",
+            "`metadist COMMAND --help` shows the options of a command.",
         ]
     )
 

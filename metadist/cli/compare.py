@@ -20,7 +20,11 @@ def parser() -> Parser:
         "config", type=str, help="A YAML file: entries, a budget, options of `metadist train`."
     )
     parser.add_argument(
-        "--run_dir", type=str, required=True, help="The folder for all that the command writes."
+        "--run_dir",
+        type=str,
+        metavar="FOLDER",
+        required=True,
+        help="The folder for all that the command writes.",
     )
     parser.add_argument(
         "--num_workers",

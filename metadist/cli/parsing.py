@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
 
+from metadist.cli.help import class_help, command_help
 from metadist.cli.names import expand, expand_names, expand_tree
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -23,11 +25,17 @@ class Parser(ArgumentParser):
 
     Args:
         positional: The option that may also be given as the one argument without a name.
+        required: Options that the help calls required, beside those that jsonargparse does.
     """
 
-    def __init__(self, *args: Any, positional: str = "", **options: Any) -> None:
+    def __init__(
+        self, *args: Any, positional: str = "", required: Sequence[str] = (), **options: Any
+    ) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **options})
         self.positional = positional
+        self.required = required
+        self.sections: Mapping[str, Sequence[str]] = {}
+        """The options under each heading of the help; all others come at its end."""
         self.first: dict[str, str] = {}
         """Options that come before all flags, which name classes by default. A default in the usual
         sense would fill in the values of its class, of which those that another class knows too
@@ -35,6 +43,8 @@ class Parser(ArgumentParser):
 
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
         args = expand_names(sys.argv[1:] if args is None else list(args))
+        if self._show_help(args):
+            sys.exit(0)
         if self.positional:
             args = name_positional(self.positional, args)
         first = {option: expand(option, name) for option, name in self.first.items()}
@@ -45,6 +55,22 @@ class Parser(ArgumentParser):
                 del first[option]
         pairs = [part for pair in first.items() for part in pair]
         return super().parse_args([*pairs, *args], *rest, **options)
+
+    def _show_help(self, args: list[str]) -> bool:
+        """Whether a help was asked for; then it is printed."""
+        for number, argument in enumerate(args):
+            option, equals, value = argument.partition("=")
+            if argument in ("-h", "--help"):
+                print(command_help(self), end="")
+                return True
+            if option.startswith("--") and option.endswith(".help"):
+                after = [value] if equals else args[number + 1 :]
+                try:
+                    print(class_help(self, option[2:].removesuffix(".help"), after), end="")
+                except ValueError as error:
+                    self.error(str(error))
+                return True
+        return False
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         if not self.exit_on_error:  # a parser of nested arguments: the outermost one reports it

@@ -8,7 +8,9 @@ from metadist.cli.parsing import Parser
 def run_parser(command: str, description: str) -> Parser:
     """Options that the commands on an existing run share."""
     parser = Parser(prog=f"metadist {command}", description=description, positional="run_dir")
-    parser.add_argument("--run_dir", type=str, required=True, help="The folder of the run.")
+    parser.add_argument(
+        "--run_dir", type=str, metavar="FOLDER", required=True, help="The folder of the run."
+    )
     parser.add_argument(
         "--checkpoint",
         type=str | None,

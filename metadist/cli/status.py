@@ -16,7 +16,9 @@ def parser() -> Parser:
         "it runs. Exit codes: 0 it is running or finished; 1 it was interrupted, has failed, or "
         "has been silent for too long; 2 there is no run.",
     )
-    parser.add_argument("--run_dir", type=str, required=True, help="The folder of the run.")
+    parser.add_argument(
+        "--run_dir", type=str, metavar="FOLDER", required=True, help="The folder of the run."
+    )
     parser.add_argument(
         "--stale_s",
         type=float,

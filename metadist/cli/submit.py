@@ -11,6 +11,7 @@ def parser() -> Parser:
     """Options of `metadist submit`."""
     parser = Parser(
         prog="metadist submit",
+        usage="metadist submit [options] -- --run_dir FOLDER --sampler NAME [options of train]",
         description="Run `metadist train` as a job of a Ray cluster and follow it; with a run_dir "
         "that a job is at work on, follow that one. Its exit code is that of the run.",
     )

@@ -22,15 +22,37 @@ from metadist.run.status import RESULT
 from metadist.run.storage import Folder, write_json
 from metadist.trainer import CONFIG, Trainer, headline
 
+SECTIONS = {
+    "What is trained": ("sampler", "problem", "algorithm", "keep_state"),
+    "The run": ("run_dir", "num_steps", "seed", "config", "print_config", "if_exists"),
+    "Outer steps": ("meta_batch_size", "outer_optimizer"),
+    "Validation and test": (
+        *("val_split", "val_sampler", "val_every", "val_tasks", "eval_inner_steps"),
+        *("test_split", "test_sampler", "test_tasks"),
+    ),
+    "Computation": (
+        *("executor", "tasks_per_lease", "compute", "batch_size", "vectorize", "chunk_size"),
+        "num_threads",
+    ),
+    "Checkpoints and logs": ("checkpoint_every", "keep_checkpoints", "log_every", "quiet"),
+}
+"""The headings of the help, and the options below each."""
+
 
 def parser() -> Parser:
     """Options of `metadist train`."""
     parser = Parser(
         prog="metadist train",
         description="Train on tasks; write checkpoints and TensorBoard events; test at the end.",
+        required=("sampler", "run_dir"),
     )
-    parser.add_argument("--config", action="config", help="A YAML file with any of these options.")
-    parser.add_argument("--run_dir", type=str, help="A new folder for all that the run writes.")
+    parser.sections = SECTIONS
+    parser.add_argument(
+        "--config", action="config", metavar="FILE", help="A YAML file with any of these options."
+    )
+    parser.add_argument(
+        "--run_dir", type=str, metavar="FOLDER", help="A new folder for all that the run writes."
+    )
     parser.add_argument("--num_steps", type=int, default=1000, help="Outer steps.")
     parser.add_argument(
         "--seed", type=int, default=0, help="The seed of the model's weights and mini-batches."

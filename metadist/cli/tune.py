@@ -32,7 +32,11 @@ def parser() -> Parser:
         "config", type=str, help="A YAML file: a space, options of `metadist train`."
     )
     parser.add_argument(
-        "--run_dir", type=str, required=True, help="The folder for all that the command writes."
+        "--run_dir",
+        type=str,
+        metavar="FOLDER",
+        required=True,
+        help="The folder for all that the command writes.",
     )
     parser.add_argument("--num_workers", type=int, default=2, help="Trials at a time.")
     parser.add_argument("--cpus_per_worker", type=float, default=1.0, help="CPUs for each trial.")

@@ -10,6 +10,13 @@ from metadist.cli.names import ProblemBase, SamplerBase, kind_of
 from metadist.cli.parsing import Parser, readable
 
 
+def add_config(parser: Parser) -> None:
+    """Add the option that names a YAML file."""
+    parser.add_argument(
+        "--config", action="config", metavar="FILE", help="A YAML file with any of these options."
+    )
+
+
 def add_workload(parser: Parser) -> None:
     """Add the options of what is solved, on what tasks, by which method."""
     parser.add_subclass_arguments(

@@ -1,0 +1,114 @@
+"""Help texts: what they show, at what width, and what they import."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from metadist.cli import COMMANDS
+
+CLASSES = {
+    "--executor.help ray": ("metadist.cluster.RayExecutor", "--executor.policy NAME"),
+    "--executor.help=local": ("metadist.LocalExecutor",),
+    "--executor.policy.help ssp": ("metadist.cluster.SSP", "--executor.policy.staleness INT"),
+    "--algorithm.help itd": ("y_{t+1} = y_t - inner_lr", "--algorithm.inner_lr FLOAT"),
+    "--sampler.help glyphs": ("metadist.tasks.Glyphs", "--sampler.n_way INT", "[default: 5]"),
+    "--problem.help few_shot": ("--problem.model NAME", "linear, mlp, resnet12. [required"),
+    "--problem.model.help Conv4": ("metadist.models.Conv4", "--problem.model.width INT"),
+    "--algorithm.help": ("--algorithm NAME, one of", "Iterative differentiation", "lancbio"),
+    "--outer_optimizer.help": ("--outer_optimizer.lr FLOAT", "[default: 0.001]"),
+    "--outer_optimizer.lr.help": ("--outer_optimizer.lr FLOAT",),
+    "--keep_state.help": ("--keep_state {true,false}", "Otherwise every task is new"),
+}
+
+
+@pytest.fixture(params=[80, 120], autouse=True)
+def width(request, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(request.param))
+    return request.param
+
+
+def test_the_overview_has_a_line_for_each_command(cli):
+    out = cli.good("--help")
+    assert out == cli.good()
+    for command, line in COMMANDS.items():
+        assert f"  {command} " in out and f" {line}\n" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_shows_its_options(cli, command, width):
+    out = cli.good(command, "--help")
+    assert out.startswith(f"usage: metadist {command} ")
+    assert "==SUPPRESS==" not in out and "Union" not in out and "CLASS_PATH_OR_NAME" not in out
+    assert max(map(len, out.splitlines()[1:])) <= width
+
+
+def test_train_shows_what_is_required_first_and_groups_the_rest(cli):
+    out = cli.good("train", "--help")
+    assert out.startswith("usage: metadist train --sampler NAME --run_dir FOLDER [options]\n")
+    order = ["What is trained:", "  --sampler", "  --algorithm NAME", "The run:", "  --run_dir",
+             "Outer steps:", "--outer_optimizer.OPTION", "Validation and test:", "Computation:",
+             "Checkpoints and logs:", "Other options:"]  # fmt: skip
+    places = [out.index(word) for word in order]
+    assert places == sorted(places)
+    assert "[default: itd]" in out and "--algorithm.help NAME" not in out
+    assert "lancbio" not in out
+
+
+@pytest.mark.parametrize("flags", CLASSES)
+def test_classes_and_groups_are_shown_by_short_name(cli, flags, width):
+    out = cli.good("train", *flags.split())
+    for word in CLASSES[flags]:
+        assert word in " ".join(out.split()), out
+    options = out.partition("\nOptions:\n")[2]
+    assert max(map(len, options.splitlines()), default=0) <= width
+
+
+def test_the_help_of_something_unknown_names_the_nearest(cli):
+    for flags, message in (
+        (
+            "--executor.help rey",
+            "executor must be one of data_parallel, local, ray, got 'rey'",
+        ),
+        ("--algoritm.help itd", "got 'algoritm': did you mean algorithm?"),
+        ("--keepstate.help", "got 'keepstate': did you mean keep_state?"),
+        ("--sampler.help no.Such", "sampler must be a class path, got 'no.Such': No module named"),
+    ):
+        code, out, err = cli("train", *flags.split())
+        assert (code, out) == (2, "") and message in err, err
+
+
+HEAVY = ["torch", "ray", "tensorboard", "jsonargparse", "numpy"]
+NEEDS = {"": [], "train": ["torch", "numpy"], "check-hypergradient": ["torch", "numpy"]}
+LIST = """
+import sys
+from metadist.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+print("loaded:", *(name for name in {heavy} if name in sys.modules))
+"""
+
+
+def loaded(*arguments: str) -> list[str]:
+    """The heavy packages that a call of the command line imports."""
+    code = LIST.format(heavy=HEAVY)
+    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return found.stdout.partition("loaded:")[2].split()
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_a_help_imports_only_what_it_shows(command, width):
+    if width == 80:
+        expected = NEEDS.get(command, []) + (["jsonargparse"] if command else [])
+        assert sorted(loaded(*command.split(), "--help")) == sorted(expected)
+
+
+def test_looking_at_a_run_needs_no_ray(width, tmp_path):
+    for command in ("status", "inspect"):
+        assert "ray" not in loaded(command, str(tmp_path))
