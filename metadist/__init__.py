@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from metadist.evaluation import EvaluationResult, Interval, evaluate
     from metadist.executor import Executor, LocalExecutor, StepReport
     from metadist.hypergradient import HypergradientSum, task_hypergradients
+    from metadist.optimizer import OuterOptimizer
     from metadist.oracle import CountingOracle, Draw, Oracle
-    from metadist.outer import OuterOptimizer
     from metadist.problem import Problem
     from metadist.run.checkpoint import Checkpoint, CheckpointError, CheckpointStore
     from metadist.task import Batch, Task, TaskSampler
@@ -65,7 +65,7 @@ _MODULES = (
     "metadist.executor",
     "metadist.hypergradient",
     "metadist.oracle",
-    "metadist.outer",
+    "metadist.optimizer",
     "metadist.problem",
     "metadist.run.checkpoint",
     "metadist.task",

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from metadist.checks.values import check_fields, rule
+
 Vectorize = Literal["auto"] | bool
 
 
@@ -30,20 +32,15 @@ class Compute:
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...
     """
 
-    vectorize: Vectorize = "auto"
-    chunk_size: int | None = None
-    batch_size: int | None = None
+    vectorize: Vectorize = rule("auto", one_of=("auto", True, False))
+    chunk_size: int | None = rule(None, ge=1, none="")
+    batch_size: int | None = rule(None, ge=1, none="")
     seed: int = 0
-    num_threads: int | None = 1
+    num_threads: int | None = rule(1, ge=1, none="")
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.vectorize not in ("auto", True, False):
-            raise ValueError(f"vectorize must be 'auto', True or False, got {self.vectorize!r}")
-        for name in ("chunk_size", "batch_size", "num_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1 or None, got {value}")
+        check_fields(self)
         parse_device(self.device)
 
     def given(self, **fields: Any) -> Compute:

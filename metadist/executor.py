@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from metadist.compute import intra_op_threads, pick_device
-from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable, StepResult
+from metadist.optimizer import OuterOptimizer
+from metadist.outer import Contribution, OuterState, OuterVariable, StepResult
 from metadist.task import TaskSampler
 from metadist.trees import Params
 from metadist.workload import LeaseResult, Workload

@@ -1,17 +1,16 @@
-"""The outer variable x and its optimiser: the pure core of the parameter server."""
+"""The outer variable x and its steps: the pure core of the parameter server."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from metadist.optimizer import OuterOptimizer
 from metadist.trees import Params, check_flattenable, flatten, num_elements, unflatten
 
 BLOCK = 1 << 16
@@ -20,97 +19,6 @@ BLOCK = 1 << 16
 They stay in the cache from one operation to the next. And a shard of x is a number of whole
 blocks, so it makes the same calls on each of them as one owner of the whole x, to the same bytes.
 """
-
-
-@dataclass(frozen=True)
-class OuterOptimizer:
-    """How the outer variable is stepped: a `torch.optim` optimiser by name, clipping, a schedule.
-
-    The optimiser acts on x as one flat vector, which is the same for every optimiser that acts
-    element by element.
-
-    Args:
-        name: one of `OPTIMIZERS`.
-        lr: the outer learning rate, > 0.
-        options: further arguments of that torch.optim class, e.g. {"weight_decay": 1e-4}. Adam and
-            AdamW use torch's fused kernels, several times faster than its loop, which has other
-            roundings and is used with {"fused": False}.
-        clip_norm: the hypergradient is scaled down to this Euclidean norm; None: never.
-        schedule: of the learning rate: "constant"; falling to 0 over `schedule_steps` outer steps
-            as "linear" or "cosine"; or "power", lr * (k+1)^-schedule_power at outer step k.
-        schedule_steps: the length of "linear" and "cosine", which need it.
-        schedule_power: the exponent of "power", in (0, 1].
-        warmup_steps: outer steps of linear growth of the rate from lr / warmup_steps.
-    """
-
-    name: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"] = "adam"
-    lr: float = 1e-3
-    options: dict[str, Any] = field(default_factory=dict)
-    clip_norm: float | None = None
-    schedule: Literal["constant", "linear", "cosine", "power"] = "constant"
-    schedule_steps: int | None = None
-    schedule_power: float = 0.5
-    warmup_steps: int = 0
-
-    def __post_init__(self) -> None:
-        if self.name not in OPTIMIZERS:
-            raise ValueError(f"name must be one of {sorted(OPTIMIZERS)}, got {self.name!r}")
-        if not self.lr > 0 or not math.isfinite(self.lr):
-            raise ValueError(f"lr of the outer optimizer must be > 0, got {self.lr}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(
-                f"clip_norm must be > 0, or None for no clipping, got {self.clip_norm}"
-            )
-        if self.schedule not in ("constant", "linear", "cosine", "power"):
-            raise ValueError(
-                f"schedule must be 'constant', 'linear', 'cosine' or 'power', got {self.schedule!r}"
-            )
-        if not 0 < self.schedule_power <= 1:
-            raise ValueError(f"schedule_power must be in (0, 1], got {self.schedule_power}")
-        if self.schedule in ("linear", "cosine") and (self.schedule_steps or 0) < 1:
-            raise ValueError(
-                f"schedule_steps must be >= 1 with schedule={self.schedule!r}, "
-                f"got {self.schedule_steps}"
-            )
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be >= 0, got {self.warmup_steps}")
-        known = set(inspect.signature(OPTIMIZERS[self.name]).parameters) - {"params", "lr"}
-        for option in self.options:
-            if option not in known:
-                raise ValueError(
-                    f"options of {self.name} must be among {sorted(known)}, got {option!r}"
-                )
-
-    def make(self, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """The torch optimiser of `params`."""
-        options = dict(self.options)
-        if self.name in ("adam", "adamw") and not options.keys() & _INSTEAD_OF_FUSED:
-            options["fused"] = True
-        return OPTIMIZERS[self.name](params, lr=self.lr, **options)
-
-    def lr_at(self, version: int) -> float:
-        """The learning rate of the step from `version` to `version + 1`."""
-        warmup = min(1.0, (version + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        if self.schedule == "constant":
-            return self.lr * warmup
-        if self.schedule == "power":
-            return self.lr * warmup * (version + 1) ** -self.schedule_power
-        progress = min(1.0, version / (self.schedule_steps or 1))
-        decay = (
-            1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        )
-        return self.lr * warmup * decay
-
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "rmsprop": torch.optim.RMSprop,
-    "adagrad": torch.optim.Adagrad,
-}
-
-_INSTEAD_OF_FUSED = {"fused", "foreach", "capturable", "differentiable"}
 
 
 class Contribution(NamedTuple):

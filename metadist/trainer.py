@@ -17,7 +17,8 @@ from metadist.checks.sampler import check_sampler
 from metadist.compute import DEFAULT, Compute
 from metadist.evaluation import EvaluationResult, describe_sampler, evaluate, with_inner_steps
 from metadist.executor import Executor, LocalExecutor, StepReport
-from metadist.outer import OuterOptimizer, OuterVariable, check_state
+from metadist.optimizer import OuterOptimizer
+from metadist.outer import OuterVariable, check_state
 from metadist.problem import Problem
 from metadist.run.checkpoint import (
     Checkpoint,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import Algorithm, split_own
+from metadist.checks.values import check_fields, rule
 from metadist.compute import Compute, intra_op_threads
 from metadist.hypergradient import HypergradientSum, task_hypergradients
 from metadist.outer import StepRules
@@ -91,16 +92,14 @@ class Workload:
     problem: Problem
     sampler: TaskSampler
     algorithm: Algorithm
-    meta_batch_size: int = 16
-    tasks_per_lease: int = 1
+    meta_batch_size: int = rule(16, ge=1)
+    tasks_per_lease: int = rule(1, ge=1)
     keep_state: bool = False
-    report_every: int = 10
+    report_every: int = rule(10, ge=1)
     compute: Compute = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
-        for name in ("meta_batch_size", "tasks_per_lease", "report_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_fields(self)
         if self.compute.num_threads is None:
             raise ValueError(
                 "num_threads must be >= 1 in a training, got None: sums depend on it, and every "

@@ -31,7 +31,8 @@ from metadist.cluster.parameter_server.transport import Transport, TransportName
 from metadist.cluster.parameter_server.worker import Transfer, Worker
 from metadist.cluster.parameter_server.worker_pool import WorkerPool
 from metadist.executor import Executor, StepReport
-from metadist.outer import OuterOptimizer, OuterState, shard_bounds
+from metadist.optimizer import OuterOptimizer
+from metadist.outer import OuterState, shard_bounds
 from metadist.trees import Params
 from metadist.workload import Workload
 

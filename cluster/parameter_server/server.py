@@ -26,7 +26,8 @@ from metadist.cluster.parameter_server.transport import (
     receive,
 )
 from metadist.compute import intra_op_threads, pick_device
-from metadist.outer import Contribution, OuterOptimizer, OuterState, OuterVariable, StepResult
+from metadist.optimizer import OuterOptimizer
+from metadist.outer import Contribution, OuterState, OuterVariable, StepResult
 from metadist.trees import Params
 
 

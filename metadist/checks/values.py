@@ -1,20 +1,112 @@
-"""Rules for single values, each with its error: field, rule, value."""
+"""Rules for values, each declared with its field; an error says field, rule and value.
+
+@dataclass(frozen=True)
+class Loop:
+inner_steps: int = rule(5, ge=1)
+
+def __post_init__(self) -> None:
+check_fields(self)              # "inner_steps must be >= 1, got 0"
+"""
 
 from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 _WORD = 2**64
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What a value must be.
+
+    Args:
+        ge, gt, le, lt: Bounds of a number. Without an upper one it must be finite.
+        one_of: All values there are.
+        none: What None stands for, for example "for no limit", or "" where that is plain;
+            None: it is refused.
+    """
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    one_of: tuple[Any, ...] | None = None
+    none: str | None = None
+
+    def check(self, field: str, value: Any, *, is_integer: bool = False) -> None:
+        """Nothing, or a ValueError with the field, this rule and the value.
+
+        Args:
+            field: Its name.
+            value: Its value.
+            is_integer: Whether it must be an integer besides.
+        """
+        if value is None and self.none is not None:
+            return
+        if not self._holds(value):
+            raise ValueError(f"{field} must be {self._words(value)}, got {value!r}")
+        if is_integer and not isinstance(value, int | np.integer):
+            raise ValueError(f"{field} must be an integer {self._words(0)}, got {value!r}")
+
+    def _holds(self, value: Any) -> bool:
+        if self.one_of is not None:
+            return value in self.one_of
+        if not isinstance(value, int | float | np.number):
+            return False
+        # NaN compares as False with everything, so every rule refuses it.
+        return bool(
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (value < math.inf if self.le is None else value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+    def _words(self, value: Any) -> str:
+        none = "" if self.none is None else f" or None {self.none}".rstrip()
+        if self.one_of is not None:
+            return f"one of {self.one_of}{none}"
+        low = self.gt if self.ge is None else self.ge
+        high = self.lt if self.le is None else self.le
+        if low is not None and high is not None:
+            left, right = "(" if self.ge is None else "[", ")" if self.le is None else "]"
+            return f"in {left}{low}, {high}{right}{none}"
+        assert low is not None and high is None, "a rule has a lower bound, or both"
+        finite = " and finite" if isinstance(value, float) else ""
+        return f"{'>' if self.ge is None else '>='} {low}{finite}{none}"
+
+
+def rule(default: Any, **limits: Any) -> Any:
+    """A field of a dataclass with this default and a `Rule`, which `check_fields` reads."""
+    return dataclasses.field(default=default, metadata={"rule": Rule(**limits)})
+
+
+def check_fields(record: Any) -> None:
+    """Raise ValueError for the first field of a dataclass whose rule its value breaks."""
+    for field in dataclasses.fields(record):
+        if "rule" in field.metadata:
+            is_integer = field.type in (int, "int", "int | None")
+            value = getattr(record, field.name)
+            field.metadata["rule"].check(field.name, value, is_integer=is_integer)
+
+
+def check(field: str, value: Any, **limits: Any) -> None:
+    """Raise ValueError for a value that is no field of a dataclass; `limits` as of `Rule`."""
+    Rule(**limits).check(field, value)
+
+
 def require_integer(name: str, value: object, minimum: int) -> None:
-    """Nothing, or a ValueError that names the field, its rule and its value."""
+    """Raise ValueError unless `value` is an integer >= `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
 
 
 def require_word(name: str, value: object) -> None:
-    """Nothing, or a ValueError: `value` must be an integer in [0, 2^64)."""
+    """Raise ValueError unless `value` is an integer in [0, 2^64)."""
     require_integer(name, value, 0)
     if value >= _WORD:  # type: ignore[operator]
         raise ValueError(f"{name} must be an integer < 2**64, got {value!r}")

@@ -17,7 +17,7 @@ from metadist.cli.names import ExecutorBase, SamplerBase
 from metadist.cli.parsing import MAX_CONFIG_BYTES, Parser, check_yaml, readable
 from metadist.cli.workload import add_workload, instantiate
 from metadist.evaluation import EvaluationResult
-from metadist.outer import OuterOptimizer
+from metadist.optimizer import OuterOptimizer
 from metadist.run.status import RESULT
 from metadist.run.storage import Folder, write_json
 from metadist.trainer import CONFIG, Trainer, headline

@@ -41,7 +41,8 @@ from metadist.cluster.parameter_server.server import Arrival, ParameterServer
 from metadist.cluster.parameter_server.supervisor import Supervisor
 from metadist.cluster.parameter_server.transport import Pulled, Pushed, Transport
 from metadist.cluster.parameter_server.worker import Transfer, Worker
-from metadist.outer import OuterOptimizer, shard_bounds
+from metadist.optimizer import OuterOptimizer
+from metadist.outer import shard_bounds
 from metadist.workload import LeaseResult
 
 OPTIMIZERS = {

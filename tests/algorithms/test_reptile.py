@@ -8,8 +8,9 @@ from metadist.compute import Compute
 from metadist.executor import LocalExecutor
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP, Conv4
+from metadist.optimizer import OuterOptimizer
 from metadist.oracle import CountingOracle
-from metadist.outer import OuterOptimizer, OuterVariable
+from metadist.outer import OuterVariable
 from metadist.tasks.few_shot.problem import FewShotProblem
 from metadist.trees import add, scale, sub
 from metadist.workload import Workload

@@ -10,7 +10,8 @@ import pytest
 import ray
 
 from metadist.cluster import RayExecutor
-from metadist.outer import OuterOptimizer, OuterState
+from metadist.optimizer import OuterOptimizer
+from metadist.outer import OuterState
 from metadist.workload import Workload
 from tests.cluster.toy import ADAM, first_state, make_workload
 

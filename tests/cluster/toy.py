@@ -20,8 +20,9 @@ from torch import Tensor
 from metadist.algorithm import Algorithm, Estimate
 from metadist.compute import Compute
 from metadist.executor import LocalExecutor, StepReport
+from metadist.optimizer import OuterOptimizer
 from metadist.oracle import Oracle
-from metadist.outer import OuterOptimizer, OuterState, OuterVariable
+from metadist.outer import OuterState, OuterVariable
 from metadist.problem import Problem
 from metadist.task import Batch, Task, TaskSampler
 from metadist.trees import Params, add, zeros_like

@@ -7,7 +7,8 @@ from metadist.algorithms import ITD
 from metadist.compute import Compute
 from metadist.executor import LocalExecutor
 from metadist.hypergradient import task_hypergradients
-from metadist.outer import OuterOptimizer, OuterVariable
+from metadist.optimizer import OuterOptimizer
+from metadist.outer import OuterVariable
 from metadist.trees import add, scale
 from metadist.workload import Workload
 from tests.helpers import with_compute

@@ -106,14 +106,7 @@ def test_a_lease_computes_with_its_own_number_of_threads_and_gives_them_back():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"meta_batch_size": 0}, r"meta_batch_size must be >= 1, got 0"),
-        ({"tasks_per_lease": 0}, r"tasks_per_lease must be >= 1, got 0"),
-        ({"report_every": 0}, r"report_every must be >= 1, got 0"),
-        ({"num_threads": -2}, r"num_threads must be >= 1 or None, got -2"),
         ({"num_threads": None}, r"num_threads must be >= 1 in a training, got None"),
-        ({"vectorize": "no"}, r"vectorize must be 'auto', True or False, got 'no'"),
-        ({"chunk_size": 0}, r"chunk_size must be >= 1 or None, got 0"),
-        ({"batch_size": -1}, r"batch_size must be >= 1 or None, got -1"),
         (
             {"meta_batch_size": 6, "tasks_per_lease": 4},
             r"meta_batch_size must be a multiple of tasks_per_lease \(4\), got 6",

@@ -15,14 +15,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from metadist.outer import (
-    BLOCK,
-    Contribution,
-    OuterOptimizer,
-    OuterState,
-    OuterVariable,
-    StepRules,
-)
+from metadist.optimizer import OuterOptimizer
+from metadist.outer import BLOCK, Contribution, OuterState, OuterVariable, StepRules
 from metadist.run.checkpoint import (
     MANIFEST,
     STATE,

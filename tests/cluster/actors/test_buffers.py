@@ -21,7 +21,8 @@ from metadist.cluster.actors.runtime_env import pickle_by_value
 from metadist.cluster.parameter_server.server import Arrival, ParameterServer
 from metadist.cluster.parameter_server.transport import Pulled, Pushed, receive
 from metadist.cluster.parameter_server.worker import Worker
-from metadist.outer import Contribution, OuterOptimizer, OuterVariable
+from metadist.optimizer import OuterOptimizer
+from metadist.outer import Contribution, OuterVariable
 from tests.cluster.toy import ADAM, Regression, first_state, make_workload, state_bytes
 
 SGD = OuterOptimizer("sgd", lr=1.0)

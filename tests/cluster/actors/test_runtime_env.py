@@ -19,7 +19,7 @@ from ray import cloudpickle
 import metadist.cluster
 from metadist.cluster import metadist_runtime_env
 from metadist.cluster.actors.runtime_env import pickle_by_value, user_modules
-from metadist.outer import OuterOptimizer
+from metadist.optimizer import OuterOptimizer
 from tests.cluster.toy import local_run, make_workload, state_bytes
 
 

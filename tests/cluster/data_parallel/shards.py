@@ -19,7 +19,8 @@ from metadist.cluster.data_parallel.executor import check_workload
 from metadist.cluster.data_parallel.layout import Key, Layout, Reply, ShardCheck, ShardInfo
 from metadist.cluster.data_parallel.worker import ShardWorker
 from metadist.executor import Executor, StepReport
-from metadist.outer import OuterOptimizer, OuterState, OuterVariable
+from metadist.optimizer import OuterOptimizer
+from metadist.outer import OuterState, OuterVariable
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.tasks import TextRegularisation

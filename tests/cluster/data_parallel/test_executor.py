@@ -42,8 +42,8 @@ from metadist.cluster.data_parallel.data import cut
 from metadist.cluster.data_parallel.exchange import Round
 from metadist.cluster.data_parallel.layout import METRICS, Reply
 from metadist.hypergradient import task_hypergradients
+from metadist.optimizer import OuterOptimizer
 from metadist.oracle import DERIVATIVES
-from metadist.outer import OuterOptimizer
 from metadist.task import Batch, Task
 from metadist.tasks import FixedTasks
 from tests.algorithms.directions import NEW_TASKS

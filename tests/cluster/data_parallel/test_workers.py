@@ -23,7 +23,7 @@ from metadist.cluster import (
     ResourcesError,
     WorkerLostError,
 )
-from metadist.outer import OuterOptimizer
+from metadist.optimizer import OuterOptimizer
 from metadist.tasks import FixedTasks
 from tests.cluster.data_parallel.shards import (
     Cleaning,

@@ -16,7 +16,7 @@ from ray import exceptions
 
 from metadist.cluster import ASP, SSP, Buffered
 from metadist.executor import StepReport
-from metadist.outer import OuterOptimizer
+from metadist.optimizer import OuterOptimizer
 from tests.algorithms.directions import run_in_one_process, with_what_a_step_leaves
 from tests.cluster.toy import (
     ADAM,

@@ -14,7 +14,7 @@ from metadist.cluster.parameter_server.compression import LARGEST, Bfloat16
 from metadist.cluster.parameter_server.server import Arrival, ParameterServer
 from metadist.cluster.parameter_server.transport import Pulled, receive
 from metadist.cluster.parameter_server.worker import Worker
-from metadist.outer import OuterOptimizer
+from metadist.optimizer import OuterOptimizer
 from tests.algorithms.directions import run_in_one_process, with_what_a_step_leaves
 from tests.cluster.toy import (
     ADAM,

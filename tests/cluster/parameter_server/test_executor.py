@@ -25,7 +25,7 @@ from metadist.cluster import (
 )
 from metadist.cluster.actors.connection import _sigterm_kept, reserve
 from metadist.compute import Compute
-from metadist.outer import OuterOptimizer
+from metadist.optimizer import OuterOptimizer
 from tests.cluster.toy import (
     ADAM,
     Broken,

@@ -10,7 +10,8 @@ import ray
 import torch
 from torch import Tensor
 
-from metadist.outer import BLOCK, OuterOptimizer, OuterState
+from metadist.optimizer import OuterOptimizer
+from metadist.outer import BLOCK, OuterState
 from metadist.task import Batch, Task
 from metadist.trees import Params
 from metadist.workload import Workload

@@ -1,0 +1,91 @@
+"""`OuterOptimizer`: the optimiser of the outer variable and the schedule of its learning rate."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from metadist.checks.values import check_fields, rule
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+}
+SCHEDULES = ("constant", "linear", "cosine", "power")
+
+
+@dataclass(frozen=True)
+class OuterOptimizer:
+    """How the outer variable is stepped: a `torch.optim` optimiser by name, clipping, a schedule.
+
+    The optimiser acts on x as one flat vector, which is the same for every optimiser that acts
+    element by element.
+
+    Args:
+        name: One of `OPTIMIZERS`.
+        lr: The outer learning rate, > 0.
+        options: Further arguments of that torch.optim class, e.g. {"weight_decay": 1e-4}. Adam and
+            AdamW use torch's fused kernels, several times faster than its loop, which has other
+            roundings and is used with {"fused": False}.
+        clip_norm: The hypergradient is scaled down to this Euclidean norm; None: never.
+        schedule: The learning rate is "constant"; falls to 0 over `schedule_steps` outer steps
+            as "linear" or "cosine"; or is "power", lr * (k+1)^-schedule_power at outer step k.
+        schedule_steps: The length of "linear" and "cosine", which need it.
+        schedule_power: The exponent of "power", in (0, 1].
+        warmup_steps: Outer steps of linear growth of the rate from lr / warmup_steps.
+    """
+
+    name: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"] = rule(
+        "adam", one_of=tuple(OPTIMIZERS)
+    )
+    lr: float = rule(1e-3, gt=0)
+    options: dict[str, Any] = field(default_factory=dict)
+    clip_norm: float | None = rule(None, gt=0, none="for no clipping")
+    schedule: Literal["constant", "linear", "cosine", "power"] = rule("constant", one_of=SCHEDULES)
+    schedule_steps: int | None = rule(None, ge=1, none="")
+    schedule_power: float = rule(0.5, gt=0, le=1)
+    warmup_steps: int = rule(0, ge=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.schedule in ("linear", "cosine") and self.schedule_steps is None:
+            raise ValueError(
+                f"schedule_steps must be >= 1 with schedule={self.schedule!r}, got None"
+            )
+        known = set(inspect.signature(OPTIMIZERS[self.name]).parameters) - {"params", "lr"}
+        for option in self.options:
+            if option not in known:
+                raise ValueError(
+                    f"options of {self.name} must be among {sorted(known)}, got {option!r}"
+                )
+
+    def make(self, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The torch optimiser of `params`."""
+        options = dict(self.options)
+        if self.name in ("adam", "adamw") and not options.keys() & _INSTEAD_OF_FUSED:
+            options["fused"] = True
+        return OPTIMIZERS[self.name](params, lr=self.lr, **options)
+
+    def lr_at(self, version: int) -> float:
+        """The learning rate of the step from `version` to `version + 1`."""
+        warmup = min(1.0, (version + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.schedule == "constant":
+            return self.lr * warmup
+        if self.schedule == "power":
+            return self.lr * warmup * (version + 1) ** -self.schedule_power
+        progress = min(1.0, version / (self.schedule_steps or 1))
+        decay = (
+            1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        )
+        return self.lr * warmup * decay
+
+
+_INSTEAD_OF_FUSED = {"fused", "foreach", "capturable", "differentiable"}

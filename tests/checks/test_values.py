@@ -1,0 +1,113 @@
+"""Declared rules: every one refuses what is just outside it, and says field, rule and value."""
+
+import dataclasses
+import importlib
+import inspect
+import math
+import pkgutil
+import re
+from typing import Any
+
+import pytest
+
+import metadist
+from metadist.algorithms import ITD
+from metadist.checks.values import Rule, check, check_fields, rule
+from metadist.workload import Workload
+from tests.problems import Quadratic, QuadraticSampler
+
+NEEDED: dict[type, dict[str, Any]] = {
+    Workload: {"problem": Quadratic(2, 4), "sampler": QuadraticSampler(), "algorithm": ITD()}
+}
+"""The arguments without a default, by class."""
+
+
+def classes_with_rules() -> list[type]:
+    """All classes of the project with a field that has a rule, but for abstract ones."""
+    found = {}
+    for module in pkgutil.walk_packages(metadist.__path__, "metadist."):
+        if module.name == "metadist.__main__":
+            continue
+        for value in vars(importlib.import_module(module.name)).values():
+            if not isinstance(value, type) or inspect.isabstract(value):
+                continue
+            fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+            if any("rule" in field.metadata for field in fields):
+                found[f"{value.__module__}.{value.__qualname__}"] = value
+    return [found[name] for name in sorted(found)]
+
+
+def outside(limits: Rule) -> list[tuple[Any, str]]:
+    """Values just outside, each with what the message must say."""
+    found: list[tuple[Any, str]] = []
+    if limits.none is None:
+        found.append((None, "None"))
+    if limits.one_of is not None:
+        return [*found, ("another", ", ".join(map(repr, limits.one_of)))]
+    if limits.ge is not None:
+        found.append((limits.ge - 1, f"{limits.ge}"))
+    if limits.gt is not None:
+        found.append((limits.gt, f"{limits.gt}"))
+    if limits.le is not None:
+        found.append((limits.le + 1, f"{limits.le}]"))
+    if limits.lt is not None:
+        found.append((limits.lt, f"{limits.lt})"))
+    return [*found, (math.nan, "nan"), (math.inf, "inf")]
+
+
+CASES = [
+    pytest.param(each, field.name, value, words, id=f"{each.__name__}.{field.name}={value}")
+    for each in classes_with_rules()
+    for field in dataclasses.fields(each)
+    if "rule" in field.metadata
+    for value, words in outside(field.metadata["rule"])
+]
+
+
+@pytest.mark.parametrize(("owner", "field", "value", "words"), CASES)
+def test_every_declared_rule_refuses_what_is_outside(owner, field, value, words):
+    with pytest.raises(ValueError, match=rf"^{field} must be .*, got {value!r}$") as caught:
+        owner(**{**NEEDED.get(owner, {}), field: value})
+    assert words in str(caught.value)
+
+
+@dataclasses.dataclass
+class Example:
+    """One of each kind."""
+
+    steps: int = rule(2, ge=1)
+    rate: float = rule(0.5, gt=0)
+    share: float = rule(0.5, ge=0, lt=1)
+    limit: float | None = rule(None, gt=0, none="for no limit")
+    size: int | None = rule(None, ge=1, none="")
+    way: str = rule("a", one_of=("a", "b"))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "steps must be >= 1, got 0"),
+        ({"steps": 1.5}, "steps must be an integer >= 1, got 1.5"),
+        ({"steps": "many"}, "steps must be >= 1, got 'many'"),
+        ({"rate": 0.0}, "rate must be > 0 and finite, got 0.0"),
+        ({"rate": math.inf}, "rate must be > 0 and finite, got inf"),
+        ({"share": 1}, "share must be in [0, 1), got 1"),
+        ({"share": math.nan}, "share must be in [0, 1), got nan"),
+        ({"limit": -1.0}, "limit must be > 0 and finite or None for no limit, got -1.0"),
+        ({"size": 0}, "size must be >= 1 or None, got 0"),
+        ({"way": "c"}, "way must be one of ('a', 'b'), got 'c'"),
+    ],
+)
+def test_messages(values, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Example(**values)
+
+
+def test_what_is_just_inside_is_accepted():
+    Example(steps=1, rate=1e-300, share=0, limit=None, size=None, way="b")
+    check("value", 1, ge=1, le=1)
+    with pytest.raises(ValueError, match=r"^value must be in \[1, 2\], got 3$"):
+        check("value", 3, ge=1, le=2)
