@@ -1,9 +1,9 @@
 """The script to submit: `ray submit cluster.yaml scripts/train.py -- --config ... --executor ray`.
 
-Takes the options of `metadist train` and needs nothing but the installed package. `ray submit`
-runs it on the head node, where it hands the run to Ray as a job and follows it. The run outlives
-the connection; submitted again with the same --run_dir, this follows it, continues it where it was
-interrupted, or says that it is done. See docs/cluster.md.
+It accepts the options of `metadist train` and needs only the installed package. `ray submit` runs
+it on the head node, where it submits the run to Ray as a job and follows it. The run outlives the
+connection; the same command again follows the run, resumes it if it was interrupted, or reports
+that it is finished. See docs/cluster.md.
 """
 
 import sys

@@ -5,8 +5,8 @@
     scripts/bench --repeats 9      more repetitions; the alternatives take turns
 
 Times are medians of repetitions that take turns, in CPU seconds where one process computes, so
-that a busy machine harms the ratios least; peak memory is that of a process that does nothing
-else, above what it needed before.
+that load on the machine hardly changes the ratios; peak memory is measured in a process of its own,
+above what it used before.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def problem_and_tasks(adapt: str, num_tasks: int, width: int) -> tuple[FewShotPr
 
 
 def seconds_in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each job, after one run of each that does not count."""
+    """Median CPU seconds of each job, after one warm-up run of each."""
     for job in jobs.values():
         job()
     taken: dict[str, list[float]] = {name: [] for name in jobs}
@@ -96,7 +96,7 @@ def peak_memory_mb(
 
 
 def print_peak_memory(setting: str) -> None:
-    """What `peak_memory_mb` runs: prints megabytes above those before the meta-batch."""
+    """Print the megabytes above those before the meta-batch; `peak_memory_mb` runs this."""
     adapt, engine, inner_steps, num_tasks, width, threads = json.loads(setting)
     torch.set_num_threads(threads)
     # One step on a tiny model pays for what torch loads late.
@@ -215,7 +215,7 @@ def bench_ray(repeats: int, threads: int) -> None:
 
 
 def bench_sampling(repeats: int, threads: int) -> None:
-    """Sampling against the meta-step that the tasks are for."""
+    """Sampling against the meta-step that uses the tasks."""
     anil = meta_batch("head", "adjoint", 5, 8, 32)
     step = seconds_in_turns({"step": anil}, repeats)["step"] / 8
     table = Table(title="Sampling against one task of ANIL, Conv4-32, 5 inner steps")
@@ -242,7 +242,7 @@ BENCHES = {"maml": bench_maml, "anil": bench_anil, "ray": bench_ray, "sampling":
 
 
 def main() -> None:
-    """Run the benchmarks asked for."""
+    """Run the selected benchmarks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,20 +1,20 @@
-"""What a step of a large outer variable costs beside computing: time and memory.
+"""The cost of a step of a large outer variable without computing: time and memory.
 
-    python scripts/benchmarks/server_size.py  200 million numbers, about 10 GB of memory
+    python scripts/benchmarks/server_size.py  200 million elements, about 10 GB of memory
     python scripts/benchmarks/server_size.py --num_params 20e6  smaller
     python scripts/benchmarks/server_size.py --num_shards 2 --transfer bfloat16
 
-One worker sends a sum of hypergradients (push), the parameter server takes a step and publishes x
-(apply), the worker gets x (pull), by the code and over the path of a run. Times are medians, in
-units of a plain copy of as many bytes in the same process in the same turn. "must" is what there
-is to move in that unit, a copy being one read and one write of each number; it counts
+One worker sends a sum of hypergradients (push), the parameter server steps x and publishes it
+(apply), the worker gets x (pull), by the code of a run. Times are medians, in units of a plain copy
+of as many bytes in the same process in the same turn. "must" is the data to move in that unit,
+where a copy is one read and one write of each element; it counts
 
     push     the sum into shared memory
-    apply    the sum into the server's own memory, a look at it for the norm, the step (reads and
+    apply    the sum into the server's own memory, one read of it for the norm, the step (reads and
              writes of x, its gradient and its moments), x into shared memory
     pull     x out of shared memory
 
-Memory is that of each process beside what it shares, at its highest, and of the shared memory.
+Memory is the peak of each process without what it shares, and the peak of the shared memory.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OPTIMIZERS = {
     "adam": (OuterOptimizer("adam", lr=1e-3, clip_norm=1.0), 3.5),
     "adam, loop": (OuterOptimizer("adam", lr=1e-3, clip_norm=1.0, options={"fused": False}), 3.5),
 }
-"""And how many copies' worth of memory one step of each reads and writes."""
+"""How many copies' worth of memory one step of each reads and writes."""
 START_S = 600.0
 
 
@@ -58,12 +58,12 @@ class SizedWorker(Worker):
     """A worker that has computed a lease."""
 
     def setup_sum(self) -> None:
-        """Have a sum to send."""
+        """Make a sum to send."""
         torch.set_num_threads(1)
         self._total = torch.ones_like(self._flat)
 
     def push(self, number: int) -> tuple[float | Pushed, ...]:
-        """Seconds that a copy of the sum takes here; and what is sent for it."""
+        """(seconds of a copy of the sum, what is sent for the sum)."""
         began = time.perf_counter()
         self._flat.copy_(self._total)
         seconds = time.perf_counter() - began
@@ -71,7 +71,7 @@ class SizedWorker(Worker):
         return seconds, *self.send(self._total, {}, result)
 
     def pull(self, *pulled: Pulled) -> None:
-        """Have this x."""
+        """Keep this x."""
         self.load(pulled)
 
 
@@ -86,7 +86,7 @@ class Peaks:
         self._pids = pids
         self.own: dict[str, int] = dict.fromkeys(pids, 0)
         self.shared = 0
-        """What one of them had in shared memory: the raylet keeps all of it."""
+        """The peak of one of them in shared memory, all of which the raylet keeps."""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
@@ -113,7 +113,7 @@ def memory_bytes(pid: int) -> dict[str, int]:
 
 
 def raylet_pid() -> int:
-    """Of the child of this process that keeps the shared memory."""
+    """The process id of the child of this process that keeps the shared memory."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             stat = (folder / "stat").read_text()
@@ -129,7 +129,7 @@ def raylet_pid() -> int:
 
 
 def measure(supervisor: Supervisor, worker: Any, num_shards: int, repeats: int) -> dict[str, float]:
-    """Median ratios to a copy, by phase, and the seconds of a copy; two turns do not count."""
+    """Median ratios to a copy, by phase, and the seconds of a copy; after two warm-up turns."""
     ratios: dict[str, list[float]] = {"push": [], "apply": [], "pull": []}
     copies = []
     for turn in range(2 + repeats):

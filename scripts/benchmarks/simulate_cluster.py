@@ -61,18 +61,18 @@ QUIET = Costs(
     driver_s=1e-3, worker_s=2e-3, worker_byte_s=1e-9, step_s=1.5e-3, add_byte_s=0.2e-9,
     step_byte_s=1.7e-9,
 )  # fmt: skip
-"""Of single operations on the machine of the README when it is quiet: a call there and back takes
-0.7 ms, adding 5 GB/s, a copy into shared memory 1 GB/s, Adam and a copy of x 1.7 ns per byte."""
+"""Costs of single operations on two quiet Xeon cores at 2.5 GHz: a round trip takes 0.7 ms, adding
+5 GB/s, a copy into shared memory 1 GB/s, Adam and a copy of x 1.7 ns per byte."""
 
 
 def run(policy: str, num: int, workers: Workers, costs: Costs) -> Outcome:
-    """A simulated run of `num` workers that is long enough for steady figures."""
+    """A simulated run of `num` workers that is long enough for steady results."""
     changed = replace(workers, num=num)
     return simulate(POLICIES[policy](num), num, changed, costs, max(1000, 12 * num))
 
 
 def ideal(num: Sequence[int], workers: Workers) -> list[float]:
-    """Leases per second if nothing took time but computing, and no worker were lost or slow."""
+    """Leases per second if only computing took time, and no worker were lost or slow."""
     return [count / workers.compute_s for count in num]
 
 
@@ -105,7 +105,7 @@ def show_policies(workers: Workers, costs: Costs) -> None:
 
 
 def show_server(workers: Workers, costs: Costs) -> None:
-    """A picture of what shards change, and where one server saturates by the size of x."""
+    """A picture of the effect of shards, and of where one server saturates by the size of x."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     left.loglog(NUMBERS, ideal(NUMBERS, workers), "--", color="grey", label="ideal")
     table = Table("shards", "policy", *map(str, NUMBERS), title="leases/s by number of workers")
@@ -133,7 +133,7 @@ def show_server(workers: Workers, costs: Costs) -> None:
 
 
 def show_prefetch(workers: Workers, costs: Costs) -> None:
-    """A table of what handing out leases ahead of time changes, while the server has time left."""
+    """A table of the effect of prefetching leases, below saturation of the server."""
     table = Table("workers", "policy", "waiting", "leases/s", "staleness",
                   title="simulated, without and with prefetch")  # fmt: skip
     for num in (2, 4, 6):
@@ -156,7 +156,7 @@ def show_prefetch(workers: Workers, costs: Costs) -> None:
 
 
 def shards(num: int) -> str:
-    """So many shards."""
+    """The label of a number of shards."""
     return f"{num} shard{'s' * (num > 1)}"
 
 
@@ -182,7 +182,7 @@ def save(figure: Figure, name: str) -> None:
 
 @dataclass(frozen=True)
 class Wide(Problem):
-    """A regression of no interest, and many numbers that travel with it."""
+    """A trivial regression, with many elements that travel with it."""
 
     num_idle: int
 
@@ -201,7 +201,7 @@ class Wide(Problem):
 
 @dataclass(frozen=True)
 class Sleeping:
-    """Tasks that take the time of the simulated leases, and no processor."""
+    """Tasks that sleep for the time of the simulated leases."""
 
     workers: Workers
 
@@ -251,7 +251,7 @@ class Cluster:
         self._executor.close()
 
     def run(self, policy: Policy, num_params: int, sleep_s: float, leases_per_step: int) -> Outcome:
-        """A real run, as the simulation would tell of it."""
+        """A real run, in the form of the simulation's report."""
         outcome = Outcome(self._num)
         began = None
         for report in self.reports(policy, num_params, sleep_s, leases_per_step, SPREAD):
@@ -290,7 +290,7 @@ SLEEP_S = 0.1
 
 
 def measured_costs(seconds: dict[tuple[str, int], float], num_params: int) -> Costs:
-    """What Ray takes here, from runs without sleep of a small x and one of `num_params`.
+    """The costs of Ray here, from runs without sleep of a small x and one of `num_params`.
 
     One worker tells the sum of all, the same with 8 leases to a step what a step adds to it, and
     the most workers what is not done side by side.
@@ -315,7 +315,7 @@ def measured_costs(seconds: dict[tuple[str, int], float], num_params: int) -> Co
 
 
 SMALL = 1000
-"""Numbers in an x whose size takes no time."""
+"""Elements of an x whose size takes no time."""
 
 
 def start_ray(num_cpus: int) -> None:

@@ -1,11 +1,11 @@
 """Whether memory grows in a long run: many tiny leases on Ray, through the real `Trainer`.
 
     python scripts/benchmarks/soak.py  20,000 leases on 2 workers, some minutes
-    python scripts/benchmarks/soak.py --leases 200000  and as long as you like
+    python scripts/benchmarks/soak.py --leases 200000  a longer run
 
-Samples the memory of every process and of the object store as leases are applied, prints a table,
-and exits with 1 if anything grew in the second half by more than `--tolerance_mib`. What counts is
-memory that a process has for itself: pages of the object store are counted once, there.
+The script samples the memory of every process and of the object store, prints a table, and exits
+with 1 if any of them grew by more than `--tolerance_mib` in the second half. It counts the private
+memory of a process; pages of the object store are counted once, there.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ ROLES = {
     "raylet": "raylet",
     "gcs_server": "GCS",
 }
-"""Of the processes below this one, by what their command line begins with."""
+"""Roles of the processes below this one, by the start of their command line."""
 
 OURS = ("driver", "workers", "server", "object store")
-"""Must not grow. Ray's own processes are shown beside them."""
+"""Roles that must not grow. Ray's own processes are shown beside them."""
 
 POLICIES: dict[str, Policy] = {"bsp": BSP(), "asp": ASP()}
 
@@ -52,13 +52,13 @@ Sample = Mapping[str, float]
 
 
 class Sampled(RayExecutor):
-    """Takes a sample every so many steps."""
+    """Samples memory at a fixed interval of steps."""
 
     def __init__(self, every: int, **options: Any) -> None:
         super().__init__(**options)
         self._every = every
         self.samples: list[tuple[int, Sample]] = []
-        """(leases applied, what was in use)."""
+        """(leases applied, memory in use)."""
 
     def run(self, until_version: int) -> Iterator[StepReport]:
         for report in super().run(until_version):
@@ -68,7 +68,7 @@ class Sampled(RayExecutor):
 
 
 def memory() -> Sample:
-    """What is in use now."""
+    """The memory in use now."""
     found: dict[str, float] = defaultdict(float)
     found["driver"] = private_mib("self")
     for pid in descendants():
@@ -96,7 +96,7 @@ def descendants() -> list[str]:
 
 
 def command(pid: str) -> str:
-    """The name of its program, or what Ray calls it; empty if it has ended."""
+    """The name of its program, or its name in Ray; empty if it has ended."""
     try:
         line = Path("/proc", pid, "cmdline").read_bytes().split(b"\0")[0].decode()
     except OSError:
@@ -150,7 +150,7 @@ def soak(num_leases: int, policy: str, run_dir: str) -> list[tuple[int, Sample]]
 
 
 def show(samples: Sequence[tuple[int, Sample]], grown: Mapping[str, float]) -> Table:
-    """Every fourth sample, and what has grown."""
+    """Every fourth sample, and the growth."""
     table = Table("leases", *grown, title="MiB")
     for leases, sample in samples[3::4]:
         table.add_row(f"{leases:,}", *(f"{sample[role]:.1f}" for role in grown))
@@ -166,7 +166,9 @@ def main() -> int:
     )
     parser.add_argument("--leases", type=int, default=20_000)
     parser.add_argument("--policy", choices=tuple(POLICIES), default="bsp")
-    parser.add_argument("--tolerance_mib", type=float, default=8.0, help="of each (8)")
+    parser.add_argument(
+        "--tolerance_mib", type=float, default=8.0, help="largest growth of each role (8)"
+    )
     options = parser.parse_args()
     logging.disable(logging.INFO)
     began = time.perf_counter()

@@ -401,7 +401,7 @@ def report(arrays: dict[str, np.ndarray], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the glyphs few-shot data set from fonts.")
-    parser.add_argument("--out", type=Path, default=Path("tasks/data"), help="folder written to")
+    parser.add_argument("--out", type=Path, default=Path("tasks/data"), help="output folder")
     parser.add_argument(
         "--cache", type=Path, default=Path("build/glyph_wheels"), help="folder of the font wheels"
     )

@@ -1,4 +1,4 @@
-"""What the comparisons of data cleaning and of text regularisation have to beat, with L-BFGS.
+"""Baselines of the comparisons of data cleaning and of text regularisation, with L-BFGS.
 
     .venv/bin/python scripts/experiments/baselines.py scripts/experiments/cleaning_mnist.yaml
     .venv/bin/python scripts/experiments/baselines.py scripts/experiments/text_regularisation.yaml
@@ -34,7 +34,7 @@ from metadist.trees import dot
 
 DECAYS = (0.01, 0.02, 0.04)
 STRENGTHS = tuple(10 ** (k / 4) for k in range(-28, -3))
-"""Four a decade, from 1e-7 to 0.1."""
+"""Four per decade, from 1e-7 to 0.1."""
 
 
 def cleaning_baselines(
@@ -175,7 +175,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", type=Path, help="a comparison of scripts/experiments")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampler")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampler (0)")
     options = parser.parse_args()
     sampler = yaml.safe_load(options.config.read_text())["sampler"]
     arguments = {**sampler["init_args"], "seed": options.seed}

@@ -1,4 +1,4 @@
-"""Does the second order of MAML pay? Trains MAML and FOMAML alike and compares them task by task.
+"""Does the second order of MAML pay off? Train MAML and FOMAML alike and compare them by task.
 
     .venv/bin/python scripts/experiments/second_order.py sinusoid   10-shot regression, some minutes
     .venv/bin/python scripts/experiments/second_order.py glyphs     20-way 1-shot, much longer
@@ -48,8 +48,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("setting", choices=list(SETTINGS))
-    parser.add_argument("--num_steps", type=int, help="outer steps; else as the setting has them")
-    parser.add_argument("--num_tasks", type=int, default=600, help="test tasks")
+    parser.add_argument("--num_steps", type=int, help="outer steps (default: those of the setting)")
+    parser.add_argument("--num_tasks", type=int, default=600, help="test tasks (600)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     setting = SETTINGS[options.setting]

@@ -1,4 +1,4 @@
-"""How near each algorithm's hypergradient comes to the exact one, against what it costs.
+"""The error of each algorithm's hypergradient against its cost.
 
     .venv/bin/python scripts/figures/accuracy_vs_cost.py      writes docs/accuracy_vs_cost_*.png
 
@@ -216,7 +216,7 @@ def sweep(
 
 
 def averaged(make: Callable[[float], Algorithm]) -> Run:
-    """The mean of more and more estimates with other draws."""
+    """The mean of more and more estimates with other mini-batches."""
 
     def run(setting: Setting) -> Points:
         spent, total, points, number = 0.0, zeros_like(setting.x), [], 0
@@ -274,9 +274,9 @@ def spaced(points: Points, per_decade: int = 12) -> Points:
 STEPS = (1, 2, 3, 5, 8, 12, 20, 35, 60, 100, 175, 300, 500)
 POWERS = (1, 2, 4, 8, 16, 32, 64)
 NUMBER = 30
-"""Inner steps where something else is varied."""
+"""Inner steps where another option varies."""
 LARGE = 100.0
-"""The weight of g beside f, where a method has one."""
+"""The weight of g relative to f, where a method has one."""
 
 # In a lambda, a is 1/L.
 FAMILIES: dict[str, dict[str, Run]] = {
