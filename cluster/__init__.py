@@ -11,6 +11,7 @@ from metadist.cluster.actors.errors import (
     ServerLostError,
     WorkerLostError,
 )
+from metadist.cluster.actors.options import Server, Workers
 from metadist.cluster.actors.runtime_env import metadist_runtime_env
 from metadist.cluster.data_parallel.executor import DataParallelExecutor
 from metadist.cluster.jobs.tune import tune
@@ -37,10 +38,12 @@ __all__ = [
     "Policy",
     "RayExecutor",
     "ResourcesError",
+    "Server",
     "ServerLostError",
     "StalenessWeight",
     "View",
     "WorkerLostError",
+    "Workers",
     "metadist_runtime_env",
     "tune",
 ]

@@ -10,6 +10,7 @@ from ray import cloudpickle, exceptions
 
 from metadist.cluster.actors.connection import connected
 from metadist.cluster.actors.errors import ClusterError, message
+from metadist.cluster.actors.options import JOB_UNUSED, Workers, refuse_unused
 from metadist.cluster.actors.runtime_env import pickle_by_value
 
 Item = TypeVar("Item")
@@ -18,39 +19,36 @@ Item = TypeVar("Item")
 def in_parallel(
     function: Callable[[Item], Any],
     items: Sequence[Item],
-    num_workers: int,
+    workers: Workers,
     *,
-    cpus_per_worker: float = 1.0,
-    gpus_per_worker: float = 0.0,
     address: str | None = None,
 ) -> Iterator[tuple[int, Any]]:
-    """(position, result) of every item as it is ready; a ClusterError in place of one lost.
+    """(position, result) of every item as it is ready; a ClusterError in place of a lost one.
 
-    A call whose process or node dies is made again, so it must go on from what it left. What
-    `function` raises is raised here.
+    A call whose process or node dies is repeated, so it must resume from what it left behind. An
+    error that `function` raises is raised here.
 
     Args:
-        function: picklable, and so its results.
-        items: its arguments.
-        num_workers: calls at a time, >= 1.
-        cpus_per_worker: reserved for a call.
-        gpus_per_worker: reserved for a call.
-        address: of the cluster, see `RayExecutor`.
+        function: The function; it and its results must be picklable.
+        items: Its arguments.
+        workers: How many calls run at a time, and what is reserved for each.
+        address: The address of the cluster, see `RayExecutor`.
     """
-    if num_workers < 1:
-        raise ValueError(f"num_workers must be >= 1, got {num_workers}")
+    refuse_unused(workers, "runs side by side", JOB_UNUSED)
     if not items:
         return
-    with connected(address, num_workers * cpus_per_worker):
+    with connected(address, workers.num_cpus):
         call = ray.remote(_call).options(
-            num_cpus=cpus_per_worker, num_gpus=gpus_per_worker, max_retries=2
+            num_cpus=workers.cpus_per_worker,
+            num_gpus=workers.gpus_per_worker or 0.0,
+            max_retries=2,
         )
         payload = ray.put(pickle_by_value(function))
         waiting = list(enumerate(items))[::-1]
         running: dict[Any, int] = {}
         try:
             while waiting or running:
-                while waiting and len(running) < num_workers:
+                while waiting and len(running) < workers.num_workers:
                     position, item = waiting.pop()
                     running[call.remote(payload, pickle_by_value(item))] = position
                 (done,), _ = ray.wait(list(running))

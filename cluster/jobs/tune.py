@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metadist.cluster.actors.connection import connected
+from metadist.cluster.actors.options import JOB_UNUSED, Workers, refuse_unused
 from metadist.cluster.actors.runtime_env import pickle_by_value
 from metadist.compare.run import Contender
 from metadist.executor import StepReport
@@ -22,10 +23,10 @@ DOMAINS = {
     "uniform": "uniform", "loguniform": "loguniform", "quniform": "quniform", "normal": "randn",
     "randint": "randint", "lograndint": "lograndint", "choice": "choice", "grid": "grid_search",
 }  # fmt: skip
-"""What a space may hold, and Ray Tune's name of it. `choice` and `grid` take one list."""
+"""The kinds of a space, and Ray Tune's names of them. `choice` and `grid` take one list."""
 
 CHANGING = ("pbt", "pbt_replay", "pb2")
-"""Schedulers that change hyperparameters of a training that goes on."""
+"""Schedulers that change the hyperparameters of a running training."""
 
 Make = Callable[[Mapping[str, Any], str], Contender]
 
@@ -57,40 +58,36 @@ def tune(
     num_samples: int = 10,
     scheduler: Mapping[str, Any] | None = None,
     search: Mapping[str, Any] | None = None,
-    num_workers: int = 2,
-    cpus_per_worker: float = 1.0,
-    gpus_per_worker: float = 0.0,
+    workers: Workers = Workers(),
     address: str | None = None,
     seed: int = 0,
     verbose: int = 1,
 ) -> Tuned:
-    """Search for good hyperparameters with Ray Tune; called again, it goes on where it was.
+    """Search for good hyperparameters with Ray Tune; called again, it resumes.
 
         tune(make, {"lr": {"loguniform": [1e-4, 1.0]}}, "runs/search", num_steps=500,
              evaluate_every=50, num_samples=20, scheduler={"name": "asha"})
 
     Args:
-        make: the training with these values and this `run_dir`, and how it is judged.
-        space: what to try, by name: {"uniform": [0, 1]}, {"choice": ["adam", "sgd"]}, and so on
+        make: Returns the training with these values and this `run_dir`, and how it is judged.
+        space: What to try, by name: {"uniform": [0, 1]}, {"choice": ["adam", "sgd"]}, and so on
             (see `DOMAINS`); of {"grid": [...]} all values are tried, `num_samples` times.
-        folder: for everything Ray Tune writes, on storage that all nodes see.
-        num_steps: outer steps of a trial.
-        evaluate_every: outer steps between reports. Each comes with a checkpoint.
+        folder: The folder for everything Ray Tune writes, on storage that all nodes see.
+        num_steps: The outer steps of a trial.
+        evaluate_every: The outer steps between reports. Each comes with a checkpoint.
         metric: the metric to go by.
         mode: whether a "min" or "max" of it is better.
-        num_samples: trials, or repetitions of a grid.
-        scheduler: {"name": "asha", ...}: one of Ray Tune's and its options, by default for
-            outer steps as time; None: every trial runs to its end.
-        search: {"name": "optuna", ...}: one of Ray Tune's searchers and its options; None: random.
-        num_workers: trials at a time.
-        cpus_per_worker: reserved for a trial.
-        gpus_per_worker: reserved for a trial.
-        address: of the cluster, see `RayExecutor`.
-        seed: of the random search.
-        verbose: how much Ray Tune tells, 0 to 3.
+        num_samples: The number of trials, or of repetitions of a grid.
+        scheduler: One of Ray Tune's schedulers and its options, {"name": "asha", ...}, by default
+            with outer steps as time; None: every trial runs to its end.
+        search: One of Ray Tune's searchers and its options, {"name": "optuna", ...}; None: random.
+        workers: How many trials run at a time, and what is reserved for each.
+        address: The address of the cluster, see `RayExecutor`.
+        seed: The seed of the random search.
+        verbose: How much Ray Tune prints, 0 to 3.
 
     Raises:
-        ValueError: what could not be searched, or Ray Tune is not installed.
+        ValueError: The search cannot be made, or Ray Tune is not installed.
     """
     params, config = plan(
         space,
@@ -101,18 +98,18 @@ def tune(
         num_samples=num_samples,
         scheduler=scheduler,
         search=search,
-        num_workers=num_workers,
+        workers=workers,
         seed=seed,
     )
     api = _ray_tune()
     # By value, as the user's modules are not installed where the trial runs.
     trial = partial(_trial, payload=pickle_by_value((make, num_steps, evaluate_every, metric)))
-    resources = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}
+    resources = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker or 0.0}
     trainable = api.with_resources(trial, resources)
     uri = Folder(folder)
     place = str(uri.local.absolute()) if uri.local is not None else uri.uri.rstrip("/")
     parent, _, name = place.rpartition("/")
-    with connected(address, num_workers * cpus_per_worker):
+    with connected(address, workers.num_cpus):
         if api.Tuner.can_restore(place):
             tuner = api.Tuner.restore(
                 place, trainable, resume_unfinished=True, resume_errored=True, param_space=params
@@ -138,7 +135,7 @@ def plan(
     num_samples: int = 10,
     scheduler: Mapping[str, Any] | None = None,
     search: Mapping[str, Any] | None = None,
-    num_workers: int = 2,
+    workers: Workers = Workers(),
     seed: int = 0,
 ) -> tuple[dict[str, Any], Any]:
     """(parameter space, `TuneConfig`) of Ray Tune; arguments and errors as of `tune`."""
@@ -147,10 +144,10 @@ def plan(
         ("num_steps", num_steps),
         ("evaluate_every", evaluate_every),
         ("num_samples", num_samples),
-        ("num_workers", num_workers),
     ):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    refuse_unused(workers, "tune", JOB_UNUSED)
     if mode not in ("min", "max"):
         raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
     if not isinstance(metric, str):
@@ -159,7 +156,7 @@ def plan(
         metric=metric,
         mode=mode,
         num_samples=num_samples,
-        max_concurrent_trials=num_workers,
+        max_concurrent_trials=workers.num_workers,
         scheduler=_scheduler(scheduler, num_steps),
         search_alg=_searcher(search, seed),
     )
@@ -252,7 +249,7 @@ def _scheduler(given: Mapping[str, Any] | None, num_steps: int) -> Any:
     if name in CHANGING:
         raise ValueError(
             f"scheduler must not be one of {', '.join(CHANGING)}, got {name!r}: they change "
-            "hyperparameters of a training that goes on, and a checkpoint is bound to its"
+            "hyperparameters of a running training, and a checkpoint is bound to its"
         )
     return _make("scheduler", known, given, {"time_attr": STEP, "max_t": num_steps})
 

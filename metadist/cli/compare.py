@@ -5,6 +5,7 @@ from __future__ import annotations
 from jsonargparse import Namespace
 
 from metadist.cli.parsing import Parser
+from metadist.cluster import Workers
 
 
 def parser() -> Parser:
@@ -27,13 +28,13 @@ def parser() -> Parser:
         help="The folder for all that the command writes.",
     )
     parser.add_argument(
-        "--num_workers",
-        type=int,
-        default=0,
-        help="Runs at a time, each in a process of Ray; 0: one after another in this process.",
+        "--workers",
+        type=Workers | None,
+        default=None,
+        help="Processes of Ray, each for one run at a time: --workers.num_workers 4, "
+        "--workers.cpus_per_worker, --workers.gpus_per_worker; None: one run after another in this "
+        "process.",
     )
-    parser.add_argument("--cpus_per_worker", type=float, default=1.0, help="CPUs for each run.")
-    parser.add_argument("--gpus_per_worker", type=float, default=0.0, help="GPUs for each run.")
     parser.add_argument(
         "--address",
         type=str | None,

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from metadist.cli.contenders import check_contender, contender, go_to, keep_config
 from metadist.cli.parsing import read_yaml
+from metadist.cluster import Workers
 from metadist.cluster.jobs.parallel import in_parallel
 from metadist.compare.plan import Comparison, Outcome, Run
 from metadist.compare.report import (
@@ -43,8 +44,8 @@ Item = TypeVar("Item")
 
 def compare(config: Namespace) -> int:
     """The exit code: 1 if a run has failed."""
-    if config.num_workers < 0:
-        raise ValueError(f"num_workers must be >= 0, got {config.num_workers}")
+    if config.workers is not None:
+        config.workers = Workers(**vars(config.workers))
     if config.plots:
         check_matplotlib()
     tree = read_yaml(config.config)
@@ -53,7 +54,7 @@ def compare(config: Namespace) -> int:
     tried = {entry: comparison.runs(entry) for entry in comparison.entries}
     for run in flat(tried):
         where = f"entry {run.entry}" + (f" at {run.point}" if run.point else "")
-        check_contender(where, run.options, run.values, config.num_workers)
+        check_contender(where, run.options, run.values, config.workers)
     keep_config(folder, tree, CONFIG)
 
     _run_all(comparison, flat(tried), config)
@@ -110,7 +111,7 @@ def _results(jobs: Sequence[Job], config: Namespace) -> Iterator[tuple[int, str]
     for number, job in enumerate(jobs):
         records = read_records(Folder(job.run_dir) / job.run.name)
         # What is finished needs no process.
-        if config.num_workers == 0 or is_finished(records, job.comparison.budget):
+        if config.workers is None or is_finished(records, job.comparison.budget):
             yield number, _execute(job)
         else:
             left.append(number)
@@ -119,9 +120,7 @@ def _results(jobs: Sequence[Job], config: Namespace) -> Iterator[tuple[int, str]
     results = in_parallel(
         _execute,
         [jobs[number] for number in left],
-        config.num_workers,
-        cpus_per_worker=config.cpus_per_worker,
-        gpus_per_worker=config.gpus_per_worker,
+        config.workers,
         address=config.address,
     )
     for position, result in results:

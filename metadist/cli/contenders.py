@@ -15,6 +15,7 @@ from metadist import __version__
 from metadist.cli.names import class_path
 from metadist.cli.parsing import MAX_CONFIG_BYTES
 from metadist.cli.train import build, parse_training
+from metadist.cluster import Workers
 from metadist.compare.metrics import kept_metrics
 from metadist.compare.plan import differences
 from metadist.compare.run import MAX_STEPS, Contender
@@ -47,16 +48,16 @@ def contender(options: Mapping[str, Any], values: Mapping[str, Any], run_dir: st
 
 
 def check_contender(
-    where: str, options: Mapping[str, Any], values: Mapping[str, Any], num_workers: int
+    where: str, options: Mapping[str, Any], values: Mapping[str, Any], workers: Workers | None
 ) -> None:
     """Raise ValueError for a training that could not be judged, or not in a process of Ray."""
     try:
         parsed = parse_training({**options, "run_dir": "x"}, values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    if num_workers and parsed.executor.class_path != LOCAL:
+    if workers is not None and parsed.executor.class_path != LOCAL:
         raise ValueError(
-            f"{where}: executor must be local with num_workers={num_workers}, got "
+            f"{where}: executor must be local with num_workers={workers.num_workers}, got "
             f"{parsed.executor.class_path}: every run is in a process of Ray already"
         )
     judges = parsed.val_sampler or parsed.val_split

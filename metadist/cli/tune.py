@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from metadist.cli.parsing import Parser, read_yaml
+from metadist.cluster import Workers
+from metadist.cluster.actors.options import JOB_UNUSED
 
 if TYPE_CHECKING:
     from metadist.cluster.jobs.tune import Tuned
@@ -38,9 +40,7 @@ def parser() -> Parser:
         required=True,
         help="The folder for all that the command writes.",
     )
-    parser.add_argument("--num_workers", type=int, default=2, help="Trials at a time.")
-    parser.add_argument("--cpus_per_worker", type=float, default=1.0, help="CPUs for each trial.")
-    parser.add_argument("--gpus_per_worker", type=float, default=0.0, help="GPUs for each trial.")
+    parser.add_class_arguments(Workers, "workers", skip=set(JOB_UNUSED))
     parser.add_argument(
         "--address",
         type=str | None,
@@ -68,11 +68,12 @@ def run(config: Namespace) -> int:
     for field in ("run_dir", "quiet", "checkpoint_every"):
         if field in options:
             raise ValueError(f"config must not have {field}: every trial has its own")
-    check_contender("the config", options, {}, config.num_workers)
+    workers = Workers(**vars(config.workers))
+    check_contender("the config", options, {}, workers)
     _check_names(options, space)
     defaults = train.parser().get_defaults()
     own |= {name: options.get(name, defaults[name]) for name in ("num_steps", "seed")}
-    plan(space, num_workers=config.num_workers, **own)
+    plan(space, workers=workers, **own)
     folder = Folder(config.run_dir)
     keep_config(folder, tree, CONFIG)
     own.setdefault("metric", "query_loss")
@@ -80,9 +81,7 @@ def run(config: Namespace) -> int:
         partial(_make, options, os.getcwd()),
         space,
         config.run_dir,
-        num_workers=config.num_workers,
-        cpus_per_worker=config.cpus_per_worker,
-        gpus_per_worker=config.gpus_per_worker,
+        workers=workers,
         address=config.address,
         verbose=config.verbose,
         **own,

@@ -9,6 +9,7 @@ import pytest
 from metadist.cli.contenders import check_contender
 from metadist.cli.parsing import read_yaml
 from metadist.cli.train import parse_training
+from metadist.cluster import Workers
 from metadist.compare.plan import Comparison
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +22,7 @@ def test_a_config_is_parsed_and_its_head_says_what_it_is(path):
     for entry in comparison.entries:
         # The first point: all others have the same options.
         run = comparison.runs(entry)[0]
-        check_contender(entry, run.options, run.point, num_workers=2)
+        check_contender(entry, run.options, run.point, workers=Workers())
     head = path.read_text().partition("\n\n")[0]
     assert all(f"\n# {word}" in head for word in ("Paper", "Known: ", "Tuned: "))
     assert path.stem in (ROOT / "docs" / "experiments.md").read_text()

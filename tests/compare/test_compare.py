@@ -326,11 +326,11 @@ def test_other_input_is_refused(cli, monkeypatch):
         assert code == 2 and "metadist compare: error: " in err
     code, _, err = cli("compare", "none.yaml", "--run_dir", "out")
     assert code == 2 and "config must be a YAML file of options, got 'none.yaml'" in err
-    assert "num_workers must be >= 0, got -1" in compare(cli, "--num_workers", -1)[2]
+    assert "num_workers must be >= 1, got 0" in compare(cli, "--workers.num_workers", 0)[2]
     ray = {"executor": "ray"}
     assert (
         "executor must be local with num_workers=2"
-        in (compare(cli, "--num_workers", 2, changes=ray)[2])
+        in (compare(cli, "--workers.num_workers", 2, changes=ray)[2])
     )
     assert not Path("out").exists()
     Path("full").mkdir()

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from metadist.cli import main
-from metadist.cluster.actors.errors import ClusterError
+from metadist.cluster import ClusterError, Workers
 from metadist.cluster.jobs.parallel import in_parallel
 from tests.cluster.processes import CLUSTER, Script
 from tests.compare.test_compare import CONFIG, MINE
@@ -38,19 +38,19 @@ def refusing(number: int) -> int:
 
 
 def test_calls_go_several_at_a_time_and_errors_are_raised(ray_session):
-    found = dict(in_parallel(refusing, [0, 1, 3], 2))
+    found = dict(in_parallel(refusing, [0, 1, 3], Workers(2)))
     assert found == {0: 0, 1: 1, 2: 9}
-    assert list(in_parallel(refusing, [], 2)) == []
+    assert list(in_parallel(refusing, [], Workers(2))) == []
     with pytest.raises(LookupError, match="no 2"):
-        list(in_parallel(refusing, [1, 2], 2))
-    with pytest.raises(ValueError, match="num_workers must be >= 1, got 0"):
-        list(in_parallel(refusing, [1], 0))
+        list(in_parallel(refusing, [1, 2], Workers(2)))
+    with pytest.raises(ValueError, match="show_output must be False with runs side by side"):
+        list(in_parallel(refusing, [1], Workers(show_output=True)))
 
 
 @pytest.mark.slow
 def test_a_call_whose_process_dies_is_made_again_and_given_up_at_last(ray_session, tmp_path):
-    assert list(in_parallel(fatal_at_first, [str(tmp_path / "calls")], 1)) == [(0, 2)]
-    ((position, error),) = in_parallel(always_fatal, [""], 1)
+    assert list(in_parallel(fatal_at_first, [str(tmp_path / "calls")], Workers(1))) == [(0, 2)]
+    ((position, error),) = in_parallel(always_fatal, [""], Workers(1))
     assert position == 0 and isinstance(error, ClusterError)
     assert "the process of the call died" in str(error)
 
@@ -67,12 +67,12 @@ def test_runs_on_ray_are_those_of_this_process(ray_session, tmp_path, monkeypatc
     config = {**CONFIG, "budget": {"calls": 60}, "evaluations": 2, "seeds": [0]}
     Path("config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     here = ["compare", "config.yaml", "--plots", "false", "--run_dir"]
-    assert main([*here, "out", "--num_workers", "2"]) == 0
+    assert main([*here, "out", "--workers.num_workers", "2"]) == 0
     assert "runs/SOBA/seed-0: " in capsys.readouterr().out
     assert main([*here, "plain"]) == 0
     assert results("out") == results("plain") and len(results("out")) == 6
     # What is done needs no process.
-    assert main([*here, "out", "--num_workers", "2"]) == 0
+    assert main([*here, "out", "--workers.num_workers", "2"]) == 0
     assert results("out") == results("plain")
 
 
@@ -93,7 +93,7 @@ def lose():
 losing = threading.Thread(target=lose)
 losing.start()
 here = ["compare", "config.yaml", "--plots", "false", "--run_dir"]
-print("exit", main([*here, "out", "--num_workers", "2"]), flush=True)
+print("exit", main([*here, "out", "--workers.num_workers", "2"]), flush=True)
 losing.join()
 cluster.shutdown()
 del os.environ["RAY_ADDRESS"]

@@ -15,7 +15,7 @@ import yaml
 from metadist import OuterOptimizer, Trainer
 from metadist.algorithms import SOBA
 from metadist.cli import main
-from metadist.cluster import tune
+from metadist.cluster import Workers, tune
 from metadist.cluster.jobs.tune import Tuned
 from metadist.compare.metrics import kept_metrics
 from metadist.compare.run import Contender
@@ -66,7 +66,7 @@ def test_trials_under_a_scheduler_report_stop_early_and_the_best_is_found(ray_se
     asha = {"name": "asha", "grace_period": 2, "reduction_factor": 2}
     space = {"inner_lr": {"choice": [0.2]}, "outer_lr": {"grid": [1e-1, 1e-9, 1e-3]}}
     # One at a time: who reports first is never stopped, whoever that is.
-    options: dict[str, Any] = {"space": space, "scheduler": asha, "num_workers": 1}
+    options: dict[str, Any] = {"space": space, "scheduler": asha, "workers": Workers(1)}
     found = search(tmp_path / "asha", **options)
     assert len(found.trials) == 3 and all(trial.error is None for trial in found.trials)
     assert {trial.values["inner_lr"] for trial in found.trials} == {0.2}
@@ -139,7 +139,10 @@ def test_the_command_writes_a_config_that_trains(ray_session, tmp_path, monkeypa
     [
         ({"num_steps": 0}, "num_steps must be an integer >= 1, got 0"),
         ({"num_samples": "3"}, "num_samples must be an integer >= 1, got '3'"),
-        ({"num_workers": 0}, "num_workers must be an integer >= 1, got 0"),
+        (
+            {"workers": Workers(min_workers=1)},
+            "min_workers must be None with tune, which does not use it, got 1: leave it out",
+        ),
         ({"mode": "best"}, "mode must be 'min' or 'max', got 'best'"),
         ({"space": {"x": {"gauss": [0, 1]}}}, "space of x must be one of uniform, loguniform"),
         ({"space": {"x": 3}}, "space of x must be one of"),
