@@ -11,6 +11,7 @@ from metadist.cluster.actors.errors import (
     ServerLostError,
     WorkerLostError,
 )
+from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.options import Server, Workers
 from metadist.cluster.actors.runtime_env import metadist_runtime_env
 from metadist.cluster.data_parallel.executor import DataParallelExecutor
@@ -34,6 +35,7 @@ __all__ = [
     "ClusterError",
     "ConnectError",
     "DataParallelExecutor",
+    "Failures",
     "LeaseError",
     "Policy",
     "RayExecutor",

@@ -17,8 +17,8 @@ class Workers:
         cpus_per_worker: The CPUs reserved for each worker, > 0.
         gpus_per_worker: The GPUs reserved for each worker, or a fraction of one. None: one where
             the cluster has one for each of `min_workers` at the start, an equal share where it has
-            fewer, none where it has none or device="cpu"; give a number if nodes with GPUs join
-            later. In runs side by side (tune, compare) None is 0.
+            fewer, none where it has none or with Compute(device="cpu"); give a number if nodes
+            with GPUs join later. In runs side by side (tune, compare) None is 0.
         start_timeout_s: How long to wait for free resources, and again for the workers.
         show_output: Whether to print what workers print, with Ray's own messages. Errors of user
             code come with their traceback in any case.
@@ -92,6 +92,12 @@ class Server:
             raise ValueError(
                 f"timeout_s of the server must be > 0 or None for no limit, got {self.timeout_s}"
             )
+
+
+def check_kind(field: str, value: object, kind: type, example: str) -> None:
+    """Raise ValueError unless `value` is of that class."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{field} must be a {kind.__name__}, such as {example}, got {value!r}")
 
 
 JOB_UNUSED = ("min_workers", "start_timeout_s", "show_output")

@@ -15,52 +15,23 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from metadist.cluster.actors.connection import connect, demand, reserve
+from metadist.cluster.actors.options import Workers
 
 
 class Placement:
     """Reserves resources for workers and makes the actors that take them.
 
     Args:
-        num_workers: at the most.
-        min_workers: whose places are waited for, the others are asked for as demand; None: all.
-        cpus_per_worker, gpus_per_worker, start_timeout_s, address, show_worker_output,
-            object_store_bytes: see `RayExecutor`.
-
-    Raises:
-        ValueError: numbers that no placement can have.
+        workers: The workers to reserve for.
+        address: The address of the cluster, see `RayExecutor`.
+        object_store_bytes: The shared memory of a cluster of our own; None: Ray's choice.
     """
 
     def __init__(
-        self,
-        num_workers: int,
-        min_workers: int | None,
-        cpus_per_worker: float,
-        gpus_per_worker: float | None,
-        start_timeout_s: float,
-        address: str | None,
-        show_worker_output: bool,
-        object_store_bytes: int | None,
+        self, workers: Workers, address: str | None, object_store_bytes: int | None
     ) -> None:
-        if num_workers < 1:
-            raise ValueError(f"num_workers must be >= 1, got {num_workers}")
-        if not cpus_per_worker > 0:
-            raise ValueError(f"cpus_per_worker must be > 0, got {cpus_per_worker}")
-        if gpus_per_worker is not None and gpus_per_worker < 0:
-            raise ValueError(f"gpus_per_worker must be >= 0 or None, got {gpus_per_worker}")
-        if not start_timeout_s > 0:
-            raise ValueError(f"start_timeout_s must be > 0, got {start_timeout_s}")
-        if min_workers is not None and not 1 <= min_workers <= num_workers:
-            raise ValueError(
-                f"min_workers must be >= 1 and <= num_workers={num_workers}, or None for all of "
-                f"them, got {min_workers}"
-            )
-        self._num_workers = num_workers
-        self._min_workers = num_workers if min_workers is None else min_workers
-        self._cpus_per_worker = cpus_per_worker
-        self._gpus_per_worker = gpus_per_worker
-        self._start_timeout_s = start_timeout_s
+        self._workers = workers
         self._address = address
-        self._show_worker_output = show_worker_output
         self._object_store_bytes = object_store_bytes
         self._is_connection_ours = False
         self._bundles: list[tuple[PlacementGroup, int]] = []
@@ -76,25 +47,26 @@ class Placement:
             ConnectError: the cluster cannot be reached.
             ResourcesError: they are not free in time.
         """
+        workers = self._workers
         if device not in ("auto", "cpu", "cuda"):
             raise ValueError(
                 f"device must be 'auto', 'cpu' or 'cuda' (Ray picks which GPU), got {device!r}"
             )
-        if device == "cuda" and self._gpus_per_worker == 0:
+        if device == "cuda" and workers.gpus_per_worker == 0:
             raise ValueError("gpus_per_worker must be > 0 or None with device='cuda', got 0")
-        num_cpus = self._num_workers * self._cpus_per_worker
         self._is_connection_ours |= connect(
-            self._address, num_cpus, self._show_worker_output, self._object_store_bytes
+            self._address, workers.num_cpus, workers.show_output, self._object_store_bytes
         )
         if self._bundles:
             return
         num_gpus = self._num_gpus(device)
-        bundle = {"CPU": float(self._cpus_per_worker)} | ({"GPU": num_gpus} if num_gpus else {})
-        is_elastic = self._min_workers < self._num_workers
+        bundle = {"CPU": float(workers.cpus_per_worker)} | ({"GPU": num_gpus} if num_gpus else {})
+        num_at_start = workers.num_at_start
+        is_elastic = num_at_start < workers.num_workers
         option = "min_workers" if is_elastic else "num_workers"
-        group = reserve([bundle] * self._min_workers, self._start_timeout_s, option)
-        self._bundles = [(group, index) for index in range(self._min_workers)]
-        for _ in range(self._num_workers - self._min_workers):
+        group = reserve([bundle] * num_at_start, workers.start_timeout_s, option)
+        self._bundles = [(group, index) for index in range(num_at_start)]
+        for _ in range(workers.num_workers - num_at_start):
             self._bundles.append((demand(bundle), 0))
 
     def make(self, actor_class: type, number: int) -> Any:
@@ -126,15 +98,15 @@ class Placement:
 
     def _num_gpus(self, device: str) -> float:
         """GPUs per worker."""
-        if self._gpus_per_worker is not None:
-            return float(self._gpus_per_worker)
+        if self._workers.gpus_per_worker is not None:
+            return float(self._workers.gpus_per_worker)
         num_in_cluster = int(ray.cluster_resources().get("GPU", 0))
         if device == "cpu" or (num_in_cluster == 0 and device == "auto"):
             return 0.0
         if num_in_cluster == 0:
             # Nodes with GPUs may still join.
             return 1.0
-        return 1.0 / math.ceil(self._min_workers / num_in_cluster)
+        return 1.0 / math.ceil(self._workers.num_at_start / num_in_cluster)
 
 
 class WorkerInfo(NamedTuple):

@@ -23,6 +23,7 @@ from metadist.algorithm import (
 from metadist.cluster.actors.buffers import OuterSpec, to_array, to_tensor
 from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.metrics import RunMetrics
+from metadist.cluster.actors.options import Workers, check_kind, refuse_unused
 from metadist.cluster.actors.placement import Placement, devices_of
 from metadist.cluster.actors.runtime_env import pickle_by_value
 from metadist.cluster.data_parallel.data import FirstShard, check_classes, check_partition
@@ -48,7 +49,8 @@ log = logging.getLogger("metadist.cluster")
 class DataParallelExecutor(Executor):
     """Solves one bilevel problem whose data is cut into shards, one on each of many workers.
 
-        Trainer(problem, FixedTasks([task]), SOBA(), executor=DataParallelExecutor(num_workers=4))
+        workers = Workers(num_workers=4)
+        Trainer(problem, FixedTasks([task]), SOBA(), executor=DataParallelExecutor(workers))
 
     The algorithm runs in this process, on its CPU, and asks all workers for every derivative; the
     answers are averaged, and what is not linear in them is computed here. So the run is that of
@@ -62,64 +64,50 @@ class DataParallelExecutor(Executor):
     `shard(index, part, num_parts) -> Task` (positions in the full sets as `Batch.index`) lets each
     worker read its part only; otherwise each samples task 0 and keeps its part.
 
-    A worker that dies, or hangs for `round_timeout_s`, is replaced by another that reads the same
-    shard. Where the driver dies, `metadist resume` goes on from the last checkpoint, with any
+    A worker that dies, or hangs for `Failures.timeout_s`, is replaced by another that reads the
+    same shard. Where the driver dies, `metadist resume` resumes from the last checkpoint, with any
     number of workers.
 
     Args:
-        num_workers: shards, each held by one process.
-        staleness: s >= 0: a step may use answers of a worker that are up to s steps old, and waits
+        workers: The processes, each of which holds one shard.
+        failures: How often and how soon lost workers are tried again, and how long one may take to
+            answer a round.
+        staleness: s >= 0: A step may use answers of a worker that are up to s steps old; it waits
             for half of the workers, and for those whose last answer is older. For single-loop
             algorithms only; results then depend on timing. 0: exact.
-        cpus_per_worker, gpus_per_worker, address, start_timeout_s, max_losses,
-            show_worker_output, object_store_bytes: as of `RayExecutor`.
-        round_timeout_s: a worker that answers one round for longer is replaced; None: never.
-        allow_missing_classes: let a shard be without a class that others have. Classes are known of
-            samplers with `num_classes`, whose labels (int64) are the last tensor of a batch.
+        allow_missing_classes: Whether a shard may lack a class that others have. Classes are known
+            for samplers with `num_classes`, whose labels (int64) are the last tensor of a batch.
+        address: As in `RayExecutor`.
+        object_store_bytes: As in `RayExecutor`.
     """
 
     def __init__(
         self,
-        num_workers: int = 2,
+        workers: Workers = Workers(),
+        failures: Failures = Failures(),
+        *,
         staleness: int = 0,
-        cpus_per_worker: float = 1.0,
-        gpus_per_worker: float | None = None,
-        address: str | None = None,
-        start_timeout_s: float = 60.0,
-        max_losses: int = 5,
-        round_timeout_s: float | None = None,
-        show_worker_output: bool = False,
-        object_store_bytes: int | None = None,
         allow_missing_classes: bool = False,
+        address: str | None = None,
+        object_store_bytes: int | None = None,
     ) -> None:
-        self._placement = Placement(
-            num_workers,
-            None,
-            cpus_per_worker,
-            gpus_per_worker,
-            start_timeout_s,
-            address,
-            show_worker_output,
-            object_store_bytes,
-        )
+        check_kind("workers", workers, Workers, "Workers(num_workers=4)")
+        check_kind("failures", failures, Failures, "Failures(max_losses=3)")
+        refuse_unused(workers, "DataParallelExecutor", ("min_workers",))
         if staleness < 0:
             raise ValueError(f"staleness must be >= 0, got {staleness}")
-        if round_timeout_s is not None and not round_timeout_s > 0:
-            raise ValueError(
-                f"round_timeout_s must be > 0 or None for no limit, got {round_timeout_s}"
-            )
-        self._failures = Failures(max_losses=max_losses, timeout_s=round_timeout_s)
-        self._num_workers = num_workers
+        self._placement = Placement(workers, address, object_store_bytes)
+        self._workers = workers
+        self._failures = failures
         self._staleness = staleness
         self._allow_missing_classes = allow_missing_classes
-        self._start_timeout_s = start_timeout_s
         self._pool: ShardPool | None = None
         self._variable: OuterVariable | None = None
 
     def probe(self, sampler: TaskSampler) -> TaskSampler:
         """See `Executor`: where workers read their parts, the first of them."""
         if isinstance(sampler, Shardable):
-            return FirstShard(sampler, self._num_workers)
+            return FirstShard(sampler, self._workers.num_workers)
         return sampler
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
@@ -133,9 +121,9 @@ class DataParallelExecutor(Executor):
             if self._pool is None:
                 make_worker = partial(self._placement.make, ShardWorker)
                 self._pool = ShardPool(
-                    make_worker, self._num_workers, self._failures, self._staleness
+                    make_worker, self._workers.num_workers, self._failures, self._staleness
                 )
-            infos = self._pool.start(self._start_timeout_s, ray.put(payload))
+            infos = self._pool.start(self._workers.start_timeout_s, ray.put(payload))
             self._open(self._pool, infos, workload, optimizer, state)
         except BaseException:
             self.close()
@@ -195,7 +183,7 @@ class DataParallelExecutor(Executor):
                 (result,),
                 ("data-parallel",),
                 seconds,
-                max(0.0, self._num_workers * seconds - computing_s),
+                max(0.0, self._workers.num_workers * seconds - computing_s),
                 pool.num_ready,
                 pool.num_lost - lost_before,
                 (),
@@ -294,7 +282,7 @@ class DataParallelExecutor(Executor):
         return {
             "executor": "data_parallel",
             "policy": f"staleness {self._staleness}" if self._staleness else "bsp",
-            "num_workers": str(self._num_workers),
+            "num_workers": str(self._workers.num_workers),
             **({"device": devices_of(info.where for info in infos)} if infos else {}),
         }
 

@@ -65,7 +65,7 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Workers:
+class SimulatedWorkers:
     """Who computes.
 
     Args:
@@ -155,7 +155,7 @@ class Outcome:
 def simulate(
     policy: Policy,
     leases_per_step: int,
-    workers: Workers,
+    workers: SimulatedWorkers,
     costs: Costs,
     num_leases: int,
     seed: int = 0,
@@ -189,7 +189,7 @@ class _Simulation:
         self,
         policy: Policy,
         leases_per_step: int,
-        workers: Workers,
+        workers: SimulatedWorkers,
         costs: Costs,
         num_leases: int,
         seed: int,

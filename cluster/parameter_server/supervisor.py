@@ -15,6 +15,7 @@ from ray import ObjectRef, exceptions
 from metadist.cluster.actors.buffers import Array, OuterSpec, PackedState
 from metadist.cluster.actors.errors import ServerLostError, message
 from metadist.cluster.actors.failure import SERVER, Event, Failures, History, Raise, Retry
+from metadist.cluster.actors.options import Server
 from metadist.cluster.parameter_server.server import Arrival
 from metadist.outer import StepResult, norm_of_blocks
 
@@ -47,24 +48,22 @@ class Supervisor:
     Args:
         make_server: creates the actor of that shard.
         failures: `max_losses` without a new version of x end the run; pauses between attempts.
-        snapshot_every: versions of x between two states, >= 1.
-        start_timeout_s: how long a server may take to start.
-        timeout_s: how long it may take to answer; None: for ever.
+        options: See `Server`.
+        start_timeout_s: How long a server may take to start.
     """
 
     def __init__(
         self,
         make_server: Callable[[int], Any],
         failures: Failures,
-        snapshot_every: int,
+        options: Server,
         start_timeout_s: float,
-        timeout_s: float | None,
     ) -> None:
         self._make_server = make_server
         self._failures = failures
-        self._snapshot_every = snapshot_every
+        self._snapshot_every = options.snapshot_every
+        self._timeout_s = options.timeout_s
         self._start_timeout_s = start_timeout_s
-        self._timeout_s = timeout_s
         self._fetching: list[ObjectRef[Any]] = []
         self._asked_at = self._version = self._furthest = 0
         self._num_losses = self._num_lost = 0

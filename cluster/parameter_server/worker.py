@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
 
 import torch
 from ray import cloudpickle
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from metadist.cluster.actors.buffers import Array, OuterSpec, to_array, to_tensor
 from metadist.cluster.actors.placement import WorkerInfo, worker_device
-from metadist.cluster.parameter_server.compression import Bfloat16
+from metadist.cluster.parameter_server.compression import Bfloat16, Compression
 from metadist.cluster.parameter_server.transport import (
     OBJECT_STORE,
     Pulled,
@@ -22,14 +21,13 @@ from metadist.cluster.parameter_server.transport import (
 from metadist.compute import pick_device
 from metadist.workload import Lease, LeaseResult, Workload
 
-Transfer = Literal["full", "bfloat16"]
-
 
 class Worker:
     """Holds the workload and its own copy of x on its device between leases.
 
     Args:
-        name: in reports and errors.
+        name: The name of this worker in reports and errors.
+        device: "auto": the GPU that Ray gave to this actor, else the CPU; or "cpu", "cuda".
     """
 
     def __init__(self, name: str) -> None:
@@ -40,24 +38,24 @@ class Worker:
         payload: bytes,
         spec: OuterSpec,
         bounds: Sequence[tuple[int, int]] | None = None,
-        transfer: Transfer = "full",
+        compression: Compression = "none",
         transport: Transport = OBJECT_STORE,
     ) -> WorkerInfo:
-        """Where this worker runs, ready to compute leases of another workload.
+        """Where this worker runs, once it is ready to compute leases of another workload.
 
         Args:
-            payload: the workload, pickled by `runtime_env.pickle_by_value`.
-            spec: names, shapes and dtype of x.
-            bounds: the slices of x that the shards of the server own; None: there is one.
-            transfer: how sums of hypergradients are sent, see `RayExecutor`.
-            transport: by which way.
+            payload: The workload, pickled by `runtime_env.pickle_by_value`.
+            spec: The names, shapes and dtype of x.
+            bounds: The slices of x that the shards of the server own; None: there is one shard.
+            compression: How sums of hypergradients are compressed, see `RayExecutor`.
+            transport: How tensors are sent.
         """
         self._workload: Workload = cloudpickle.loads(payload)
         device = pick_device(worker_device(self._workload.compute.device))
         self._flat = torch.zeros(spec.num_elements, dtype=spec.dtype, device=device)
         self._spec = spec
         self._bounds = bounds or [(0, spec.num_elements)]
-        self._rounding = Bfloat16() if transfer == "bfloat16" else None
+        self._rounding = Bfloat16() if compression == "bfloat16" else None
         self._transport = transport
         self._outer = spec.views(self._flat)
         return WorkerInfo.here(self._name, device)
@@ -65,11 +63,11 @@ class Worker:
     def compute(
         self, lease: Lease, kept: Mapping[int, Array] | None, *pulled: Pulled
     ) -> tuple[LeaseResult | Pushed, ...]:
-        """The result of `lease`, and for each shard of the server what it adds to x.
+        """The result of `lease`, and its contribution to each shard of the server.
 
         Args:
-            lease: which tasks.
-            kept: what the algorithm keeps of these tasks, where it does.
+            lease: The tasks.
+            kept: The states the algorithm keeps of these tasks, where it does.
             pulled: x, in as many slices as there are shards.
         """
         self.load(pulled)
@@ -83,14 +81,14 @@ class Worker:
         return computed.result, *self.send(computed.total, computed.states, computed.result)
 
     def load(self, pulled: Sequence[Pulled]) -> None:
-        """Have this x."""
+        """Copy x to the device of this worker."""
         for (start, stop), part in zip(self._bounds, pulled, strict=True):
             self._flat[start:stop].copy_(receive(part.flat))
 
     def send(
         self, total: Tensor, states: Mapping[int, Tensor], result: LeaseResult
     ) -> Iterator[Pushed]:
-        """What each shard gets of a computed lease."""
+        """The part of a computed lease for each shard."""
         if self._rounding is not None:
             # The server may leave out a sum of no tasks.
             is_used = result.num_tasks > 0

@@ -34,7 +34,7 @@ from metadist import (
     task_hypergradients,
 )
 from metadist.algorithms import ITD
-from metadist.compute import Compute
+from metadist.cluster import Workers
 from metadist.models import Conv4
 from metadist.outer import OuterVariable
 from metadist.tasks import FewShotProblem, Glyphs, Sinusoid
@@ -197,8 +197,8 @@ def bench_ray(repeats: int, threads: int) -> None:
     local = None
     for name, executor in (
         ("local", LocalExecutor()),
-        ("ray, 1 worker", RayExecutor(num_workers=1)),
-        ("ray, 2 workers", RayExecutor(num_workers=2)),
+        ("ray, 1 worker", RayExecutor(Workers(num_workers=1))),
+        ("ray, 2 workers", RayExecutor(Workers(num_workers=2))),
     ):
         executor.start(workload, optimizer, state)
         reports = list(executor.run(2 + 2 * repeats))[2:]  # the first are for warming up

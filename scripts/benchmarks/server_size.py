@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/server_size.py  200 million elements, about 10 GB of memory
     python scripts/benchmarks/server_size.py --num_params 20e6  smaller
-    python scripts/benchmarks/server_size.py --num_shards 2 --transfer bfloat16
+    python scripts/benchmarks/server_size.py --num_shards 2 --compression bfloat16
 
 One worker sends a sum of hypergradients (push), the parameter server steps x and publishes it
 (apply), the worker gets x (pull), by the code of a run. Times are medians, in units of a plain copy
@@ -26,7 +26,8 @@ import statistics
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import numpy as np
 import ray
@@ -36,11 +37,14 @@ from rich.table import Table
 
 from metadist.cluster.actors.buffers import OuterSpec, PackedState, split_state
 from metadist.cluster.actors.failure import Failures
+from metadist.cluster.actors.options import Server
 from metadist.cluster.actors.runtime_env import pickle_by_value
+from metadist.cluster.parameter_server.compression import Compression
 from metadist.cluster.parameter_server.server import Arrival, ParameterServer
 from metadist.cluster.parameter_server.supervisor import Supervisor
 from metadist.cluster.parameter_server.transport import Pulled, Pushed, Transport
-from metadist.cluster.parameter_server.worker import Transfer, Worker
+from metadist.cluster.parameter_server.worker import Worker
+from metadist.compute import Compute
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import shard_bounds
 from metadist.workload import LeaseResult
@@ -153,7 +157,7 @@ def measure(supervisor: Supervisor, worker: Any, num_shards: int, repeats: int) 
 
 
 def run(
-    num_params: int, num_shards: int, transfer: Transfer, transport: Transport, repeats: int
+    num_params: int, num_shards: int, compression: Compression, transport: Transport, repeats: int
 ) -> None:
     """Measure and print."""
     console = Console(soft_wrap=True)
@@ -166,19 +170,18 @@ def run(
     )
     bounds = shard_bounds(num_params, num_shards)
     spec = OuterSpec({"x": (num_params,)}, torch.float32)
-    worker: Any = ray.remote(SizedWorker).options(num_cpus=0).remote("worker", "cpu")
-    payload = pickle_by_value(None)
-    ray.get(worker.setup.remote(payload, spec, bounds, transfer, transport))
+    worker: Any = ray.remote(SizedWorker).options(num_cpus=0).remote("worker")
+    payload = pickle_by_value(SimpleNamespace(compute=Compute(device="cpu")))
+    ray.get(worker.setup.remote(payload, spec, bounds, compression, transport))
     ray.get(worker.setup_sum.remote())
     supervisor = Supervisor(
         lambda number: ray.remote(ParameterServer).options(num_cpus=0).remote(),
         Failures(),
-        snapshot_every=1 << 30,
+        Server(snapshot_every=1 << 30, timeout_s=None),
         start_timeout_s=START_S,
-        timeout_s=None,
     )
     state = PackedState(np.zeros(num_params, dtype=np.float32), {}, 0, 0, (), {}, {})
-    title = f"{num_params:,} numbers, {transfer}, {transport.name}"
+    title = f"{num_params:,} numbers, {compression}, {transport.name}"
     times = Table("", "x a copy", "must", "ratio", title=title)
     peaks: dict[str, int] = {}
     shared = 0  # what is freed there is used again, so it is the most that was in use
@@ -228,14 +231,14 @@ def main() -> None:
     )
     parser.add_argument("--num_params", type=lambda text: int(float(text)), default=200_000_000)
     parser.add_argument("--num_shards", type=int, default=1)
-    parser.add_argument("--transfer", choices=["full", "bfloat16"], default="full")
+    parser.add_argument("--compression", choices=get_args(Compression), default="none")
     parser.add_argument("--transport", choices=["object_store", "nixl"], default="object_store")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     run(
         options.num_params,
         options.num_shards,
-        options.transfer,
+        options.compression,
         Transport(options.transport),
         options.repeats,
     )

@@ -38,8 +38,23 @@ from torch import Tensor
 
 from metadist import Batch, OuterOptimizer, Params, Problem, Task
 from metadist.algorithms import ITD
-from metadist.cluster import ASP, BSP, SSP, Buffered, Policy, RayExecutor, View
-from metadist.cluster.parameter_server.simulation import Costs, Outcome, Step, Workers, simulate
+from metadist.cluster import (
+    ASP,
+    BSP,
+    SSP,
+    Buffered,
+    Policy,
+    RayExecutor,
+    View,
+    Workers,
+)
+from metadist.cluster.parameter_server.simulation import (
+    Costs,
+    Outcome,
+    SimulatedWorkers,
+    Step,
+    simulate,
+)
 from metadist.executor import StepReport
 from metadist.outer import OuterVariable
 from metadist.workload import Workload
@@ -65,18 +80,18 @@ QUIET = Costs(
 5 GB/s, a copy into shared memory 1 GB/s, Adam and a copy of x 1.7 ns per byte."""
 
 
-def run(policy: str, num: int, workers: Workers, costs: Costs) -> Outcome:
+def run(policy: str, num: int, workers: SimulatedWorkers, costs: Costs) -> Outcome:
     """A simulated run of `num` workers that is long enough for steady results."""
     changed = replace(workers, num=num)
     return simulate(POLICIES[policy](num), num, changed, costs, max(1000, 12 * num))
 
 
-def ideal(num: Sequence[int], workers: Workers) -> list[float]:
+def ideal(num: Sequence[int], workers: SimulatedWorkers) -> list[float]:
     """Leases per second if only computing took time, and no worker were lost or slow."""
     return [count / workers.compute_s for count in num]
 
 
-def show_policies(workers: Workers, costs: Costs) -> None:
+def show_policies(workers: SimulatedWorkers, costs: Costs) -> None:
     """A table and a picture of throughput and staleness of every policy."""
     table = Table("workers", "policy", "leases/s", "of ideal", "staleness mean", "95 %", "server",
                   title="simulated")  # fmt: skip
@@ -104,7 +119,7 @@ def show_policies(workers: Workers, costs: Costs) -> None:
     console.print(table)
 
 
-def show_server(workers: Workers, costs: Costs) -> None:
+def show_server(workers: SimulatedWorkers, costs: Costs) -> None:
     """A picture of the effect of shards, and of where one server saturates by the size of x."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     left.loglog(NUMBERS, ideal(NUMBERS, workers), "--", color="grey", label="ideal")
@@ -132,7 +147,7 @@ def show_server(workers: Workers, costs: Costs) -> None:
     save(figure, "scaling_server.png")
 
 
-def show_prefetch(workers: Workers, costs: Costs) -> None:
+def show_prefetch(workers: SimulatedWorkers, costs: Costs) -> None:
     """A table of the effect of prefetching leases, below saturation of the server."""
     table = Table("workers", "policy", "waiting", "leases/s", "staleness",
                   title="simulated, without and with prefetch")  # fmt: skip
@@ -203,7 +218,7 @@ class Wide(Problem):
 class Sleeping:
     """Tasks that sleep for the time of the simulated leases."""
 
-    workers: Workers
+    workers: SimulatedWorkers
 
     def sample(self, index: int) -> Task:
         time.sleep(float(self.workers.durations(4096, 0)[index % 4096]))
@@ -241,7 +256,7 @@ class Cluster:
         self._num = num
         self._policy = Chosen()
         self._executor = RayExecutor(
-            num, policy=self._policy, start_timeout_s=300, prefetch=prefetch
+            Workers(num, start_timeout_s=300), policy=self._policy, prefetch=prefetch
         )
 
     def __enter__(self) -> Cluster:
@@ -273,7 +288,7 @@ class Cluster:
         problem = Wide(num_params)
         workload = Workload(
             problem,
-            Sleeping(Workers(self._num, sleep_s, spread)),
+            Sleeping(SimulatedWorkers(self._num, sleep_s, spread)),
             ITD(inner_steps=1, inner_lr=0.1),
             meta_batch_size=leases_per_step,
             report_every=1_000_000,
@@ -399,7 +414,7 @@ def compare(real: dict[tuple[int, str, int], Outcome], costs: Costs, num_params:
             speeds = []
             for num in ACTORS:
                 found = real[params, str(policy), num]
-                workers = Workers(num, SLEEP_S, SPREAD)
+                workers = SimulatedWorkers(num, SLEEP_S, SPREAD)
                 model = simulate(policy, LEASES_PER_STEP, workers, sized, NUM_LEASES)
                 speeds.append((found.leases_per_s, model.leases_per_s))
                 errors.append(model.leases_per_s / found.leases_per_s - 1)
@@ -449,7 +464,7 @@ def main() -> None:
     if options.what == "waiting":
         waiting(int(options.num_params), options.compute_s)
         return
-    workers = Workers(
+    workers = SimulatedWorkers(
         1, options.compute_s, options.spread, options.slow_share, options.slow_factor,
         3600 * options.failure_h, options.replace_s,
     )  # fmt: skip

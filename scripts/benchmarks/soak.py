@@ -27,7 +27,13 @@ from rich.table import Table
 
 from metadist import OuterOptimizer, Trainer
 from metadist.algorithms import ITD
-from metadist.cluster import ASP, BSP, Policy, RayExecutor
+from metadist.cluster import (
+    ASP,
+    BSP,
+    Policy,
+    RayExecutor,
+    Workers,
+)
 from metadist.executor import StepReport
 from metadist.models import MLP
 from metadist.tasks import FewShotProblem, Sinusoid
@@ -128,7 +134,10 @@ def soak(num_leases: int, policy: str, run_dir: str) -> list[tuple[int, Sample]]
     leases_per_step = LEASES_PER_STEP if policy == "bsp" else 1
     num_steps = num_leases // leases_per_step
     executor = Sampled(
-        max(1, num_steps // NUM_SAMPLES), num_workers=2, policy=POLICIES[policy], address="local"
+        max(1, num_steps // NUM_SAMPLES),
+        workers=Workers(num_workers=2),
+        policy=POLICIES[policy],
+        address="local",
     )
     trainer = Trainer(
         FewShotProblem(MLP(hidden=(256, 256)), loss="mse"),  # 260 kB: it goes through the store

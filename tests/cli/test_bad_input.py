@@ -166,7 +166,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         r'(?s)"policy":\n.*sync',
     ),
     "more workers than leases": (
-        train("--executor ray --executor.num_workers 9"),
+        train("--executor ray --executor.workers.num_workers 9"),
         r"num_workers must be <= 4 with policy='bsp', .*, got 9: .* lower tasks_per_lease",
     ),
     "no run folder": (
@@ -276,15 +276,17 @@ UNAVAILABLE: dict[str, str] = {
     "--executor.address 127.0.0.1:1": (
         r"address must name a running Ray cluster, got '127.0.0.1:1': (.|\n)*Is it up"
     ),
-    "--executor.num_workers 2 --executor.cpus_per_worker 999": (
+    "--executor.workers.num_workers 2 --executor.workers.cpus_per_worker 999": (
         r"num_workers=2 must be free within start_timeout_s=1, got CPU: 1998 needed "
         r"\(999 each\), 1 in the cluster, 1 free: lower num_workers, cpus_per_worker or"
     ),
-    "--executor.num_workers 1 --executor.gpus_per_worker 1": (
+    "--executor.workers.num_workers 1 --executor.workers.gpus_per_worker 1": (
         r"num_workers=1 must be free within start_timeout_s=1, got .*GPU: 1 needed "
         r"\(1 each\), 0 in the cluster, 0 free: lower .*gpus_per_worker, or add nodes"
     ),
-    "--executor.num_workers 1 --compute.device cuda": r".*GPU: 1 needed \(1 each\), 0 in the",
+    "--executor.workers.num_workers 1 --compute.device cuda": (
+        r".*GPU: 1 needed \(1 each\), 0 in the"
+    ),
 }
 
 
@@ -292,7 +294,7 @@ def test_workers_that_a_cluster_has_no_room_for_are_refused_in_time(tmp_path):
     """In one process: no cluster at first, then one with a single CPU."""
     arguments: list[Any] = []
     for flags in UNAVAILABLE:
-        scarce = "--executor ray --executor.start_timeout_s 1 " + flags
+        scarce = "--executor ray --executor.workers.start_timeout_s 1 " + flags
         arguments += [*train(scarce), "END"]
     mark = uuid.uuid4().hex
     process = start(["-c", SCARCE, *arguments], tmp_path, METADIST_TEST=mark)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import hypothesis
 import pytest
 import ray
 
-from metadist.cluster import RayExecutor
+from metadist.cluster import RayExecutor, Workers
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterState
 from metadist.workload import Workload
@@ -63,7 +64,10 @@ class Shared:
         if self._executor is None or self._options != options:
             self.close()
             self._options = options
-            self._executor = RayExecutor(**{"start_timeout_s": 600.0, **options})
+            workers = options.get("workers", Workers())
+            if workers.start_timeout_s == Workers().start_timeout_s:  # processes start slowly here
+                options = {**options, "workers": replace(workers, start_timeout_s=600.0)}
+            self._executor = RayExecutor(**options)
         workload = workload or make_workload()
         state = state or first_state(workload.problem, optimizer)
         self._executor.start(workload, optimizer, state)

@@ -22,7 +22,7 @@ os.environ |= {
 }
 import ray
 from ray.cluster_utils import Cluster
-from metadist.cluster import RayExecutor
+from metadist.cluster import RayExecutor, Server, Workers
 node = dict(object_store_memory=100 << 20)
 cluster = Cluster(
     initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, **node)

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from metadist.cluster import ASP, Policy, RayExecutor, View
+from metadist.cluster import (
+    ASP,
+    Policy,
+    RayExecutor,
+    View,
+    Workers,
+)
 from tests.algorithms.directions import MODES, NEW_TASKS, trainer
 from tests.cluster.conftest import Shared
 from tests.problems import assert_same_bytes
@@ -26,7 +32,7 @@ class Lasting(RayExecutor):
 @pytest.fixture(scope="module")
 def workers(shared: Shared) -> Iterator[Lasting]:
     shared.close()
-    executor = Lasting(num_workers=2, start_timeout_s=600)
+    executor = Lasting(Workers(num_workers=2, start_timeout_s=600))
     yield executor
     executor.end()
 
@@ -50,7 +56,7 @@ class InPairs(Policy):
 
 def test_a_synchronous_policy_of_a_user_trains_kept_states_and_two_point_methods(shared):
     shared.close()
-    workers = Lasting(num_workers=2, policy=InPairs(), start_timeout_s=600)
+    workers = Lasting(Workers(num_workers=2, start_timeout_s=600), policy=InPairs())
     try:
         for name, keep_state in (("soba", True), ("mrbo", False)):
             local, mine = (
@@ -98,7 +104,7 @@ def test_ray_goes_on_from_a_checkpoint_to_the_bytes_of_one_process(
     [("aid", True, "keep_state=True"), ("mrbo", False, "the two-point method MRBO")],
 )
 def test_a_policy_that_is_not_synchronous_is_refused(ray_session, name, keep_state, why):
-    executor = RayExecutor(num_workers=2, policy=ASP())
+    executor = RayExecutor(Workers(num_workers=2), policy=ASP())
     training = trainer(NEW_TASKS[name], keep_state, executor=executor)
     message = rf"policy must be synchronous, .*, with {why}, got .*asp.*: every step needs what"
     with pytest.raises(ValueError, match=message):

@@ -23,12 +23,12 @@ def home() -> Iterator[str]:
 
 OWN = """
 import os, sys
-from metadist.cluster import RayExecutor
+from metadist.cluster import RayExecutor, Workers
 from tests.cluster.toy import ADAM, Waiting, first_state, local_run, make_workload, state_bytes
 gate = sys.argv[1]
 workload = make_workload(Waiting(index=9, gate=gate))
 # More workers than most machines of this size have cores.
-executor = RayExecutor(num_workers=3, object_store_bytes=200 << 20)
+executor = RayExecutor(Workers(num_workers=3), object_store_bytes=200 << 20)
 executor.start(workload, ADAM, first_state())
 print("started", os.environ.get("RAY_AUTH_MODE"), flush=True)
 try:
@@ -67,15 +67,15 @@ import os, sys
 os.environ["RAY_AUTH_MODE"] = "disabled"
 import ray
 from ray.cluster_utils import Cluster
-from metadist.cluster import RayExecutor, ResourcesError
+from metadist.cluster import RayExecutor, ResourcesError, Workers
 from tests.cluster.toy import ADAM, first_state, local_run, make_workload, state_bytes
 node = dict(include_dashboard=False, object_store_memory=100 << 20)
 cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, **node))
 cluster.add_node(num_cpus=2, num_gpus=2, object_store_memory=100 << 20)
 os.environ["RAY_ADDRESS"] = cluster.address     # as in a submitted job
 
-def run(**options):
-    executor = RayExecutor(**options)
+def run(workers):
+    executor = RayExecutor(workers)
     executor.start(make_workload(), ADAM, first_state())
     list(executor.run(2))
     same = state_bytes(executor.state()) == state_bytes(local_run(2)[0])
@@ -83,15 +83,15 @@ def run(**options):
     executor.close()
     return same, free.get("CPU", 0), free.get("GPU", 0), ray.is_initialized()
 
-print(run(num_workers=2, gpus_per_worker=1), flush=True)
+print(run(Workers(num_workers=2, gpus_per_worker=1)), flush=True)
 try:
-    RayExecutor(num_workers=4, start_timeout_s=1.0).start(
+    RayExecutor(Workers(num_workers=4, start_timeout_s=1.0)).start(
         make_workload(), ADAM, first_state()
     )
 except ResourcesError as error:
     print(error, ray.is_initialized(), flush=True)
 ray.init(address="auto", logging_level="WARNING")
-print(run(num_workers=3), ray.available_resources().get("CPU"), flush=True)
+print(run(Workers(num_workers=3)), ray.available_resources().get("CPU"), flush=True)
 ray.shutdown()
 cluster.shutdown()
 """
@@ -126,7 +126,7 @@ GROWING = (
     + """
 from tests.cluster.toy import ADAM, first_state, local_run, make_workload, state_bytes
 ray.init(address=cluster.address, logging_level="WARNING", log_to_driver=False)
-executor = RayExecutor(num_workers=3, min_workers=1, start_timeout_s=300)
+executor = RayExecutor(Workers(num_workers=3, min_workers=1, start_timeout_s=300))
 executor.start(make_workload(), ADAM, first_state())
 seen = []
 version = 0
@@ -172,7 +172,7 @@ import os, time
 os.environ["RAY_AUTH_MODE"] = "disabled"
 import ray
 from ray.cluster_utils import Cluster
-from metadist.cluster import RayExecutor
+from metadist.cluster import RayExecutor, Workers
 from tests.cluster.toy import ADAM, first_state, local_run, make_workload, state_bytes
 node = dict(object_store_memory=100 << 20)
 cluster = Cluster(
@@ -192,7 +192,7 @@ def places(executor):
     return sorted((names[node], *gpus, visible) for node, gpus, visible in found)
 
 def run(growing=False, **options):
-    executor = RayExecutor(start_timeout_s=300, **options)
+    executor = RayExecutor(Workers(start_timeout_s=300, **options))
     executor.start(make_workload(), ADAM, first_state())
     version, reports = 2, list(executor.run(2))
     print(places(executor), flush=True)
@@ -209,10 +209,10 @@ def run(growing=False, **options):
     executor.close()
     print("same bytes", same, flush=True)
 
-print([RayExecutor(num_workers=number)._placement._num_gpus("auto") for number in (1, 2, 3)])
+print([RayExecutor(Workers(n))._placement._num_gpus("auto") for n in (1, 2, 3)])
 run(num_workers=2, gpus_per_worker=0.5)
 run(num_workers=2, min_workers=1, gpus_per_worker=1.0, growing=True)
-print([RayExecutor(num_workers=number)._placement._num_gpus("auto") for number in (1, 2, 3)])
+print([RayExecutor(Workers(n))._placement._num_gpus("auto") for n in (1, 2, 3)])
 run(num_workers=2, gpus_per_worker=1.0)
 print("closed", flush=True)
 time.sleep(1000)

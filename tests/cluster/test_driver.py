@@ -26,7 +26,7 @@ from tests.helpers import (
 )
 
 TRAIN = ["-m", "metadist", "train", *CURVES, *words("--num_steps 200 --checkpoint_every 10")]
-ON_RAY = [*TRAIN, "--run_dir", "run", *words("--executor ray --executor.num_workers 2")]
+ON_RAY = [*TRAIN, "--run_dir", "run", *words("--executor ray --executor.workers.num_workers 2")]
 LONG_S = 300  # nothing but a fault takes so long
 
 

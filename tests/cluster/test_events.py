@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from metadist import LocalExecutor, Trainer
-from metadist.cluster import RayExecutor
+from metadist.cluster import (
+    RayExecutor,
+    Workers,
+)
 from metadist.executor import Executor
 from metadist.run.events import read_events
 from metadist.run.status import run_status
@@ -40,7 +43,7 @@ def told(folder: Path, executor: Executor, deaths: str) -> list[tuple[Any, ...]]
 @pytest.mark.filterwarnings("ignore:these outer variables got no hypergradient")  # `idle`
 def test_a_lost_worker_is_told_with_its_leases(free_cluster, tmp_path):
     local = told(tmp_path / "local", LocalExecutor(), "")
-    executor = RayExecutor(num_workers=2, start_timeout_s=600)
+    executor = RayExecutor(Workers(num_workers=2, start_timeout_s=600))
     remote = told(tmp_path / "ray", executor, str(tmp_path))
     losses = [line for line in remote if line[0] in ("worker_lost", "lease_reissued")]
     # The lease of task 9 is of the third step, and with its worker another may wait.

@@ -55,8 +55,8 @@ MODEL = [
     *("--meta_batch_size", "8", "--num_steps", "4", "--checkpoint_every", "1"),
 ]
 ON_HOSTS = [
-    *("--executor", "ray", "--executor.start_timeout_s", str(LONG_S)),
-    "--executor.num_workers",
+    *("--executor", "ray", "--executor.workers.start_timeout_s", str(LONG_S)),
+    "--executor.workers.num_workers",
 ]
 
 

@@ -28,7 +28,7 @@ FLAGS = words(
     "--problem.model.in_features 2 --problem.model.out_features 3 --problem.model.hidden [8] "
     "--algorithm.inner_steps 2 --meta_batch_size 8 --num_steps 4"
 )
-RAY = words("--executor ray --executor.num_workers 2")
+RAY = words("--executor ray --executor.workers.num_workers 2")
 
 
 @pytest.fixture

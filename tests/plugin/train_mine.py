@@ -7,7 +7,10 @@ from my_tasks import MySampler  # type: ignore[import-not-found]
 
 import metadist
 from metadist.algorithms import ITD
-from metadist.cluster import RayExecutor
+from metadist.cluster import (
+    RayExecutor,
+    Workers,
+)
 from metadist.models import MLP
 from metadist.tasks import FewShotProblem
 
@@ -19,7 +22,9 @@ if __name__ == "__main__":
         MySampler(n_way=3),
         ITD(inner_steps=2),
         meta_batch_size=8,
-        executor=RayExecutor(num_workers=2) if where == "ray" else metadist.LocalExecutor(),
+        executor=RayExecutor(Workers(num_workers=2))
+        if where == "ray"
+        else metadist.LocalExecutor(),
         run_dir=run_dir,
     )
     trainer.fit(4)

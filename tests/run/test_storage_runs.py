@@ -325,7 +325,7 @@ def test_inspect_runs_nothing_of_a_config(cli, run, here):
 def test_no_secret_of_the_environment_is_kept_or_told(here):
     names = ("RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD")
     secrets = {name: uuid.uuid4().hex for name in names}
-    ray = words("--executor ray --executor.num_workers 1")
+    ray = words("--executor ray --executor.workers.num_workers 1")
     arguments = ["-m", "metadist", "train", *CURVES, *ray, *FLAGS, *words("--num_steps 2")]
     variables = {**secrets, "RAY_AUTH_MODE": "token"}
     outcome = finish(start([*arguments, "--run_dir", here / "run"], here, **variables), 180)

@@ -110,7 +110,7 @@ def test_shared_memory_is_never_written_to(ray_session):
     big = Regression(num_idle=100_000)
     state = first_state(big)
     spec = OuterSpec.of(state.outer)
-    worker: Any = ray.remote(Worker).options(num_cpus=0).remote("worker", "cpu")
+    worker: Any = ray.remote(Worker).options(num_cpus=0).remote("worker")
     worker.setup.remote(pickle_by_value(make_workload(problem=big)), spec)
     server: Any = ray.remote(ParameterServer).options(num_cpus=0).remote()
     server.setup.remote(pack_state(state), spec, ADAM, 1)

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 
 import ray
 
+from metadist.cluster import Workers
 from metadist.cluster.actors.metrics import RunMetrics
 from metadist.workload import LeaseResult
 from tests.cluster.toy import Deadly, make_workload, wait_until
@@ -31,7 +32,7 @@ def scraped(run: str) -> dict[tuple[str, str], float]:
 def test_the_endpoint_tells_what_was_done(executor, tmp_path):
     """A run of 3 steps in which a worker dies; then a report of what is rare."""
     workload = make_workload(Deadly(indices=(5,), folder=str(tmp_path)))
-    started = executor(workload, num_workers=2)
+    started = executor(workload, workers=Workers(num_workers=2))
     metrics = RunMetrics("mine")
     RunMetrics("other").observe(report(99, [], num_workers=1))
     reports = list(metrics.watch(started.run(3)))

@@ -12,7 +12,10 @@ from torch import Tensor
 from metadist import Trainer
 from metadist.algorithm import Algorithm
 from metadist.checks.preflight import initial_outer
-from metadist.cluster import DataParallelExecutor
+from metadist.cluster import (
+    DataParallelExecutor,
+    Workers,
+)
 from metadist.cluster.actors.buffers import Array
 from metadist.cluster.data_parallel.exchange import Package, Round
 from metadist.cluster.data_parallel.executor import check_workload
@@ -172,9 +175,12 @@ class InProcess(DataParallelExecutor):
     pool: LocalPool
     make_pool = LocalPool
 
+    def __init__(self, num_workers: int, **options: Any) -> None:
+        super().__init__(Workers(num_workers), **options)
+
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         check_workload(workload, self._staleness)
-        self.pool = self.make_pool(self._num_workers)
+        self.pool = self.make_pool(self._workers.num_workers)
         infos = self.pool.start(cloudpickle.dumps(workload))
         self._pool = self.pool  # type: ignore[assignment]
         self._open(self.pool, infos, workload, optimizer, state)  # type: ignore[arg-type]

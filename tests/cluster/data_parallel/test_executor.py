@@ -37,7 +37,10 @@ from metadist.algorithms import (
     StocBiO,
     SubBiO,
 )
-from metadist.cluster import DataParallelExecutor
+from metadist.cluster import (
+    DataParallelExecutor,
+    Workers,
+)
 from metadist.cluster.data_parallel.data import cut
 from metadist.cluster.data_parallel.exchange import Round
 from metadist.cluster.data_parallel.layout import METRICS, Reply
@@ -500,15 +503,13 @@ class Tasks:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_workers": 0}, "num_workers must be >= 1, got 0"),
+        (
+            {"workers": Workers(num_workers=2, min_workers=1)},
+            "min_workers must be None with DataParallelExecutor, .* got 1: leave it out",
+        ),
+        ({"workers": 2}, r"workers must be a Workers, such as Workers\(num_workers=4\), got 2"),
+        ({"failures": 2}, r"failures must be a Failures, such as Failures\(max_losses=3\), got 2"),
         ({"staleness": -1}, "staleness must be >= 0, got -1"),
-        ({"round_timeout_s": 0.0}, "round_timeout_s must be > 0 or None for no limit, got 0.0"),
-        ({"cpus_per_worker": 0.0}, "cpus_per_worker must be > 0, got 0.0"),
-        ({"gpus_per_worker": -1.0}, "gpus_per_worker must be >= 0 or None, got -1.0"),
-        ({"device": "tpu"}, "device must be 'auto', 'cpu' or 'cuda'"),
-        ({"device": "cuda", "gpus_per_worker": 0}, "gpus_per_worker must be > 0 or None with"),
-        ({"start_timeout_s": 0.0}, "start_timeout_s must be > 0, got 0.0"),
-        ({"max_losses": 0}, "max_losses must be >= 1, got 0"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -19,9 +19,11 @@ from metadist import LocalExecutor
 from metadist.algorithms import AID, SOBA
 from metadist.cluster import (
     DataParallelExecutor,
+    Failures,
     LeaseError,
     ResourcesError,
     WorkerLostError,
+    Workers,
 )
 from metadist.optimizer import OuterOptimizer
 from metadist.tasks import FixedTasks
@@ -64,8 +66,8 @@ def workers(ray_session: None) -> Iterator[Callable[..., Lasting]]:
             last.pop()[1].end()
         if not last:
             # Half a CPU each: other modules' workers may still be there.
-            fixed = {"cpus_per_worker": 0.5, "start_timeout_s": 600.0}
-            last.append((options, Lasting(3, **{**fixed, **options})))
+            three = Workers(num_workers=3, cpus_per_worker=0.5, start_timeout_s=600.0)
+            last.append((options, Lasting(three, **options)))
         return last[0][1]
 
     yield start
@@ -142,7 +144,7 @@ def test_sparse_rows_in_shards_are_the_whole_set_in_one_process(workers, name):
 
 @pytest.mark.parametrize("problem", [Dying, pytest.param(Hanging, marks=pytest.mark.slow)])
 def test_a_worker_that_dies_or_hangs_in_a_round_changes_no_byte(workers, tmp_path, problem):
-    options = {"round_timeout_s": 5.0, "max_losses": 50} if problem is Hanging else {}
+    options = {"failures": Failures(timeout_s=5.0, max_losses=50)} if problem is Hanging else {}
     expected, _ = solve(InProcess(3), ALL["fsla"], 4, batch_size=8)
     executor = workers(**options)
     solve(executor, ALL["fsla"], 1, problem=problem(tmp_path), batch_size=8)
@@ -243,7 +245,9 @@ def test_stale_answers_still_lead_to_the_solution(workers):
 def test_a_trainer_runs_it_and_closes_it(workers, tmp_path):
     workers().end()
     before = cpus_taken()
-    executor = DataParallelExecutor(2, cpus_per_worker=0.5, start_timeout_s=600.0)
+    executor = DataParallelExecutor(
+        Workers(num_workers=2, cpus_per_worker=0.5, start_timeout_s=600.0)
+    )
     training = cleaning(AID(3, 0.2), executor, run_dir=tmp_path / "run", log_every=1)
     training.fit(2)
     assert wait_until(lambda: cpus_taken() <= before)
@@ -308,7 +312,10 @@ class Changing(Unequal):
     ids=["fatal", "missing"],
 )
 def test_data_that_cannot_be_read_ends_the_start(ray_session, sampler, error, message):
-    executor = DataParallelExecutor(2, cpus_per_worker=0.5, max_losses=2, start_timeout_s=600.0)
+    executor = DataParallelExecutor(
+        Workers(num_workers=2, cpus_per_worker=0.5, start_timeout_s=600.0),
+        failures=Failures(max_losses=2),
+    )
     with pytest.raises(error, match=message):
         solve(executor, SOBA(), sampler=sampler)
     assert executor._pool is None
@@ -324,7 +331,7 @@ def test_a_shard_that_changes_is_noticed(workers, tmp_path):
 
 
 def test_too_few_resources_are_told(ray_session):
-    executor = DataParallelExecutor(2, cpus_per_worker=64, start_timeout_s=0.5)
+    executor = DataParallelExecutor(Workers(num_workers=2, cpus_per_worker=64, start_timeout_s=0.5))
     with pytest.raises(ResourcesError, match=r"num_workers=2 must be free within start_timeout_s"):
         solve(executor, SOBA())
     assert ray.is_initialized()

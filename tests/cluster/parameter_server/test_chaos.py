@@ -14,7 +14,14 @@ import ray
 import torch
 from ray import exceptions
 
-from metadist.cluster import ASP, SSP, Buffered
+from metadist.cluster import (
+    ASP,
+    SSP,
+    Buffered,
+    Failures,
+    Server,
+    Workers,
+)
 from metadist.executor import StepReport
 from metadist.optimizer import OuterOptimizer
 from tests.algorithms.directions import run_in_one_process, with_what_a_step_leaves
@@ -124,8 +131,8 @@ class Chaos:
         return True
 
 
-OPTIONS = {"max_losses": 100, "snapshot_every": 3}
-SYNCHRONOUS = {"num_workers": 3, **OPTIONS}
+OPTIONS = {"failures": Failures(max_losses=100), "server": Server(snapshot_every=3)}
+SYNCHRONOUS = {"workers": Workers(num_workers=3), **OPTIONS}
 
 
 @pytest.mark.parametrize(

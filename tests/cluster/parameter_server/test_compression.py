@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from metadist.cluster import RayExecutor
+from metadist.cluster import (
+    RayExecutor,
+    Workers,
+)
 from metadist.cluster.actors.buffers import OuterSpec, pack_state, read_only
 from metadist.cluster.actors.runtime_env import pickle_by_value
 from metadist.cluster.parameter_server.compression import LARGEST, Bfloat16
@@ -137,7 +140,7 @@ def pushed_small() -> Any:
 
 @pytest.mark.slow
 def test_training_ends_near_the_exact_one(executor):
-    running = executor(num_workers=2, transfer="bfloat16")
+    running = executor(workers=Workers(num_workers=2), compression="bfloat16")
     list(running.run(60))
     found, (expected, _) = running.state(), local_run(60)
     for name, leaf in expected.outer.items():
@@ -145,13 +148,13 @@ def test_training_ends_near_the_exact_one(executor):
         torch.testing.assert_close(found.outer[name], leaf, rtol=0.02, atol=0.02)
     start = first_state().outer["weight"]
     assert float((expected.outer["weight"] - start).abs().max()) > 0.5
-    assert running.describe()["transfer"] == "bfloat16"
+    assert running.describe()["compression"] == "bfloat16"
 
 
 @with_what_a_step_leaves
 def test_what_an_algorithm_keeps_stays_exact(executor, name, keep_state):
     workload, first, local = run_in_one_process(name, keep_state, ADAM)
-    running = executor(workload, first, num_workers=2, transfer="bfloat16")
+    running = executor(workload, first, workers=Workers(num_workers=2), compression="bfloat16")
     list(local.run(1)), list(running.run(1))
     # They follow from the first x, which is the same.
     for index, state in local.state().states.items():
@@ -168,8 +171,16 @@ def test_what_an_algorithm_keeps_stays_exact(executor, name, keep_state):
 @pytest.mark.parametrize(
     ("options", "dtype", "message"),
     [
-        ({"transfer": "int8"}, torch.float32, "transfer must be 'full' or 'bfloat16', got 'int8'"),
-        ({"transfer": "bfloat16"}, torch.float16, "transfer must be 'full' with .* of float16"),
+        (
+            {"compression": "int8"},
+            torch.float32,
+            r"compression must be one of \('none', 'bfloat16'\), got 'int8'",
+        ),
+        (
+            {"compression": "bfloat16"},
+            torch.float16,
+            "compression must be 'none' with .* of float16",
+        ),
     ],
 )
 def test_what_would_gain_nothing_is_refused(options, dtype, message):

@@ -15,7 +15,17 @@ import torch
 from ray import exceptions
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from metadist.cluster import ClusterError, RayExecutor, ServerLostError, WorkerLostError
+from metadist.cluster import (
+    ASP,
+    SSP,
+    ClusterError,
+    Failures,
+    RayExecutor,
+    Server,
+    ServerLostError,
+    WorkerLostError,
+    Workers,
+)
 from metadist.cluster.actors.placement import Placement
 from metadist.compute import Compute
 from tests.algorithms.directions import NEW_TASKS, trainer
@@ -149,7 +159,7 @@ def test_a_dead_server_is_no_death_of_workers_that_miss_its_x(executor):
 
 @pytest.mark.slow
 def test_a_server_that_always_dies_ends_the_run(executor):
-    running = executor(make_workload(problem=FatalStep()), max_losses=2)
+    running = executor(make_workload(problem=FatalStep()), failures=Failures(max_losses=2))
     message = "lost 2 times in a row without a new version of x, max_losses=2.* at version 0: "
     with pytest.raises(ServerLostError, match=message):
         list(running.run(2))
@@ -182,7 +192,7 @@ def test_what_a_step_left_for_the_next_survives_the_server(
 
     whole = make()
     expected = whole.fit(10)
-    killing = Killing(num_workers=2, snapshot_every=1, start_timeout_s=600)
+    killing = Killing(Workers(num_workers=2, start_timeout_s=600), server=Server(snapshot_every=1))
     disturbed = make(run_dir=tmp_path / "run", executor=killing)
     found = disturbed.fit(10)
     assert_same_bytes(disturbed.outer, whole.outer)
@@ -197,25 +207,25 @@ def test_what_a_step_left_for_the_next_survives_the_server(
 
 
 @pytest.mark.parametrize(
-    "options",
+    "policy",
     [
-        pytest.param({"policy": "asp"}, marks=pytest.mark.slow),
-        {"policy": "ssp", "staleness": 0},
+        pytest.param(ASP(), marks=pytest.mark.slow),
+        SSP(staleness=0),
     ],
 )
-def test_no_policy_gets_stuck_or_counts_twice_when_workers_die(executor, tmp_path, options):
+def test_no_policy_gets_stuck_or_counts_twice_when_workers_die(executor, tmp_path, policy):
     workload = make_workload(Deadly(indices=(3,), folder=str(tmp_path)))
-    running = executor(workload, **options)
+    running = executor(workload, policy=policy)
     reports = list(running.run(12))
     applied = [n for report in reports for n in report.step.applied]
     assert sorted(applied) == list(range(len(applied)))
     assert total(reports, "lost_workers") == 1
-    if "staleness" in options:
-        assert max(max(report.step.staleness) for report in reports) <= options["staleness"]
+    if isinstance(policy, SSP):
+        assert max(max(report.step.staleness) for report in reports) <= policy.staleness
 
 
 def test_a_task_that_always_kills_its_worker_ends_the_run(executor):
-    running = executor(make_workload(Deadly(indices=(6,))), max_losses=2)
+    running = executor(make_workload(Deadly(indices=(6,))), failures=Failures(max_losses=2))
     with pytest.raises(WorkerLostError) as caught:
         list(running.run(4))
     assert "lease 6 (tasks 6) lost its worker 2 times" in str(caught.value) or (
@@ -228,7 +238,7 @@ def test_a_lease_that_takes_too_long_is_given_to_another_worker(executor, tmp_pa
     gate = tmp_path / "gate"
     waiting = tmp_path / "gate.waiting"
     workload = make_workload(Waiting(index=1, gate=str(gate)))
-    running = executor(workload, lease_timeout_s=5.0)
+    running = executor(workload, failures=Failures(timeout_s=5.0))
 
     def open_when_replaced() -> None:
         pids: set[str] = {""}
@@ -293,5 +303,7 @@ def test_a_lease_that_two_workers_compute_is_lost_with_the_second(executor, tmp_
 def test_workers_that_cannot_start_are_reported(executor, monkeypatch):
     monkeypatch.setattr(Placement, "_num_gpus", lambda self, device: 0.0)
     with pytest.raises(ClusterError, match="device must be 'cpu' or 'auto' where torch sees no"):
-        executor(replace(make_workload(), compute=Compute(device="cuda")), num_workers=1)
+        executor(
+            replace(make_workload(), compute=Compute(device="cuda")), workers=Workers(num_workers=1)
+        )
     assert wait_until(lambda: cpus_taken() == 0)

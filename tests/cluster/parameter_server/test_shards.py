@@ -11,7 +11,12 @@ import pytest
 import ray
 import torch
 
-from metadist.cluster import RayExecutor
+from metadist.cluster import (
+    Failures,
+    RayExecutor,
+    Server,
+    Workers,
+)
 from metadist.run.checkpoint import Checkpoint, CheckpointStore
 from metadist.trees import Params
 from tests.algorithms.directions import with_what_a_step_leaves
@@ -35,8 +40,8 @@ from tests.cluster.toy import (
 )
 
 # On a busy machine a server that does not hang may be taken for one that does.
-PATIENT = {"server_timeout_s": 4.0, "max_losses": 100}
-SHARDED = {"num_workers": 2, "num_shards": 2}
+PERSISTENT = Failures(max_losses=100)
+SHARDED = {"workers": Workers(num_workers=2), "server": Server(num_shards=2)}
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def test_shards_give_the_bytes_of_one_process(executor, tmp_path):
 def test_the_number_of_shards_may_change_between_the_parts_of_a_run(executor):
     running = executor(wide_workload(), first_state(Wide(), CLIPPED), CLIPPED, **SHARDED)
     list(running.run(5))
-    alone = executor(wide_workload(), running.state(), CLIPPED, num_workers=2)
+    alone = executor(wide_workload(), running.state(), CLIPPED, workers=Workers(num_workers=2))
     list(alone.run(7))
     again = executor(wide_workload(), alone.state(), CLIPPED, **SHARDED)
     list(again.run(9))
@@ -138,7 +143,7 @@ def test_every_lease_is_in_x_once_without_a_barrier(executor):
 @pytest.mark.slow
 @pytest.mark.parametrize("num_shards", [1, 2])
 def test_a_server_that_hangs_is_replaced(executor, caplog, num_shards):
-    options = {"num_workers": 2, "num_shards": num_shards, **PATIENT}
+    options = {"server": Server(num_shards=num_shards, timeout_s=4.0), "failures": PERSISTENT}
     running = executor(wide_workload(), first_state(Wide()), **options)
     reports = running.run(4)
     seen = [next(reports), next(reports)]
@@ -156,7 +161,7 @@ def test_a_server_that_hangs_is_replaced(executor, caplog, num_shards):
 def test_a_server_that_hangs_while_the_workers_compute_is_noticed(executor, tmp_path, caplog):
     gate = tmp_path / "gate"
     workload = make_workload(Waiting(index=5, gate=str(gate)))
-    running = executor(workload, num_workers=2, num_shards=1, **PATIENT)
+    running = executor(workload, server=Server(timeout_s=4.0), failures=PERSISTENT)
     reports = running.run(2)
     next(reports)
     assert wait_until(lambda: (tmp_path / "gate.waiting").exists())
@@ -178,11 +183,21 @@ def test_a_server_that_hangs_while_the_workers_compute_is_noticed(executor, tmp_
 @pytest.mark.parametrize(
     ("options", "problem", "message"),
     [
-        ({"num_shards": 0}, None, "num_shards must be >= 1, got 0"),
-        ({"server_timeout_s": 0.0}, None, "server_timeout_s must be > 0 or None .*, got 0"),
-        ({"num_shards": 2}, Projected(), "num_shards must be 1 with Projected, which has a proj"),
-        ({"num_shards": 4}, Wide(), "num_shards must be between 1 and 3 for .* 131577 n.*got 4: a"),
-        ({"num_shards": 2}, Regression(), "num_shards must be between 1 and 1 for .* of 5 numbers"),
+        (
+            {"server": Server(num_shards=2)},
+            Projected(),
+            "num_shards must be 1 with Projected, which has a proj",
+        ),
+        (
+            {"server": Server(num_shards=4)},
+            Wide(),
+            "num_shards must be between 1 and 3 for .* 131577 n.*got 4: a",
+        ),
+        (
+            {"server": Server(num_shards=2)},
+            Regression(),
+            "num_shards must be between 1 and 1 for .* of 5 numbers",
+        ),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_before_the_start(options, problem, message):
@@ -193,12 +208,14 @@ def test_what_cannot_be_sharded_is_refused_before_the_start(options, problem, me
 NODES = (
     CLUSTER
     + """
-from tests.cluster.parameter_server.test_shards import wide_workload, Wide
+from tests.cluster.parameter_server.test_shards import PERSISTENT, Wide, wide_workload
 from tests.cluster.toy import ADAM, first_state, local_run, state_bytes
 added = cluster.add_node(num_cpus=0, **node)
 ray.init(address=cluster.address, logging_level="WARNING", log_to_driver=False)
 here = ray.get_runtime_context().get_node_id()
-executor = RayExecutor(num_workers=1, num_shards=2, start_timeout_s=300, max_losses=100)
+executor = RayExecutor(
+    Workers(num_workers=1, start_timeout_s=300), Server(num_shards=2), failures=PERSISTENT
+)
 executor.start(wide_workload(), ADAM, first_state(Wide()))
 
 def places():

@@ -11,7 +11,12 @@ import pytest
 import ray
 import torch
 
-from metadist.cluster import RayExecutor
+from metadist.cluster import (
+    Failures,
+    RayExecutor,
+    Server,
+    Workers,
+)
 from metadist.cluster.parameter_server.transport import OBJECT_STORE, Transport, receive
 from tests.algorithms.directions import with_what_a_step_leaves
 from tests.cluster.parameter_server.wide import (
@@ -26,7 +31,11 @@ from tests.cluster.toy import ADAM, first_state, local_run, make_workload, state
 needs_nixl = pytest.mark.skipif(
     importlib.util.find_spec("nixl") is None, reason="the package nixl is not there: Linux only"
 )
-DIRECT = {"num_workers": 2, "transport": "nixl", "max_losses": 100}
+DIRECT = {
+    "workers": Workers(num_workers=2),
+    "transport": "nixl",
+    "failures": Failures(max_losses=100),
+}
 
 
 def test_what_is_sent_through_the_object_store_is_numpy_on_the_same_memory():
@@ -49,7 +58,9 @@ def test_what_is_sent_directly_is_where_it_was(ray_session):
 
 @needs_nixl
 def test_the_way_changes_no_byte(executor):
-    running = executor(wide_workload(), first_state(Wide()), num_workers=1, transport="nixl")
+    running = executor(
+        wide_workload(), first_state(Wide()), workers=Workers(num_workers=1), transport="nixl"
+    )
     assert running.describe()["transport"] == "nixl"
     list(running.run(2))
     assert isinstance(ray.get(running._supervisor.pull()[0]).flat, ray.ObjectRef)
@@ -81,7 +92,7 @@ def test_a_lost_worker_and_a_lost_server_change_no_byte(executor):
 @with_what_a_step_leaves
 def test_shards_and_what_a_step_leaves_for_the_next(executor, name, keep_state):
     workload, first, expected = wide_directions(name, keep_state)
-    running = executor(workload, first, CLIPPED, num_shards=2, **DIRECT)
+    running = executor(workload, first, CLIPPED, server=Server(num_shards=2), **DIRECT)
     list(running.run(6))
     assert state_bytes(running.state()) == state_bytes(expected)
 
@@ -89,7 +100,7 @@ def test_shards_and_what_a_step_leaves_for_the_next(executor, name, keep_state):
 @needs_nixl
 @pytest.mark.slow
 def test_bfloat16_has_the_same_bytes_too(executor):
-    options: dict[str, Any] = {"transfer": "bfloat16", "num_workers": 1}
+    options: dict[str, Any] = {"compression": "bfloat16", "workers": Workers(num_workers=1)}
     states = []
     for way in ("object_store", "nixl"):
         running = executor(wide_workload(), first_state(Wide()), transport=way, **options)
@@ -103,8 +114,10 @@ def test_bfloat16_has_the_same_bytes_too(executor):
     ("options", "message"),
     [
         ({"transport": "gloo"}, r"transport must be one of \('object_store', 'nixl'\), got 'gloo'"),
-        ({"gpus_per_server": -1.0}, "gpus_per_server must be >= 0, got -1"),
-        ({"gpus_per_server": 0.5}, "gpus_per_worker must be a number > 0 .* got None"),
+        (
+            {"server": Server(gpus_per_server=0.5)},
+            "gpus_per_worker must be > 0 with gpus_per_server=0.5, got None",
+        ),
     ],
 )
 def test_a_way_that_there_is_not_is_refused(options, message):
@@ -114,7 +127,7 @@ def test_a_way_that_there_is_not_is_refused(options, message):
 
 def test_a_server_on_a_gpu_wants_workers_on_one():
     with pytest.raises(ValueError, match=r"device must not be 'cpu' with gpus_per_server=0.5"):
-        RayExecutor(gpus_per_server=0.5, gpus_per_worker=0.5).start(
+        RayExecutor(Workers(gpus_per_worker=0.5), Server(gpus_per_server=0.5)).start(
             make_workload(), ADAM, first_state()
         )
 
