@@ -35,6 +35,7 @@ from metadist import (
 )
 from metadist.algorithms import ITD
 from metadist.cluster import Workers
+from metadist.compute import Compute
 from metadist.models import Conv4
 from metadist.outer import OuterVariable
 from metadist.tasks import FewShotProblem, Glyphs, Sinusoid

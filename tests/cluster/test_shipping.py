@@ -96,10 +96,10 @@ def head(bare_python: Path) -> Iterator[tuple[str, str]]:
 WORKERS = """
 import sys
 import ray
-from metadist.cluster import RayExecutor, metadist_runtime_env
+from metadist.cluster import RayExecutor, Workers, metadist_runtime_env
 from tests.cluster.toy import ADAM, first_state, local_run, make_workload, state_bytes
 ray.init(address=sys.argv[1], runtime_env=metadist_runtime_env(), log_to_driver=False)
-executor = RayExecutor(num_workers=2, start_timeout_s=600)
+executor = RayExecutor(Workers(num_workers=2, start_timeout_s=600))
 executor.start(make_workload(), ADAM, first_state())
 list(executor.run(2))
 print("same bytes", state_bytes(executor.state()) == state_bytes(local_run(2)[0]))
@@ -118,7 +118,7 @@ def test_a_submitted_run_needs_no_metadist_on_the_cluster(head, tmp_path):
     run_dir = tmp_path / "run"
     arguments = ["submit", "--address", head[1], "--ship_metadist", "true", "--"]
     arguments += ["--sampler", "glyphs", "--num_steps", "2", "--run_dir", str(run_dir)]
-    arguments += ["--executor", "ray", "--executor.num_workers", "2"]
+    arguments += ["--executor", "ray", "--executor.workers.num_workers", "2"]
     arguments += ["--problem.model", "conv4", "--problem.model.width", "4"]
     source = "import sys; from metadist.cli import main; sys.exit(main(sys.argv[1:]))"
     output, _ = Script(
