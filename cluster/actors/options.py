@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from metadist.checks.values import check_fields, rule
+
 
 @dataclass(frozen=True)
 class Workers:
@@ -24,27 +26,20 @@ class Workers:
             code come with their traceback in any case.
     """
 
-    num_workers: int = 2
-    min_workers: int | None = None
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float | None = None
-    start_timeout_s: float = 60.0
+    num_workers: int = rule(2, ge=1)
+    min_workers: int | None = rule(None, ge=1, none="for all of them")
+    cpus_per_worker: float = rule(1.0, gt=0)
+    gpus_per_worker: float | None = rule(None, ge=0, none="")
+    start_timeout_s: float = rule(60.0, gt=0)
     show_output: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_workers < 1:
-            raise ValueError(f"num_workers must be >= 1, got {self.num_workers}")
-        if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
+        check_fields(self)
+        if self.num_at_start > self.num_workers:
             raise ValueError(
-                f"min_workers must be >= 1 and <= num_workers={self.num_workers}, or None for all "
-                f"of them, got {self.min_workers}"
+                f"min_workers must be <= num_workers={self.num_workers}, or None for all of them, "
+                f"got {self.min_workers}"
             )
-        if not self.cpus_per_worker > 0:
-            raise ValueError(f"cpus_per_worker must be > 0, got {self.cpus_per_worker}")
-        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
-            raise ValueError(f"gpus_per_worker must be >= 0 or None, got {self.gpus_per_worker}")
-        if not self.start_timeout_s > 0:
-            raise ValueError(f"start_timeout_s must be > 0, got {self.start_timeout_s}")
 
     @property
     def num_at_start(self) -> int:
@@ -77,21 +72,13 @@ class Server:
             about half the time of a step, and the driver's node the memory of two checkpoints.
     """
 
-    num_shards: int = 1
-    gpus_per_server: float = 0.0
-    timeout_s: float | None = 300.0
-    snapshot_every: int = 10
+    num_shards: int = rule(1, ge=1)
+    gpus_per_server: float = rule(0.0, ge=0)
+    timeout_s: float | None = rule(300.0, gt=0, none="for no limit")
+    snapshot_every: int = rule(10, ge=1)
 
     def __post_init__(self) -> None:
-        for name in ("num_shards", "snapshot_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.gpus_per_server < 0:
-            raise ValueError(f"gpus_per_server must be >= 0, got {self.gpus_per_server}")
-        if self.timeout_s is not None and not self.timeout_s > 0:
-            raise ValueError(
-                f"timeout_s of the server must be > 0 or None for no limit, got {self.timeout_s}"
-            )
+        check_fields(self)
 
 
 def check_kind(field: str, value: object, kind: type, example: str) -> None:
