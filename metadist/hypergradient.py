@@ -1,6 +1,10 @@
 """`task_hypergradients`: the whole mathematics of a worker, in one function.
 
 encode and init_inner -> the algorithm on every task -> pull back -> sum over tasks.
+
+It joins the three parts that do not know one another: a `Problem` defines the maps from x, an
+`AutogradOracle` the derivatives, an `Algorithm` the estimate. `Workload.compute` calls it for a
+lease, in this process or in a worker.
 """
 
 from __future__ import annotations
@@ -8,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,13 +33,13 @@ class HypergradientSum:
     """Sums over tasks; sums and counts, not means, so that any two of them can be added.
 
     Args:
-        total: sum over tasks of d f / d outer, shaped like the outer variable.
-        num_tasks: how many tasks are in `total`.
-        dropped: ids of the tasks left out because their hypergradient was NaN or infinite.
-        metrics: sums over the tasks in `total` of the metrics of each.
-        previous: the sum at the previous outer variable, of a two-point method; else None.
-        states: with `states` given, the new flat state of each task in `total`, by its id.
-        calls: what the algorithm asked of the oracle, summed over the tasks, see `CountingOracle`.
+        total: The sum over tasks of d f / d outer, shaped like the outer variable.
+        num_tasks: Tasks in `total`.
+        dropped: The ids of the tasks left out because their hypergradient was NaN or infinite.
+        metrics: Sums over the tasks in `total` of the metrics of each.
+        previous: For a two-point method, the sum at the previous outer variable; else None.
+        states: With `states` given, the new flat state of each task in `total`, by its id.
+        calls: What the algorithm asked of the oracle, summed over the tasks, see `CountingOracle`.
             The engines "unrolled" and "higher" of ITD ask for values alone and differentiate
             them themselves.
     """
@@ -64,19 +68,19 @@ def task_hypergradients(
     """The sum over `tasks` of the algorithm's hypergradients at `outer`.
 
     Args:
-        problem: the problem.
-        algorithm: run once on each task.
-        outer: the outer variable, the algorithm's own variables included.
-        tasks: tasks on the device of `outer`.
+        problem: The problem.
+        algorithm: The algorithm, which runs once on each task.
+        outer: The outer variable, the algorithm's own variables included.
+        tasks: Tasks on the device of `outer`.
         compute: Vectorisation, mini-batches and threads. The device is that of `outer`, whatever
             it says.
-        report: also evaluate losses and metrics before and after adaptation (keys
+        report: Also evaluate losses and metrics before and after adaptation (keys
             `query_loss`, `query_loss_before`, and so on), at the cost of three forward passes.
-        step: outer steps taken so far: for schedules, and part of the seed of the draws.
-        previous: the outer variable one step before, for the sum there on the same draws (see
-            `Algorithm.recursive_weight`); None: not wanted.
-        states: what the last step left of the algorithm's state by task id, empty at the first
-            step; None: every task is new. The start of a kept state counts as a constant.
+        step: Outer steps taken so far: for schedules, and part of the seed of the draws.
+        previous: The outer variable one step before, for the sum there on the same draws (see
+            `Algorithm.recursive_weight`); None: no such sum.
+        states: The flat states that the last step left, by task id, empty at the first step; None:
+            every task is new. The start of a kept state counts as a constant.
 
     Raises:
         ValueError: vectorize=True with an algorithm or tasks that cannot be vectorized.
@@ -102,7 +106,14 @@ def task_hypergradients(
         if kept is not None and len({counters for _, counters in kept}) > 1:
             groups[:0] = [[task] for task in group]  # counters are the same for a whole group
             continue
-        run = _Run(problem, algorithm, compute, step, kept, Counter())
+        run = _Run(
+            problem=problem,
+            algorithm=algorithm,
+            compute=compute,
+            step=step,
+            kept=kept,
+            calls=Counter(),
+        )
         # The fused attention kernels have no double backward, the plain one has.
         with intra_op_threads(compute.num_threads), sdpa_kernel(SDPBackend.MATH):
             found = run.hypergradients(outer, group, report)
@@ -114,15 +125,15 @@ def task_hypergradients(
             else:
                 groups[:0] = [[task] for task in group]
             continue
-        sums.take(found, before, group)
+        sums.add(found, before, group)
     return HypergradientSum(
-        sums.total,
-        sums.num_tasks,
-        tuple(dropped),
-        sums.metrics,
-        sums.previous,
-        sums.states,
-        dict(calls),
+        total=sums.total,
+        num_tasks=sums.num_tasks,
+        dropped=tuple(dropped),
+        metrics=sums.metrics,
+        previous=sums.previous,
+        states=sums.states,
+        calls=dict(calls),
     )
 
 
@@ -142,7 +153,7 @@ class _Sums:
     metrics: dict[str, float] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
 
-    def take(self, found: _Found, before: _Found | None, group: list[Task]) -> None:
+    def add(self, found: _Found, before: _Found | None, group: list[Task]) -> None:
         self.total = add(self.total, found.total)
         if before is not None and self.previous is not None:
             self.previous = add(self.previous, before.total)
@@ -150,9 +161,8 @@ class _Sums:
         for name, value in found.metrics.items():
             self.metrics[name] = self.metrics.get(name, 0.0) + float(value)
         if found.states is not None:
-            self.states |= {
-                int(task.id): flat for task, flat in zip(group, found.states, strict=True)
-            }
+            for task, flat in zip(group, found.states, strict=True):
+                self.states[int(task.id)] = flat
 
 
 def _kept(
@@ -161,6 +171,19 @@ def _kept(
     """(flat state, its counters) of each task; (None, ()) before its first step."""
     flats = [states.get(int(task.id)) for task in group]
     return [(flat, () if flat is None else counters_of(flat)) for flat in flats]
+
+
+class _Estimated(NamedTuple):
+    """What the algorithm gives for one task, or with a leading task axis for many.
+
+    Every field holds tensors only, as vmap demands: `state` is empty where no state is kept.
+    """
+
+    context_gradient: Params
+    start_gradient: Params
+    own_gradient: Params
+    metrics: dict[str, Tensor]
+    state: Tensor
 
 
 class _Run(NamedTuple):
@@ -175,43 +198,56 @@ class _Run(NamedTuple):
 
     def hypergradients(self, outer: Params, tasks: list[Task], report: bool) -> _Found:
         """Encode, run the algorithm, pull back."""
+        # x enters f(x, y(x)) in two places only: the context c = encode(x), which the losses see,
+        # and the start y_0 = init_inner(x) of adaptation. The algorithm gets both cut from the
+        # graph, as if they were variables of their own, and returns (an estimate of) the total
+        # derivatives h_c and h_0 in them. By the chain rule the hypergradient is then
+        #
+        #     (dc/dx)' h_c + (dy_0/dx)' h_0,
+        #
+        # one vector-Jacobian product. So whatever encode does (ANIL's backbone) runs once forward
+        # and once backward per outer step, however many inner steps and second-order products the
+        # algorithm takes on the small part behind it; its graph alone is kept meanwhile; and since
+        # the product is linear, it adds no bias to a stochastic estimate. MAML is the case of an
+        # empty context, hyper-cleaning that of a constant start.
         problem_outer, own = split_own(outer)
         together = len(tasks) > 1
-
-        def one(context: Params, start: Params, task: Task, flat: Tensor | None) -> Any:
-            return self._one({**context, **own}, context, start, task, flat, together, report)
-
+        task = stack_tasks(tasks) if together else tasks[0]
         x = leaves(problem_outer)
         with torch.enable_grad():
-            if together:
-                stacked = stack_tasks(tasks)
-                starts = vmap(self.problem.init_inner, in_dims=(None, 0))(x, stacked)
-                # vmap expands what does not depend on the task; others need memory of their own.
-                starts = tree_map(Tensor.contiguous, starts)
-                graph = self.problem.encode_tasks(x, stacked), starts
-            else:
-                graph = self.problem.encode(x, tasks[0]), self.problem.init_inner(x, tasks[0])
-        context, start = detach(graph[0]), detach(graph[1])
+            contexts, starts = self._encode(x, task, together)
+
+        def one(context: Params, start: Params, task: Task, flat: Tensor | None) -> _Estimated:
+            return self._one({**context, **own}, context, start, task, flat, together, report)
+
         flats = [flat for flat, _ in self.kept or () if flat is not None]
         if together:
             flat = torch.stack(flats) if flats else None
             in_dims = (0, 0, 0, None if flat is None else 0)
-            results = vmap(one, in_dims, randomness="error")(context, start, stacked, flat)
-            context_gradient, start_gradient, *rest, states = results
-            own_gradient, metrics = (
-                {name: leaf.sum(0) for name, leaf in tree.items()} for tree in rest
+            found = vmap(one, in_dims, randomness="error")(
+                detach(contexts), detach(starts), task, flat
             )
+            own_gradient, metrics = _summed(found.own_gradient), _summed(found.metrics)
+            states = found.state
         else:
-            context_gradient, start_gradient, own_gradient, metrics, states = one(
-                context, start, tasks[0], flats[0] if flats else None
-            )
-            states = states[None]
+            flat = flats[0] if flats else None
+            found = one(detach(contexts), detach(starts), task, flat)
+            own_gradient, metrics, states = found.own_gradient, found.metrics, found.state[None]
         (gradient,) = gradients(
-            [*graph[0].values(), *graph[1].values()],
-            [*context_gradient.values(), *start_gradient.values()],
+            [*contexts.values(), *starts.values()],
+            [*found.context_gradient.values(), *found.start_gradient.values()],
             x,
         )
         return _Found({**gradient, **own_gradient}, metrics, None if self.kept is None else states)
+
+    def _encode(self, x: Params, task: Task, together: bool) -> tuple[Params, Params]:
+        """The context and the start of a task, or of each of a stack of tasks."""
+        if not together:
+            return self.problem.encode(x, task), self.problem.init_inner(x, task)
+        starts = vmap(self.problem.init_inner, in_dims=(None, 0))(x, task)
+        # vmap expands what does not depend on the task; others need memory of their own.
+        starts = tree_map(Tensor.contiguous, starts)
+        return self.problem.encode_tasks(x, task), starts
 
     def _one(
         self,
@@ -222,8 +258,8 @@ class _Run(NamedTuple):
         flat: Tensor | None,
         together: bool,
         report: bool,
-    ) -> tuple[Params, Params, Params, dict[str, Tensor], Tensor]:
-        """(context, start and own gradient, metrics, flat state) of one task, or under vmap."""
+    ) -> _Estimated:
+        """The estimate for one task; `x` is the context with the algorithm's own variables."""
         oracle = CountingOracle(
             AutogradOracle(
                 self.problem,
@@ -247,9 +283,17 @@ class _Run(NamedTuple):
         metrics = dict(estimate.metrics)
         if report:
             metrics |= adaptation_metrics(self.problem, context, start, estimate.state.inner, task)
-        # Under vmap every result must be a tensor, also where no state is kept.
-        kept = torch.zeros(0) if self.kept is None else flatten_state(estimate.state)
-        return context_gradient, start_gradient, own_gradient, metrics, kept
+        return _Estimated(
+            context_gradient=context_gradient,
+            start_gradient=start_gradient,
+            own_gradient=own_gradient,
+            metrics=metrics,
+            state=torch.zeros(0) if self.kept is None else flatten_state(estimate.state),
+        )
+
+
+def _summed(tree: Params) -> Params:
+    return {name: leaf.sum(0) for name, leaf in tree.items()}
 
 
 def adaptation_metrics(

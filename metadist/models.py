@@ -1,10 +1,14 @@
 """The backbones of the few-shot literature, with batch norm as an explicit policy.
 
+Plain torch modules: nothing here knows of problems or tasks. `FewShotProblem` calls them
+functionally and says by `rows` which rows of a batch belong to which set and task.
+
 Shape letters: R rows (examples), B tasks, C channels, H height, W width, N ways.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -22,9 +26,9 @@ class Rows(NamedTuple):
     """What the rows of the tensors that pass through a model are.
 
     Args:
-        num_tasks: B; the rows are example-major and task-minor, (R*B, C, H, W), so that viewed
+        num_tasks: B. The rows are example-major and task-minor, (R*B, C, H, W), so that viewed
             as (R, B*C, H, W) each channel of each task is a channel of its own.
-        sets: sizes of the sets that follow one another along R, the support set first;
+        sets: The sizes of the sets that follow one another along R, the support set first;
             empty: one set.
     """
 
@@ -32,18 +36,24 @@ class Rows(NamedTuple):
     sets: tuple[int, ...] = ()
 
 
-_rows = Rows()
+class _Current(threading.local):
+    rows = Rows()
+
+
+# A batch norm deep in a model cannot be passed an argument: the modules around it are the user's.
+# A context variable would be usual here, but torch.compile cannot trace one.
+_current = _Current()
 
 
 @contextmanager
 def rows(num_tasks: int = 1, sets: tuple[int, ...] = ()) -> Iterator[None]:
-    """Within the block every `TaskBatchNorm` of this process reads its rows as `Rows(...)`."""
-    global _rows
-    before, _rows = _rows, Rows(num_tasks, sets)
+    """Within the block every `TaskBatchNorm` of this thread reads its rows as `Rows(...)`."""
+    before = _current.rows
+    _current.rows = Rows(num_tasks, sets)
     try:
         yield
     finally:
-        _rows = before
+        _current.rows = before
 
 
 class TaskBatchNorm(nn.Module):
@@ -54,7 +64,7 @@ class TaskBatchNorm(nn.Module):
         policy: "transductive": each set by its own statistics, so a query example sees the
             other query examples (the convention of MAML). "inductive": every set by the
             statistics of the support set.
-        eps: added to the variance.
+        eps: The constant added to the variance.
 
     Tasks that pass together (see `rows`) are kept apart exactly.
     """
@@ -75,10 +85,12 @@ class TaskBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        num_tasks, sets = _rows
+        num_tasks, sets = _current.rows
         weight: Tensor = self.weight
         bias: Tensor = self.bias
         shape = x.shape
+        # With rows example-major and task-minor this view costs no copy, and each channel of each
+        # task is a channel of its own to the native batch norm.
         if num_tasks > 1:
             x = x.view(-1, num_tasks * shape[1], *shape[2:])
             weight, bias = weight.repeat(num_tasks), bias.repeat(num_tasks)
@@ -135,11 +147,11 @@ class Conv4(nn.Module):
     """Four blocks of conv 3x3, batch norm, ReLU, max-pool 2, and a linear head.
 
     Args:
-        n_way: N, outputs.
-        in_channels: C of the images.
-        width: channels of every block; 64 (Omniglot) and 32 (mini-ImageNet) are usual.
-        image_size: H = W of the images, >= 16.
-        batch_norm: "transductive", "inductive" or "none".
+        n_way: N, the number of outputs.
+        in_channels: C, the channels of the images.
+        width: Channels of every block; 64 (Omniglot) and 32 (mini-ImageNet) are usual.
+        image_size: H = W, the side of the images, >= 16.
+        batch_norm: A policy: "transductive", "inductive" or "none".
 
     Source: Vinyals et al., NeurIPS 2016; Finn, Abbeel, Levine, ICML 2017.
     """
@@ -157,18 +169,12 @@ class Conv4(nn.Module):
         if image_size < 16:
             raise ValueError(f"image_size must be >= 16 for four poolings, got {image_size}")
         channels = [in_channels, width, width, width, width]
-        self.features = nn.Sequential(
-            *(
-                nn.Sequential(
-                    nn.Conv2d(channels[i], channels[i + 1], 3, padding=1),
-                    norm_layer(channels[i + 1], batch_norm),
-                    nn.ReLU(),
-                    nn.MaxPool2d(2),
-                )
-                for i in range(4)
-            ),
-            nn.Flatten(),
-        )
+        blocks: list[nn.Module] = []
+        for i in range(4):
+            conv = nn.Conv2d(channels[i], channels[i + 1], 3, padding=1)
+            norm = norm_layer(channels[i + 1], batch_norm)
+            blocks.append(nn.Sequential(conv, norm, nn.ReLU(), nn.MaxPool2d(2)))
+        self.features = nn.Sequential(*blocks, nn.Flatten())
         self.head = nn.Linear(width * (image_size // 16) ** 2, n_way)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -203,11 +209,11 @@ class ResNet12(nn.Module):
     """Four residual blocks of three convolutions, global average pooling, a linear head.
 
     Args:
-        n_way: N, outputs.
-        in_channels: C of the images.
-        widths: channels of the blocks; (64, 160, 320, 640) as in MetaOptNet.
-        image_size: H = W of the images, >= 16.
-        batch_norm: "transductive", "inductive" or "none".
+        n_way: N, the number of outputs.
+        in_channels: C, the channels of the images.
+        widths: Channels of the blocks; (64, 160, 320, 640) as in MetaOptNet.
+        image_size: H = W, the side of the images, >= 16.
+        batch_norm: A policy: "transductive", "inductive" or "none".
 
     Source: Lee et al., "Meta-Learning with Differentiable Convex Optimization", CVPR 2019.
     Differs from it in: no DropBlock, whose masks no inner loop could replay.
@@ -242,8 +248,8 @@ class MLP(nn.Module):
     """Linear layers with ReLU between them; (40, 40) for sinusoid regression as in MAML.
 
     Args:
-        in_features, out_features: sizes of input and output.
-        hidden: widths of the layers between.
+        in_features, out_features: The sizes of input and output.
+        hidden: The widths of the layers between.
     """
 
     def __init__(

@@ -1,6 +1,8 @@
 """Arithmetic and gradients on `Params`: dictionaries of tensors, the form of every variable.
 
-All functions are pure and act name by name; two trees in one call must have the same names.
+All functions are pure and act name by name; two trees in one call must have the same names. Every
+other module stands on this one: x, y, directions and gradients are such trees everywhere, and only
+what is sent or stored is flattened.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ def select(tree: Params, index: int) -> Params:
 
 
 def num_elements(tree: Mapping[str, Tensor]) -> int:
-    """How many numbers the tree holds."""
+    """The number of elements of all leaves."""
     return sum(leaf.numel() for leaf in tree.values())
 
 
@@ -107,13 +109,14 @@ def unflatten(flat: Tensor, like: Params) -> Params:
             f"got {tuple(flat.shape)}"
         )
     pieces = flat.split([leaf.numel() for leaf in like.values()])
-    return {
-        name: piece.view(leaf.shape)
-        for (name, leaf), piece in zip(like.items(), pieces, strict=True)
-    }
+    tree = {}
+    for (name, leaf), piece in zip(like.items(), pieces, strict=True):
+        tree[name] = piece.view(leaf.shape)
+    return tree
 
 
-# Reverse mode by torch.autograd, which has less overhead per call than torch.func.
+# Reverse mode by torch.autograd, which has less overhead per call than torch.func but does not run
+# under its transforms: see metadist/autograd.py for where each is used.
 
 
 def leaves(tree: Params) -> Params:
@@ -130,19 +133,22 @@ def gradients(
     """The vector-Jacobian product of `outputs` in each of `trees`.
 
     Args:
-        outputs: tensors computed from the leaves of `trees`; those without a graph count as
+        outputs: Tensors computed from the leaves of `trees`; those without a graph count as
             constants.
-        cotangents: shaped like the outputs; None for a scalar stands for 1.
-        trees: trees of `leaves`; where nothing depends on a leaf its gradient is zero.
-        create_graph: make the result differentiable.
+        cotangents: Tensors shaped like the outputs; None for a scalar stands for 1.
+        trees: Trees of `leaves`; the gradient in a leaf that no output depends on is zero.
+        create_graph: Make the result differentiable.
     """
     pairs = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
     if not pairs:
         return tuple(zeros_like(tree) for tree in trees)
+    variables: list[Tensor] = []
+    for tree in trees:
+        variables += tree.values()
     found = iter(
         torch.autograd.grad(
             [output for output, _ in pairs],
-            [leaf for tree in trees for leaf in tree.values()],
+            variables,
             [cotangent for _, cotangent in pairs],
             create_graph=create_graph,
             allow_unused=True,

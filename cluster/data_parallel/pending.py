@@ -3,10 +3,26 @@
 An answer takes a round trip to all shards, and most of what an algorithm asks for next does not
 depend on it. So an answer is at first a `Pending` tensor, and arithmetic on it gives further ones.
 All have a level: a question is one level above what it is made of, arithmetic on the highest level
-it needs. Where a number is read at last (`float`, `bool`, ...), all questions of a level go out in
+it needs. Where a value is read at last (`float`, `bool`, ...), all questions of a level go out in
 one round. So the number of rounds is the length of the longest chain of questions, in whatever
 order the algorithm asks them. The values are the same: the same operations, later.
+
+`ClusterOracle` (oracle.py) asks the questions; `Exchange` (exchange.py), the `exchange` of
+`Rounds`, gets the answers.
 """
+
+# Why a Tensor subclass. An algorithm is written once, for a local oracle, as plain code: it asks
+# for grad f, then for H v, adds and scales. Batching its questions would otherwise need algorithms
+# written as coroutines or graphs, a second version of each. Deferring values needs only that an
+# answer can be computed with before it is there, and torch lets a subclass catch every operation
+# (`__torch_function__`): the operation is recorded with its arguments, and its result is pending
+# too. Recording needs shapes and dtypes, which torch itself works out on meta tensors, without
+# values. Whatever has no result of that kind, `float(loss)` or a Python branch, needs the values
+# and makes the rounds: no operation can see a wrong value, it can only cost a round more.
+#
+# Why levels. Questions of one level depend on answers of lower levels only, so they can share a
+# round trip. Level by level is also the order in which recorded operations can be replayed, each
+# level in the order of recording, so no graph is walked and nothing recurses.
 
 from __future__ import annotations
 
@@ -22,7 +38,7 @@ from metadist.trees import Params
 
 
 class Question(NamedTuple):
-    """One call of an oracle: a derivative at `trees` (x, y, ...); `draw`: on which examples."""
+    """The derivative `method` at `trees` (x, y, directions) on the examples of `draw`."""
 
     method: str
     draw: Any
@@ -33,11 +49,11 @@ Answer = tuple[Params, ...]
 
 
 class Rounds:
-    """Questions and what is to be computed from their answers, by level.
+    """Questions, and the operations on their answers, by level.
 
     Args:
-        exchange: the answers to questions whose trees are known; called once per round, with the
-            number of rounds before it.
+        exchange: Gets the answers to questions whose trees are known; called once per round, with
+            the number of rounds before it.
     """
 
     def __init__(self, exchange: Callable[[int, list[Question]], list[Answer]]) -> None:
@@ -45,10 +61,10 @@ class Rounds:
         self._questions: dict[int, list[tuple[Question, Answer]]] = defaultdict(list)
         self._steps: dict[int, list[tuple[Callable[[], Any], Any]]] = defaultdict(list)
         self.num_rounds = 0
-        """Rounds made so far; what is of this level or below is known."""
+        """Rounds made so far; everything of this level or below is known."""
 
     def ask(self, question: Question, like: tuple[Params, ...]) -> Answer:
-        """The answer, pending; `like`: trees of its shapes."""
+        """The answer, pending, of the shapes of the trees `like`."""
         level = self._level(question.trees) + 1
         answer: Answer = self._pending(like, level)
         self._questions[level].append((question, answer))
@@ -60,6 +76,7 @@ class Rounds:
         if level <= self.num_rounds:
             return function(*known(arguments))
         result = self._pending(like, level)
+        # `known` finds values when the step runs: by then, those of its level have been settled.
         self._steps[level].append((lambda: function(*known(arguments)), result))
         return result
 
@@ -76,6 +93,7 @@ class Rounds:
                 _settle(pending, function())
 
     def _level(self, node: Any) -> int:
+        """The round after which everything in `node` is known."""
         levels = (leaf.level for leaf in _leaves(node) if isinstance(leaf, Pending))
         return max([self.num_rounds, *levels])
 
@@ -86,7 +104,8 @@ class Rounds:
 class Pending(Tensor):
     """A tensor of known shape and dtype, on the CPU, whose values come with a round.
 
-    Its own memory is a meta tensor: what by-passes `__torch_function__` fails, and gives no number.
+    Its own memory is a meta tensor: what bypasses `__torch_function__` raises an error instead of
+    reading values that are not there.
     """
 
     rounds: Rounds
@@ -112,6 +131,7 @@ class Pending(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # Shape and dtype are those of the meta tensor; its device is not.
         if func in _DESCRIPTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -123,7 +143,7 @@ class Pending(Tensor):
             if isinstance(leaf, Pending) and leaf.result is None
         ]
         like = _form(func, args, kwargs) if open_leaves else None
-        if like is None:
+        if like is None:  # all values are there, or `func` needs them now
             return func(*known(args), **known(kwargs))
         return open_leaves[0].rounds.later(
             lambda args, kwargs: func(*args, **kwargs), (args, kwargs), like
@@ -169,13 +189,13 @@ def _form(func: Any, args: Any, kwargs: Any) -> Tensor | None:
 
 
 _forms: dict[Any, Tensor | None] = {}
-"""Found before: on meta tensors, many operators run in Python and take 0.2 ms."""
+"""A cache for the process: on meta tensors, many operators run in Python and take 0.2 ms."""
 
 _MAX_FORMS = 10_000
 
 
 def _signature(node: Any) -> Any:
-    """What the form of a result depends on, to be hashed; of a float only that it is one."""
+    """A hashable key of what the form of a result depends on; any float stands for all floats."""
     if isinstance(node, Pending):
         return node.form
     if isinstance(node, Tensor):
