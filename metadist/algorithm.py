@@ -1,4 +1,9 @@
-"""`Algorithm`: how an inner variable is found and a hypergradient estimated."""
+"""`Algorithm`: how an inner variable is found and a hypergradient estimated.
+
+The methods are in metadist/algorithms, one file each. An algorithm sees a context, a start and an
+`Oracle` (oracle.py), never the problem or its data, so it runs unchanged under vmap, in a worker
+and where the data is on many machines; `task_hypergradients` (hypergradient.py) runs it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,8 @@ State = Any
 """What persists between estimates: a NamedTuple with a field `inner`.
 
 Its fields are Params, tensors, plain ints that depend on no data (counters), or NamedTuples of
-these, the same in number, shape and order from `init` on: so it can be sent and saved.
+these, the same in number, shape and order from `init` on, so that it can be sent and saved as one
+vector.
 """
 
 
@@ -31,11 +37,11 @@ class Estimate(NamedTuple):
     """What one outer step of an algorithm gives for one task.
 
     Args:
-        hypergradient: d f / d outer, shaped like the `context` the algorithm was given.
+        hypergradient: d f / d context, shaped like the `context` the algorithm was given.
         start_gradient: d f / d inner at the start of adaptation, shaped like the inner variable;
             None if the algorithm treats the start as a constant.
-        state: what persists; `state.inner` is the adapted inner variable.
-        metrics: tensors of shape ().
+        state: What persists; `state.inner` is the adapted inner variable.
+        metrics: Tensors of shape ().
     """
 
     hypergradient: Params
@@ -48,13 +54,13 @@ class Card(NamedTuple):
     """An algorithm at a glance, for `metadist list algorithms` and docs/algorithms.md.
 
     Args:
-        title: its full name.
-        source: authors, venue, year.
-        problems: the lower problems it is for.
-        cost: per outer step and task. G = grad_y g, Gx = grad_x g, F = both gradients of f,
-            H = H v, J = J v; T inner steps, Q adjoint steps.
-        state: what persists beside x.
-        use: when to pick it.
+        title: Its full name.
+        source: Authors, venue, year.
+        problems: The lower problems it is for.
+        cost: The cost per outer step and task. G = grad_y g, Gx = grad_x g, F = both gradients
+            of f, H = H v, J = J v; T inner steps, Q adjoint steps.
+        state: What persists beside x.
+        use: When to pick it.
     """
 
     title: str
@@ -100,11 +106,11 @@ class Algorithm(ABC):
         """The adapted inner variable alone: what evaluation needs, no hypergradient."""
 
     def recursive_weight(self, step: int) -> float | None:
-        """Of a two-point method: the weight a_k of the new hypergradient; None: not one.
+        """For a two-point method, the weight a_k of the new hypergradient; None for all others.
 
         The method steps x along  w_k = h_k(x_k) + (1 - a_k) (w_{k-1} - h_k(x_{k-1})), where h_k
         is the estimate on the tasks and draws of step k. Where each step has new tasks, workers
-        are sent x_{k-1} too and call `estimate` on a new state at both points, and the server
+        also receive x_{k-1} and call `estimate` on a new state at both points, and the server
         keeps w and x_{k-1}. Where the tasks and their states are kept, `estimate` does the
         recursion in the state instead. a_k = 1 asks for one point only.
         """
@@ -125,21 +131,21 @@ class Algorithm(ABC):
 
     @property
     def compiles(self) -> bool:
-        """Whether the oracle shall compile its derivatives (`torch.compile`)."""
+        """Whether the oracle should compile its derivatives (`torch.compile`)."""
         return False
 
     @property
     def tolerates_staleness(self) -> bool:
         """Whether the steps of this method may mix derivatives at points a few steps apart.
 
-        True for single loops of gradient steps, whose error that only adds to. A solver that
-        takes all products for those of one matrix, and a recursion on differences, break.
+        True for single loops of gradient steps: stale points add to their error and no more. A
+        solver that assumes one matrix for all its products, and a recursion on differences, break.
         """
         return False
 
     @property
     def differentiates_values(self) -> bool:
-        """Whether it differentiates `Oracle.inner_value` or `outer_value` itself."""
+        """Whether the algorithm differentiates `Oracle.inner_value` or `outer_value` itself."""
         return False
 
     def check(self, problem: Problem, outer: Params, task: Task) -> None:
@@ -156,12 +162,14 @@ def split_own(outer: Params) -> tuple[Params, Params]:
     return {name: leaf for name, leaf in outer.items() if name not in own}, own
 
 
-# A state as one vector is what is sent to a worker, kept by a server and saved:
-# [how many counters, the counters, all tensors in order].
+# Workers receive a state, and servers keep and save it, as one vector:
+# [number of counters, the counters, all tensors in order].
+# No structure is stored beside it: `init` gives a state of the same structure. The counters are in
+# front, readable without it, since vmap needs them as Python ints before any task is computed.
 
 
 def flatten_state(state: Any) -> Tensor:
-    """The numbers of a state, shape (S,), in the dtype of its tensors."""
+    """A state as one vector, shape (S,), in the dtype of its tensors."""
     counters: list[int] = []
     tensors: list[Tensor] = []
     _collect(state, counters, tensors)

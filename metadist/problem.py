@@ -5,7 +5,10 @@
 Every method is pure: no in-place change of an argument, no state, no randomness that is not
 given. The split of the outer variable into a *context* (from `encode`) and a *start* (from
 `init_inner`) carries both speed and generality: an algorithm sees only context and start, and
-one vector-Jacobian product through the two methods gives the hypergradient.
+one vector-Jacobian product through the two methods gives the hypergradient (hypergradient.py).
+
+Problems are in metadist/tasks, beside the samplers of their data. Nothing here depends on how a
+problem is solved.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ class Problem(Protocol):
 
     @abstractmethod
     def init_outer(self, generator: torch.Generator) -> Params:
-        """The outer variable to start from; all randomness from `generator` (a CPU one)."""
+        """The outer variable to start from; all randomness comes from `generator`, on the CPU."""
 
     def encode(self, outer: Params, task: Task) -> Params:
         """The context of `task`: differentiable in `outer`, computed once per outer step."""
@@ -71,15 +74,15 @@ class Problem(Protocol):
         return outer
 
     def per_example(self, outer: Params) -> set[str]:
-        """Names of outer variables whose row i is support example i's own: weights of the data.
+        """Names of outer variables whose row i belongs to support example i: weights of the data.
 
         Row i may enter the inner loss of example i only, as `context[name][batch.index]`. Where the
-        data is on many workers, each is sent the rows of its own examples.
+        data is on many workers, each worker receives the rows of its own examples.
         """
         return set()
 
     def metrics(self, context: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
-        """Further metrics on the query set, each of shape (), for example `accuracy`."""
+        """Metrics on the query set beside f, each of shape (), for example `accuracy`."""
         return {}
 
     def solution_metrics(self, outer: Params, inner: Params) -> dict[str, float]:
@@ -87,7 +90,7 @@ class Problem(Protocol):
         return {}
 
     def describe(self) -> dict[str, str]:
-        """What a reader of a result must know to repeat it, for example the batch-norm policy."""
+        """What one must know to reproduce a result, for example the batch-norm policy."""
         return {}
 
 
@@ -105,7 +108,7 @@ def per_example_names(problem: Problem, outer: Params) -> set[str]:
     """Names of the outer variables with a row for each support example.
 
     Raises:
-        ValueError: `per_example` names what is no outer variable.
+        ValueError: `per_example` returns a name that no outer variable has.
     """
     names = set(problem.per_example(outer)) if _overrides(problem, "per_example") else set()
     if not names <= outer.keys():
@@ -135,14 +138,13 @@ def context_depends_on(problem: Problem, outer: Params, task: Task) -> set[str]:
     x = leaves(outer)
     with torch.enable_grad():
         context = problem.encode(x, task)
+    # Random cotangents: along all ones, for example, a normalised context does not change.
     random = torch.Generator().manual_seed(0)
-    cotangents = [
-        torch.rand(leaf.shape, generator=random).to(leaf) for leaf in context.values()
-    ]  # not all ones, along which a normalised context does not change
+    cotangents = [torch.rand(leaf.shape, generator=random).to(leaf) for leaf in context.values()]
     (gradient,) = gradients(list(context.values()), cotangents, x)
     return {name for name, leaf in gradient.items() if bool(leaf.any())}
 
 
 def _overrides(problem: Problem, method: str) -> bool:
-    # Not every problem derives from Problem.
+    # Problem is a protocol: a problem need not derive from it, and then has no default to compare.
     return getattr(type(problem), method, getattr(Problem, method)) is not getattr(Problem, method)

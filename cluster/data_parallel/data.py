@@ -6,6 +6,9 @@ examples, so with share = (examples of a draw on the shard) / (examples of the d
     derivative on the draw = sum over shards of share * derivative on the shard's part of the draw
 
 exactly, for every derivative of an `Oracle`, since all are linear in the losses.
+
+A `ShardWorker` (worker.py) holds a shard and asks its `ShardOracle`; the sum is done by `Exchange`
+(exchange.py). The checks here refuse data and problems for which the sum would not be exact.
 """
 
 from __future__ import annotations
@@ -39,8 +42,8 @@ def cut(task: Task, part: int, num_parts: int) -> Task:
 def sample_shard(sampler: TaskSampler, part: int, num_parts: int) -> Task:
     """Shard `part` of task 0.
 
-    By `sampler.shard(index, part, num_parts)` where the sampler has such a method, which need not
-    read all data; else the whole task is sampled and cut.
+    A sampler with a method `shard(index, part, num_parts)` need not read all data; for any other
+    the whole task is sampled and cut.
     """
     if isinstance(sampler, Shardable):
         return sampler.shard(0, part, num_parts)
@@ -109,10 +112,10 @@ class ShardOracle(AutogradOracle):
     """Derivatives on those examples of a draw that a shard holds, `share` of them.
 
     Args:
-        problem: the problem.
-        shard: with positions in the full sets.
-        num_examples: in the full support and query set.
-        batch_size, seed, compile, step: as of `AutogradOracle` on the full task.
+        problem: The problem.
+        shard: The shard, with positions in the full sets.
+        num_examples: The sizes of the full support and query set.
+        batch_size, seed, compile, step: Those of an `AutogradOracle` on the full task.
     """
 
     def __init__(
@@ -127,20 +130,23 @@ class ShardOracle(AutogradOracle):
     ) -> None:
         super().__init__(problem, shard, batch_size, seed, compile, eager=True, step=step)
         self._num_examples = dict(zip(SOURCES, num_examples, strict=True))
-        self._batches: dict[Draw, Batch] = {}
-        self._shares: dict[Draw, float] = {}
+        self._parts: dict[Draw, tuple[Batch, float]] = {}  # several questions have one draw
 
     def batch(self, draw: Draw) -> Batch:
-        if draw not in self._batches:
-            self._batches[draw], self._shares[draw] = self._part(draw)
-        return self._batches[draw]
+        return self._part(draw)[0]
 
     def share(self, draw: Draw) -> float:
         """Examples of `draw` on the shard over examples of `draw`."""
-        self.batch(draw)
-        return self._shares[draw]
+        return self._part(draw)[1]
 
     def _part(self, draw: Draw) -> tuple[Batch, float]:
+        if draw not in self._parts:
+            self._parts[draw] = self._held(draw)
+        return self._parts[draw]
+
+    def _held(self, draw: Draw) -> tuple[Batch, float]:
+        # A draw is a choice of positions in the full set, by a hash that every machine computes
+        # alike: all shards agree on it without a message, and each takes what it holds.
         shard, num_examples = self._set(draw.source), self._num_examples[draw.source]
         chosen = self._mini_batches.chosen(
             draw, torch.arange(num_examples, device=shard.index.device)
@@ -167,11 +173,11 @@ def shard_fault(
     """Why derivatives on the full sets are no mean of those on shards; None: they are.
 
     Args:
-        problem: the problem.
-        shard: with positions in the full sets.
+        problem: The problem.
+        shard: The shard, with positions in the full sets.
         outer: x.
         start: y.
-        num_support: examples in the full support set.
+        num_support: The size of the full support set.
 
     Cost: gradients of both losses, three times, on 64 examples at the most.
     """
@@ -216,7 +222,7 @@ def _mean_fault(name: str, loss: Loss, x: Params, y: Params, batch: Batch) -> st
     """What is wrong if the loss is no mean over examples: halves against the whole of them."""
     size = min(len(batch.index), 64)
     places = torch.arange(size, device=batch.index.device)
-    # Of a single example, twice the same is the whole.
+    # A single example has no halves: twice the same one stands for the whole.
     halves = places.tensor_split(2) if size > 1 else (places, places)
     whole = torch.cat(halves)
     expected = _derivatives(loss, x, y, batch.take(whole))
@@ -244,8 +250,11 @@ def _row_fault(
 ) -> str | None:
     """What is wrong if the rows of other examples matter."""
     own = shard.support.index
-    zeroed = {n: spread(v[own], own, num_support) if n in rows else v for n, v in x.items()}
-    noisy = {n: beside(v).index_copy(0, own, v[own]) if n in rows else v for n, v in x.items()}
+    zeroed, noisy = dict(x), dict(x)
+    for name, leaf in x.items():
+        if name in rows:
+            zeroed[name] = spread(leaf[own], own, num_support)
+            noisy[name] = beside(leaf).index_copy(0, own, leaf[own])
     for name, loss, batch in (
         ("inner_loss", problem.inner_loss, shard.support),
         ("outer_loss", problem.outer_loss, shard.query),
@@ -275,5 +284,5 @@ def _equal(first: Tensor, second: Tensor | float, *others: Tensor) -> bool:
     largest = max(float(leaf.abs().max()) for leaf in (first, *others) if leaf.numel())
     tolerance = torch.finfo(first.dtype).eps ** 0.5 * largest if first.numel() else 0.0
     difference = (first - second).abs()
-    # NaN on both sides is not this check's business.
+    # NaN on both sides counts as equal: other checks look for it.
     return not bool((difference > tolerance).any())

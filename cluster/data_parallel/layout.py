@@ -1,8 +1,9 @@
 """What travels between the driver and the shards, and how trees become buffers.
 
-Flat numpy buffers travel. A tree like the outer variable ("outer") or the context ("x") goes in
-two: what all shards need, and of per-example variables the rows of the shard's own examples. A
-tree like the inner variable ("y") goes in one.
+Flat numpy buffers travel. A tree like the outer variable ("outer") or the context ("x") becomes
+two: one for all shards, and one for each shard with the rows of per-example variables that belong
+to its examples. A tree like the inner variable ("y") becomes one. `Exchange` (exchange.py) writes
+messages and reads replies, `ShardWorker` (worker.py) the other way round.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from metadist.trees import Params
 Role = Literal["outer", "x", "y", "value"]
 
 METRICS = "metrics"
-"""Asks for losses and metrics at (outer, y)."""
+"""The request for losses and metrics at (outer, y)."""
 
 Key = tuple[Role, int]
 """A tree that was sent: its role and a number."""
@@ -31,11 +32,11 @@ class Layout(NamedTuple):
     """How trees become buffers.
 
     Args:
-        outer: names and shapes of the outer variable.
-        x: of the context.
-        y: of the inner variable.
-        rows: names of the per-example variables, whose leading axis is the support example.
-        num_examples: in the full support and query set.
+        outer: Names and shapes of the outer variable.
+        x: Names and shapes of the context.
+        y: Names and shapes of the inner variable.
+        rows: Names of the per-example variables, whose leading axis is the support example.
+        num_examples: The sizes of the full support and query set.
     """
 
     outer: OuterSpec
@@ -49,13 +50,13 @@ class Layout(NamedTuple):
         return {"outer": self.outer, "x": self.x, "y": self.y}[role]
 
     def shared(self, role: Role) -> OuterSpec:
-        """Of the part of a tree that all shards are sent."""
+        """Names and shapes of the part of a tree that all shards receive."""
         spec = self.spec(role)
         rows = self.rows if role != "y" else ()
         return spec._replace(shapes={n: s for n, s in spec.shapes.items() if n not in rows})
 
     def own(self, role: Role, num_rows: int) -> OuterSpec:
-        """Of the part of a tree that a shard with `num_rows` support examples has for itself."""
+        """Names and shapes of the part that a shard with `num_rows` support examples has alone."""
         spec = self.spec(role)
         rows = self.rows if role != "y" else ()
         shapes = {n: (num_rows, *s[1:]) for n, s in spec.shapes.items() if n in rows}
@@ -96,10 +97,10 @@ class Message(NamedTuple):
     """All questions of a round to one shard, to be answered from this alone and what it holds.
 
     Args:
-        layout: how trees become buffers.
-        step: the outer step.
-        requests: the questions.
-        forget: trees that are not needed any more.
+        layout: How trees become buffers.
+        step: The outer step.
+        requests: The questions.
+        forget: Trees that no further question refers to.
     """
 
     layout: Layout
@@ -112,10 +113,10 @@ class Reply(NamedTuple):
     """A shard's part of all answers of a round, to be added up.
 
     Args:
-        answered: which requests; the shard holds no example of the draws of the others.
-        flat: for each of these what `DERIVATIVES` says, times the shard's share of the draw.
-        metrics: losses and metrics, times the shard's share of the set.
-        seconds: of computing.
+        answered: Whether each request is answered; the shard holds no example of the others.
+        flat: For each of these the trees that `DERIVATIVES` says, times the share of the draw.
+        metrics: Losses and metrics, times the shard's share of the set.
+        seconds: How long computing took.
     """
 
     answered: tuple[bool, ...]

@@ -2,7 +2,7 @@
 
 An answer takes a round trip to all shards, and most of what an algorithm asks for next does not
 depend on it. So an answer is at first a `Pending` tensor, and arithmetic on it gives further ones.
-All have a level: a question is one level above what it is made of, arithmetic on the highest level
+Each has a level: a question is one level above what it is made of, arithmetic on the highest level
 it needs. Where a value is read at last (`float`, `bool`, ...), all questions of a level go out in
 one round. So the number of rounds is the length of the longest chain of questions, in whatever
 order the algorithm asks them. The values are the same: the same operations, later.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 KEPT = 4
-"""Of how many matrices the compressed form is kept: full batches come again at every step."""
+"""Compressed matrices that are kept: full batches come again at every step."""
 
 
 def sparse_matmul(columns: Tensor, values: Tensor, dense: Tensor) -> Tensor:
@@ -86,6 +86,7 @@ class _Product(Function):
 
 
 _kept: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor, _Matrix]] = OrderedDict()
+"""A cache for the process, of the last `KEPT` matrices; results do not depend on it."""
 
 
 def _compressed(columns: Tensor, values: Tensor, num_columns: int) -> _Matrix:
