@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     """Examples of one set of one task.
 
     Args:
-        tensors: inputs, targets, ...; the leading axis of each is the example.
+        tensors: Inputs, targets, ...; the leading axis of each is the example.
         index: int64, shape (examples,): positions in the full support or query set, so that
             per-example outer variables (sample weights) and per-example context (features)
             can be sliced.

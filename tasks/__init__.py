@@ -1,4 +1,18 @@
-"""Task samplers, and the problems posed on them."""
+"""Task samplers, and the problems posed on them: a folder for each family.
+
+    few_shot/     N-way K-shot tasks of images, sinusoids; any nn.Module, adapted to each task
+    reweighting/  weights for training examples or classes: data cleaning, long-tailed classes
+    text/         a regularisation strength for each feature of texts
+    synthetic/    problems of the papers, with a known solution or a dense Hessian
+    data/         what the families share: downloads, images, random numbers
+    fixed.py      a single task, or a fixed set of tasks, as a sampler
+
+To add a sampler, write a class with `sample(index)` in a new file of its family (the protocols of
+`metadist.task` say what else it may offer), and add its line below; `check_sampler` tests it. To
+add a problem, derive from `metadist.Problem` in a new file and add its line below; test its
+hypergradients with `check_hypergradient`. Short names for the command line are in
+`metadist.cli.names`. No family imports another.
+"""
 
 if __name__ != "metadist.tasks":
     raise ImportError("import metadist.tasks, not tasks: a bare name may be any module")

@@ -12,14 +12,14 @@ from metadist.trees import Params
 
 
 class FixedTasks:
-    """The given tasks; for training with `keep_state`, which has all of them at every step.
+    """A sampler of the given tasks: every outer step has all of them, with kept states.
 
         Trainer(problem, FixedTasks([task]), algorithm)
 
-    Beyond the last task it begins again with the first.
+    Indices beyond the last task begin again with the first.
 
     Args:
-        tasks: at least one; their ids are set to their positions.
+        tasks: The tasks, at least one; their ids are set to their positions.
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
@@ -44,8 +44,8 @@ class OneTask:
     """A sampler of one task, the same at every index; its id is the index.
 
     Args:
-        support: training data, all of it.
-        query: validation data, all of it.
+        support: Training data, all of it.
+        query: Validation data, all of it.
     """
 
     num_tasks = 1

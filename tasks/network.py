@@ -1,4 +1,4 @@
-"""An nn.Module as a function of its parameters: what it must not do, and what it keeps."""
+"""An nn.Module as a function of its parameters: which layers are refused, and its constants."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 def constants(module: nn.Module) -> Iterator[Tensor]:
-    """What is no trainable parameter of `module`: its buffers and its frozen parameters."""
+    """The buffers and the frozen parameters of `module`."""
     yield from module.buffers()
     yield from (leaf for leaf in module.parameters() if not leaf.requires_grad)
 
 
 def move_constants(module: nn.Module, device: torch.device) -> None:
-    """Move what is no trainable parameter of `module` to `device`."""
+    """Move the buffers and the frozen parameters of `module` to `device`."""
     for child in module.modules():
         for name, leaf in child.named_buffers(recurse=False):
             if leaf.device != device:

@@ -1,4 +1,4 @@
-"""What a solution is worth: the metrics by which runs are compared."""
+"""The metrics of a solution, by which runs are compared."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def solution_metrics(
     known solution or the accuracy on test data.
 
     Args:
-        problem: the problem.
-        sampler: its data; `solution_metrics` of it is about the task 0.
-        outer: x; the algorithm's own variables in it are ignored.
-        inner: y, for example `Trainer.inner(index)`.
-        index: which task.
+        problem: The problem.
+        sampler: The tasks; its own `solution_metrics` are about the task 0.
+        outer: The variable x; the algorithm's own variables in it are ignored.
+        inner: The variable y, for example `Trainer.inner(index)`.
+        index: The index of the task.
     """
     outer, _ = split_own(outer)
     leaf = next(iter(outer.values()))

@@ -1,4 +1,4 @@
-"""A comparison of methods: what is run on what budget, and which point of a grid is chosen.
+"""A comparison of methods: its runs, their budget, and the choice of a point of a grid.
 
 A comparison is a tree of options. Those beside the fields of `Comparison` are shared by all runs;
 an entry changes some of them, and its `grid` tries several values of others.
@@ -23,21 +23,21 @@ OURS = {
     "checkpoint_every": "a checkpoint is written with every evaluation",
     "keep_checkpoints": "a checkpoint is written with every evaluation",
     "val_every": "give `evaluations`",
-    "if_exists": "a comparison always goes on",
+    "if_exists": "a comparison always resumes",
 }
-"""Options of a training that are not for a config, and why."""
+"""Options of a training that a comparison sets itself, and why."""
 
 
 class Run(NamedTuple):
     """One training of a comparison.
 
     Args:
-        entry: the name of the entry.
-        seed: of the training.
-        options: the shared options as changed by the entry.
-        point: the values of this point of the entry's grid by option, if it has one.
-        number: which point it is.
-        seeded: further options that are the seed.
+        entry: The name of the entry.
+        seed: The seed of the training.
+        options: The shared options with the changes of the entry.
+        point: The values of this point of the grid by option; empty without a grid.
+        number: The number of the point.
+        seeded: Further options that are set to the seed.
     """
 
     entry: str
@@ -49,12 +49,12 @@ class Run(NamedTuple):
 
     @property
     def values(self) -> dict[str, Any]:
-        """What comes after the options."""
+        """The options that come after `options`: the seed and the point."""
         return {**dict.fromkeys(("seed", *self.seeded), self.seed), **self.point}
 
     @property
     def name(self) -> str:
-        """Its folder within that of the comparison."""
+        """The folder of the run within that of the comparison."""
         point = f"/point-{self.number}" if self.point else ""
         return f"runs/{self.entry}{point}/seed-{self.seed}"
 
@@ -72,17 +72,19 @@ class Comparison:
     """Several methods x several seeds, each on the same budget.
 
     Args:
-        entries: options by the name of the method; `grid` of them holds lists of values by option
-            ("algorithm.inner_lr"), all combinations of which are tried.
-        budget: exactly one of `seconds` of training, `steps`, and `calls` (see `Budget`).
-        shared: the options that all entries share.
-        seeds: of the runs. The points of a grid are tried with the first of them.
-        seeded: further options that take the seed of the run, for example "sampler.seed": without
-            it all seeds have the same data, and methods that draw nothing have the same result.
-        evaluations: at so many equal parts of the budget, and after the first step.
-        metric: what chooses the point of a grid and the best evaluation of a run; no metric of
-            test data.
-        mode: whether a "min" or "max" of it is better.
+        entries: The options of each method by its name; `grid` among them holds lists of values by
+            option ("algorithm.inner_lr"), all combinations of which are tried.
+        budget: Exactly one of `seconds` of training, `steps`, and `calls` (see `Budget`).
+        shared: The options that all entries share.
+        seeds: The seeds of the runs. The points of a grid are tried with the first of them.
+        seeded: Further options that are set to the seed of the run, for example "sampler.seed".
+            Without it all seeds have the same data, and methods that draw nothing give the same
+            result.
+        evaluations: The number of evaluations, at equal parts of the budget; one more follows the
+            first step.
+        metric: The name of the metric that chooses the point of a grid and the best evaluation of
+            a run; not one of test data.
+        mode: Whether the "min" or the "max" of the metric is better.
     """
 
     entries: Mapping[str, Mapping[str, Any]]
@@ -140,7 +142,7 @@ class Comparison:
         return cls(**own, shared={n: value for n, value in tree.items() if n not in names})
 
     def runs(self, entry: str) -> list[Run]:
-        """What is run first: every point of the entry's grid with the first seed, or all seeds."""
+        """The first runs of an entry: every point of its grid with the first seed, or all seeds."""
         options = dict(self.entries[entry])
         grid = options.pop(GRID, None)
         first = Run(entry, self.seeds[0], merge(self.shared, options), {}, 0, tuple(self.seeded))
@@ -152,7 +154,7 @@ class Comparison:
         return [first._replace(point=point, number=n) for n, point in enumerate(points)]
 
     def chosen(self, tried: Sequence[Outcome]) -> list[Run]:
-        """All seeds of the best of the points of a grid; none if all have failed, or no grid.
+        """The runs of the best point of a grid, for all seeds; none if all failed or without grid.
 
         The best is by `metric` at the end of the budget.
         """
@@ -167,7 +169,7 @@ class Comparison:
         return [best._replace(seed=seed) for seed in self.seeds]
 
     def score(self, record: Record) -> float:
-        """Of an evaluation, larger is better; -inf where `metric` is not finite."""
+        """The score of an evaluation, the larger the better; -inf where `metric` is not finite."""
         value = record.metrics[self.metric]
         if not math.isfinite(value):
             return -math.inf
@@ -191,9 +193,9 @@ def merge(shared: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """What of a config differs from the one that a comparison was begun with.
+    """The options that differ from those that a comparison was started with.
 
-    More entries, and more seeds after those there were, are no difference: they change no run.
+    New entries, and new seeds after the old ones, are no difference: they change no run.
     """
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         return [

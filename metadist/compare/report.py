@@ -1,4 +1,4 @@
-"""What came out of a comparison, as tables and curves."""
+"""The results of a comparison as tables and curves."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from metadist.compare.run import Record
 from metadist.evaluation import Interval, mean_interval
 
 NUM_POINTS = 200
-"""Of a curve."""
+"""The number of points of a curve."""
 PRODUCTS = "products H v"
-"""An axis for methods that ask for any."""
+"""The axis that is drawn where a method uses such products."""
 AXES: dict[str, Callable[[Record], float]] = {
     "seconds of training": lambda record: record.spent.seconds,
     "oracle calls, in gradients": lambda record: record.spent.gradients,
@@ -28,7 +28,7 @@ AXES: dict[str, Callable[[Record], float]] = {
 
 
 class Row(NamedTuple):
-    """An entry: numbers by column, each over the seeds, and what is told in words."""
+    """A row of the tables: an entry, and the values of each column over its seeds."""
 
     entry: str
     point: str
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 def rows(comparison: Comparison, outcomes: Mapping[str, Sequence[Outcome]]) -> list[Row]:
-    """What is told of the reported runs of each entry."""
+    """A row for each entry, from its reported runs."""
     return [_row(comparison, entry, list(found)) for entry, found in outcomes.items()]
 
 
@@ -70,7 +70,7 @@ def _row(comparison: Comparison, entry: str, outcomes: list[Outcome]) -> Row:
 
 
 def to_csv(table: Sequence[Row]) -> str:
-    """Means, and half widths of the 95 % t-intervals of them, over the seeds."""
+    """CSV: means over the seeds and half widths of their 95 % t-intervals."""
     columns = _columns(table)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -85,7 +85,7 @@ def to_csv(table: Sequence[Row]) -> str:
 
 
 def to_markdown(comparison: Comparison, table: Sequence[Row]) -> str:
-    """The same for readers: metrics in one table, what was spent in another, then the errors."""
+    """Markdown: the metrics in one table, the budget spent in another, then the errors."""
     columns = _columns(table)
     spent = [name for name in columns if name in ("steps", "seconds", "gradients")]
     spent += [name for name in columns if name.startswith("calls ") or name.endswith(" per step")]
@@ -123,7 +123,7 @@ def grid_to_csv(comparison: Comparison, tried: Sequence[Outcome], chosen: Iterab
 
 
 def to_console(comparison: Comparison, table: Sequence[Row]) -> Table:
-    """What matters most, for a terminal."""
+    """A short table for the terminal."""
     metric = comparison.metric
     columns = ["steps", "seconds", "gradients", metric, f"{metric} at best"]
     shown = Table("entry", "point", "runs", *columns)
@@ -167,7 +167,7 @@ def curves(metric: str, outcomes: Mapping[str, Sequence[Outcome]]) -> bytes:
         panel.set_xlabel(label)
         panel.grid(color="0.92")
     panels[0].set_ylabel(metric)
-    # What all start from is far away and would leave no room for the differences.
+    # The common first point is far away and would leave no room for the differences.
     bottom, top = min(later, default=0.0), max(later, default=0.0)
     if bottom > 0 and top / bottom > 20:
         panels[0].set_yscale("log")
@@ -216,7 +216,7 @@ def _columns(table: Sequence[Row]) -> list[str]:
 
 
 def _mean(values: list[float]) -> list[float | str]:
-    """[mean, half width], "" for what there is not."""
+    """[mean, half width], each "" where it does not exist."""
     if not values:
         return ["", ""]
     if len(values) == 1 or not all(map(math.isfinite, values)):
@@ -233,10 +233,10 @@ def _cell(row: Row, column: str) -> str:
 
 
 def _grid(heads: Sequence[str], columns: Sequence[str], table: Sequence[Row]) -> list[str]:
-    told = {"entry": lambda row: row.entry, "point": lambda row: row.point}
+    words_of = {"entry": lambda row: row.entry, "point": lambda row: row.point}
     lines = [[*heads, *columns], ["---"] * (len(heads) + len(columns))]
     for row in table:
-        words = [told.get(head, lambda row: str(row.num_runs))(row) for head in heads]
+        words = [words_of.get(head, lambda row: str(row.num_runs))(row) for head in heads]
         lines.append([*words, *(_cell(row, column) for column in columns)])
     return ["| " + " | ".join(line) + " |" for line in lines]
 

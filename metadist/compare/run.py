@@ -1,4 +1,4 @@
-"""One training on a budget, with metrics on the way; interrupted, it goes on where it was."""
+"""One training on a budget, evaluated on the way; after an interruption it resumes exactly."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from metadist.trainer import Trainer
 RECORDS = "records.jsonl"
 TRAINING = "run"
 MAX_STEPS = 10**9
-"""The end of a training whose budget is of something else."""
+"""The number of steps of a training whose budget is not in steps."""
 TRAFFIC = ("rounds", "bytes_sent", "bytes_received")
-"""What an executor may report of a step, beside its metrics."""
+"""Names under which an executor may report the traffic of a step."""
 REPORTED = "adjoint_residual"
-"""What implicit methods report of a step: |H v - b| / |b|, which the solution does not tell."""
+"""The residual |H v - b| / |b| that implicit methods report; the solution does not show it."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may spend; exactly one of the three.
+    """The budget of a run; exactly one of the three.
 
     Args:
-        seconds: of training; drawing of tasks, evaluations and checkpoints do not count.
-        steps: outer steps.
-        calls: of the oracle, in gradients on whole sets, see `in_gradients`.
+        seconds: Seconds of training, without drawing of tasks, evaluations and checkpoints.
+        steps: Outer steps.
+        calls: Calls of the oracle, in gradients on whole sets, see `in_gradients`.
     """
 
     seconds: float | None = None
@@ -56,7 +56,7 @@ class Budget:
 
     @classmethod
     def of(cls, tree: Any) -> Budget:
-        """Of a mapping, as in `{seconds: 60}`."""
+        """The budget that a mapping describes, as in `{seconds: 60}`."""
         names = [field.name for field in fields(cls)]
         if not isinstance(tree, Mapping) or not set(tree) <= set(names):
             raise ValueError(
@@ -65,7 +65,7 @@ class Budget:
         return cls(**tree)
 
     def share(self, spent: Spent) -> float:
-        """How much of it is spent; 1 is all."""
+        """The share of the budget that is spent; 1 is all of it."""
         if self.steps is not None:
             return spent.step / self.steps
         if self.seconds is not None:
@@ -75,13 +75,13 @@ class Budget:
 
 
 class Spent(NamedTuple):
-    """What a run has spent so far.
+    """The part of its budget that a run has spent so far.
 
     Args:
-        step: outer steps.
-        seconds: of training, see `Budget`.
-        gradients: oracle calls in gradients on whole sets.
-        calls: oracle calls by kind, see `CountingOracle`.
+        step: Outer steps.
+        seconds: Seconds of training, see `Budget`.
+        gradients: Oracle calls in gradients on whole sets.
+        calls: Oracle calls by kind, see `CountingOracle`.
     """
 
     step: int = 0
@@ -95,9 +95,9 @@ class Record:
     """One evaluation.
 
     Args:
-        spent: until then.
-        metrics: by name; NaN and infinite ones are kept.
-        traffic: what the executor last reported of an outer step, see `TRAFFIC`.
+        spent: The budget spent until then.
+        metrics: The metrics by name; NaN and infinite ones are kept.
+        traffic: The traffic of an outer step that the executor last reported, see `TRAFFIC`.
     """
 
     spent: Spent
@@ -105,7 +105,7 @@ class Record:
     traffic: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON data; a metric that is not finite is a string, as in "nan"."""
+        """The record as JSON data; a metric that is not finite is a string, as in "nan"."""
         metrics = {
             name: value if math.isfinite(value) else str(value)
             for name, value in self.metrics.items()
@@ -121,12 +121,12 @@ class Record:
 
 
 class Contender(NamedTuple):
-    """A training and how it is judged.
+    """A training and its metrics.
 
     Args:
-        trainer: whose `run_dir` is the folder `TRAINING` of the run.
-        metrics: of the trainer's current x.
-        last_metrics: more of them, at the end of the budget only.
+        trainer: The trainer; its `run_dir` is the folder `TRAINING` of the run.
+        metrics: Returns the metrics of the trainer's current x.
+        last_metrics: Returns further metrics, for the end of the budget only.
     """
 
     trainer: Trainer
@@ -141,17 +141,18 @@ def run_on_budget(
     evaluations: int,
     metric: str = "query_loss",
 ) -> list[Record]:
-    """The evaluations of a training that ends with its budget; kept in `folder`.
+    """The evaluations of a training on a budget; `folder` keeps them.
 
-    With every evaluation a checkpoint is written. What an interrupted call left is continued from
-    its last evaluation, exactly; a finished run is not touched.
+    A checkpoint is written with every evaluation. An interrupted run resumes exactly, from its last
+    evaluation; a finished run is not touched.
 
     Args:
-        make: the contender, with the given `run_dir`.
-        folder: of this run alone.
-        budget: when to end.
-        evaluations: at so many equal parts of the budget, and after the first step.
-        metric: that there must be.
+        make: Returns the contender with the given `run_dir`.
+        folder: A folder for this run alone.
+        budget: The budget of the training.
+        evaluations: The number of evaluations, at equal parts of the budget; one more follows the
+            first step.
+        metric: The name of a metric that must exist.
 
     Raises:
         ValueError: there is no such metric; noticed at the first evaluation.
@@ -202,7 +203,7 @@ def run_on_budget(
 
 
 def is_finished(records: list[Record], budget: Budget) -> bool:
-    """Whether the last of the evaluations is that at the end of the budget."""
+    """Whether the last of the evaluations is at the end of the budget."""
     return bool(records) and budget.share(records[-1].spent) >= 1
 
 
@@ -221,7 +222,7 @@ def _write_records(folder: Folder, records: list[Record]) -> None:
 
 
 def _restore(trainer: Trainer, folder: Folder, records: list[Record]) -> list[Record]:
-    """The evaluations up to the newest that has a good checkpoint, which the trainer now is at."""
+    """Restore the newest evaluated step with a good checkpoint; the evaluations up to it."""
     store = CheckpointStore((folder / TRAINING / "checkpoints").uri)
     names = store.names()
     for number, record in reversed(list(enumerate(records))):
@@ -245,7 +246,7 @@ def _metric_writer(trainer: Trainer, step: int) -> Any:
 
 
 class _Meter:
-    """What a training has spent, step by step."""
+    """Adds up what a training spends, step by step."""
 
     def __init__(self, trainer: Trainer, spent: Spent) -> None:
         task = trainer.sampler.sample(0)
@@ -260,7 +261,7 @@ class _Meter:
         self.reported: dict[str, float] = {}
 
     def add(self, report: StepReport) -> Spent:
-        """What is spent after this step; one that comes again replaces itself."""
+        """The budget spent after this step; a step that is repeated replaces itself."""
         calls = calls_of(report)
         sampling: dict[str, float] = defaultdict(float)
         for worker, result in zip(report.workers, report.results, strict=True):
@@ -289,5 +290,5 @@ class _Meter:
         self._spent = {number: spent for number, spent in self._spent.items() if number >= step}
 
     def go_on(self) -> None:
-        """From now on it trains."""
+        """Training continues now: the time until here was spent on an evaluation."""
         self._went_on = perf_counter()

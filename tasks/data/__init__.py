@@ -1,1 +1,1 @@
-"""Data: where it comes from, how it is decoded, the letters we ship."""
+"""What the families of tasks share: downloads, images, labelled data sets, random numbers."""

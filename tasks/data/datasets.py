@@ -45,13 +45,13 @@ class ArrayDataset:
 def open_dataset(
     dataset: str | LabelledDataset, root: str | Path | None
 ) -> tuple[LabelledDataset, LabelledDataset | None]:
-    """(training part, test part or None where there is but one part).
+    """(the training part, the test part or None where there is only one part).
 
     Args:
         dataset: "mnist", "fashion_mnist" or "mnist_5k", fetched where they are missing (see
             `fetch`); "digits" (scikit-learn); the import path of a class that is called with
             (root, train=...), as torchvision's are; or a data set as for `FewShotDataset`.
-        root: folder of the data, see `data_root`.
+        root: The folder of the data, see `data_root`.
     """
     if not isinstance(dataset, str):
         return dataset, None

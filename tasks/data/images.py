@@ -17,7 +17,7 @@ _DEEP = ("I", "F", "I;16", "I;16B", "I;16L")  # more than 8 bits; convert() woul
 
 
 def require_format(image_size: int | None, channels: int | None) -> None:
-    """Nothing, or a ValueError."""
+    """Raise ValueError unless `image_size` and `channels` are usable."""
     if image_size is not None and (type(image_size) is not int or image_size < 1):
         raise ValueError(f"image_size must be an integer >= 1, got {image_size!r}")
     if channels not in (None, 1, 3):
@@ -63,8 +63,8 @@ def pixels(
 ) -> NDArray[np.uint8]:
     """The image as uint8 (channels, H, W), squeezed to `image_size` squared if one is given.
 
-    What is transparent becomes white (so that ink on a transparent ground stays visible). Resized
-    with a Lanczos filter; the aspect ratio is not kept.
+    Transparent pixels become white, so that ink on a transparent ground stays visible. Images are
+    resized with a Lanczos filter; the aspect ratio is not kept.
     """
     if image.mode in _DEEP:
         raise ValueError(f"must have 8 bits a channel, got mode {image.mode}: convert it first")

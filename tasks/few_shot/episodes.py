@@ -1,4 +1,4 @@
-"""N-way K-shot episodes drawn from images held in memory: what every image source shares.
+"""N-way K-shot episodes drawn from images in memory: the part that all image sources share.
 
 Shape letters: N ways, K shots, Q queries a class, C channels, H height, W width.
 """
@@ -20,7 +20,7 @@ from metadist.tasks.data.random import Random
 
 
 def require_episode(n_way: int, k_shot: int, k_query: int, seed: int) -> None:
-    """Nothing, or a ValueError: what can be said of these before any data is read."""
+    """Raise ValueError for sizes that are wrong whatever the data; call it before reading any."""
     require_integer("n_way", n_way, 2)
     require_integer("k_shot", k_shot, 1)
     require_integer("k_query", k_query, 1)
@@ -34,7 +34,7 @@ class ClassImages:
     Args:
         images: uint8, (images, C, H, W).
         starts: int64, (classes + 1,).
-        names: one a class, all different.
+        names: One a class, all different.
     """
 
     images: NDArray[np.uint8]
@@ -85,16 +85,16 @@ class EpisodeSampler:
     class 0, then of class 1, and so on.
 
     Give it arrays (`EpisodeSampler(ClassImages.from_labels(images, labels), ...)`), or use one of
-    the sources made of it. The images travel with a pickled sampler: `size_bytes` says how many.
+    its subclasses, which read a data set. The images (`size_bytes`) travel with a pickled sampler.
 
     Args:
-        classes: the images of one split.
-        n_way: classes of a task, N >= 2.
-        k_shot: support images a class, K >= 1.
-        k_query: query images a class, Q >= 1.
-        split: name of the split; a part of the random seed.
+        classes: The images of one split.
+        n_way: Classes of a task, N >= 2.
+        k_shot: Support images a class, K >= 1.
+        k_query: Query images a class, Q >= 1.
+        split: Name of the split; a part of the random seed.
         seed: 0 <= seed < 2^64; another seed, another stream of tasks.
-        rotations: every class also turned by 90, 180 and 270 degrees, as three more classes.
+        rotations: Every class also turned by 90, 180 and 270 degrees, as three more classes.
 
     Raises:
         ValueError: a size is not positive, or larger than the classes or images there are.

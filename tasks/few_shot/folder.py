@@ -29,11 +29,11 @@ class ImageFolder(EpisodeSampler):
     channel; they travel with a pickled sampler, because another machine may not have the files.
 
     Args:
-        root: the folder.
-        n_way, k_shot, k_query, seed: as for `EpisodeSampler`.
-        split: train, val, test, all, or one of the splits file.
-        splits: path of a JSON file; see above.
-        image_size: pixels.
+        root: The folder.
+        n_way, k_shot, k_query, seed: As for `EpisodeSampler`.
+        split: One of train, val, test, all, or a name in the splits file.
+        splits: Path of a JSON file; see above.
+        image_size: Pixels.
         channels: 1 (grey) or 3 (RGB).
         invert: 255 - x, for black ink on white.
 

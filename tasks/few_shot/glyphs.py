@@ -50,10 +50,10 @@ class Glyphs(EpisodeSampler):
     The images are read once in a process. A pickled sampler holds its arguments only.
 
     Args:
-        n_way, k_shot, k_query, seed: as for `EpisodeSampler`.
-        split: train, val or test.
-        augment: draw an affine map for each image.
-        disjoint_families: no font family in both sets of a class.
+        n_way, k_shot, k_query, seed: As for `EpisodeSampler`.
+        split: One of train, val and test.
+        augment: Draw an affine map for each image.
+        disjoint_families: No font family in both sets of a class.
 
     Raises:
         ValueError: bad sizes, or fewer than n_way classes have renderings enough.
@@ -162,10 +162,10 @@ class Glyphs(EpisodeSampler):
         return sum(size for size in sizes if size <= largest) >= k_shot
 
     def _require_classes(self) -> None:
-        """Done before, where the way out is known better."""
+        """Checked earlier, with a more specific message."""
 
     def _require_images(self) -> None:
-        """Done before: classes that are too small are not offered."""
+        """Checked earlier: classes that are too small are not offered."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,14 +33,14 @@ class Omniglot(EpisodeSampler):
     split take 17 MB of memory at 28x28, and travel with a pickled sampler.
 
     Args:
-        root: the folder; see above.
-        download: fetch what is missing.
-        n_way, k_shot, k_query, seed: as for `EpisodeSampler`; k_shot + k_query <= 20.
-        split: train, val or test, or one of the splits file.
+        root: The folder; see above.
+        download: Fetch what is missing.
+        n_way, k_shot, k_query, seed: As for `EpisodeSampler`; k_shot + k_query <= 20.
+        split: One of train, val and test, or a name in the splits file.
         splits: "characters", "alphabets" or the path of a JSON file; see above.
-        rotations: characters turned by 90, 180 and 270 degrees count as classes of their own, in
+        rotations: Characters turned by 90, 180 and 270 degrees count as classes of their own, in
             the same split (usual for training).
-        image_size: pixels; the drawings are 105x105.
+        image_size: Pixels; the drawings are 105x105.
 
     Raises:
         ValueError: bad sizes or splits, or an unreadable drawing.

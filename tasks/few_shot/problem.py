@@ -37,7 +37,7 @@ def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """`F.cross_entropy` for classes; it would take real numbers for probabilities."""
+    """`F.cross_entropy` of classes; torch would read floating targets as probabilities."""
     if target.is_floating_point():
         raise ValueError(
             "targets must be integers (classes) with loss='cross_entropy', got "
@@ -55,7 +55,7 @@ INPUTS = "inputs.support"
 class FewShotProblem(Problem):
     """A model whose parameters are the outer variable, some of them adapted to each task.
 
-    Examples of a task are (input, target) pairs. Which method this is, is a matter of `adapt`:
+    Examples of a task are (input, target) pairs. `adapt` decides which method this is:
 
     * "all": every parameter is adapted from a learned start (MAML, Reptile).
     * "head": the last module with parameters is adapted (ANIL). What comes before it runs once
@@ -68,13 +68,13 @@ class FewShotProblem(Problem):
     gradient.
 
     Args:
-        model: its current weights are the start of training.
-        adapt: see above.
+        model: The network; its current weights are the start of training.
+        adapt: Which parameters are adapted, see above.
         loss: "cross_entropy" (integer targets; reports accuracy), "mse", or a function of
             (output, target) that returns the mean over examples, shape ().
-        batch_encode: run the part before the head for all tasks in one call ("auto": on a GPU;
+        batch_encode: Run the part before the head for all tasks in one call ("auto": on a GPU;
             on a CPU one task at a time is faster). With batch norm this needs `TaskBatchNorm`.
-        weight_decay: adds weight_decay / 2 * |y|^2 to the inner loss, >= 0. Implicit methods need
+        weight_decay: Adds weight_decay / 2 * |y|^2 to the inner loss, >= 0. Implicit methods need
             it: the loss of a head alone has no strict minimum, and often none at all.
 
     Raises:
@@ -118,7 +118,7 @@ class FewShotProblem(Problem):
             self._check_batch_encode()
 
     def init_outer(self, generator: torch.Generator) -> Params:
-        """The weights the model was given with; nothing is drawn."""
+        """The initial weights of the model; nothing is drawn."""
         return {name: leaf.clone() for name, leaf in self._start.items()}
 
     def init_inner(self, outer: Params, task: Task) -> Params:

@@ -21,16 +21,16 @@ class Sinusoid:
 
     A task draws a and p uniformly from `amplitude` and `phase`, and every x uniformly from
     `domain`. The tensors of both sets are x float32 (k, 1) and y float32 (k, 1); all x of a task
-    are different. x is the same on every machine; y up to its last bit, as far as sines agree.
+    are different. x is the same on every machine, y up to rounding of sin().
 
     Args:
-        k_shot: support points >= 1.
-        k_query: query points >= 1.
+        k_shot: Support points >= 1.
+        k_query: Query points >= 1.
         seed: 0 <= seed < 2^64.
-        split: any name; all splits have one distribution and share no random number.
-        amplitude: lowest and highest a.
-        phase: lowest and highest p, in radians.
-        domain: lowest and highest x.
+        split: Any name; all splits have one distribution and share no random number.
+        amplitude: Lowest and highest a.
+        phase: Lowest and highest p, in radians.
+        domain: Lowest and highest x.
 
     Raises:
         ValueError: a number is not positive, or an interval is empty.

@@ -1,1 +1,1 @@
-"""Weights of examples and classes: hyper-cleaning, class weights, learned weighting."""
+"""Weights for training examples or classes: `problem.py`, and samplers of one task of images."""

@@ -38,27 +38,27 @@ class CorruptedImages(ImageProblemData):
     """A sampler of one task: training images with corrupted labels, clean validation images.
 
     The labels of round(corruption * num_train) training images are drawn anew, once, by `seed`.
-    With redraw="any" all classes may come up, the true one included: half the labels of ten
-    classes redrawn are 45 % wrong. `wrong` tells which labels are.
+    With redraw="any" the true class may be drawn again: half the labels of ten
+    classes redrawn are 45 % wrong. `wrong` says which labels are.
 
     Args:
-        dataset: see `open_dataset`: "mnist", "fashion_mnist", "mnist_5k", "digits", an import
-            path, or a data set.
-        root: folder of the data, see `data_root`.
-        num_train, num_val, num_test: images >= 1, all of them different. Test images are from the
+        dataset: The data set, see `open_dataset`: "mnist", "fashion_mnist", "mnist_5k", "digits",
+            an import path, or a data set.
+        root: The folder of the data, see `data_root`.
+        num_train, num_val, num_test: Images >= 1, all of them different. Test images are from the
             test part of the data set, where it has one.
-        num_selection: further clean images, >= 0, that neither x nor y is fitted to: to choose
-            hyperparameters by, and where to end. x has as many numbers as there are training
-            images and overfits the validation images.
-        corruption: share of training labels that are redrawn, in [0, 1].
+        num_selection: Further clean images, >= 0, to which neither x nor y is fitted: they choose
+            hyperparameters and the end of training. x has one entry for each training image
+            and overfits the validation images.
+        corruption: Share of training labels that are redrawn, in [0, 1].
         redraw: "any" class, or another class than the true one.
-        seed: of the choice of images and of their labels, 0 <= seed < 2^64.
-        mean, std: inputs are (pixels / 255 - mean) / std.
+        seed: The seed of the choice of images and labels, 0 <= seed < 2^64.
+        mean, std: Inputs are (pixels / 255 - mean) / std.
 
     Raises:
         ValueError: more images asked for than there are, a class without training or validation
             image, pictures that cannot be read (NaN), an argument out of its range.
-        FetchError: the data set is not here and cannot be had.
+        FetchError: the data set is missing and cannot be fetched.
 
     Source: the protocol of Franceschi et al. (2017) and its successors, see `HyperCleaning`; images
     for selection: Liu et al., BOME (2022).

@@ -1,4 +1,4 @@
-"""Labelled images in memory, drawn once from a data set: what image problems of one task share.
+"""Labelled images in memory, drawn once from a data set, for the image samplers of one task.
 
 Shape letters: n images, C channels, H height, W width.
 """
@@ -34,9 +34,9 @@ class Images(NamedTuple):
 
 
 class Drawing:
-    """Takes images from a data set, none of them twice: equal ones are one image.
+    """Draws images from a data set, none of them twice; equal images count as one.
 
-    `classes` holds the label of each class; images get the number of theirs, 0 .. N-1.
+    `classes` holds the label of each class; an image gets the number of its class, 0 .. N-1.
     """
 
     def __init__(self, dataset: LabelledDataset) -> None:
@@ -48,7 +48,7 @@ class Drawing:
             raise ValueError(f"a data set must have two classes, got {self.classes.tolist()}")
 
     def of(self, dataset: LabelledDataset) -> Drawing:
-        """The same for another part of the data, which has the same classes."""
+        """A drawing from another part of the data, which must have the same classes."""
         part = Drawing(dataset)
         if not np.array_equal(part.classes, self.classes):
             raise ValueError(
@@ -66,7 +66,7 @@ class Drawing:
     def take(self, positions: Iterable[int], count: int, field: str) -> Images:
         """The first `count` images at `positions` that are new; ValueError if there are fewer.
 
-        `positions` may be an iterator: what is not looked at stays in it.
+        `positions` may be an iterator: the positions that are not needed stay in it.
         """
         pixels, labels = [], []
         found = decode(self._dataset, self._labels, positions)
@@ -161,7 +161,7 @@ class ImageProblemData:
 
 
 def require_classes(images: Images, classes: NDArray[np.int64], field: str) -> None:
-    """Nothing, or a ValueError: every class must have an image."""
+    """Raise ValueError unless every class has an image."""
     missing = sorted(set(range(len(classes))) - set(images.labels.tolist()))
     if missing:
         raise ValueError(

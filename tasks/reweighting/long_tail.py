@@ -1,4 +1,4 @@
-"""Images of which some classes have few, for class weights and loss weighting."""
+"""Images of unequally frequent classes, for class weights and loss weighting."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class LongTail(ImageProblemData):
     first has `imbalance` times as many as the last.
 
     Args:
-        dataset, root: see `open_dataset`.
+        dataset, root: The data set and the folder of the data, see `open_dataset`.
         imbalance: >= 1.
-        num_largest: training images of class 0.
-        val_per_class: validation images of each class >= 1.
-        num_test: test images, from the test part of the data set, where it has one.
-        seed: of the choice of images, 0 <= seed < 2^64.
-        mean, std: inputs are (pixels / 255 - mean) / std.
+        num_largest: Training images of class 0.
+        val_per_class: Validation images of each class >= 1.
+        num_test: Test images, from the test part of the data set, where it has one.
+        seed: The seed of the choice of images, 0 <= seed < 2^64.
+        mean, std: Inputs are (pixels / 255 - mean) / std.
 
     Raises:
         ValueError: more images asked for than there are, a class left without a training image,
             pictures that cannot be read, an argument out of its range.
-        FetchError: the data set is not here and cannot be had.
+        FetchError: the data set is missing and cannot be fetched.
 
     Source: Cui et al., Class-balanced loss (2019), section 5.1, as used by Meta-Weight-Net.
     """
@@ -97,7 +97,7 @@ class LongTail(ImageProblemData):
 def _by_class(
     drawing: Drawing, left: list[Iterator[int]], counts: NDArray[np.int64], field: str
 ) -> Images:
-    """So many images of each class, in the order of the classes."""
+    """`counts` images of each class, in the order of the classes."""
     parts = [
         drawing.take(positions, int(count), field.format(drawing.classes[c]))
         for c, (positions, count) in enumerate(zip(left, counts, strict=True))

@@ -2,8 +2,8 @@
 
     min_x  mean over validation of CE(y)   s.t.  y = argmin  mean_i w_i CE_i(y) + decay/2 |y|^2
 
-What the weights w depend on is what tells the problems apart. Every loss is a mean over examples
-(beside the decay), so data may be cut into shards.
+The problems differ in what the weights w depend on. Every loss is a mean over examples (plus the
+decay), so data may be cut into shards.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class LinearClassifier(nn.Module):
     """Multinomial logistic regression on flattened inputs, from weights 0.
 
     Args:
-        in_features: numbers of an input.
-        out_features: classes.
+        in_features: The size of an input.
+        out_features: The number of classes.
     """
 
     def __init__(self, in_features: int = 784, out_features: int = 10) -> None:
@@ -45,14 +45,14 @@ class LinearClassifier(nn.Module):
 
 
 class ExampleWeighting(Problem):
-    """What problems that weight examples share: the model y, both losses, the accuracy.
+    """The base of problems that weight examples: the model y, both losses, the accuracy.
 
-    Examples are (input, label). Adaptation starts from the weights the model was given with.
+    Examples are (input, label). Adaptation starts from the initial weights of the model.
 
     Args:
         model: None: `LinearClassifier()`. With batch norm the loss is no mean over examples, and
             shards would matter.
-        weight_decay: adds weight_decay / 2 * |y|^2 to the inner loss, >= 0; implicit methods need
+        weight_decay: Adds weight_decay / 2 * |y|^2 to the inner loss, >= 0; implicit methods need
             it.
     """
 
@@ -74,7 +74,7 @@ class ExampleWeighting(Problem):
         """w >= 0 of the support examples of `batch`, whose `losses` are given; (examples,)."""
 
     def weighted(self, context: Params, losses: Tensor, batch: Batch) -> Tensor:
-        """What of each loss goes into the inner loss: a function with derivative w in `losses`."""
+        """The term of each example in the inner loss: a function with derivative w in `losses`."""
         return self.weights(context, losses, batch) * losses
 
     def init_inner(self, outer: Params, task: Task) -> Params:
@@ -82,7 +82,7 @@ class ExampleWeighting(Problem):
         return {name: leaf.to(like) for name, leaf in self._start.items()}
 
     def logits(self, inner: Params, inputs: Tensor) -> Tensor:
-        """What the model says of `inputs`, shape (examples, classes)."""
+        """The outputs of the model for `inputs`, shape (examples, classes)."""
         move_constants(self._model, inputs.device)
         return functional_call(self._model, inner, (inputs,))
 
@@ -109,10 +109,10 @@ class ExampleWeighting(Problem):
 class HyperCleaning(ExampleWeighting):
     """Data hyper-cleaning: a weight for each training example, some of which are wrongly labelled.
 
-        w_i = sigmoid(x_i),   x of one number an example
+        w_i = sigmoid(x_i),   x has one entry for each example
 
-    Training labels are not to be trusted, validation labels are; an example is held for wrong
-    where w_i < 1/2.
+    Training labels may be wrong, validation labels are right; an example is suspected of a wrong
+    label where w_i < 1/2.
 
         data = CorruptedImages("mnist", num_train=5000, num_val=5000, corruption=0.5)
         problem = HyperCleaning(num_examples=5000)
@@ -125,9 +125,9 @@ class HyperCleaning(ExampleWeighting):
     A hypergradient has the scale 1 / num_examples, so outer rates are large.
 
     Args:
-        num_examples: of the support set.
-        model, weight_decay: see `ExampleWeighting`; 0.002 is the .001 |y|^2 of stocBiO's code.
-        initial_logit: every x_i at the start.
+        num_examples: The number of support examples.
+        model, weight_decay: See `ExampleWeighting`; 0.002 is the .001 |y|^2 of stocBiO's code.
+        initial_logit: The value of every x_i at the start.
 
     Source: Franceschi et al., Forward and reverse gradient-based hyperparameter optimization
     (2017), section 5.1, with the sigmoid of Ji et al. (stocBiO, 2021).
@@ -165,15 +165,15 @@ class ClassWeights(ExampleWeighting):
 
         w_i = exp(x_c),   c the label of example i
 
-    Validation data is balanced. The same problem weighs parts of a mixture of any kind, if their
-    numbers take the place of labels.
+    Validation data is balanced. The same problem weights the parts of any mixture, with the number
+    of the part as the label.
 
         data = LongTail("fashion_mnist", imbalance=100)
         trainer = Trainer(ClassWeights(num_classes=10), data, AID())
 
     Args:
         num_classes: >= 2.
-        model, weight_decay: see `ExampleWeighting`.
+        model, weight_decay: See `ExampleWeighting`.
     """
 
     def __init__(
@@ -197,15 +197,15 @@ class LossWeighting(ExampleWeighting):
         g = mean_i of the integral of V from 0 to CE_i, so that  grad_y g = mean_i w_i grad CE_i
 
     It learns to take large losses less seriously where labels are wrong, and more seriously where
-    classes are rare, and does so with some dozen numbers for data of any size. Half the slopes b
-    are positive, half negative.
+    classes are rare, and does so with a few dozen parameters for data of any size. Half of the
+    slopes b are positive, half negative.
 
         data = CorruptedImages("fashion_mnist")
         trainer = Trainer(LossWeighting(), data, ITD(inner_steps=5, inner_lr=0.1), batch_size=100)
 
     Args:
         num_sigmoids: k, >= 2.
-        model, weight_decay: see `ExampleWeighting`.
+        model, weight_decay: See `ExampleWeighting`.
 
     Source: Shu et al., Meta-Weight-Net (NeurIPS 2019).
     Differs from it in: V is a mixture of sigmoids, whose integral is known, and not a small MLP. So

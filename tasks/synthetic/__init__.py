@@ -1,1 +1,1 @@
-"""Synthetic problems of the papers."""
+"""Synthetic problems of the papers, in vectors x and y."""

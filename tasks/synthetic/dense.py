@@ -1,6 +1,6 @@
-"""Parts of synthetic problems whose lower level is a mean over examples, in float64.
+"""Shared parts of synthetic problems whose lower level is a mean over examples, in float64.
 
-Their data can be cut into mini-batches and shards, and a dense Hessian tells how far a solver is.
+Their data can be cut into mini-batches and shards, and a dense Hessian gives the exact solution.
 
 Shape letters: n examples, L size of x, P size of y.
 """
@@ -21,7 +21,7 @@ NEWTON_STEPS = 30
 
 
 class DenseTask(OneTask):
-    """A task small enough for a dense Hessian, which tells how good a solution of it is."""
+    """A task small enough for a dense Hessian, by which solutions are judged."""
 
     def solution_metrics(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
         """|grad Phi(x)| and |y - y*(x)|, by Newton's method with a dense Hessian.

@@ -22,15 +22,15 @@ class LancBiOSynthetic(Synthetic):
         f = cos(x'(c o y)) / 10 + |d o x - y|^2 / 2                        (o: elementwise)
         g = gamma sum sin(x_i + y_i) + log sum exp(x_i y_i) + y'(E + G)y / 2
 
-    E + G = A'A / n comes as the rows of A, one an example; see `LancBiOData`.
+    E + G = A'A / n is given by the rows of A, one for each example; see `LancBiOData`.
 
         data = LancBiOData(size=200)
         trainer = Trainer(LancBiOSynthetic(200), data, LancBiO(inner_lr=1e-5))
 
     Args:
-        size: of x and of y.
-        gamma: the lower level is strongly convex by 1 - gamma at least, 0 <= gamma < 1.
-        start: every number of x and y at the start; not 0, where x has no hypergradient.
+        size: The size of x and of y.
+        gamma: The lower level is strongly convex by 1 - gamma at least, 0 <= gamma < 1.
+        start: The value of all entries of x and y at the start; at 0 x has no hypergradient.
 
     Source: Yang, Gao, Yuan, LancBiO (ICLR 2025), section 5.1.
     """
@@ -63,10 +63,10 @@ class LancBiOData(DenseTask):
     the query set one example (c, d). Memory: 8 size^2 bytes; time: size^3.
 
     Args:
-        size: of x and of y.
-        condition: largest eigenvalue of G, the smallest being 1.
-        gamma: as of the problem.
-        seed: of all numbers.
+        size: The size of x and of y.
+        condition: The largest eigenvalue of G, the smallest being 1.
+        gamma: The gamma of the problem.
+        seed: The seed of all data.
     """
 
     def __init__(

@@ -26,8 +26,8 @@ class Quadratics(Synthetic):
         trainer = Trainer(Quadratics(100, 100), data, SABA(), batch_size=64)
 
     Args:
-        num_outer, num_inner: sizes of x and y.
-        mu: > 0, of strong convexity.
+        num_outer, num_inner: The sizes of x and y.
+        mu: The modulus of strong convexity, > 0.
 
     Source: the quadratics of the benchmark of bilevel solvers (benchopt), with A = mean u u' + mu,
     B = mean w w', C = mean w u' and so on. Differs from it in: examples are of rank one.
@@ -56,10 +56,10 @@ class QuadraticData(DenseTask):
     """The data of `Quadratics`: u_i of mean square 1, w_i of mean square cross^2, t_i normal.
 
     Args:
-        num_outer, num_inner: sizes of x and y.
-        num_examples: of the support set and of the query set.
-        cross: size of w, >= 0: how much x and y have to do with one another.
-        seed: of all numbers.
+        num_outer, num_inner: The sizes of x and y.
+        num_examples: The number of support examples and of query examples.
+        cross: The size of w, >= 0: how strongly x and y are coupled.
+        seed: The seed of all data.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ DOUBLE = torch.float64
 
 
 class NoData:
-    """A sampler for problems without data: its sets hold one number each, to be ignored."""
+    """A sampler for problems without data, which ignore the one value that each set holds."""
 
     num_tasks = 1
 
@@ -80,7 +80,7 @@ class Sine(Toy):
 
         f = |x - 2|^2 + |y - 4|^2,    g = sum of sin(x + y - 2)
 
-    For x and y of one size these are copies of a problem of one number each; there x + y =
+    For x and y of one size these are independent copies of the scalar problem; there x + y =
     2 - pi/2 + 2 pi k at the minima, and the best is x = 3 pi/4, y = 2 + 3 pi/4, f = 0.253749. For
     x of size 1 and y of size n: x = (2 (1 - n) + 3 pi n / 2) / (1 + n), y = 2 + 3 pi / 2 - x.
 
@@ -111,7 +111,7 @@ SINE_SOLUTION = (0.75 * math.pi, 2 + 0.75 * math.pi)
 
 
 class Coreset(Toy):
-    """The coreset toy of BOME: y is to be the point of a hull of four points nearest to (3, -2).
+    """The coreset toy of BOME: y should be the point nearest to (3, -2) in the hull of four points.
 
     g = |y - p' softmax(x)|^2, f = |y - (3, -2)|^2 / 10; solution y = (1.8, 0.4) with weights
     (0, .8, 0, .2) and f = .72, approached as two of x tend to minus infinity.
@@ -311,9 +311,9 @@ class AmigoToy(Toy):
     A and P have eigenvalues from 1 / `condition` to 1 and random eigenvectors.
 
     Args:
-        num_outer, num_inner: sizes of x and y.
-        condition: of A and of P, >= 1.
-        seed: of A, B, c and P.
+        num_outer, num_inner: The sizes of x and y.
+        condition: The condition number of A and of P, >= 1.
+        seed: The seed of A, B, c and P.
 
     Source: Arbel and Mairal, Amortized implicit differentiation (2022), section 5.1.
     Differs from it in: A is regular; their code sets about a hundred eigenvalues to 0.

@@ -28,30 +28,30 @@ NEEDS = "texts need scikit-learn: pip install 'metadist[text]'"
 class TextFeatures(OneTask):
     """A sampler of one task: TF-IDF features of texts, for training and for validation.
 
-    A row is as scikit-learn's `TfidfVectorizer` makes it, which sees training texts only. Texts of
-    the same words are one text.
+    A row is as scikit-learn's `TfidfVectorizer` makes it, fitted to the training texts only. Texts
+    with the same words count as one.
 
     Args:
         source: "news_articles" (3,824 articles of nine publishers, fetched where they are missing,
             see `fetch`; the publisher is the label, its name is taken out of the text),
             "20newsgroups" (by scikit-learn, from the internet), a folder with a folder of text
             files for each class, or (texts, labels).
-        root: folder of the data, see `data_root`.
-        num_train, num_val, num_test: texts >= 1. Those of 20 Newsgroups in the papers: 5657, 5657
+        root: The folder of the data, see `data_root`.
+        num_train, num_val, num_test: Texts >= 1. Those of 20 Newsgroups in the papers: 5657, 5657
             and 7532, the last from its test part.
-        num_selection: further texts, >= 0, that neither x nor y is fitted to: to choose
-            hyperparameters by, and where to end. x has more numbers than there are validation
-            texts and overfits them.
-        min_df: terms of fewer training texts are left out, >= 1.
-        max_features: keep so many terms, the most frequent; None: all.
-        max_terms: keep so many terms of a text, those of the largest values, since a text of m
-            terms makes every row m long; None: all.
-        seed: of the choice of texts, 0 <= seed < 2^64.
+        num_selection: Further texts, >= 0, to which neither x nor y is fitted: they choose
+            hyperparameters and the end of training. x has more entries than there are
+            validation texts and overfits them.
+        min_df: Terms of fewer training texts are left out, >= 1.
+        max_features: The number of terms to keep, the most frequent ones; None: all.
+        max_terms: The number of terms of a text to keep, those with the largest values; None: all.
+            A text of m terms makes every row m long.
+        seed: The seed of the choice of texts, 0 <= seed < 2^64.
 
     Raises:
         ValueError: more texts asked for than there are, a class without training or validation
             text, an argument out of its range, no scikit-learn.
-        FetchError: the data is not here and cannot be had.
+        FetchError: the data is missing and cannot be fetched.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ def _rows(matrix: Any, max_terms: int | None) -> tuple[Tensor, Tensor]:
 
 
 def _different(texts: Sequence[str], order: Sequence[int], words: Any) -> list[int]:
-    """The positions in `order` without those of a text that came before, or has no words."""
+    """The positions in `order` of texts that have words, and other words than those before."""
     seen: set[tuple[str, ...]] = {()}
     kept = []
     for i in order:

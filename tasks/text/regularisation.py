@@ -34,10 +34,10 @@ class TextRegularisation(Problem):
         data.solution_metrics(problem, trainer.outer, trainer.inner(0))
 
     Args:
-        num_features, num_classes: D and C.
-        per_feature: one strength a feature; otherwise one for all.
-        strength: exp(x_d) at the start, > 0.
-        max_strength: exp(x_d) is kept below it, >= strength. Gradient steps on y diverge where
+        num_features, num_classes: The sizes D and C.
+        per_feature: True: one strength for each feature; False: one for all.
+        strength: Exp(x_d) at the start, > 0.
+        max_strength: Exp(x_d) is kept below it, >= strength. Gradient steps on y diverge where
             inner_lr * exp(x_d) > 2, and x_d of a useless term would grow for ever.
 
     Source: Grazzi et al. (2020), section 4.2, and Ji et al., stocBiO (2021). Differs from theirs by

@@ -1,7 +1,7 @@
 """Sparse rows that slice like dense ones: each row as its columns and values, padded with zeros.
 
 A `Batch` of such rows is two tensors whose leading axis is the example, so mini-batches and shards
-are taken from it as from any other.
+are cut from it as from any other.
 
 Shape letters: n rows, m largest number of values of a row, D columns, C columns of the product.
 """
@@ -17,17 +17,17 @@ from torch import Tensor
 from torch.autograd import Function
 
 KEPT = 4
-"""Compressed matrices that are kept: full batches come again at every step."""
+"""The number of matrices kept in compressed form: full batches come again at every step."""
 
 
 def sparse_matmul(columns: Tensor, values: Tensor, dense: Tensor) -> Tensor:
     """The product (n, C) of sparse rows and a dense matrix; differentiable any number of times.
 
-    Derivatives are those in `dense` only. In eager torch.autograd and under torch.func.grad and
+    Only `dense` has derivatives; in eager torch.autograd and under torch.func.grad and
     torch.func.vmap over `dense`.
 
     Args:
-        columns: integers >= 0, (n, m); those of padding are arbitrary.
+        columns: Integers >= 0, (n, m); padded entries are arbitrary.
         values: (n, m), 0 where a row is padded; they must not be changed in place.
         dense: (D, C), D > every column.
 
@@ -86,7 +86,6 @@ class _Product(Function):
 
 
 _kept: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor, _Matrix]] = OrderedDict()
-"""A cache for the process, of the last `KEPT` matrices; results do not depend on it."""
 
 
 def _compressed(columns: Tensor, values: Tensor, num_columns: int) -> _Matrix:

@@ -11,7 +11,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
 from torchvision import datasets
 
 from metadist.tasks import fetch as fetch_by_name
@@ -27,7 +26,6 @@ from metadist.tasks.data.sources import (
     from_deb,
     from_wheel,
     idx_bytes,
-    read_arrays,
 )
 from tests.tasks.helpers import refusal
 
@@ -181,31 +179,6 @@ def test_a_debian_package_is_opened(tmp_path, monkeypatch):
 def test_only_an_archive_of_ar_is_one():
     assert _ar_members(ar({"one": b"odd", "two": b""})) == {"one": b"odd", "two": b""}
     assert "must be an ar archive" in refusal(lambda: _ar_members(b"PK"), FetchError)
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("true",)
-
-
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_the_unpickler_builds_arrays_and_nothing_else(protocol):
-    matrix, vector = np.arange(6, dtype=np.float32).reshape(2, 3), np.array([1, 2])
-    arrays = [(matrix, vector), 3.0]
-    (got_matrix, got_vector), number = read_arrays(pickle.dumps(arrays, protocol))
-    assert np.array_equal(got_matrix, matrix) and got_matrix.dtype == np.float32
-    assert np.array_equal(got_vector, vector) and number == 3.0
-    message = refusal(lambda: read_arrays(pickle.dumps(Evil(), protocol)), FetchError)
-    assert "must not name posix.system" in message
-    with pytest.raises(FetchError):
-        read_arrays(pickle.dumps(torch.zeros(1), protocol))
-
-
-def test_an_old_pickle_of_arrays_is_read():
-    """NumPy 1 under Python 2 called its module numpy.core."""
-    old = pickle.dumps(np.eye(2), 2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-    assert b"numpy.core" in old
-    assert np.array_equal(read_arrays(old), np.eye(2))
 
 
 def test_mnist_is_written_as_torchvision_reads_it(tmp_path):
