@@ -4,6 +4,8 @@
     run.py      `run_on_budget`: one training that is evaluated on the way
     metrics.py  `kept_metrics`: the metrics of the solution of a trainer
     report.py   tables and curves of the outcomes
+
+The command is `metadist compare`, see docs/compare.md.
 """
 
 from metadist.compare.metrics import kept_metrics, solution_metrics

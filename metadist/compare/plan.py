@@ -197,14 +197,14 @@ def differences(before: Any, now: Any, path: str = "") -> list[str]:
 
     New entries, and new seeds after the old ones, are no difference: they change no run.
     """
+    if before is None and isinstance(now, Mapping):
+        before = {}  # a group of options that was left out
     if isinstance(before, Mapping) and isinstance(now, Mapping):
-        return [
-            found
-            for name in (before if path == "entries" else {**before, **now})
-            for found in differences(
-                before.get(name), now.get(name), f"{path}.{name}" if path else str(name)
-            )
-        ]
+        found = []
+        for name in before if path == "entries" else {**before, **now}:
+            place = f"{path}.{name}" if path else str(name)
+            found += differences(before.get(name), now.get(name), place)
+        return found
     if path == "seeds" and isinstance(now, list) and now[: len(before)] == before:
         return []
     return [] if before == now else [f"{path} was {before!r}, is {now!r}"]

@@ -17,8 +17,7 @@ from metadist.algorithms import SOBA
 from metadist.cli import main
 from metadist.cluster import Workers, tune
 from metadist.cluster.jobs.tune import Tuned
-from metadist.compare.metrics import kept_metrics
-from metadist.compare.run import Contender
+from metadist.compare import Contender, kept_metrics
 from metadist.tasks import FixedTasks
 from tests.helpers import words
 from tests.problems import Quadratic, quadratic_task
