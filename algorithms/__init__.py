@@ -1,4 +1,14 @@
-"""Bilevel and meta-learning algorithms, one file each, and linear solvers."""
+"""Bilevel and meta-learning methods: one file per paper, and `parts` with what they share.
+
+To add a method, write one file here, in the symbols of all the others, and name its class below:
+
+    x, y           outer and inner variable; the losses see x as `context`
+    f_x, f_y       gradients of the outer loss f (query set)
+    g_x, g_y       gradients of the inner loss g (support set)
+    h_v, j_v       products of H = d2g/dy2 and J = d2g/dxdy with v
+    v, b           the adjoint, and the right-hand side of H v = b (b = f_y)
+    h              what stands for the hypergradient, d f(x, y*(x)) / dx
+"""
 
 if __name__ != "metadist.algorithms":
     raise ImportError("import metadist.algorithms, not algorithms: a bare name may be any module")
@@ -33,16 +43,15 @@ from metadist.algorithms.ufom import UFOM
 from metadist.algorithms.vpbgd import VPBGD
 from metadist.algorithms.vrbo import VRBO
 
-# In families: through the inner loop; implicit; stochastic; by values of g alone; heuristic.
-_FAMILIES: tuple[tuple[type[Algorithm], ...], ...] = (
-    (ITD, MetaSGD, UFOM, FG2U, PZOBO),
-    (AID, NoLoopAID, AmIGO, Nystrom, SubBiO, LancBiO, IMAML),
-    (StocBiO, MRBO, VRBO, SUSTAIN, SOBA, SABA, FSLA),
-    (BOME, MEHA, F2SA, VPBGD, Penalty),
-    (Reptile, T1T2, DARTS, SAMA),
-)
+FAMILIES: dict[str, tuple[type[Algorithm], ...]] = {
+    "Through the inner loop": (ITD, MetaSGD, UFOM, FG2U, PZOBO),
+    "Implicit differentiation": (AID, NoLoopAID, AmIGO, Nystrom, SubBiO, LancBiO, IMAML),
+    "Stochastic": (StocBiO, MRBO, VRBO, SUSTAIN, SOBA, SABA, FSLA),
+    "First derivatives of g": (BOME, MEHA, F2SA, VPBGD, Penalty),
+    "Heuristic": (Reptile, T1T2, DARTS, SAMA),
+}
 
-ALGORITHMS = {cls.__name__.lower(): cls for family in _FAMILIES for cls in family}
+ALGORITHMS = {cls.__name__.lower(): cls for family in FAMILIES.values() for cls in family}
 """Short names, for the command line, in families."""
 
 __all__ = [

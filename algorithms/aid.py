@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from metadist.algorithm import Card, Estimate, InnerState, State
+from metadist.algorithm import Estimate, InnerState, State
+from metadist.algorithms.parts.checks import check_at_least, check_choice, check_within
 from metadist.algorithms.parts.implicit import (
     AdjointState,
     adjoint_rate,
@@ -13,7 +14,7 @@ from metadist.algorithms.parts.implicit import (
     hessian,
     implicit_gradient,
 )
-from metadist.algorithms.parts.inner import InnerLoop, check_at_least, check_choice, check_within
+from metadist.algorithms.parts.inner import InnerLoop
 from metadist.algorithms.parts.linear import (
     Product,
     Solution,
@@ -27,11 +28,11 @@ from metadist.trees import Params, zeros_like
 
 @dataclass(frozen=True)
 class AID(InnerLoop):
-    """Approximate implicit differentiation (AID-BiO), with conjugate gradients or fixed point.
+    """Approximate implicit differentiation (AID-BiO).
 
         y <- inner_steps steps on g(x, .) from the last y
-        v ~  (H + damping I)^-1 grad_y f(x, y), by adjoint_steps steps of a solver
-        h = grad_x f(x, y) - J v
+        v ~  (H + damping I)^-1 f_y(x, y), by adjoint_steps steps of a solver
+        h = f_x(x, y) - J v
 
     Exact where y and v are; memory does not grow with inner_steps, unlike ITD's. All products of
     one solve are on one mini-batch, J on another one.
@@ -40,34 +41,30 @@ class AID(InnerLoop):
         solver: "cg", conjugate gradients: the fewest products, but on mini-batches the solution
             of a noisy system is biased; "fixed_point": v <- v - eta (H v - b); "neumann":
             v = eta sum over q = 0 .. adjoint_steps of (I - eta H)^q b.
-        adjoint_steps: N >= 1, products of the solver (fixed_point from 0: one less).
+        adjoint_steps: Q >= 1, products of the solver (fixed_point from 0: one less).
         adjoint_lr: eta of "neumann" and "fixed_point", <= 1/L; None: inner_lr.
         damping: >= 0, for singular or indefinite H; it biases v.
         tolerance: >= 0; the solver ends at a residual of tolerance |b|.
-        warm_start: start v from the last v; not with "neumann", which is a sum from 0.
+        warm_start: Start v from the last v; not with "neumann", which is a sum from 0.
 
-    Cost: T G + F + N H + J; with warm-started "cg" one H more, for the first residual.
+    For: strongly convex in y, or damped.
+    Cost: T G + F + Q H + J. With warm-started "cg" one H more, for the first residual.
+    State: y, and v if warm_start.
     Memory: 5 vectors like y.
-    Breaks: singular H without damping, as of a head with more numbers than support examples: where
+    Use: accurate hypergradients at low memory; many inner steps.
+    Breaks: singular H without damping, as of a head with more weights than support examples: where
     b leaves the range of H, "cg" gives a v that is thousands or millions of times too large
-    (`adjoint_residual` is far above 1). Then regularise g, set damping, or take IMAML. Indefinite
+    (`adjoint_residual` is far above 1). Then regularise g, set damping, or use IMAML. Indefinite
     H: "cg" stops there (`negative_curvature` is 1), the others diverge. Far from the lower
     solution h is the gradient of nothing.
     Source: Ji, Yang, Liang, "Bilevel Optimization: Convergence Analysis and Enhanced Design",
-    ICML 2021, AID-BiO; of it the updates. That the paper starts v from the last v was not
+    ICML 2021, AID-BiO. Of it the updates; that the paper starts v from the last v was not
     checked against its text, hence the option.
-    Differs from the official code in: conjugate gradients return the iterate that converged,
-    not the one before; both solvers solve the same system H v = b.
+    Differs: the official code's conjugate gradients test a residual before they store the iterate
+    that has it, and so return the one before; here the converged one is returned. Its two solvers
+    use different fixed-point maps, so that v has different scales; here all solve H v = f_y.
+    It never starts v from the last v.
     """
-
-    card = Card(
-        title="Approximate implicit differentiation",
-        source="Ji, Yang, Liang, ICML 2021",
-        problems="strongly convex in y, or damped",
-        cost="T G + F + Q H + J",
-        state="y, and v if warm_start",
-        use="accurate hypergradients at low memory; many inner steps",
-    )
 
     solver: Literal["cg", "fixed_point", "neumann"] = "cg"
     adjoint_steps: int = 10
@@ -94,13 +91,17 @@ class AID(InnerLoop):
 
     def estimate(self, oracle: Oracle, context: Params, state: State) -> Estimate:
         y = self.descend(oracle, context, state.inner)
-        outer_grads = oracle.outer_grads(context, y, oracle.draw_outer())
+        f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         product = hessian(oracle, context, y, oracle.draw_inner(), self.damping)
-        start = state.v if self.warm_start else None
-        v, metrics = self.solve(product, outer_grads[1], start)
-        gradient, residual = implicit_gradient(oracle, context, y, v, outer_grads, self.damping)
-        kept = AdjointState(y, v) if self.warm_start else InnerState(y)
-        return Estimate(gradient, None, kept, {**metrics, **residual})
+        start = state.adjoint if self.warm_start else None
+        v, metrics = self.solve(product, f_y, start)
+        h, residual = implicit_gradient(oracle, context, y, v, f_x, f_y, self.damping)
+        return Estimate(
+            hypergradient=h,
+            start_gradient=None,
+            state=AdjointState(y, v) if self.warm_start else InnerState(y),
+            metrics={**metrics, **residual},
+        )
 
     def solve(self, product: Product, b: Params, start: Params | None) -> Solution:
         """v ~ (H + damping I)^-1 b."""

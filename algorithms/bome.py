@@ -9,15 +9,9 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from metadist.algorithm import Card, Estimate, InnerState
-from metadist.algorithms.parts.inner import (
-    InnerLoop,
-    check_at_least,
-    check_choice,
-    check_positive,
-    decayed,
-    repeat,
-)
+from metadist.algorithm import Estimate, InnerState
+from metadist.algorithms.parts.checks import check_at_least, check_choice, check_positive
+from metadist.algorithms.parts.inner import InnerLoop, decayed, repeat
 from metadist.oracle import Oracle
 from metadist.problem import Problem
 from metadist.task import Task
@@ -26,41 +20,38 @@ from metadist.trees import Params, add, dot, norm, sub, tree_map
 
 @dataclass(frozen=True)
 class BOME(InnerLoop):
-    """BOME: the barrier method on the value-function constraint q(x, y) <= 0.
+    """Bilevel Optimization Made Easy (BOME).
 
         y_T = inner_steps of SGD on g from y;    q(x, y) = g(x, y) - g(x, y_T),  y_T constant
-        lam = max(0, (phi - <grad f, grad q>) / (|grad q|^2 + epsilon)),   grad = (d/dx, d/dy)
-        y <- y - y_lr * (grad_y f + lam * grad_y q);    h = grad_x f + lam * grad_x q
+        lam = max(0, (phi - <f_x, q_x> - <f_y, q_y>) / (|q_x|^2 + |q_y|^2 + epsilon))
+        y <- y - y_lr (f_y + lam q_y);    h = f_x + lam q_x
 
-    x and y are moved by one combined direction, along which q falls at a rate of phi at least. At
-    one x, many `rounds` end where f + lam * g is stationary in y: h has the bias of a finite lam.
+    The barrier method on the value-function constraint q <= 0. x and y move by one combined
+    direction, along which q falls at a rate of phi at least; y is not replaced by y_T. At one x,
+    many `rounds` end where f + lam g is stationary in y: h has the bias of a finite lam.
 
     Args:
         y_lr: xi, the step size of y, > 0; `inner_decay` applies to it too.
-        eta: how fast q must fall, > 0.
-        phi: "gradient": eta * |grad q|^2, "value": eta * q.
-        epsilon: added to |grad q|^2, which is 0 at the lower solution; > 0. Where |grad q|^2 is
-            below it the barrier acts no more: the smaller, the nearer x can come to a solution.
-        rounds: moves of y (each with its own y_T) at one x, >= 1; the paper has 1.
+        eta: How fast q must fall, > 0.
+        phi: "gradient": eta (|q_x|^2 + |q_y|^2), "value": eta q.
+        epsilon: > 0, added to the squared gradient of q, which is 0 at the lower solution. Where
+            that square is below it the barrier acts no more: the smaller, the nearer x can come
+            to a solution.
+        rounds: Moves of y (each with its own y_T) at one x, >= 1; the paper has 1.
 
-    Cost: per round T G + F + 2 (G + Gx); two values of g with phi="value".
+    For: non-convex or with many minima, Polyak-Lojasiewicz; smooth.
+    Cost: rounds x (T G + F + 2 G + 2 Gx). Two values of g more with phi="value".
+    State: y.
     Memory: one more y.
-    Breaks: on a new task with rounds = 1: grad_y f has moved no y yet, so h can point away from
-    the hypergradient; give it `rounds`, or keep states. A fixed y_lr leaves a gap q > 0 of
+    Use: no second derivatives, several lower solutions; tasks whose states are kept.
+    Breaks: on a new task with rounds = 1: f_y has moved no y yet, so h can point away from
+    the hypergradient; set more `rounds`, or keep states. A fixed y_lr leaves a gap q > 0 of
     order y_lr^2. Refused where g is flat in y.
     Source: Liu, Ye, Wright, Stone, Liu, "BOME! Bilevel Optimization Made Easy: A Simple
-    First-Order Approach", NeurIPS 2022, algorithm 1. Differs from the official code in: x is
-    stepped by the outer optimiser; no momentum on the step of y.
+    First-Order Approach", NeurIPS 2022, algorithm 1.
+    Differs: x is stepped by the outer optimiser, so its rate is separate; the official code has
+    momentum on the step of y; `rounds` is an addition.
     """
-
-    card = Card(
-        title="Bilevel Optimization Made Easy (BOME)",
-        source="Liu, Ye, Wright, Stone, Liu, NeurIPS 2022",
-        problems="non-convex or with many minima, Polyak-Lojasiewicz; smooth",
-        cost="rounds x (T G + F + 2 G + 2 Gx)",
-        state="y",
-        use="no second derivatives, several lower solutions; tasks whose states are kept",
-    )
 
     y_lr: float = 0.1
     eta: float = 0.5
@@ -83,9 +74,11 @@ class BOME(InnerLoop):
         y = state.inner
         y_T = self.descend(oracle, context, y)
         draw = oracle.draw_inner()  # one for both: q is a difference
-        g_x, q_y = oracle.inner_grads(context, y, draw)
-        q_x = sub(g_x, oracle.inner_grads(context, y_T, draw)[0])
+        g_x, g_y = oracle.inner_grads(context, y, draw)
+        g_x_at_y_T, _ = oracle.inner_grads(context, y_T, draw)
+        q_x, q_y = sub(g_x, g_x_at_y_T), g_y  # y_T is a constant, so it adds nothing to q_y
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
+
         square = dot(q_x, q_x) + dot(q_y, q_y)
         if self.phi == "gradient":
             phi = self.eta * square
@@ -95,9 +88,12 @@ class BOME(InnerLoop):
         slope = dot(f_x, q_x) + dot(f_y, q_y)
         lam = ((phi - slope) / (square + self.epsilon)).relu()
         rate = decayed(self.y_lr, self.inner_decay, oracle.step)
-        moved = add(y, add(f_y, q_y, lam), -rate)
-        metrics = {"lam": lam, "inner_gradient_norm": norm(q_y)}
-        return Estimate(add(f_x, q_x, lam), None, InnerState(moved), metrics)
+        return Estimate(
+            hypergradient=add(f_x, q_x, lam),
+            start_gradient=None,
+            state=InnerState(add(y, add(f_y, q_y, lam), -rate)),
+            metrics={"lam": lam, "inner_gradient_norm": norm(q_y)},
+        )
 
     def check(self, problem: Problem, outer: Params, task: Task) -> None:
         context, start = problem.encode(outer, task), problem.init_inner(outer, task)

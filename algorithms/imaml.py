@@ -5,16 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from metadist.algorithm import Card, Estimate
+from metadist.algorithm import Estimate
+from metadist.algorithms.parts.checks import check_at_least, check_positive, check_within
 from metadist.algorithms.parts.implicit import hessian, implicit_gradient
-from metadist.algorithms.parts.inner import (
-    InnerLoop,
-    InnerOptimizer,
-    check_at_least,
-    check_positive,
-    check_within,
-    decayed,
-)
+from metadist.algorithms.parts.inner import InnerLoop, InnerOptimizer, decayed
 from metadist.algorithms.parts.linear import conjugate_gradient
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, scale, sub
@@ -29,41 +23,39 @@ class IMAMLState(NamedTuple):
 
 @dataclass(frozen=True)
 class IMAML(InnerLoop):
-    """MAML with implicit gradients (iMAML): the solution of a regularised lower problem.
+    """MAML with implicit gradients (iMAML).
 
         y ~ argmin of g(x, y) + lam |y - start|^2 / 2, by inner_steps steps
-        (H + lam I) v = grad_y f(x, y), by adjoint_steps of conjugate gradients
-        d f / d start = lam v;    d f / d context = grad_x f - J v
+        (H + lam I) v = f_y(x, y), by adjoint_steps of conjugate gradients
+        d f / d start = lam v;    d f / d context = f_x - J v
 
     Exact where y and v are, whatever the path to y, so its memory does not grow with inner_steps.
+    Adaptation of a kept state continues from the last y, held near the first start, which is not
+    trained then.
 
     Args:
         lam: > 0; large enough that H + lam I is positive definite. As it grows y stays at the
             start, as it vanishes d f / d start does.
-        adjoint_steps: of conjugate gradients, >= 1.
+        adjoint_steps: Q >= 1, steps of conjugate gradients.
         damping: >= 0, added to lam in the solve of v only.
-        tolerance: >= 0; the solver ends at a residual of tolerance |grad_y f|.
+        tolerance: >= 0; the solver ends at a residual of tolerance |f_y|.
 
-    Cost: T G + F + N H + J. Memory: 5 vectors like y.
+    For: any that lam makes strongly convex.
+    Cost: T G + F + Q H + J.
+    State: nothing (y, start).
+    Memory: 5 vectors like y.
+    Use: MAML with many inner steps, memory of one.
     Breaks: lam below the negative curvature of g (`negative_curvature` is 1); too few
     inner_steps; inner_lr > 2/(L + lam).
     Source: Rajeswaran, Finn, Kakade, Levine, "Meta-Learning with Implicit Gradients", NeurIPS
-    2019; their (I + H/lam) u = grad_y f has u = lam v. The gradient of the context is the same
-    theorem for what else g depends on.
-    Differs from the official code in: the proximal term is in every inner step, and the system is
-    the one of the paper (there (2 I + H / (lam + 10)) with the defaults); adaptation of a
-    kept state goes on from the last y, held near the first start, which is not trained then.
+    2019. Their (I + H/lam) u = f_y has u = lam v. The gradient of the context is the same theorem
+    for what else g depends on.
+    Differs: the proximal term is in every inner step, where the official code has one step at the
+    end; the system is that of the paper, where with the code's defaults it is 2 I + H/(lam + 10),
+    an argument having slipped into another's place.
     """
 
     trains = "both"
-    card = Card(
-        title="MAML with implicit gradients",
-        source="Rajeswaran, Finn, Kakade, Levine, NeurIPS 2019",
-        problems="any that lam makes strongly convex",
-        cost="T G + F + Q H + J",
-        state="nothing (y, start)",
-        use="MAML with many inner steps, memory of one",
-    )
 
     lam: float = 1.0
     adjoint_steps: int = 5
@@ -83,22 +75,24 @@ class IMAML(InnerLoop):
     def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
         return self.descend_near(oracle, context, inner, inner)
 
-    def descend_near(self, oracle: Oracle, context: Params, inner: Params, start: Params) -> Params:
-        """y after inner_steps steps on g + lam |y - start|^2 / 2 from `inner`."""
+    def descend_near(self, oracle: Oracle, context: Params, y: Params, start: Params) -> Params:
+        """y after inner_steps steps on g + lam |y - start|^2 / 2."""
         optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))
         for _ in range(self.inner_steps):
-            gradient = oracle.inner_grad(context, inner, oracle.draw_inner())
-            inner = optimizer.step(inner, add(gradient, sub(inner, start), self.lam))
-        return inner
+            g_y = oracle.inner_grad(context, y, oracle.draw_inner())
+            y = optimizer.step(y, add(g_y, sub(y, start), self.lam))
+        return y
 
     def estimate(self, oracle: Oracle, context: Params, state: IMAMLState) -> Estimate:
         y = self.descend_near(oracle, context, state.inner, state.start)
-        outer_grads = oracle.outer_grads(context, y, oracle.draw_outer())
+        f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         damping = self.lam + self.damping
         product = hessian(oracle, context, y, oracle.draw_inner(), damping)
-        v, metrics = conjugate_gradient(
-            product, outer_grads[1], self.adjoint_steps, None, self.tolerance
+        v, metrics = conjugate_gradient(product, f_y, self.adjoint_steps, None, self.tolerance)
+        h, residual = implicit_gradient(oracle, context, y, v, f_x, f_y, damping)
+        return Estimate(
+            hypergradient=h,
+            start_gradient=scale(v, self.lam),
+            state=IMAMLState(y, state.start),
+            metrics={**metrics, **residual},
         )
-        h, residual = implicit_gradient(oracle, context, y, v, outer_grads, damping)
-        kept = IMAMLState(y, state.start)
-        return Estimate(h, scale(v, self.lam), kept, {**metrics, **residual})

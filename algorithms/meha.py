@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from metadist.algorithm import Card, Estimate
-from metadist.algorithms.parts.inner import SingleLoop, check_positive, decayed
+from metadist.algorithm import Estimate
+from metadist.algorithms.parts.checks import check_positive
+from metadist.algorithms.parts.inner import SingleLoop, decayed
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, norm, sub
 
@@ -15,52 +16,51 @@ class MEHAState(NamedTuple):
     """y, the estimate theta of its proximal point, and the outer step of the last move (or -1)."""
 
     inner: Params
-    theta: Params
+    proximal_point: Params
     moved_at: int
 
 
 @dataclass(frozen=True)
 class MEHA(SingleLoop):
-    """Moreau envelope based, Hessian-free algorithm; g may have a non-smooth part r with a prox.
+    """Moreau Envelope based Hessian-free Algorithm (MEHA).
 
     The lower problem becomes the constraint  g + r - v(x, y) <= 0  with the envelope
-    v(x, y) = min_theta (g + r)(x, theta) + |theta - y|^2 / (2 gamma):
+    v(x, y) = min_theta (g + r)(x, theta) + |theta - y|^2 / (2 gamma), where r is the non-smooth
+    part of the lower objective (`Problem.nonsmooth_loss` and `prox_inner`):
 
-        theta <- prox_r(theta - inner_lr * (grad_y g(x, theta) + (theta - y) / gamma))
-        h = grad_x f(x, y) / c_k + grad_x (g + r)(x, y) - grad_x (g + r)(x, theta)
-        y <- prox_r(y - y_lr * (grad_y f / c_k + grad_y g - (y - theta) / gamma)),  at the NEXT x
+        theta <- prox_r(theta - inner_lr (g_y(x, theta) + (theta - y) / gamma))
+        h = f_x(x, y) / c_k + (g + r)_x(x, y) - (g + r)_x(x, theta)
+        y <- prox_r(y - y_lr (f_y / c_k + g_y - (y - theta) / gamma)),  at the NEXT x
 
-    with c_k = c * (k+1)^c_power. y's step wants the x that h leads to, so it is made at the
+    with c_k = c (k+1)^c_power. y's step needs the x that h leads to, so it is made at the
     beginning of the next move. Several moves (`inner_steps`) can be made at one x. h is an estimate
     of the hypergradient divided by c_k.
 
     Args:
         y_lr: beta, the step size of y, > 0; `inner_lr` is theta's and that of `adapt`, the
             proximal gradient method on g + r. `inner_decay` applies to both.
-        gamma: of the envelope, > 0; below 1 / (2 rho) where g + r is rho-weakly convex.
-        c: the weight that divides f, > 0; large beside |grad_y f| over the curvature of g.
+        gamma: The parameter of the envelope, > 0; below 1 / (2 rho) where g + r is
+            rho-weakly convex.
+        c: The weight that divides f, > 0; large beside |f_y| over the curvature of g.
         c_power: p, in [0, 0.5).
 
-    Cost: per move 4 G + 2 Gx + 2 F: theta's G, two joint gradients of g and F for h, G and F of
-    y at the next x (the oracle's gradients of f are joint, the method uses one half of each).
+    For: non-convex; a non-smooth part with a prox (lasso).
+    Cost: T x (4 G + 2 Gx + 2 F). Per move theta's G, two joint gradients of g and F for h, G and F
+    of y at the next x (the oracle's gradients of f are joint, the method uses one half of each).
+    State: y, theta.
     Memory: two more y.
-    Breaks: on a new task with inner_steps = 1: grad_y f does not enter h yet, which can point away
-    from the hypergradient; take many, or keep states. Where theta = y, as both are 0 under a large
-    l1 weight, h has no lower part. The bias of the end point is O(1 / c_k).
+    Use: non-smooth lower problems; no second derivatives.
+    Breaks: on a new task with inner_steps = 1: f_y does not enter h yet, which can point away
+    from the hypergradient; set inner_steps to 10 or more, or keep states. Where theta = y, as both
+    are 0 under a large l1 weight, h has no lower part. The bias of the end point is O(1 / c_k).
     Source: Liu, Liu, Yao, Zeng, Zhang, "Moreau Envelope for Nonconvex Bi-Level Optimization: A
-    Single-loop and Hessian-free Solution Strategy", ICML 2024; order and division by c_k are
-    those of the same group's code for the non-smooth case. Differs from the official toy code
-    in: that multiplies f by c_k, which ends at the minimiser of f alone.
+    Single-loop and Hessian-free Solution Strategy", ICML 2024. Order and division by c_k are
+    those of the same group's code for the non-smooth case.
+    Differs: the official PyTorch code multiplies f by the growing c_k, which ends at the minimiser
+    of f alone; here c_k divides f. theta is kept from step to step, where the non-smooth toy resets
+    it; thresholds of the prox are the step times the weight.
     """
 
-    card = Card(
-        title="Moreau Envelope based Hessian-free Algorithm (MEHA)",
-        source="Liu, Liu, Yao, Zeng, Zhang, ICML 2024",
-        problems="non-convex; a non-smooth part with a prox (lasso)",
-        cost="T x (4 G + 2 Gx + 2 F)",
-        state="y, theta",
-        use="non-smooth lower problems; no second derivatives",
-    )
     takes_prox = True
 
     y_lr: float = 0.1
@@ -81,46 +81,52 @@ class MEHA(SingleLoop):
         return True
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> MEHAState:
-        return MEHAState(inner, inner, -1)
+        return MEHAState(inner=inner, proximal_point=inner, moved_at=-1)
 
     def move(self, oracle: Oracle, context: Params, state: MEHAState) -> Estimate:
-        y, theta = state.inner, state.theta
+        y, theta = state.inner, state.proximal_point
         if state.moved_at >= 0:
             y = self._move_y(oracle, context, state)
-        gradient = oracle.inner_grad(context, theta, oracle.draw_inner())
-        towards_y = add(gradient, sub(theta, y), 1 / self.gamma)
+        g_y = oracle.inner_grad(context, theta, oracle.draw_inner())
+        towards_y = add(g_y, sub(theta, y), 1 / self.gamma)
         theta = self._prox_step(oracle, context, theta, towards_y, self.inner_lr, oracle.step)
 
         draw = oracle.draw_inner()  # one for both, so that noise cancels in the difference
-        at_y, at_theta = (self._lower_x(oracle, context, point, draw) for point in (y, theta))
+        at_y = self._lower_x(oracle, context, y, draw)
+        at_theta = self._lower_x(oracle, context, theta, draw)
         f_x, _ = oracle.outer_grads(context, y, oracle.draw_outer())
-        h = add(sub(at_y, at_theta), f_x, 1 / self._weight(oracle.step))
-        metrics = {"envelope_gap": norm(sub(y, theta)) / self.gamma}
-        return Estimate(h, None, MEHAState(y, theta, oracle.step), metrics)
+        return Estimate(
+            hypergradient=add(sub(at_y, at_theta), f_x, 1 / self._weight(oracle.step)),
+            start_gradient=None,
+            state=MEHAState(inner=y, proximal_point=theta, moved_at=oracle.step),
+            metrics={"envelope_gap": norm(sub(y, theta)) / self.gamma},
+        )
 
     def _move_y(self, oracle: Oracle, context: Params, state: MEHAState) -> Params:
+        """y after the step that the last move left for the x it led to, with that move's rates."""
         y = state.inner
         _, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
-        lower_y = oracle.inner_grad(context, y, oracle.draw_inner())
-        gradient = add(lower_y, sub(y, state.theta), -1 / self.gamma)
-        gradient = add(gradient, f_y, 1 / self._weight(state.moved_at))
-        return self._prox_step(oracle, context, y, gradient, self.y_lr, state.moved_at)
+        g_y = oracle.inner_grad(context, y, oracle.draw_inner())
+        direction = add(g_y, sub(y, state.proximal_point), -1 / self.gamma)
+        direction = add(direction, f_y, 1 / self._weight(state.moved_at))
+        return self._prox_step(oracle, context, y, direction, self.y_lr, state.moved_at)
 
     def _lower_x(self, oracle: Oracle, context: Params, y: Params, draw: Draw) -> Params:
-        """grad_x (g + r)."""
-        return add(oracle.inner_grads(context, y, draw)[0], oracle.nonsmooth_grad(context, y))
+        """The gradient of g + r in x."""
+        g_x, _ = oracle.inner_grads(context, y, draw)
+        return add(g_x, oracle.nonsmooth_grad(context, y))
 
     def _prox_step(
-        self, oracle: Oracle, context: Params, y: Params, gradient: Params, lr: float, step: int
+        self, oracle: Oracle, context: Params, y: Params, direction: Params, lr: float, step: int
     ) -> Params:
         step_size = decayed(lr, self.inner_decay, step)
-        return oracle.prox_inner(context, add(y, gradient, -step_size), step_size)
+        return oracle.prox_inner(context, add(y, direction, -step_size), step_size)
 
     def _weight(self, step: int) -> float:
         return decayed(self.c, -self.c_power, step)
 
     def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
         for _ in range(self.inner_steps):
-            gradient = oracle.inner_grad(context, inner, oracle.draw_inner())
-            inner = self._prox_step(oracle, context, inner, gradient, self.inner_lr, oracle.step)
+            g_y = oracle.inner_grad(context, inner, oracle.draw_inner())
+            inner = self._prox_step(oracle, context, inner, g_y, self.inner_lr, oracle.step)
         return inner

@@ -1,37 +1,32 @@
-"""Meta-SGD: MAML that learns a rate for every number of the inner variable."""
+"""Meta-SGD: MAML that learns a rate for every element of the inner variable."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from metadist.algorithm import Card
-from metadist.algorithms.itd import ITD
+from metadist.algorithms.parts.unrolling import Unrolling
 
 
 @dataclass(frozen=True)
-class MetaSGD(ITD):
-    """Meta-SGD: `ITD` whose inner rates are outer variables, one per number of y.
+class MetaSGD(Unrolling):
+    """Meta-SGD.
 
-        y_{t+1} = y_t - rates * grad_y g(x, y_t);    h = d f(x, y_T) / d (x, start, rates)
+        y_{t+1} = y_t - rates * g_y(x, y_t);    h = d f(x, y_T) / d (x, start, rates)
 
-    `inner_lr` is where the rates begin; everything else is as in ITD. A rate may become
-    negative.
+    ITD whose inner rates are outer variables, one per element of y. `inner_lr` is the initial
+    value of all rates; a rate may become negative.
 
-    Cost: that of ITD. Memory: that of ITD, and one y of rates.
+    For: any smooth one; new tasks with a learned start.
+    Cost: T G + F + T (H + J).
+    State: y.
+    Memory: that of ITD, and one y of rates.
+    Use: few-shot tasks, few inner steps.
     Breaks: with as many rates as weights it overfits few training tasks.
     Source: Li, Zhou, Chen, Li, "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning",
-    2017. Differs from it in: any number of inner steps, the paper has one; rates begin equal.
+    2017.
+    Differs: any number of inner steps, where the paper has one; all rates begin equal.
     """
-
-    card = Card(
-        title="Meta-SGD",
-        source="Li, Zhou, Chen, Li, 2017",
-        problems="any; new tasks with a learned start",
-        cost="T G + F + T (H + J)",
-        state="y",
-        use="few-shot tasks, few inner steps",
-    )
 
     learn_lr: Literal["no", "per_tensor", "per_element"] = "per_element"
 

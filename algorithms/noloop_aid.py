@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metadist.algorithm import Card, Estimate
+from metadist.algorithm import Estimate
+from metadist.algorithms.parts.checks import check_positive
 from metadist.algorithms.parts.implicit import (
     AdjointState,
     adjoint_rate,
     hessian,
     implicit_gradient,
 )
-from metadist.algorithms.parts.inner import SingleLoop, check_positive, decayed
+from metadist.algorithms.parts.inner import SingleLoop, decayed
 from metadist.algorithms.parts.linear import fixed_point
 from metadist.oracle import Oracle
 from metadist.trees import Params, zeros_like
@@ -19,33 +20,29 @@ from metadist.trees import Params, zeros_like
 
 @dataclass(frozen=True)
 class NoLoopAID(SingleLoop):
-    """AID without loops: y, v and x follow one another with one step each.
+    """AID without loops.
 
-        y <- y - inner_lr grad_y g(x, y)
-        v <- v - adjoint_lr (H v - grad_y f)     at the new y
-        h = grad_x f - J v                       at the new y and v
+        y <- y - inner_lr g_y(x, y)
+        v <- v - adjoint_lr (H v - f_y)     at the new y
+        h = f_x - J v                       at the new y and v
 
-    With kept states the errors of y and v shrink while x moves slowly enough. On new tasks v
-    starts from 0, so take inner_steps > 1: that many steps of both at one x.
+    One after another, each at the newest point. With kept states the errors of y and v shrink
+    while x moves slowly enough. On new tasks v starts from 0, so set inner_steps > 1: that many
+    steps of both at one x.
 
     Args:
         adjoint_lr: eta, > 0 and <= 1/L; decays like inner_lr. None: inner_lr.
 
-    Cost: G + F + H + J per step. Memory: y and v.
+    For: strongly convex in y.
+    Cost: T (G + F + H + J).
+    State: y, v.
+    Memory: one more y.
+    Use: the cheapest implicit step, for tasks whose state is kept.
     Breaks: indefinite H, or rates > 2/L: v diverges; an outer_lr that is not well below inner_lr
     and adjoint_lr (see SOBA): y and v cannot follow.
-    Source: Ji, Liu, Liang, Ying, "Will Bilevel Optimizers Benefit from Loops", NeurIPS 2022, the
-    no-loop variant of AID; of it the updates, not the rates. No official code was found.
+    Source: Ji, Liu, Liang, Ying, "Will Bilevel Optimizers Benefit from Loops", NeurIPS 2022.
+    The no-loop variant of AID; of it the updates, not the rates. No official code was found.
     """
-
-    card = Card(
-        title="AID without loops",
-        source="Ji, Liu, Liang, Ying, NeurIPS 2022",
-        problems="strongly convex in y",
-        cost="T (G + F + H + J)",
-        state="y, v",
-        use="the cheapest implicit step, for tasks whose state is kept",
-    )
 
     adjoint_lr: float | None = None
 
@@ -58,10 +55,12 @@ class NoLoopAID(SingleLoop):
         return AdjointState(inner, zeros_like(inner))
 
     def move(self, oracle: Oracle, context: Params, state: AdjointState) -> Estimate:
-        gradient = oracle.inner_grad(context, state.inner, oracle.draw_inner())
-        y = self.descend_once(oracle, state.inner, gradient)
-        outer_grads = oracle.outer_grads(context, y, oracle.draw_outer())
+        g_y = oracle.inner_grad(context, state.inner, oracle.draw_inner())
+        y = self.descend_once(oracle, state.inner, g_y)
+        f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         eta = decayed(adjoint_rate(self, self.adjoint_lr), self.inner_decay, oracle.step)
-        v = fixed_point(hessian(oracle, context, y), outer_grads[1], 1, eta, state.v).v
-        h, metrics = implicit_gradient(oracle, context, y, v, outer_grads)
-        return Estimate(h, None, AdjointState(y, v), metrics)
+        v = fixed_point(hessian(oracle, context, y), f_y, 1, eta, state.adjoint).v
+        h, metrics = implicit_gradient(oracle, context, y, v, f_x, f_y)
+        return Estimate(
+            hypergradient=h, start_gradient=None, state=AdjointState(y, v), metrics=metrics
+        )

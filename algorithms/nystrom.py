@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metadist.algorithm import Card, Estimate, InnerState
+from metadist.algorithm import Estimate, InnerState
+from metadist.algorithms.parts.checks import check_at_least, check_positive
 from metadist.algorithms.parts.implicit import hessian, implicit_gradient
-from metadist.algorithms.parts.inner import InnerLoop, check_at_least, check_positive
+from metadist.algorithms.parts.inner import InnerLoop
 from metadist.algorithms.parts.linear import nystrom
 from metadist.oracle import Oracle
 from metadist.trees import Params, num_elements
@@ -14,38 +15,34 @@ from metadist.trees import Params, num_elements
 
 @dataclass(frozen=True)
 class Nystrom(InnerLoop):
-    """The Nystrom hypergradient: the inverse of a low-rank approximation of H, in closed form.
+    """Nystrom hypergradient.
 
         C = `rank` columns of H, drawn without replacement;   M = their rows at the same places
-        v = (C' M^+ C + damping I)^-1 grad_y f
+        v = (C' M^+ C + damping I)^-1 b,   b = f_y
           = b/damping - C' (M + C C'/damping)^-1 C b / damping^2
-        h = grad_x f - J v
+        h = f_x - J v
 
-    No iteration, so nothing diverges: |v| <= |grad_y f| / damping. All tasks of an outer step
-    have the same columns, new ones at every step.
+    The inverse of a low-rank approximation of H, in closed form. No iteration, so nothing
+    diverges: |v| <= |f_y| / damping. All tasks of an outer step have the same columns, new ones
+    at every step.
 
     Args:
-        rank: k >= 1, columns of H; with as many as y has numbers v = (H + damping I)^-1 b.
+        rank: k >= 1, columns of H; with as many as y has elements v = (H + damping I)^-1 b.
         damping: rho > 0, a trust region: outside the span of the columns v is b / rho.
 
-    Cost: T G + F + k H + J. Memory: k vectors like y, in float64.
+    For: H of low rank plus little, damped.
+    Cost: T G + F + k H + J.
+    State: y.
+    Memory: k vectors like y, in float64.
+    Use: ill-conditioned H of low rank, where iterations need many steps.
     Breaks: if H has many more than `rank` eigenvalues above `damping`. Of an indefinite M the
     negative part is left out (`negative_curvature` is 1).
-    Source: Hataya and Yamada, "Nystrom Method for Accurate and Scalable Implicit
-    Differentiation", AISTATS 2023; the second formula for v, and k = 5, rho = 0.1, are those of
-    its code.
-    Differs from the official code in: v goes through M^(-1/2), not the inverse of M + C C'/damping,
-    which can be singular.
+    Source: Hataya, Yamada, "Nystrom Method for Accurate and Scalable Implicit Differentiation",
+    AISTATS 2023. The second formula for v, and k = 5, rho = 0.1, are those of its code.
+    Differs: v goes through M^(-1/2) in float64, where the official code inverts M + C C'/damping,
+    which can be singular; the negative part of an indefinite M, common with ReLU networks, is
+    left out and reported.
     """
-
-    card = Card(
-        title="Nystrom hypergradient",
-        source="Hataya, Yamada, AISTATS 2023",
-        problems="H of low rank plus little, damped",
-        cost="T G + F + k H + J",
-        state="y",
-        use="ill-conditioned H of low rank, where iterations need many steps",
-    )
 
     rank: int = 5
     damping: float = 0.1
@@ -57,16 +54,21 @@ class Nystrom(InnerLoop):
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         y = self.descend(oracle, context, state.inner)
-        outer_grads = oracle.outer_grads(context, y, oracle.draw_outer())
+        f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         columns = choose(oracle, self.rank, num_elements(y))
         product = hessian(oracle, context, y, oracle.draw_inner())
-        v, metrics = nystrom(product, outer_grads[1], columns, self.damping)
-        h, residual = implicit_gradient(oracle, context, y, v, outer_grads, self.damping)
-        return Estimate(h, None, InnerState(y), {**metrics, **residual})
+        v, metrics = nystrom(product, f_y, columns, self.damping)
+        h, residual = implicit_gradient(oracle, context, y, v, f_x, f_y, self.damping)
+        return Estimate(
+            hypergradient=h,
+            start_gradient=None,
+            state=InnerState(y),
+            metrics={**metrics, **residual},
+        )
 
 
 def choose(oracle: Oracle, count: int, size: int) -> list[int]:
-    """At most `count` different numbers below `size`, uniformly, equal for all tasks of a step."""
+    """At most `count` different integers below `size`, the same for all tasks of a step."""
     swapped: dict[int, int] = {}
     chosen = []
     # The first steps of Fisher and Yates' shuffle, keeping only the places that changed.

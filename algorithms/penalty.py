@@ -8,14 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metadist.algorithm import Card, Estimate
-from metadist.algorithms.parts.inner import (
-    InnerLoop,
-    InnerOptimizer,
-    check_at_least,
-    check_positive,
-    decayed,
-)
+from metadist.algorithm import Estimate
+from metadist.algorithms.parts.checks import check_at_least, check_positive
+from metadist.algorithms.parts.inner import InnerLoop, InnerOptimizer, decayed
 from metadist.algorithms.parts.linear import relative_residual
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, dot, norm, scale, sub, zeros_like
@@ -31,46 +26,42 @@ class PenaltyState(NamedTuple):
 
 @dataclass(frozen=True)
 class Penalty(InnerLoop):
-    """The penalty method: no inverse of the Hessian, its place is taken by multipliers nu.
+    """Penalty method (augmented Lagrangian).
 
-        h_up = f + <nu, grad_y g> + rho / 2 |grad_y g|^2,    h_low = h_up + lam * g
-        inner_steps of the inner optimiser on h_low in y:  grad_y f + H w + lam * grad_y g,
-        h = grad_x h_up = grad_x f + J w,    w = nu + rho * grad_y g
+        h_up = f + <nu, g_y> + rho / 2 |g_y|^2,    h_low = h_up + lam g
+        inner_steps of the inner optimiser on h_low in y:  f_y + H w + lam g_y,
+        h = f_x + J w,   w = nu + rho g_y
+        where |h|^2 + |f_y + H w + lam g_y|^2 < eps^2:  nu += rho g_y;  rho, lam and eps are
+            multiplied by their factors, inner_lr by lr_factor
 
-    Where |grad_x h_up|^2 + |grad_y h_low|^2 < eps^2: nu += rho * grad_y g, then rho, lam and eps
-    are multiplied by their factors and inner_lr by lr_factor. At a solution -w is the adjoint
-    H^-1 grad_y f, so h is the hypergradient, at any rho once nu has converged. On a new task nu
-    is 0: h has a bias of O(1/rho) and O(lam): take a larger
-    rho, with inner_lr < 2 / (rho L^2) and more inner_steps.
+    No inverse of the Hessian: multipliers nu stand in its place. At a solution -w is the adjoint
+    H^-1 f_y, so h is the hypergradient, at any rho once nu has converged. On a new task nu is 0:
+    h has a bias of O(1/rho) and O(lam); set a larger rho there, with inner_lr < 2 / (rho L^2) and
+    more inner_steps. `inner_lr` is that of y on h_low, and of `adapt`.
 
     Args:
-        inner_lr: of y on h_low, and of `adapt`.
-        rho: initial weight of the penalty, > 0. The curvature in y is of order rho * H^2.
-        lam: initial weight of g, >= 0; it pulls y to a minimum of g.
-        eps: initial tolerance, > 0; set against the size of the gradients of f.
+        rho: The initial weight of the penalty, > 0. The curvature in y is of order rho H^2.
+        lam: The initial weight of g, >= 0; it pulls y to a minimum of g.
+        eps: The initial tolerance, > 0; set it against the size of the gradients of f.
         rho_factor: >= 1. With 1 the multipliers do the work, at a linear rate. Above 1, steps
-            of x diverge once outer_lr * rho * |J|^2 > 2 unless the outer rate falls as well.
-        lam_factor, eps_factor, lr_factor: in (0, 1]. With "sgd" and rho_factor > 1, lr_factor
-            should be 1 / rho_factor.
+            of x diverge once outer_lr rho |J|^2 > 2 unless the outer rate falls as well.
+        lam_factor: In (0, 1].
+        eps_factor: In (0, 1].
+        lr_factor: In (0, 1]; with "sgd" and rho_factor > 1 it should be 1 / rho_factor.
 
-    Cost: T (G + F + H) + F + 2 G + J + H: the last H is a by-product of J's pass.
+    For: strongly convex near the solution.
+    Cost: T (G + F + H) + F + 2 G + J + H. The last H is a by-product of J's pass.
+    State: y, multipliers, number of updates.
     Memory: one more y and one graph.
-    Breaks: nearly singular H; far from lower minima, where grad_y g = 0 may be a saddle.
+    Use: kept states, when an adjoint solve is not wanted.
+    Breaks: nearly singular H; far from lower minima, where g_y = 0 may be a saddle.
     Source: Mehra, Hamm, "Penalty Method for Inversion-Free Deep Bilevel Optimization", ACML
-    2021. Differs from the official code in: its test squares the sums of squares once more,
-    (s^2 + t^2) < eps^2; nu starts at 0; x is stepped by the outer optimiser, whose rate no
-    update shrinks; so rho_factor and lr_factor are 1 by default where that has 1.1 and 0.9; the
-    inner optimiser is by default "sgd" where that has Adam.
+    2021.
+    Differs: the official code's test squares the sums of squares once more, (s^2 + t^2) < eps^2;
+    nu starts at 0; x is stepped by the outer optimiser, whose rate no update shrinks, so rho_factor
+    and lr_factor are 1 by default where the code has 1.1 and 0.9; the default inner optimiser is
+    "sgd" where the code has Adam.
     """
-
-    card = Card(
-        title="Penalty method (augmented Lagrangian)",
-        source="Mehra, Hamm, ACML 2021",
-        problems="strongly convex near the solution",
-        cost="T (G + F + H) + F + 2 G + J + H",
-        state="y, multipliers, number of updates",
-        use="kept states, when an adjoint solve is not wanted",
-    )
 
     rho: float = 1.0
     lam: float = 0.01
@@ -96,16 +87,13 @@ class Penalty(InnerLoop):
         return PenaltyState(inner, zeros_like(inner), leaf.new_zeros(()))
 
     def estimate(self, oracle: Oracle, context: Params, state: PenaltyState) -> Estimate:
-        y, nu, count = state
-        rho, lam, eps = (
-            first * factor**count
-            for first, factor in (
-                (self.rho, self.rho_factor),
-                (self.lam, self.lam_factor),
-                (self.eps, self.eps_factor),
-            )
-        )
-        shrink = self.lr_factor**count
+        # The number of updates is a tensor, not a counter: whether the test is met depends on
+        # data, so under vmap each task has its own, and the weights follow it as tensors.
+        y, nu, num_updates = state
+        rho = self.rho * self.rho_factor**num_updates
+        lam = self.lam * self.lam_factor**num_updates
+        eps = self.eps * self.eps_factor**num_updates
+        shrink = self.lr_factor**num_updates
         optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))
         for _ in range(self.inner_steps):
             draw = oracle.draw_inner()
@@ -120,10 +108,18 @@ class Penalty(InnerLoop):
         w = add(nu, g_y, rho)
         j_w, h_w = oracle.second_order(context, y, w, draw)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
-        h, low_y = add(f_x, j_w), add(add(f_y, h_w), g_y, lam)
+        h = add(f_x, j_w)
+        low_y = add(add(f_y, h_w), g_y, lam)
         met = dot(h, h) + dot(low_y, low_y) < eps**2
-        step = torch.where(met, rho, 0.0)
-        new = PenaltyState(y, add(nu, g_y, step), count + met)
+        new = PenaltyState(
+            inner=y,
+            multipliers=add(nu, g_y, torch.where(met, rho, 0.0)),
+            num_updates=num_updates + met,
+        )
         residual = relative_residual(scale(h_w, -1.0), f_y)  # -w is the adjoint
-        metrics = {"inner_gradient_norm": norm(g_y), "adjoint_residual": residual}
-        return Estimate(h, None, new, metrics)
+        return Estimate(
+            hypergradient=h,
+            start_gradient=None,
+            state=new,
+            metrics={"inner_gradient_norm": norm(g_y), "adjoint_residual": residual},
+        )

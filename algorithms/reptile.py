@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metadist.algorithm import Algorithm, Card, Estimate, InnerState
-from metadist.algorithms.parts.inner import check_sgd, sgd
+from metadist.algorithm import Algorithm, Estimate, InnerState
+from metadist.algorithms.parts.checks import check_sgd
+from metadist.algorithms.parts.inner import sgd
 from metadist.oracle import Oracle
 from metadist.problem import Problem, context_depends_on
 from metadist.task import Task
@@ -14,33 +15,31 @@ from metadist.trees import Params, sub, zeros_like
 
 @dataclass(frozen=True)
 class Reptile(Algorithm):
-    """Reptile, a first-order meta-learning method for a learned start of adaptation.
+    """Reptile.
 
-        y_T = inner_steps of SGD on g from the start;   "hypergradient" = start - y_T
+        y_T = inner_steps of SGD on g from the start;    h = start - y_T
 
-    With outer SGD of rate epsilon this is start += epsilon * mean(y_T - start). It needs no
-    query set and no second derivative. With inner_steps = 1 it is plain SGD on the mean of g.
+    A first-order method for a learned start of adaptation: with outer SGD of rate epsilon, h is
+    start += epsilon mean(y_T - start). It uses no query set. With inner_steps = 1 it is plain SGD
+    on the mean of g.
 
     Args:
         inner_steps: T, >= 1; useful from 2 on.
         inner_lr: > 0.
-        momentum: of the inner SGD, in [0, 1).
+        momentum: The momentum of the inner SGD, in [0, 1).
 
-    Cost: T gradients. Memory: the inner variable.
+    For: any smooth one, adapted from a learned start.
+    Cost: T G.
+    State: nothing.
+    Memory: the inner variable.
+    Use: a learned start of all weights, no query set and no second derivatives.
     Breaks: it trains the start of adaptation only, so a problem whose context depends on the
-    outer variable (ANIL's features) is refused.
+    outer variable (ANIL's features) is refused; h need not vanish at the solution.
     Source: Nichol, Achiam, Schulman, "On First-Order Meta-Learning Algorithms", 2018, algorithm
-    2. Differs from it in: inner SGD where the paper runs Adam with beta1 = 0.
+    2.
+    Differs: inner SGD, where the official code runs Adam with beta1 = 0 and carries its moments
+    from task to task.
     """
-
-    card = Card(
-        title="Reptile",
-        source="Nichol, Achiam, Schulman, 2018",
-        problems="any smooth one, adapted from a learned start",
-        cost="T G",
-        state="nothing",
-        use="a learned start of all weights, no query set and no second derivatives",
-    )
 
     trains = "start"
 
@@ -60,7 +59,12 @@ class Reptile(Algorithm):
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         adapted = self.adapt(oracle, context, state.inner)
-        return Estimate(zeros_like(context), sub(state.inner, adapted), InnerState(adapted), {})
+        return Estimate(
+            hypergradient=zeros_like(context),
+            start_gradient=sub(state.inner, adapted),
+            state=InnerState(adapted),
+            metrics={},
+        )
 
     def check(self, problem: Problem, outer: Params, task: Task) -> None:
         depends = context_depends_on(problem, outer, task)

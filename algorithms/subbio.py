@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metadist.algorithm import Card, Estimate
+from metadist.algorithm import Estimate
+from metadist.algorithms.parts.checks import check_at_least
 from metadist.algorithms.parts.implicit import (
     AdjointState,
     adjoint_rate,
@@ -12,7 +13,7 @@ from metadist.algorithms.parts.implicit import (
     hessian,
     implicit_gradient,
 )
-from metadist.algorithms.parts.inner import InnerLoop, check_at_least
+from metadist.algorithms.parts.inner import InnerLoop
 from metadist.algorithms.parts.linear import Product, Solution, in_span
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, zeros_like
@@ -20,36 +21,33 @@ from metadist.trees import Params, add, zeros_like
 
 @dataclass(frozen=True)
 class SubBiO(InnerLoop):
-    """Subspace bilevel optimisation: the best v in the span of two vectors.
+    """Subspace bilevel optimisation (SubBiO).
 
-        y <- inner_steps steps on g(x, .) from the last y;   b = grad_y f(x, y)
+        y <- inner_steps steps on g(x, .) from the last y;   b = f_y(x, y)
         W = [b, (I - adjoint_lr H) v]        v from the last outer step
         v = W (W'HW)^-1 W'b
-        h = grad_x f - J v
+        h = f_x - J v
 
-    In the norm of H this v is at least as near to H^-1 b as a step of fixed point is. Columns
-    that vanish or are parallel (v = 0 at first, b = 0) count as absent.
+    The best v in two dimensions: in the norm of H it is at least as near to H^-1 b as a step of
+    fixed point is. Columns that vanish or are parallel (v = 0 at first, b = 0) count as absent.
 
     Args:
         adjoint_lr: eta > 0, of the step that makes the second vector; None: inner_lr.
-        adjoint_steps: how often v is improved; the paper has 1, for new tasks take more.
+        adjoint_steps: How often v is improved; the paper has 1, for new tasks set more.
 
-    Cost: T G + F + 3 H + J (3 H for each of adjoint_steps). Memory: 5 vectors like y.
+    For: strongly convex in y.
+    Cost: T G + F + 3 H + J. 3 H for each of adjoint_steps.
+    State: y, v.
+    Memory: 5 vectors like y.
+    Use: kept states; the rate of v matters little.
     Breaks: indefinite H, where W'HW may be singular (`negative_curvature` is 1).
     Source: Yang, Gao, Yuan, "LancBiO: Dynamic Lanczos-aided Bilevel Optimization via Krylov
-    Subspace", ICLR 2025, SubBiO; of it the update as its code has it.
-    Differs from the official code in: W is made orthonormal, which leaves its span; v starts
-    from 0; H is taken at y throughout; on mini-batches W'HW has one, so that it is symmetric.
+    Subspace", ICLR 2025, SubBiO. Of it the update as its code has it.
+    Differs: W is made orthonormal, which leaves its span, as its columns are nearly parallel in the
+    end; vanishing columns are left out, so v may start at 0; H is that of y, where the official
+    synthetic script evaluates it with v in the place of y; on mini-batches W'HW is of one batch,
+    so that it is symmetric.
     """
-
-    card = Card(
-        title="Subspace bilevel optimisation",
-        source="Yang, Gao, Yuan, ICLR 2025",
-        problems="strongly convex in y",
-        cost="T G + F + 3 H + J",
-        state="y, v",
-        use="kept states; the rate of v matters little",
-    )
 
     adjoint_lr: float | None = None
     adjoint_steps: int = 1
@@ -64,15 +62,20 @@ class SubBiO(InnerLoop):
 
     def estimate(self, oracle: Oracle, context: Params, state: AdjointState) -> Estimate:
         y = self.descend(oracle, context, state.inner)
-        outer_grads = oracle.outer_grads(context, y, oracle.draw_outer())
-        solution = Solution(state.v, {})
+        f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
+        solution = Solution(state.adjoint, {})
         for _ in range(self.adjoint_steps):
             step = hessian(oracle, context, y, oracle.draw_inner())
             matrix = hessian(oracle, context, y, oracle.draw_inner())
-            solution = self.improve(step, matrix, outer_grads[1], solution.v)
+            solution = self.improve(step, matrix, f_y, solution.v)
         v, metrics = solution
-        h, residual = implicit_gradient(oracle, context, y, v, outer_grads)
-        return Estimate(h, None, AdjointState(y, v), {**metrics, **residual})
+        h, residual = implicit_gradient(oracle, context, y, v, f_x, f_y)
+        return Estimate(
+            hypergradient=h,
+            start_gradient=None,
+            state=AdjointState(y, v),
+            metrics={**metrics, **residual},
+        )
 
     def improve(self, step: Product, matrix: Product, b: Params, v: Params) -> Solution:
         """The best v in span{b, (I - adjoint_lr H) v}. Cost: 1 product `step`, 2 `matrix`."""

@@ -1,45 +1,41 @@
-"""T1-T2: the inverse Hessian replaced by a number."""
+"""T1-T2: the inverse Hessian replaced by a scalar."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metadist.algorithm import Card, Estimate, InnerState
+from metadist.algorithm import Estimate, InnerState
+from metadist.algorithms.parts.checks import check_positive
 from metadist.algorithms.parts.implicit import implicit_gradient
-from metadist.algorithms.parts.inner import InnerLoop, check_positive
+from metadist.algorithms.parts.inner import InnerLoop
 from metadist.oracle import Oracle
 from metadist.trees import Params, scale
 
 
 @dataclass(frozen=True)
 class T1T2(InnerLoop):
-    """T1-T2: a hypergradient whose adjoint is one multiple of grad_y f.
+    """T1-T2.
 
-        y_T = inner_steps of the inner optimiser on g;    v = adjoint_lr * grad_y f(x, y_T)
-        h = grad_x f - J v
+        y_T = inner_steps of the inner optimiser on g;    v = adjoint_lr f_y(x, y_T)
+        h = f_x - J v
 
-    It is the adjoint solve of AID stopped after one fixed-point step from 0.
+    H taken for a multiple of the identity: the adjoint solve of AID stopped after one fixed-point
+    step from 0.
 
     Args:
-        adjoint_lr: what replaces H^-1, > 0. The paper has 1, or inner_lr, which makes h that of ITD
+        adjoint_lr: What replaces H^-1, > 0. The paper has 1, or inner_lr, which makes h that of ITD
             with truncate=1 (plain SGD), but for J, here at y_T and there one step before.
 
-    Cost: T G + F + J (with H v as a by-product, for the metric `adjoint_residual`).
+    For: well-conditioned; heuristic.
+    Cost: T G + F + J. H v is a by-product, for the metric `adjoint_residual`.
+    State: y.
     Memory: one graph.
+    Use: cheap first attempt.
     Breaks: biased, h need not vanish at the solution: right only as far as H is a multiple of
     the identity.
     Source: Luketina, Berglund, Greff, Raiko, "Scalable Gradient-Based Tuning of Continuous
-    Regularization Hyperparameters", ICML 2016 (details beyond the formula unverified).
+    Regularization Hyperparameters", ICML 2016. Details beyond the formula were not checked.
     """
-
-    card = Card(
-        title="T1-T2",
-        source="Luketina, Berglund, Greff, Raiko, ICML 2016",
-        problems="well-conditioned; heuristic",
-        cost="T G + F + J",
-        state="y",
-        use="cheap first attempt",
-    )
 
     adjoint_lr: float = 1.0
 
@@ -49,7 +45,7 @@ class T1T2(InnerLoop):
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         y = self.descend(oracle, context, state.inner)
-        outer_grads = oracle.outer_grads(context, y, oracle.draw_outer())
-        v = scale(outer_grads[1], self.adjoint_lr)
-        h, metrics = implicit_gradient(oracle, context, y, v, outer_grads)
-        return Estimate(h, None, InnerState(y), metrics)
+        f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
+        v = scale(f_y, self.adjoint_lr)
+        h, metrics = implicit_gradient(oracle, context, y, v, f_x, f_y)
+        return Estimate(hypergradient=h, start_gradient=None, state=InnerState(y), metrics=metrics)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from metadist.algorithm import Card, Estimate, InnerState
+from metadist.algorithm import Estimate, InnerState
 from metadist.algorithms.parts.inner import GradientDescent
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, norm, sub
@@ -14,35 +14,32 @@ from metadist.trees import Params, add, norm, sub
 
 @dataclass(frozen=True)
 class UFOM(GradientDescent):
-    """Unbiased first-order MAML: with probability q the error of the first-order part, over q.
+    """Unbiased first-order MAML.
 
-        h_FOM = (grad_x f, grad_y f) at y_T  for (context, start), as if y_T were start + const
+        h_FOM = (f_x, f_y) at y_T  for (context, start), as if y_T were start + const
         h = h_FOM + (xi / q) (h_exact - h_FOM),    xi = 1 with probability q, else 0
 
     h_exact is that of ITD through the same inner_steps on the same draws, so the mean of h is
-    the hypergradient of ITD. One coin xi per step, for all tasks.
+    the hypergradient of ITD. The error of h_FOM is corrected so rarely that it costs little, and
+    so strongly that the mean is right; the variance is the squared error times (1 - q)/q. One
+    coin xi per outer step, for all tasks, so that all of them take the expensive branch together.
 
     Args:
         exact_probability: q, in (0, 1]; 1 is ITD. The variance grows like 1/q.
-        recompute: find each y_t again from the start instead of keeping all: memory that does
+        recompute: Find each y_t again from the start instead of keeping all: the memory does
             not grow with T, for T^2 / 2 more gradients in an exact step.
 
-    Cost: T gradients, 1 outer gradient; with probability q also T products of second order.
+    For: any smooth one, finite inner loop.
+    Cost: T G + F + q T (H + J). With `recompute` T^2 / 2 G more in an exact step.
+    State: y.
     Memory: one iterate, in an exact step T iterates (or one, with `recompute`).
+    Use: long inner loops on a budget, where FOMAML is biased.
     Breaks: q small beside the squared relative error of h_FOM: rare, huge steps; clip or raise q.
     Source: Likhosherstov, Song, Choromanski, Davis, Weller, "Debiasing a First-order Heuristic for
-    Approximate Bi-level Optimization", ICML 2021. Relied on the abstract; the form xi / q is the
-    one that makes it unbiased. Differs from it in: q is fixed.
+    Approximate Bi-level Optimization", ICML 2021. Only its abstract was read; the factor 1/q is
+    the one that makes the mean exact.
+    Differs: q is fixed, where the paper also chooses q from running estimates.
     """
-
-    card = Card(
-        title="Unbiased first-order MAML",
-        source="Likhosherstov et al., ICML 2021",
-        problems="any, finite inner loop",
-        cost="T G + F + q T (H + J)",
-        state="y",
-        use="long inner loops on a budget, where FOMAML is biased",
-    )
 
     exact_probability: float = 0.2
     recompute: bool = False
@@ -64,23 +61,30 @@ class UFOM(GradientDescent):
             if exact and not self.recompute:
                 iterates.append(y)
             y = self.next_inner(oracle, context, y, draw)
-        first_x, first_y = h, w = oracle.outer_grads(context, y, oracle.draw_outer())
+
+        f_x, f_y = h, w = oracle.outer_grads(context, y, oracle.draw_outer())
         if exact:
             for t in reversed(range(self.inner_steps)):
-                y_t = self._replay(oracle, context, state.inner, draws[:t], iterates)
+                y_t = self._iterate(oracle, context, state.inner, draws[:t], iterates)
                 j_w, h_w = oracle.second_order(context, y_t, w, draws[t])
                 h, w = add(h, j_w, -self.inner_lr), add(w, h_w, -self.inner_lr)
-            h = add(first_x, sub(h, first_x), 1 / self.exact_probability)
-            w = add(first_y, sub(w, first_y), 1 / self.exact_probability)
+            h = add(f_x, sub(h, f_x), 1 / self.exact_probability)
+            w = add(f_y, sub(w, f_y), 1 / self.exact_probability)
         metrics = {"exact_steps": torch.ones_like(norm(w)) * float(exact)}
-        return Estimate(h, w, InnerState(y), metrics)
+        return Estimate(hypergradient=h, start_gradient=w, state=InnerState(y), metrics=metrics)
 
-    def _replay(
-        self, oracle: Oracle, x: Params, y: Params, draws: list[Draw], iterates: list[Params]
+    def _iterate(
+        self,
+        oracle: Oracle,
+        context: Params,
+        start: Params,
+        draws: list[Draw],
+        iterates: list[Params],
     ) -> Params:
         """The iterate that `draws` lead to, kept or found again."""
         if not self.recompute:
             return iterates[len(draws)]
+        y = start
         for draw in draws:
-            y = self.next_inner(oracle, x, y, draw)
+            y = self.next_inner(oracle, context, y, draw)
         return y

@@ -5,14 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from metadist.algorithm import Card, Estimate
-from metadist.algorithms.parts.inner import (
-    InnerLoop,
-    check_at_least,
-    check_positive,
-    decayed,
-    repeat,
-)
+from metadist.algorithm import Estimate
+from metadist.algorithms.parts.checks import check_at_least, check_positive
+from metadist.algorithms.parts.inner import InnerLoop, decayed, repeat
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, norm, scale, sub
 
@@ -21,46 +16,41 @@ class VPBGDState(NamedTuple):
     """y of the penalised problem, and omega, which follows the lower solution."""
 
     inner: Params
-    omega: Params
+    lower_solution: Params
 
 
 @dataclass(frozen=True)
 class VPBGD(InnerLoop):
-    """Penalty-based bilevel gradient descent on the value function (V-PBGD).
+    """Value-function Penalty-based Bilevel Gradient Descent (V-PBGD).
 
         omega <- inner_steps of SGD on g from omega
-        y <- y - y_lr * s * (grad_y f + gamma * grad_y g)(x, y)
-        h = s * (grad_x f(x, y) + gamma * (grad_x g(x, y) - grad_x g(x, omega)))
+        y <- y - y_lr s (f_y + gamma g_y)(x, y)
+        h = s (f_x(x, y) + gamma (g_x(x, y) - g_x(x, omega)))
 
     with s = min(1 / gamma, 1), which keeps steps stable as gamma grows; so where gamma > 1, h is
-    an estimate of the hypergradient divided by gamma. gamma rises linearly over outer steps. x and
-    y move together. `adapt` and `inner_lr` are omega's; the adapted inner variable of training is
-    y, as in the paper.
+    an estimate of the hypergradient divided by gamma. gamma rises linearly over gamma_steps outer
+    steps. x and y move together. `adapt` and `inner_lr` are omega's; the adapted inner variable of
+    training is y, as in the paper. `inner_decay` applies to y too.
 
     Args:
-        inner_lr: of omega, > 0; `inner_decay` applies to y too.
-        y_lr: of y, > 0.
+        y_lr: The step size of y, > 0.
         gamma_init: gamma at outer step 0, >= 0; needs gamma_steps.
         gamma_max: gamma from outer step gamma_steps on, > 0 and >= gamma_init.
-        gamma_steps: of the rise, >= 0; with 0, gamma is gamma_max throughout.
-        rounds: moves of y (each after a loop of omega) at one x, >= 1; the paper has 1.
+        gamma_steps: The length of the rise, >= 0; with 0, gamma is gamma_max throughout.
+        rounds: Moves of y (each after a loop of omega) at one x, >= 1; the paper has 1.
 
-    Cost: per round T G + F + 2 (G + Gx). Memory: one more y.
-    Breaks: on a new task with rounds = 1: grad_y f does not enter h yet, which can point away from
-    the hypergradient; give it `rounds`, or keep states. The end point has a bias of
+    For: non-convex, Polyak-Lojasiewicz; smooth.
+    Cost: rounds x (T G + F + 2 G + 2 Gx).
+    State: y, omega.
+    Memory: one more y.
+    Use: no second derivatives, several lower solutions.
+    Breaks: on a new task with rounds = 1: f_y does not enter h yet, which can point away from
+    the hypergradient; set more `rounds`, or keep states. The end point has a bias of
     O(1/gamma_max); a rise too fast stalls x.
     Source: Shen, Chen, "On Penalty-based Bilevel Gradient Descent Method", ICML 2023,
-    algorithm 1 and the scaled steps of its official code.
+    algorithm 1. The scaled steps are those of its official code.
+    Differs: x is stepped by the outer optimiser.
     """
-
-    card = Card(
-        title="Value-function Penalty-based Bilevel Gradient Descent (V-PBGD)",
-        source="Shen, Chen, ICML 2023",
-        problems="non-convex, Polyak-Lojasiewicz; smooth",
-        cost="rounds x (T G + F + 2 G + 2 Gx)",
-        state="y, omega",
-        use="no second derivatives, several lower solutions",
-    )
 
     y_lr: float = 0.1
     gamma_init: float = 0.0
@@ -99,12 +89,16 @@ class VPBGD(InnerLoop):
     def _move(self, oracle: Oracle, context: Params, state: VPBGDState) -> Estimate:
         gamma = self.penalty(oracle.step)
         factor = 1 / max(gamma, 1.0)
-        y, omega = state.inner, self.descend(oracle, context, state.omega)
+        y, omega = state.inner, self.descend(oracle, context, state.lower_solution)
         draw = oracle.draw_inner()  # one for both, so that noise cancels in the difference
         g_x, g_y = oracle.inner_grads(context, y, draw)
-        g_omega, _ = oracle.inner_grads(context, omega, draw)
+        g_x_at_omega, _ = oracle.inner_grads(context, omega, draw)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
-        h = scale(add(f_x, sub(g_x, g_omega), gamma), factor)
         rate = factor * decayed(self.y_lr, self.inner_decay, oracle.step)
         moved = add(y, add(f_y, g_y, gamma), -rate)
-        return Estimate(h, None, VPBGDState(moved, omega), {"inner_gradient_norm": norm(g_y)})
+        return Estimate(
+            hypergradient=scale(add(f_x, sub(g_x, g_x_at_omega), gamma), factor),
+            start_gradient=None,
+            state=VPBGDState(inner=moved, lower_solution=omega),
+            metrics={"inner_gradient_norm": norm(g_y)},
+        )

@@ -50,40 +50,24 @@ class Estimate(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class Card(NamedTuple):
-    """An algorithm at a glance, for `metadist list algorithms` and docs/algorithms.md.
-
-    Args:
-        title: Its full name.
-        source: Authors, venue, year.
-        problems: The lower problems it is for.
-        cost: The cost per outer step and task. G = grad_y g, Gx = grad_x g, F = both gradients
-            of f, H = H v, J = J v; T inner steps, Q adjoint steps.
-        state: What persists beside x.
-        use: When to pick it.
-    """
-
-    title: str
-    source: str
-    problems: str
-    cost: str
-    state: str
-    use: str
-
-
 class Algorithm(ABC):
     """One method of the literature; subclass it as a frozen dataclass of its hyperparameters.
 
     Pure: no hidden state, no in-place change, no data-dependent Python branch, randomness only
     through the oracle's draws. So it runs under `torch.func.vmap`, in any process, and can be
     checkpointed. Schedules go by `oracle.step`.
+
+    The docstring of a method is its entry in `metadist list algorithms` and docs/algorithms.md.
+    The first line is its title; formulas and prose follow, then Args, then paragraphs, all
+    optional, that start with "For:" (which lower problems), "Cost:", "State:" (what it keeps
+    beside x), "Memory:", "Use:" (when to pick it), "Breaks:" (when it fails), "Source:" and
+    "Differs:" (from paper and official code). Where space is short the first sentence of a
+    paragraph stands for it.
     """
 
     # Class attributes, no fields: this class is no dataclass, and subclasses assign without
     # annotation. Annotated with built-in names only, since jsonargparse evaluates them in the
     # module of the subclass and would lose the types of all its fields.
-    card: tuple[str, ...] | None = None
-    """A `Card`."""
     trains: str = "both"
     """What gets a hypergradient: "context" (what the losses see of x), "start" (of adaptation),
     or "both"."""

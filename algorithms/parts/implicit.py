@@ -1,60 +1,55 @@
-"""What methods of implicit differentiation share: H v = grad_y f, h = grad_x f - J v."""
+"""Implicit differentiation: the system H v = b with b = f_y, and the estimate f_x - J v."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from metadist.algorithms.parts.inner import InnerLoop, SingleLoop, check_positive
+from metadist.algorithms.parts.checks import check_positive, check_within
+from metadist.algorithms.parts.inner import InnerLoop, SingleLoop, decayed
 from metadist.algorithms.parts.linear import Product, relative_residual
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, sub
 
 
+class AdjointState(NamedTuple):
+    """The state of methods that start from the last y and the last adjoint v."""
+
+    inner: Params
+    adjoint: Params
+
+
 def hessian(
-    oracle: Oracle, context: Params, inner: Params, draw: Draw | None = None, damping: float = 0.0
+    oracle: Oracle, context: Params, y: Params, draw: Draw | None = None, damping: float = 0.0
 ) -> Product:
-    """v -> (H + damping I) v at (context, inner), on `draw` or, if None, on a new one each time."""
+    """v -> (H + damping I) v at (context, y), on `draw` or, if None, on a new one each time."""
 
     def product(v: Params) -> Params:
-        h_v = oracle.hvp(context, inner, v, oracle.draw_inner() if draw is None else draw)
+        h_v = oracle.hvp(context, y, v, oracle.draw_inner() if draw is None else draw)
         return add(h_v, v, damping) if damping else h_v
 
     return product
 
 
-class AdjointState(NamedTuple):
-    """The state of methods that start from the last y and the last v."""
-
-    inner: Params
-    v: Params
-
-
 def implicit_gradient(
     oracle: Oracle,
     context: Params,
-    inner: Params,
+    y: Params,
     v: Params,
-    outer_grads: tuple[Params, Params],
+    f_x: Params,
+    b: Params,
     damping: float = 0.0,
 ) -> tuple[Params, dict[str, Tensor]]:
-    """(grad_x f - J v, {"adjoint_residual": |(H + damping I) v - b| / |b|}) on a fresh draw.
+    """(f_x - J v, {"adjoint_residual": |(H + damping I) v - b| / |b|}) on a fresh draw.
 
-    Args:
-        oracle: of the task.
-        context: x.
-        inner: y.
-        v: the adjoint vector.
-        outer_grads: (grad_x f, b = grad_y f).
-        damping: of the system that v solves.
-
-    Cost: one product of second order, which gives J v and H v together.
+    `damping` is that of the system that v solves. The residual is free: one product of second
+    order gives J v and H v together.
     """
-    along_x, b = outer_grads
-    j_v, h_v = oracle.second_order(context, inner, v, oracle.draw_inner())
+    j_v, h_v = oracle.second_order(context, y, v, oracle.draw_inner())
     residual = relative_residual(add(h_v, v, damping), b)
-    return sub(along_x, j_v), {"adjoint_residual": residual}
+    return sub(f_x, j_v), {"adjoint_residual": residual}
 
 
 def adjoint_rate(loop: InnerLoop | SingleLoop, adjoint_lr: float | None) -> float:
@@ -77,3 +72,26 @@ def check_adjoint_lr(loop: InnerLoop, adjoint_lr: float | None, solver: str = ""
             f"adjoint_lr must be given with inner_optimizer={loop.inner_optimizer!r}, got None: "
             "the rate of that optimizer says nothing of steps on v, for which 1/L is good"
         )
+
+
+@dataclass(frozen=True)
+class AdjointLoop(SingleLoop):
+    """A base for single loops in which v, too, makes one step where other methods solve for it.
+
+    Args:
+        adjoint_lr: The step size of v, > 0; at most 2 / L.
+        adjoint_decay: The rate at outer step k is adjoint_lr * (k+1)^-adjoint_decay, in [0, 1].
+    """
+
+    adjoint_lr: float = 0.1
+    adjoint_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("adjoint_lr", self.adjoint_lr)
+        check_within("adjoint_decay", self.adjoint_decay, 0, 1)
+
+    def step_adjoint(self, oracle: Oracle, v: Params, h_v: Params, b: Params) -> Params:
+        """v - adjoint_lr_k * (H v - b)."""
+        rate = decayed(self.adjoint_lr, self.adjoint_decay, oracle.step)
+        return add(v, sub(h_v, b), -rate)

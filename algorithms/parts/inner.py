@@ -1,4 +1,4 @@
-"""The inner loop: optimisers as pure functions, and what most algorithms share around them."""
+"""The inner loop: optimisers as pure functions, and the bases that most methods stand on."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from metadist.algorithm import Algorithm, Estimate, InnerState, State
+from metadist.algorithms.parts.checks import check_choice, check_sgd, check_within
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, multiply, sub, tree_map, zeros_like
 
 
 def sgd_step(
-    inner: Params, velocity: Params | None, gradient: Params, rates: Params, momentum: float
+    y: Params, velocity: Params | None, g_y: Params, rates: Params, momentum: float
 ) -> tuple[Params, Params]:
-    """(inner, velocity) after one step of `torch.optim.SGD` (no dampening).
+    """(y, velocity) after one step of `torch.optim.SGD` (no dampening).
 
-    velocity <- momentum * velocity + gradient;   inner <- inner - rates * velocity
+    velocity <- momentum * velocity + g_y;   y <- y - rates * velocity
 
     Args:
-        inner: y.
+        y: The inner variable.
         velocity: None before the first step.
-        gradient: grad_y g.
-        rates: learning rates, each of shape () or of the shape of its inner tensor.
+        g_y: The gradient of g at y.
+        rates: Learning rates, each of shape () or of the shape of its inner tensor.
         momentum: 0 for plain gradient descent.
     """
     if velocity is not None and momentum:
-        velocity = add(gradient, velocity, momentum)
+        velocity = add(g_y, velocity, momentum)
     else:
-        velocity = gradient
-    return sub(inner, multiply(rates, velocity)), velocity
+        velocity = g_y
+    return sub(y, multiply(rates, velocity)), velocity
 
 
 def sgd(
     oracle: Oracle,
     context: Params,
-    inner: Params,
+    y: Params,
     num_steps: int,
     rates: Params,
     momentum: float = 0.0,
@@ -47,9 +48,9 @@ def sgd(
     """y after `num_steps` steps on g, each on a fresh draw. Cost: num_steps gradients."""
     velocity = None
     for _ in range(num_steps):
-        gradient = oracle.inner_grad(context, inner, oracle.draw_inner())
-        inner, velocity = sgd_step(inner, velocity, gradient, rates, momentum)
-    return inner
+        g_y = oracle.inner_grad(context, y, oracle.draw_inner())
+        y, velocity = sgd_step(y, velocity, g_y, rates, momentum)
+    return y
 
 
 class Moments(NamedTuple):
@@ -60,27 +61,25 @@ class Moments(NamedTuple):
     num_steps: int
 
 
-def adam_step(
-    inner: Params, moments: Moments | None, gradient: Params, lr: float
-) -> tuple[Params, Moments]:
-    """(inner, moments) after one step of `torch.optim.Adam` (Kingma and Ba, 2015).
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+
+def adam_step(y: Params, moments: Moments | None, g_y: Params, lr: float) -> tuple[Params, Moments]:
+    """(y, moments) after one step of `torch.optim.Adam` (Kingma and Ba, 2015).
 
     Its defaults: decay rates 0.9 and 0.999, 1e-8 added to the bias-corrected root.
     """
     if moments is None:
-        moments = Moments(zeros_like(inner), zeros_like(inner), 0)
+        moments = Moments(zeros_like(y), zeros_like(y), 0)
     count = moments.num_steps + 1
-    first = tree_map(lambda m, g: BETA1 * m + (1 - BETA1) * g, moments.first, gradient)
-    second = tree_map(lambda s, g: BETA2 * s + (1 - BETA2) * g * g, moments.second, gradient)
+    first = tree_map(lambda m, g: BETA1 * m + (1 - BETA1) * g, moments.first, g_y)
+    second = tree_map(lambda s, g: BETA2 * s + (1 - BETA2) * g * g, moments.second, g_y)
     rate, root = lr / (1 - BETA1**count), math.sqrt(1 - BETA2**count)
 
     def move(y: Tensor, m: Tensor, s: Tensor) -> Tensor:
         return y - rate * m / (s.sqrt() / root + EPSILON)
 
-    return tree_map(move, inner, first, second), Moments(first, second, count)
-
-
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+    return tree_map(move, y, first, second), Moments(first, second, count)
 
 
 def decayed(rate: float, exponent: float, step: int) -> float:
@@ -90,21 +89,21 @@ def decayed(rate: float, exponent: float, step: int) -> float:
 
 def repeat(
     move: Callable[[Oracle, Params, Any], Estimate],
-    number: int,
+    num_moves: int,
     oracle: Oracle,
     context: Params,
     state: State,
 ) -> Estimate:
-    """The last of `number` moves at one x, each from the state that the one before it has left."""
+    """The last of `num_moves` moves at one x, each from the state that the previous one left."""
     estimate = move(oracle, context, state)
-    for _ in range(number - 1):
+    for _ in range(num_moves - 1):
         estimate = move(oracle, context, estimate.state)
     return estimate
 
 
 @dataclass(frozen=True)
 class GradientDescent(Algorithm):
-    """What algorithms share whose lower problem is plain gradient descent on g.
+    """A base for methods whose lower problem is plain gradient descent on g.
 
     Args:
         inner_steps: T, >= 1.
@@ -117,9 +116,9 @@ class GradientDescent(Algorithm):
     def __post_init__(self) -> None:
         check_sgd(self.inner_steps, self.inner_lr, 0.0)
 
-    def next_inner(self, oracle: Oracle, context: Params, inner: Params, draw: Draw) -> Params:
-        """y - inner_lr * grad_y g. Cost: one gradient."""
-        return add(inner, oracle.inner_grad(context, inner, draw), -self.inner_lr)
+    def next_inner(self, oracle: Oracle, context: Params, y: Params, draw: Draw) -> Params:
+        """y - inner_lr * g_y. Cost: one gradient."""
+        return add(y, oracle.inner_grad(context, y, draw), -self.inner_lr)
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> InnerState:
         return InnerState(inner)
@@ -132,16 +131,16 @@ class GradientDescent(Algorithm):
 
 @dataclass(frozen=True)
 class InnerLoop(Algorithm):
-    """What algorithms share that run `inner_steps` steps on g at every outer step.
+    """A base for methods that run `inner_steps` steps on g at every outer step.
 
     Args:
         inner_steps: T, >= 1.
         inner_lr: alpha, > 0.
-        inner_decay: the rate at outer step k is inner_lr * (k+1)^-inner_decay, in [0, 1].
+        inner_decay: The rate at outer step k is inner_lr * (k+1)^-inner_decay, in [0, 1].
             Evaluation is at k = 0: it adapts with inner_lr.
         inner_optimizer: "sgd" or "adam" (with torch's defaults); as in torch.optim, started
             anew at every outer step.
-        momentum: of "sgd", in [0, 1).
+        momentum: The momentum of "sgd", in [0, 1).
     """
 
     trains = "context"
@@ -163,15 +162,15 @@ class InnerLoop(Algorithm):
             )
 
     def descend(
-        self, oracle: Oracle, context: Params, inner: Params, draws: Iterable[Draw] | None = None
+        self, oracle: Oracle, context: Params, y: Params, draws: Iterable[Draw] | None = None
     ) -> Params:
         """y after the inner loop, on `draws` or, if None, fresh ones. Cost: T gradients."""
         optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))
         if draws is None:
             draws = (oracle.draw_inner() for _ in range(self.inner_steps))
         for draw in draws:
-            inner = optimizer.step(inner, oracle.inner_grad(context, inner, draw))
-        return inner
+            y = optimizer.step(y, oracle.inner_grad(context, y, draw))
+        return y
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> State:
         return InnerState(inner)
@@ -190,29 +189,30 @@ class InnerOptimizer:
         self._kept: Any = None
         self._rates: Params | None = None
 
-    def step(self, inner: Params, gradient: Params) -> Params:
+    def step(self, y: Params, gradient: Params) -> Params:
         """y after one step along `gradient`."""
         if self._adam:
-            inner, self._kept = adam_step(inner, self._kept, gradient, self._lr)
-        else:
-            if self._rates is None:
-                self._rates = {name: leaf.new_tensor(self._lr) for name, leaf in inner.items()}
-            inner, self._kept = sgd_step(inner, self._kept, gradient, self._rates, self._momentum)
-        return inner
+            y, self._kept = adam_step(y, self._kept, gradient, self._lr)
+            return y
+        if self._rates is None:
+            # Tensors, since `sgd_step` also serves rates that are outer variables (Meta-SGD).
+            self._rates = {name: leaf.new_tensor(self._lr) for name, leaf in y.items()}
+        y, self._kept = sgd_step(y, self._kept, gradient, self._rates, self._momentum)
+        return y
 
 
 @dataclass(frozen=True)
 class SingleLoop(Algorithm):
-    """What single-loop algorithms share: y makes one step of SGD where others solve for it.
+    """A base for single loops: y makes one step of SGD where other methods solve for it.
 
-    With states kept from one outer step to the next that is all. On a new task one step would
-    say little, so `inner_steps` of them can be made at one x, of which the last one's
-    hypergradient counts.
+    With states kept from one outer step to the next that is all. On a new task a single step
+    says little, so `inner_steps` of them can be made at one x; only the last one's
+    hypergradient is used.
 
     Args:
-        inner_steps: steps of y (and of what else moves) per outer step; the papers have 1.
+        inner_steps: Steps of y (and of what else moves) per outer step; the papers have 1.
         inner_lr: alpha, > 0.
-        inner_decay: as in `InnerLoop`.
+        inner_decay: The rate at outer step k is inner_lr * (k+1)^-inner_decay, in [0, 1].
     """
 
     trains = "context"
@@ -234,43 +234,10 @@ class SingleLoop(Algorithm):
 
     def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
         for _ in range(self.inner_steps):
-            gradient = oracle.inner_grad(context, inner, oracle.draw_inner())
-            inner = self.descend_once(oracle, inner, gradient)
+            g_y = oracle.inner_grad(context, inner, oracle.draw_inner())
+            inner = self.descend_once(oracle, inner, g_y)
         return inner
 
-    def descend_once(self, oracle: Oracle, inner: Params, gradient: Params) -> Params:
-        """y - alpha_k * gradient."""
-        return add(inner, gradient, -decayed(self.inner_lr, self.inner_decay, oracle.step))
-
-
-def check_sgd(inner_steps: int, inner_lr: float, momentum: float) -> None:
-    """Raise ValueError for hyperparameters that no inner SGD can run with."""
-    check_at_least("inner_steps", inner_steps, 1)
-    check_positive("inner_lr", inner_lr)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-
-
-def check_at_least(field: str, value: float, least: float) -> None:
-    """Raise ValueError unless value >= least and finite."""
-    if not least <= value < math.inf:
-        finite = " and finite" if isinstance(value, float) else ""
-        raise ValueError(f"{field} must be >= {least}{finite}, got {value}")
-
-
-def check_positive(field: str, value: float) -> None:
-    """Raise ValueError unless 0 < value < infinity."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{field} must be > 0 and finite, got {value}")
-
-
-def check_within(field: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise ValueError(f"{field} must be in [{low}, {high}], got {value}")
-
-
-def check_choice(field: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raise ValueError unless value is one of choices."""
-    if value not in choices:
-        raise ValueError(f"{field} must be one of {choices}, got {value!r}")
+    def descend_once(self, oracle: Oracle, y: Params, direction: Params) -> Params:
+        """y - alpha_k * direction."""
+        return add(y, direction, -decayed(self.inner_lr, self.inner_decay, oracle.step))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from metadist.algorithm import Algorithm, Card
+from metadist.algorithm import Algorithm
 from metadist.cli.help import summary
 
 LEGEND = (
@@ -18,32 +19,30 @@ LEGEND = (
     "State is what a task keeps from one outer step to the next beside x."
 )
 
+FACTS = ("For", "Cost", "State", "Memory", "Use", "Breaks", "Source", "Differs")
+"""The paragraphs of an algorithm's docstring that are read, see `Algorithm`."""
+
 WIDE = 150
 """Columns from which on the cards are one table."""
 
 
 def cards(algorithms: Mapping[str, type[Algorithm]], width: int) -> RenderableType:
-    """The cards of `algorithms`, by short name, for a terminal of `width` columns."""
-    named = {name: card_of(cls) for name, cls in algorithms.items()}
+    """The algorithms at a glance, by short name, for a terminal of `width` columns."""
     legend = Text(LEGEND, style="dim")
     if width < WIDE:
-        return Group(*(_block(name, card) for name, card in named.items()), legend)
-    table = Table(show_lines=True)
-    for heading, ratio in (
-        *(("algorithm", None), ("method", 4), ("lower problem", 3), ("cost", 3), ("state", 2)),
-        ("when", 5),
-    ):
-        table.add_column(heading, ratio=ratio, no_wrap=ratio is None)
-    for name, card in named.items():
-        method = Text(card.title).append(f"\n{card.source}", style="dim")
-        facts = (Text(fact) for fact in (card.problems, card.cost, card.state, card.use))
-        table.add_row(Text(name, style="bold"), method, *facts)
+        return Group(*(_block(name, cls) for name, cls in algorithms.items()), legend)
+    table = Table(show_lines=True, expand=True)
+    table.add_column("algorithm", no_wrap=True)
+    table.add_column("method", ratio=5)
+    table.add_column("lower problem", ratio=3)
+    table.add_column("cost", ratio=3)
+    table.add_column("state", ratio=2)
+    table.add_column("when", ratio=5)
+    for name, cls in algorithms.items():
+        method = Text(title(cls)).append(f"\n{brief(cls, 'Source')}", style="dim")
+        columns = (Text(brief(cls, fact)) for fact in ("For", "Cost", "State", "Use"))
+        table.add_row(Text(name, style="bold"), method, *columns)
     return Group(table, legend)
-
-
-def card_of(algorithm: type[Algorithm]) -> Card:
-    """The card of a class; of one without a card, the first line of its docstring."""
-    return Card(*algorithm.card) if algorithm.card else Card(summary(algorithm), *[""] * 5)
 
 
 def classes(named: Mapping[str, type]) -> Table:
@@ -55,22 +54,38 @@ def classes(named: Mapping[str, type]) -> Table:
     return table
 
 
-def _block(name: str, card: Card) -> RenderableType:
-    head = Text(name, style="bold").append(f"  {card.title}", style="not bold")
-    facts = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
-    facts.add_column(width=7, justify="right", style="dim", no_wrap=True)
-    for label, fact in _facts(card):
-        facts.add_row(label, Text(fact))
-    return Group(head, facts, "")
+def title(algorithm: type[Algorithm]) -> str:
+    """The first line of its docstring, without the period."""
+    return summary(algorithm).removesuffix(".")
 
 
-def _facts(card: Card) -> Iterator[tuple[str, str]]:
-    for label, fact in (
-        ("paper", card.source),
-        ("when", card.use),
-        ("for", card.problems),
-        ("cost", card.cost),
-        ("state", card.state),
-    ):
-        if fact:
-            yield label, fact
+def facts(algorithm: type[Algorithm]) -> dict[str, str]:
+    """The paragraphs of its docstring that start with one of `FACTS`, each as one line."""
+    found: dict[str, str] = {}
+    current = None
+    for line in (inspect.getdoc(algorithm) or "").splitlines():
+        name, _, text = line.partition(": ")
+        if name in FACTS and text:
+            current = name
+            found[current] = text
+        elif not line:
+            current = None
+        elif current is not None:
+            found[current] += f" {line}"
+    return found
+
+
+def brief(algorithm: type[Algorithm], fact: str) -> str:
+    """The first sentence of a fact, without the period; empty where the docstring has none."""
+    return facts(algorithm).get(fact, "").partition(". ")[0].removesuffix(".")
+
+
+def _block(name: str, algorithm: type[Algorithm]) -> RenderableType:
+    head = Text(name, style="bold").append(f"  {title(algorithm)}", style="not bold")
+    table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
+    table.add_column(width=7, justify="right", style="dim", no_wrap=True)
+    labels = {"paper": "Source", "when": "Use", "for": "For", "cost": "Cost", "state": "State"}
+    for label, fact in labels.items():
+        if text := brief(algorithm, fact):
+            table.add_row(label, Text(text))
+    return Group(head, table, "")

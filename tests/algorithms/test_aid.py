@@ -220,7 +220,7 @@ def test_a_warm_start_goes_on_from_the_last_v():
         algorithm = AID(1, 0.2, solver=solver, adjoint_steps=1, warm_start=True)
         run = run_single(algorithm, problem, task, outer, 200, 0.0)
         assert isinstance(run.state, AdjointState)
-        assert_close(run.state.v, {"y": vector(1, -0.5)}, 1e-9)
+        assert_close(run.state.adjoint, {"y": vector(1, -0.5)}, 1e-9)
         cold = AID(1, 0.2, solver=solver, adjoint_steps=1)
         run = run_single(cold, problem, task, outer, 200, 0.0)
         assert run.estimate.metrics["adjoint_residual"] > 0.1

@@ -43,7 +43,7 @@ def test_closed_forms_from_a_kept_state(index, solver):
     oracle = AutogradOracle(problem, task)
     result = algorithm.estimate(oracle, outer, AdjointState({"y": y0}, {"y": v0}))
     assert_close(result.state.inner, {"y": y}, 1e-12)
-    assert_close(result.state.v, {"y": v}, 1e-10)
+    assert_close(result.state.adjoint, {"y": v}, 1e-10)
     assert_close(result.hypergradient, {"x": 0.2 * outer["x"] + b.T @ v}, 1e-10)
     residual = (a @ v - (y - t)).norm() / (y - t).norm()
     assert float(result.metrics["adjoint_residual"]) == pytest.approx(float(residual), abs=1e-10)
@@ -55,7 +55,7 @@ def test_one_step_of_each_loop_finds_the_golden_solution(solver):
     algorithm = AmIGO(1, 0.2, solver=solver, adjoint_steps=1)
     run = run_single(algorithm, problem, task, outer, 250, 0.0)
     assert_close(run.state.inner, {"y": torch.tensor([2.0, -1.0], dtype=DOUBLE)}, 1e-10)
-    assert_close(run.state.v, {"y": torch.tensor([1.0, -0.5], dtype=DOUBLE)}, 1e-10)
+    assert_close(run.state.adjoint, {"y": torch.tensor([1.0, -0.5], dtype=DOUBLE)}, 1e-10)
     assert_close(run.estimate.hypergradient, {"x": torch.tensor([1.2, -0.9], dtype=DOUBLE)}, 1e-10)
     run = run_single(algorithm, problem, task, outer, 450, 0.25)
     assert true_hypergradient(problem, run.outer, task).norm() < 1e-6

@@ -1,22 +1,17 @@
-"""DARTS: golden value, the finite-difference product, costs, degenerate cases, messages."""
+"""DARTS: golden value, T1-T2 on quadratics, costs, degenerate cases, messages."""
 
 import pytest
 import torch
 
-from metadist.algorithms.darts import DARTS, difference_product
+from metadist.algorithms.darts import DARTS
 from metadist.algorithms.t1t2 import T1T2
-from metadist.trees import flatten, scale, sub, zeros_like
 from tests.algorithms.toys import assert_vmap_is_loop, counts_of, estimate, point
 from tests.problems import (
     Quadratic,
-    Smooth,
     assert_close,
     generator,
     golden_quadratic,
-    oracle_of,
     quadratic_task,
-    random_like,
-    smooth_task,
 )
 
 
@@ -36,34 +31,7 @@ def test_it_is_t1t2_on_quadratics_exactly(epsilon):
         assert_close(result.hypergradient, expected)
 
 
-def test_the_difference_has_second_order():
-    problem, task = Smooth(), smooth_task(0)
-    oracle, context, y = oracle_of(problem, problem.init_outer(generator(0)), task)
-    v, draw = random_like(y, 3), oracle.draw_inner()
-    truth, _ = oracle.second_order(context, y, v, draw)
-    errors = [
-        float(flatten(sub(difference_product(oracle, context, y, v, draw, radius), truth)).norm())
-        for radius in (0.04, 0.02, 0.01)
-    ]
-    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
-    assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)
-
-
-@pytest.mark.parametrize("size", [1e-150, 1e-12, 1e12])
-def test_the_product_is_linear_however_long_v_is(size):
-    problem, task = Smooth(), smooth_task(0)
-    oracle, context, y = oracle_of(problem, problem.init_outer(generator(0)), task)
-    v, draw = random_like(y, 3), oracle.draw_inner()
-    one = difference_product(oracle, context, y, v, draw, 0.01)
-    scaled = difference_product(oracle, context, y, scale(v, size), draw, 0.01)
-    assert_close(scale(scaled, 1 / size), one, 1e-8)
-
-
 def test_a_zero_v_gives_zero():
-    problem, task = Smooth(), smooth_task(0)
-    oracle, context, y = oracle_of(problem, problem.init_outer(generator(0)), task)
-    product = difference_product(oracle, context, y, zeros_like(y), oracle.draw_inner(), 0.01)
-    assert_close(product, zeros_like(context))
     golden, _, golden_task = golden_quadratic()
     golden.rho, golden.start = 0.0, point(1, 1)
     result = estimate(DARTS(), golden, {"x": point(1, 4)}, golden_task)

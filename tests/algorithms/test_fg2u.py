@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch.func import vmap
 
-from metadist.algorithms.fg2u import FG2U, random_pair
+from metadist.algorithms.fg2u import FG2U
 from metadist.algorithms.itd import ITD
+from metadist.algorithms.parts.differences import random_pair
 from metadist.autograd import AutogradOracle
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP
@@ -92,18 +92,6 @@ def test_an_empty_context_is_maml():
     result = task_hypergradients(problem, FG2U(2), outer, [vector_task(0), vector_task(1)])
     assert all(bool(leaf.isfinite().all()) for leaf in result.total.values())
     assert any(bool(leaf.any()) for leaf in result.total.values())
-
-
-def test_directions_are_fresh_and_the_tasks_own():
-    problem, task = Quadratic(2, 4), quadratic_task(0)
-    x, y = problem.init_outer(generator(0)), {"y": problem.start}
-
-    def pair(number):
-        oracle = AutogradOracle(problem, task._replace(id=number))
-        return torch.cat([flatten(tree) for tree in random_pair(oracle, x, y, "normal")])
-
-    rows = vmap(pair)(torch.arange(5))
-    assert rows.shape == (5, 6) and len(rows.unique()) == 30
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_the_golden_first_step():
     problem, outer, task = golden_quadratic()
     found = one_estimate(FSLA(inner_lr=0.2, adjoint_lr=0.2), problem, outer, task)
     assert_close(found.state.inner, {"y": vector(0.4, -0.8)}, 1e-12)
-    assert_close(found.state.v, {"y": vector(-0.12, -0.36)}, 1e-12)
+    assert_close(found.state.adjoint, {"y": vector(-0.12, -0.36)}, 1e-12)
     assert_close(found.hypergradient, {"x": vector(0.08, -0.76)}, 1e-12)
 
 
@@ -50,7 +50,7 @@ def test_the_update_by_hand_under_noise():
         found = one_estimate(algorithm, problem, x, task, state, batch_size=1, step=k)
         y, v, state = new_y, new_v, found.state
         assert_close(state.inner, y, 1e-12)
-        assert_close(state.v, v, 1e-12)
+        assert_close(state.adjoint, v, 1e-12)
         assert_close(found.hypergradient, w, 1e-12)
         assert_close(state.outer_direction, w, 1e-12)
         assert state.age == k + 1
@@ -64,7 +64,7 @@ def test_without_noise_the_recursion_changes_nothing():
         algorithm = FSLA(inner_steps=2, inner_lr=0.2, adjoint_lr=0.2)
         found = one_estimate(algorithm, problem, outer, task, state, step=step)
         state = found.state
-        expected = 0.1 * outer["x"] + b.T @ state.v["y"]
+        expected = 0.1 * outer["x"] + b.T @ state.adjoint["y"]
         assert_close(found.hypergradient, {"x": expected}, 1e-12)
         outer = add(outer, found.hypergradient, -0.1)
 

@@ -35,7 +35,7 @@ GOLDEN = MEHA(inner_lr=0.1, y_lr=0.1, gamma=0.5, c=1.0, c_power=0.0)
 def test_one_golden_step():
     problem, outer, task = golden_quadratic()
     first = estimate(GOLDEN, problem, outer, task)
-    assert_close(first.state.theta, {"y": point(0.2, -0.4)}, 1e-12)
+    assert_close(first.state.proximal_point, {"y": point(0.2, -0.4)}, 1e-12)
     assert_close(first.hypergradient, {"x": point(0.4, -0.8)}, 1e-12)
     assert_close(first.state.inner, {"y": point(0, 0)})
     outer = add(outer, first.hypergradient, -0.1)
@@ -52,7 +52,7 @@ def test_the_step_of_y_has_the_rate_of_the_outer_step_it_belongs_to():
     # Of step 1 are both its theta and its y, rates 0.05 and 0.1, though y is moved at step 2.
     state = MEHAState({"y": point(0, 0)}, {"y": point(0, 0)}, -1)
     first = estimate(algorithm, problem, outer, task, state, step=1)
-    assert_close(first.state.theta, {"y": point(0.1, -0.2)}, 1e-12)
+    assert_close(first.state.proximal_point, {"y": point(0.1, -0.2)}, 1e-12)
     second = estimate(algorithm, problem, outer, task, first.state, step=2)
     # -0.1 * ((-1, -1) + (-2, 4) - (0 - (0.1, -0.2)) / 0.5)
     assert_close(second.state.inner, {"y": point(0.28, -0.26)}, 1e-12)
@@ -62,13 +62,13 @@ def test_theta_is_the_proximal_point_and_gives_the_gradients_of_the_envelope():
     problem, outer, task = golden_quadratic()
     algorithm = MEHA(y_lr=1e-15, inner_lr=0.1, gamma=0.5, inner_steps=300)
     state = estimate(algorithm, problem, outer, task).state
-    assert_close(state.theta, {"y": point(0.666667, -0.666667)}, 1e-6)
+    assert_close(state.proximal_point, {"y": point(0.666667, -0.666667)}, 1e-6)
     oracle, _, _ = oracle_of(problem, outer, task)
     draw = oracle.draw_inner()
-    theta = state.theta["y"]
-    envelope = oracle.inner_value(outer, state.theta, draw) + theta @ theta
+    theta = state.proximal_point["y"]
+    envelope = oracle.inner_value(outer, state.proximal_point, draw) + theta @ theta
     assert float(envelope) == pytest.approx(-2, abs=1e-9)
-    gradient_x, _ = oracle.inner_grads(outer, state.theta, draw)
+    gradient_x, _ = oracle.inner_grads(outer, state.proximal_point, draw)
     assert_close(gradient_x, {"x": point(-0.666667, 0.666667)}, 1e-6)
     assert_close({"y": -theta / 0.5}, {"y": point(-1.333333, 1.333333)}, 1e-6)
 
@@ -91,7 +91,7 @@ def test_moves_at_one_x_end_where_the_closed_form_says(index):
     algorithm = MEHA(350, 0.3, y_lr=0.3, gamma=gamma, c=c, c_power=0.0)
     result = estimate(algorithm, problem, outer, task)
     assert_close(result.state.inner, {"y": y}, 1e-6)
-    assert_close(result.state.theta, {"y": theta}, 1e-6)
+    assert_close(result.state.proximal_point, {"y": theta}, 1e-6)
     expected = problem.rho * x / c - b.T @ (y - theta)
     assert_close(result.hypergradient, {"x": expected}, 1e-6)
     truth = true_hypergradient(problem, outer, task)
@@ -178,7 +178,7 @@ def test_lasso_gradients_contain_the_non_smooth_part():
     algorithm = MEHA(1, 0.5, gamma=1.0, c=1.0, c_power=0.0)
     result = estimate(algorithm, problem, outer, toy_task())
     # From 0 along (0.5, -0.5) by 0.5, then thresholds of 0.5 x.
-    assert_close(result.state.theta, {"y": point(0.2, -0.15)}, 1e-14)
+    assert_close(result.state.proximal_point, {"y": point(0.2, -0.15)}, 1e-14)
     assert_close(result.hypergradient, {"x": point(-0.2, -0.15)}, 1e-14)
 
 

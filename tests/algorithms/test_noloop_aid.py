@@ -38,7 +38,7 @@ def test_two_steps_are_the_formula(index, step):
         y = y - alpha * (a @ y - b @ outer["x"] - c)
         v = v - eta * (a @ v - (y - t))
     assert_close(result.state.inner, {"y": y}, 1e-12)
-    assert_close(result.state.v, {"y": v}, 1e-12)
+    assert_close(result.state.adjoint, {"y": v}, 1e-12)
     assert_close(result.hypergradient, {"x": 0.2 * outer["x"] + b.T @ v}, 1e-12)
     residual = (a @ v - (y - t)).norm() / (y - t).norm()
     assert float(result.metrics["adjoint_residual"]) == pytest.approx(float(residual))
@@ -48,7 +48,7 @@ def test_at_rest_it_reaches_the_golden_hypergradient():
     problem, outer, task = golden_quadratic()
     run = run_single(NoLoopAID(inner_lr=0.2), problem, task, outer, 250, 0.0)
     assert_close(run.state.inner, {"y": torch.tensor([2.0, -1.0], dtype=DOUBLE)}, 1e-12)
-    assert_close(run.state.v, {"y": torch.tensor([1.0, -0.5], dtype=DOUBLE)}, 1e-12)
+    assert_close(run.state.adjoint, {"y": torch.tensor([1.0, -0.5], dtype=DOUBLE)}, 1e-12)
     assert_close(run.estimate.hypergradient, {"x": torch.tensor([1.2, -0.9], dtype=DOUBLE)}, 1e-12)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from metadist.algorithms.fg2u import random_pair
 from metadist.algorithms.itd import ITD
+from metadist.algorithms.parts.differences import random_pair
 from metadist.algorithms.pzobo import PZOBO
 from metadist.autograd import AutogradOracle
 from metadist.trees import add, dot, scale, sub

@@ -39,14 +39,14 @@ def test_one_part_is_soba():
         one, two = found.state, plain.state
         assert_close(found.hypergradient, plain.hypergradient, 1e-12)
         assert_close(one.inner, two.inner, 1e-12)
-        assert_close(one.v, two.v, 1e-12)
+        assert_close(one.adjoint, two.adjoint, 1e-12)
 
 
 def test_the_golden_steps():
     problem, outer, task = golden_quadratic()
     found = one_estimate(SABA(inner_lr=0.2, adjoint_lr=0.2), problem, outer, task)
     assert_close(found.state.inner, {"y": vector(0.4, -0.8)}, 1e-12)
-    assert_close(found.state.v, {"y": vector(-0.2, -0.2)}, 1e-12)
+    assert_close(found.state.adjoint, {"y": vector(-0.2, -0.2)}, 1e-12)
     assert_close(found.hypergradient, {"x": vector(0.2, -0.4)}, 1e-12)
 
 
@@ -62,7 +62,7 @@ def test_tables_hold_the_last_derivatives_of_each_part():
         last["query", j] = oracle.outer_grads(x, y, oracle.parts("query")[j])[1]["y"]
         state = one_estimate(SABA(), problem, x, task, state, batch_size=2, step=step).state
         for (source, part), value in last.items():
-            table = state.gradients if source == "support" else state.rights
+            table = state.g_y_table if source == "support" else state.f_y_table
             assert_close({"y": table["y"][part]}, {"y": value}, 1e-12)
     assert len(last) == 5 and state.age == 12
 
@@ -83,7 +83,7 @@ def test_full_pass_starts_from_exact_directions():
     exact = one_estimate(SOBA(), problem, outer, task)
     assert_close(found.hypergradient, exact.hypergradient, 1e-12)
     assert_close(found.state.inner, exact.state.inner, 1e-12)
-    assert_close(found.state.v, exact.state.v, 1e-12)
+    assert_close(found.state.adjoint, exact.state.adjoint, 1e-12)
     algorithm = SABA(full_pass=True, inner_steps=2)
     counting = CountingOracle(AutogradOracle(problem, task, batch_size=2))
     algorithm.estimate(counting, outer, algorithm.init(counting, outer, {"y": problem.start}))

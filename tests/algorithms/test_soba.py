@@ -31,7 +31,7 @@ def test_the_golden_steps():
         found = one_estimate(algorithm, problem, outer, task, state, step=step)
         state, outer = found.state, add(outer, found.hypergradient, -0.1)
         assert_close(state.inner, {"y": vector(*y)}, 1e-12)
-        assert_close(state.v, {"y": vector(*v)}, 1e-12)
+        assert_close(state.adjoint, {"y": vector(*v)}, 1e-12)
         assert_close(outer, {"x": vector(*x)}, 1e-12)
 
 
@@ -45,7 +45,7 @@ def test_all_directions_are_at_the_old_point():
     found = one_estimate(algorithm, problem, {"x": x}, task, state, step=3)
     assert_close(found.hypergradient, {"x": 0.1 * x + b.T @ v}, 1e-12)
     assert_close(found.state.inner, {"y": y - 0.1 * (a @ y - b @ x - c)}, 1e-12)
-    assert_close(found.state.v, {"y": v - 0.075 * (a @ v - (y - t))}, 1e-12)
+    assert_close(found.state.adjoint, {"y": v - 0.075 * (a @ v - (y - t))}, 1e-12)
     residual = (a @ v - (y - t)).norm() / (y - t).norm()
     assert float(found.metrics["adjoint_residual"]) == pytest.approx(float(residual))
 
@@ -82,7 +82,7 @@ def test_x_must_be_slower_than_y_and_v(share, converges):
 def test_state_of_a_new_task_has_no_adjoint():
     _, outer, _ = golden_quadratic()
     state = SOBA().init(None, outer, {"y": torch.ones(2)})  # type: ignore[arg-type]
-    assert not state.v["y"].any()
+    assert not state.adjoint["y"].any()
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,11 @@ def step(algorithm, problem, outer, task, y, v):
 def test_the_golden_table():
     problem, outer, task = golden_quadratic()
     result = step(SubBiO(1, 0.2), problem, outer, task, vector(2, -1), vector(1, 0))
-    assert_close(result.state.v, {"y": vector(1, -0.5)}, 1e-12)
+    assert_close(result.state.adjoint, {"y": vector(1, -0.5)}, 1e-12)
     assert_close(result.hypergradient, {"x": vector(1.2, -0.9)}, 1e-12)
     # From v = 0 the space is that of b: the first step of conjugate gradients.
     result = step(SubBiO(1, 0.2), problem, outer, task, vector(2, -1), vector(0, 0))
-    assert_close(result.state.v, {"y": vector(0.294118, -0.588235)}, 1e-6)
+    assert_close(result.state.adjoint, {"y": vector(0.294118, -0.588235)}, 1e-6)
     assert result.metrics["negative_curvature"] == 0
 
 
@@ -56,7 +56,7 @@ def test_v_is_the_best_of_the_subspace(index, spread):
     rhs = y - terms[3]
     w = torch.stack([rhs, v - eta * a @ v], dim=1)
     expected = w @ torch.linalg.solve(w.T @ a @ w, w.T @ rhs)
-    assert_close(result.state.v, {"y": expected}, 1e-8)
+    assert_close(result.state.adjoint, {"y": expected}, 1e-8)
     h = 0.2 * outer["x"] + b.T @ expected
     assert_close(result.hypergradient, {"x": h}, 1e-8)
     # No worse in the norm of A than the step of fixed point, or than the last v.
@@ -78,11 +78,11 @@ def test_subspaces_of_less_than_two_dimensions():
         torch.linalg.solve(torch.eye(2, dtype=DOUBLE) - 0.2 * a, 3 * b),  # (I - eta A) v = 3 b
     ):
         result = step(algorithm, problem, outer, task, vector(2, -1), v)
-        assert_close(result.state.v, {"y": best}, 1e-9)
+        assert_close(result.state.adjoint, {"y": best}, 1e-9)
     # b = 0 has the solution 0, whatever v was.
     for v in (vector(0, 0), vector(1, 2)):
         result = step(algorithm, problem, {"x": vector(1, 4)}, task, vector(1, 1), v)
-        assert_close(result.state.v, {"y": vector(0, 0)}, 1e-12)
+        assert_close(result.state.adjoint, {"y": vector(0, 0)}, 1e-12)
         assert result.metrics["adjoint_residual"] == 0
 
 

@@ -1,55 +1,20 @@
-"""SUSTAIN: golden values of the random chain, its mean, the same p at both points, messages."""
+"""SUSTAIN: lengths of the chain, the same one at both points, messages."""
 
 import pytest
 import torch
 
-from metadist.algorithms.stocbio import draw_bundle, neumann_sample, truncated_sample
 from metadist.algorithms.sustain import SUSTAIN
 from metadist.autograd import AutogradOracle
 from metadist.trees import add
-from tests.algorithms.monte_carlo import assert_mean, by_draws, one_estimate, vector
+from tests.algorithms.monte_carlo import one_estimate, vector
 from tests.problems import (
-    DOUBLE,
     Quadratic,
     assert_close,
     generator,
     golden_quadratic,
-    oracle_of,
     quadratic_task,
     quadratic_terms,
-    randn,
 )
-
-
-def test_the_golden_rows():
-    problem, outer, task = golden_quadratic()
-    oracle, x, _ = oracle_of(problem, outer, task)
-    y = {"y": vector(2, -1)}
-    zero, one = (truncated_sample(oracle, x, y, draw_bundle(oracle, p), 0.2, 2) for p in (0, 1))
-    assert_close(zero.adjoint, {"y": vector(0.4, -0.8)}, 1e-12)
-    assert_close(one.adjoint, {"y": vector(0.32, -0.16)}, 1e-12)
-    mean = 0.5 * (zero.adjoint["y"] + one.adjoint["y"])
-    assert_close({"y": mean}, {"y": vector(0.36, -0.48)}, 1e-12)
-    series = neumann_sample(oracle, x, y, draw_bundle(oracle, 1), 0.2)
-    assert_close({"y": mean}, series.adjoint, 1e-12)
-
-
-def test_the_mean_over_lengths_and_draws_is_the_series():
-    problem, task, eta, terms = Quadratic(2, 4), quadratic_task(0, noise=0.6), 0.4, 3
-    x, y = {"x": randn(1, 2)}, {"y": randn(2, 4)}
-    a, _, _, t = quadratic_terms(task)
-
-    def mean_over_lengths(oracle):
-        return {
-            str(p): truncated_sample(oracle, x, y, draw_bundle(oracle, p), eta, terms).adjoint["y"]
-            / terms
-            for p in range(terms)
-        }
-
-    samples = by_draws(mean_over_lengths, problem, task, 70_000, 1).reshape(-1, terms, 4).sum(1)
-    identity = torch.eye(4, dtype=DOUBLE)
-    power = torch.linalg.matrix_power(identity - eta * a, terms)
-    assert_mean(samples, torch.linalg.solve(a, (identity - power) @ (y["y"] - t)))
 
 
 def test_all_lengths_occur_equally_often():

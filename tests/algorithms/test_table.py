@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metadist.algorithm import Card, counters_of, flatten_state, unflatten_state
+from metadist.algorithm import counters_of, flatten_state, unflatten_state
 from metadist.algorithms import ALGORITHMS
 from metadist.autograd import AutogradOracle
 from metadist.compute import Compute
@@ -186,18 +186,12 @@ def test_it_adapts_to_the_lower_problem(name, case):
 
 
 @of_each
-def test_it_has_a_card_and_a_docstring(name, case):
+def test_its_docstring_has_every_fact_and_every_field(name, case):
     cls = type(case.algorithm)
-    assert isinstance(cls.card, Card) and all(cls.card)
     doc = inspect.getdoc(cls) or ""
-    for part in ("Cost:", "Memory:", "Breaks:", "Source:"):
-        assert part in doc, part
-    own = {f.name for f in dataclasses.fields(cls)}
-    inherited = {
-        f.name
-        for base in cls.__mro__[1:]
-        if dataclasses.is_dataclass(base)
-        for f in dataclasses.fields(base)
-    }
-    missing = [field for field in own - inherited if f"{field}" not in doc]
-    assert not missing
+    # What differs from the paper is said only where something does.
+    for fact in ("For", "Cost", "State", "Memory", "Use", "Breaks", "Source"):
+        assert f"\n{fact}: " in doc, fact
+    documented = "\n".join(inspect.getdoc(base) or "" for base in cls.__mro__)
+    for field in dataclasses.fields(cls):
+        assert f"\n    {field.name}: " in documented, field.name

@@ -31,7 +31,7 @@ def test_one_step_on_the_golden_instance():
     problem, outer, task = golden_quadratic()
     algorithm = VPBGD(1, 0.2, y_lr=0.5, gamma_max=10.0)
     result = estimate(algorithm, problem, outer, task)
-    assert_close(result.state.omega, {"y": point(0.4, -0.8)}, 1e-12)
+    assert_close(result.state.lower_solution, {"y": point(0.4, -0.8)}, 1e-12)
     # (.2, -.4) + 10 * (0 + (.4, -.8)), divided by 10
     assert_close(result.hypergradient, {"x": point(0.42, -0.84)}, 1e-12)
     # -.05 * ((-1, -1) + 10 * (-2, 4))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from metadist.algorithms.stocbio import StocBiO, draw_bundle, neumann_sample
+from metadist.algorithms.parts.neumann import draw_bundle, neumann_estimate
+from metadist.algorithms.stocbio import StocBiO
 from metadist.algorithms.vrbo import VRBO
 from metadist.autograd import AutogradOracle
 from metadist.oracle import CountingOracle
@@ -46,7 +47,7 @@ def test_without_noise_differences_add_up_to_plain_derivatives(period):
         assert_close(state.inner, {"y": y}, 1e-10)
         oracle = AutogradOracle(problem, task)
         at = state.previous_inner
-        plain = neumann_sample(oracle, outer, at, draw_bundle(oracle, 4), 0.3)
+        plain = neumann_estimate(oracle, outer, at, draw_bundle(oracle, 4), 0.3)
         assert_close(found.hypergradient, plain.hypergradient, 1e-10)
         if step % period == 0:
             assert torch.equal(at["y"], state.inner["y"])
@@ -63,7 +64,7 @@ def test_restarts_use_the_whole_sets():
         found = one_estimate(algorithm, problem, outer, task, state, batch_size=2, step=step)
         state = found.state
         at = state.previous_inner
-        plain = neumann_sample(whole, outer, at, draw_bundle(whole, 3), 0.3).hypergradient["x"]
+        plain = neumann_estimate(whole, outer, at, draw_bundle(whole, 3), 0.3).hypergradient["x"]
         gradient = whole.inner_grad(outer, at, whole.draw_inner())["y"]
         exact.append(
             torch.allclose(found.hypergradient["x"], plain)

@@ -18,7 +18,7 @@ import yaml
 from metadist import CheckpointStore, __version__, evaluate
 from metadist.algorithms import ALGORITHMS
 from metadist.cli import COMMANDS, main, train
-from metadist.cli.catalogue import card_of
+from metadist.cli.catalogue import brief, title
 from metadist.cli.names import KINDS, class_path, named
 from metadist.compute import Compute
 from tests.helpers import (
@@ -414,16 +414,17 @@ def test_list_names_everything_that_has_a_short_name(cli):
 
 
 @pytest.mark.parametrize("width", [80, 200])
-def test_list_algorithms_shows_all_cards_at_any_width(cli, monkeypatch, width):
+def test_list_algorithms_shows_all_facts_at_any_width(cli, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     out = cli.good("list", "algorithms")
     assert max(map(len, out.splitlines())) <= width
     assert "G = grad_y g" in out
-    # Every word of every card; in a table the lines of a cell are not one after another.
+    # Every word of every fact; in a table the lines of a cell are not one after another.
     found = set(flat(out).split())
     for name, cls in ALGORITHMS.items():
         assert name in found
-        assert set(" ".join(card_of(cls)).split()) <= found, name
+        shown = [brief(cls, fact) for fact in ("Source", "Use", "For", "Cost", "State")]
+        assert all(shown) and set(" ".join([title(cls), *shown]).split()) <= found, name
 
 
 def test_an_unknown_kind_is_refused(cli):

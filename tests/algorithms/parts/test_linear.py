@@ -191,14 +191,14 @@ def test_together_under_vmap_as_one_by_one_and_always_finite(solver):
         solution = solve(product_of(matrix), unflatten(b, LIKE))
         return flatten(solution.v), solution.metrics
 
-    together, metrics = vmap(one)(matrices, vectors)
+    together, all_metrics = vmap(one)(matrices, vectors)
     for i, name in enumerate(SYSTEMS):
         v, alone = one(matrices[i], vectors[i])
         assert v.isfinite().all() and v.dtype == DOUBLE, name
         assert_close({"v": together[i]}, {"v": v}, 1e-10)
         for key, metric in alone.items():
             assert metric.shape == () and metric.isfinite()
-            assert metrics[key][i] == pytest.approx(float(metric), rel=1e-9, abs=1e-9), name
+            assert all_metrics[key][i] == pytest.approx(float(metric), rel=1e-9, abs=1e-9), name
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
