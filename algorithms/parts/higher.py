@@ -1,7 +1,7 @@
 """The unrolled inner loop by the library `higher`: all use of it is in this file.
 
 `higher` is no longer maintained. It is offered for comparison with published results, and only
-with the inner optimisers whose updates are those of torch.optim (a test holds them side by side).
+with the inner optimisers whose updates are those of torch.optim (a test compares them).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metadist.oracle import Oracle
-from metadist.trees import Params
+from metadist.trees import Params, detach, gradients, leaves
 
 with warnings.catch_warnings():  # it imports torch modules that warn of their own deprecation
     warnings.simplefilter("ignore")
@@ -60,46 +60,38 @@ def unroll(
     momentum: float,
     num_steps: int,
     second_order_steps: int,
-) -> tuple[Params, Params, Params, Params]:
-    """(y_T, d f/d context, d f/d start, d f/d rates) of `num_steps` inner steps.
+) -> tuple[Params, ...]:
+    """(y_T, d f / d context, d f / d start, d f / d rates) of `num_steps` inner steps.
 
     Not for vmap: `higher` differentiates with torch.autograd. Memory: the graph of all steps.
     """
-    context = _leaves(context)
-    start = _leaves(start)
-    rates = _leaves({name: rate.expand(start[name].shape) for name, rate in rates.items()})
-    names = list(start)
+    context = leaves(context)
+    start = leaves(start)
+    rates = leaves({name: rate.expand(start[name].shape) for name, rate in rates.items()})
     options = {"momentum": momentum} if optimizer == "sgd" else {}
     with torch.enable_grad():
         # One group per tensor, so that each has its own (differentiable) learning rate.
-        groups = [{"params": [leaf.detach().clone().requires_grad_()]} for leaf in start.values()]
+        parameters = [leaf.detach().clone().requires_grad_() for leaf in start.values()]
+        groups = [{"params": [parameter]} for parameter in parameters]
         with warnings.catch_warnings():
-            # Where a squared gradient is 0, dead units included, a test holds it to differences.
+            # It warns of squared gradients that are 0, as of dead units; a test compares the
+            # derivative there with differences.
             warnings.filterwarnings("ignore", "Differentiable RMSprop suffers from gradient")
             differentiable = higher.get_diff_optim(
                 HIGHER_OPTIMIZERS[optimizer](groups, lr=0.1, **options),
-                [group["params"][0] for group in groups],
+                parameters,
                 override={"lr": list(rates.values())},
             )
-        y = list(start.values())
+        y = start
         for t in range(num_steps):
-            loss = oracle.inner_value(
-                context, dict(zip(names, y, strict=True)), oracle.draw_inner()
-            )
+            loss = oracle.inner_value(context, y, oracle.draw_inner())
             truncated = t < num_steps - second_order_steps
-            y = differentiable.step(loss, params=y, grad_callback=_detached if truncated else None)
-        adapted = dict(zip(names, y, strict=True))
-        loss = oracle.outer_value(context, adapted, oracle.draw_outer())
-    variables = [*context.values(), *start.values(), *rates.values()]
-    gradients = iter(
-        torch.autograd.grad(loss, variables, allow_unused=True, materialize_grads=True)
-    )
-    trees = [{name: next(gradients) for name in tree} for tree in (context, start, rates)]
-    return {name: leaf.detach() for name, leaf in adapted.items()}, trees[0], trees[1], trees[2]
-
-
-def _leaves(tree: Params) -> Params:
-    return {name: leaf.detach().requires_grad_() for name, leaf in tree.items()}
+            moved = differentiable.step(
+                loss, params=list(y.values()), grad_callback=_detached if truncated else None
+            )
+            y = dict(zip(y, moved, strict=True))
+        loss = oracle.outer_value(context, y, oracle.draw_outer())
+    return detach(y), *gradients([loss], [None], context, start, rates)
 
 
 def _detached(gradients: list[Tensor | None]) -> list[Tensor | None]:

@@ -1,9 +1,10 @@
 """Linear solvers for H v = b by products alone.
 
 `product` is v -> H v, symmetric; damping is in it (`implicit.hessian`). All solvers are pure and
-run under vmap, where a system that is done is frozen while others go on: v is the same either way.
-A system without sensible solution is reported in the metrics and leaves v finite; only NaN in
-`product` or b gives NaN. P: numbers in v. K: vectors of a basis, or columns of H.
+run under vmap, where one program serves many systems. So no branch depends on data: a system that
+is done is frozen by torch.where while others continue, and v is the same as alone. A system
+without a sensible solution is reported in the metrics and leaves v finite; only NaN in `product`
+or b gives NaN. P: elements of v. K: vectors of a basis, or columns of H.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ FlatProduct = Callable[[Tensor], Tensor]
 
 
 class Solution(NamedTuple):
-    """v, and tensors of shape () that were free.
+    """v, and metrics of shape () that cost nothing extra.
 
-    `negative_curvature`: 1 if H was seen not to be positive definite.
-    `recursive_residual`: |b - H v| / |b| as the solver follows it, rounding errors left out.
+    `negative_curvature`: 1 if H turned out not to be positive definite.
+    `recursive_residual`: |b - H v| / |b| as the solver follows it, without rounding errors.
     """
 
     v: Params
@@ -42,33 +43,37 @@ def conjugate_gradient(
 
     Stops at |b - H v| <= tolerance |b| (at the rounding error if that is larger), the last
     iterate included; and before a direction p with p'Hp <= 0, or so small against the largest
-    product seen that it is none, which it reports as `negative_curvature`: the iterate so far
-    is kept. Hestenes and Stiefel, 1952.
+    product so far that it is rounding error, which it reports as `negative_curvature`: the
+    iterate so far is kept. Hestenes and Stiefel, 1952.
 
     Args:
         product: v -> H v, the same matrix at every call.
-        b: the right-hand side.
-        num_steps: at most so many products.
-        start: where to start, at the cost of one more product; None: 0, which costs none.
-        tolerance: relative, >= 0.
+        b: The right-hand side.
+        num_steps: The largest number of products.
+        start: Where to start, at the cost of one more product; None: 0, which costs none.
+        tolerance: Relative, >= 0.
     """
     apply, b_P = _flat(product, b), _in_order(b, b)
     v_P = torch.zeros_like(b_P) if start is None else _in_order(start, b)
     r_P = b_P if start is None else b_P - apply(v_P)
     p_P, square = r_P, r_P @ r_P
-    limit = max(tolerance, torch.finfo(b_P.dtype).eps) ** 2 * (b_P @ b_P)
+    eps = torch.finfo(b_P.dtype).eps
+    # Without a floor at rounding error a solved system would end in steps of 0/0.
+    limit = max(tolerance, eps) ** 2 * (b_P @ b_P)
     done = square <= limit
-    bent = torch.zeros_like(done)
+    negative = torch.zeros_like(done)
     largest = torch.zeros_like(square)
     for _ in range(num_steps):
         if _known(done):
             break
         q_P = apply(p_P)
         curvature, length = p_P @ q_P, p_P @ p_P
+        # Along p with p'Hp <= 0 the quadratic has no minimum, and a step would lead away. The
+        # largest |H p| / |p| so far, a bound of |H| from below, says what counts as 0.
         largest = torch.maximum(largest, ((q_P @ q_P) / length).sqrt())
-        flat = ~done & (curvature <= torch.finfo(b_P.dtype).eps * largest * length)
-        bent, done = bent | flat, done | flat
-        # 0/0 is in entries that are done, which keep what they have.
+        flat = ~done & (curvature <= eps * largest * length)
+        negative, done = negative | flat, done | flat
+        # Systems that are done may divide 0 by 0 here; torch.where drops the result.
         step = square / curvature
         v_P = torch.where(done, v_P, v_P + step * p_P)
         r_P = torch.where(done, r_P, r_P - step * q_P)
@@ -77,7 +82,7 @@ def conjugate_gradient(
         square = torch.where(done, square, new)
         done = done | (square <= limit)
     metrics = {
-        "negative_curvature": bent.to(b_P.dtype),
+        "negative_curvature": negative.to(b_P.dtype),
         "recursive_residual": _ratio(square.sqrt(), b_P.norm()),
     }
     return Solution(unflatten(v_P, b), metrics)
@@ -93,19 +98,19 @@ def fixed_point(
 ) -> Solution:
     """v after `num_steps` steps v <- v - step_size (H v - b).
 
-    Converges iff 0 < step_size < 2/L with the error shrinking by 1 - step_size mu a step.
+    Converges iff 0 < step_size < 2/L; the error shrinks by 1 - step_size mu per step.
     The product may be on other examples at every call; then `tolerance` must be 0.
 
     Args:
         product: v -> H v.
-        b: the right-hand side.
-        num_steps: steps, of one product each, but for the first from 0.
+        b: The right-hand side.
+        num_steps: The number of steps, of one product each except the first from 0.
         step_size: eta.
-        start: where to start; None: 0.
-        tolerance: steps end at |b - H v| <= tolerance |b|; 0: never.
+        start: Where to start; None: 0.
+        tolerance: Steps end at |b - H v| <= tolerance |b|; 0: never.
     """
     apply, b_P = _flat(product, b), _in_order(b, b)
-    steps = num_steps if start is not None else num_steps - 1
+    steps = num_steps if start is not None else num_steps - 1  # the first from 0 gives eta b
     v_P = step_size * b_P if start is None else _in_order(start, b)
     done = torch.zeros_like(b_P[0], dtype=torch.bool)
     for _ in range(steps):
@@ -129,10 +134,10 @@ def neumann(
 
     Args:
         product: v -> H v.
-        b: the right-hand side.
+        b: The right-hand side.
         num_products: Q.
         step_size: eta, < 2/L.
-        tolerance: the sum ends at a term (the residual) of norm <= tolerance |b|; 0: never.
+        tolerance: The sum ends at a term (the residual) of norm <= tolerance |b|; 0: never.
     """
     apply, b_P = _flat(product, b), _in_order(b, b)
     term_P = total_P = b_P
@@ -151,11 +156,11 @@ class Krylov(NamedTuple):
     """A basis q_1, q_2, .. that is orthonormal, and the tridiagonal matrix T of H on it.
 
     Args:
-        basis: shape (K, P), the vectors in rows; rows from `size` on are 0.
-        following: shape (P,), beta q of the next vector; 0: there is none yet.
-        diagonal: shape (K,), of T.
-        coupling: shape (K,), beta of each vector to the one before it.
-        size: vectors so far.
+        basis: Shape (K, P), the vectors in rows; rows from `size` on are 0.
+        following: Shape (P,), beta q of the next vector; 0: there is none yet.
+        diagonal: Shape (K,), the diagonal of T.
+        coupling: Shape (K,), beta of each vector to the one before it.
+        size: The number of vectors so far.
     """
 
     basis: Tensor
@@ -166,18 +171,27 @@ class Krylov(NamedTuple):
 
 
 def empty_krylov(like: Params, num_vectors: int) -> Krylov:
-    """No vectors, with room for as many as given, or as `like` has numbers."""
+    """No vectors, with room for `num_vectors`, or as many as `like` has elements if fewer.
+
+    Room from the start, since a state must keep its shape from `init` on.
+    """
     zeros_P = torch.zeros_like(_in_order(like, like))
     num_rows = min(num_vectors, zeros_P.shape[0])
     zeros_K = zeros_P.new_zeros(num_rows)
-    return Krylov(zeros_P.new_zeros(num_rows, zeros_P.shape[0]), zeros_P, zeros_K, zeros_K, 0)
+    return Krylov(
+        basis=zeros_P.new_zeros(num_rows, zeros_P.shape[0]),
+        following=zeros_P,
+        diagonal=zeros_K,
+        coupling=zeros_K,
+        size=0,
+    )
 
 
 def extend(krylov: Krylov, product: Product, residual: Params) -> Krylov:
     """One step of Lanczos' process, re-orthogonalised. Cost: one product.
 
-    Where the last step ended in nothing (and at the very first), the next vector is the part of
-    `residual` that the basis leaves; where that is nothing too, it is 0, and so is its row.
+    Where the last step left no new direction (and at the very first), the next vector is the part
+    of `residual` outside the basis; where that vanishes too, it is 0, and so is its row.
     Lanczos, 1950; on one matrix the projections are the iterates of `conjugate_gradient`.
     """
     r_P, basis = _in_order(residual, residual), krylov.basis
@@ -190,17 +204,18 @@ def extend(krylov: Krylov, product: Product, residual: Params) -> Krylov:
     u_P = _flat(product, residual)(q_P)
     next_P = _orthogonal(u_P, basis)
     return Krylov(
-        basis,
-        torch.where(next_P.norm() > 100 * eps * u_P.norm(), next_P, 0.0),
-        _put(krylov.diagonal, krylov.size, q_P @ u_P),
-        _put(krylov.coupling, krylov.size, beta),
-        krylov.size + 1,
+        basis=basis,
+        following=torch.where(next_P.norm() > 100 * eps * u_P.norm(), next_P, 0.0),
+        diagonal=_put(krylov.diagonal, krylov.size, q_P @ u_P),
+        coupling=_put(krylov.coupling, krylov.size, beta),
+        size=krylov.size + 1,
     )
 
 
 def project(krylov: Krylov, residual: Params) -> Solution:
     """Q' T^+ Q residual: the solution of H v = residual in the span of the basis."""
     r_P = _in_order(residual, residual)
+    # Rows without a vector give zero rows of T, which the pseudo-inverse leaves out.
     beside = torch.diag_embed(krylov.coupling[1:], 1)
     matrix = torch.diag_embed(krylov.diagonal) + beside + beside.mT
     weights_K, negative = solve_symmetric(matrix, krylov.basis @ r_P)
@@ -211,8 +226,8 @@ def project(krylov: Krylov, residual: Params) -> Solution:
 def in_span(product: Product, b: Params, vectors: list[Params]) -> Solution:
     """W (W'HW)^+ W'b: the v in the span of `vectors` that leaves b - H v orthogonal to them.
 
-    For H > 0 the v of the span that is nearest to H^-1 b in the norm of H. The vectors are made
-    orthonormal first; those that others span count as absent. Cost: a product per vector.
+    For H > 0 it is the v of the span that is nearest to H^-1 b in the norm of H. The vectors are
+    made orthonormal first; those that others span count as absent. Cost: a product per vector.
     """
     apply, b_P = _flat(product, b), _in_order(b, b)
     eps = torch.finfo(b_P.dtype).eps
@@ -237,8 +252,8 @@ def nystrom(product: Product, b: Params, indices: list[int], damping: float) -> 
 
     Args:
         product: v -> H v, undamped, the same matrix at every call.
-        b: the right-hand side.
-        indices: which columns, in the order of `flatten`, none twice.
+        b: The right-hand side.
+        indices: The columns, in the order of `flatten`, none twice.
         damping: > 0; outside the span of the columns v = b / damping.
     """
     apply, b_P = _flat(product, b), _in_order(b, b)
@@ -246,6 +261,7 @@ def nystrom(product: Product, b: Params, indices: list[int], damping: float) -> 
     units = [(places == index).to(b_P.dtype) for index in indices]
     c_KP = torch.stack([apply(unit_P) for unit_P in units])
     values_K, vectors_KK, cut, _ = _eigh(c_KP[:, indices])
+    # 1 / sqrt(inf) = 0 leaves an eigenvalue out without a branch.
     root_K = torch.where(values_K > cut, values_K.clamp(min=cut), torch.inf).rsqrt()
     l_KP = (vectors_KK * root_K).mT @ c_KP.double()
     inner_KK = damping * torch.eye(len(indices), dtype=l_KP.dtype, device=l_KP.device)
@@ -264,8 +280,8 @@ def nystrom(product: Product, b: Params, indices: list[int], damping: float) -> 
 def solve_symmetric(matrix_KK: Tensor, b_K: Tensor) -> tuple[Tensor, Tensor]:
     """(the least-squares solution of least norm, whether an eigenvalue is negative).
 
-    For small matrices, definite or not: in float64, by eigenvalues, of which those within
-    rounding error of 0 count as 0.
+    For small matrices, definite or not: in float64, by eigenvalues; those within rounding error
+    of 0 count as 0.
     """
     values_K, vectors_KK, cut, finite = _eigh(matrix_KK)
     inverse_K = torch.where(values_K.abs() > cut, 1 / values_K, 0.0)
@@ -298,7 +314,10 @@ def _flat(product: Product, like: Params) -> FlatProduct:
 
 
 def _known(done: Tensor) -> bool:
-    """Whether this is one system and it is done; of many under vmap it cannot be told."""
+    """Whether this is one system and it is done, so that the loop can stop early.
+
+    Under vmap `done` has a value per system that Python cannot read; then all steps are made.
+    """
     try:
         return bool(done)
     except RuntimeError:
