@@ -41,7 +41,7 @@ def test_all_directions_are_at_the_old_point():
     a, b, c, t = quadratic_terms(task)
     algorithm = SOBA(inner_lr=0.2, inner_decay=0.5, adjoint_lr=0.3, adjoint_decay=1.0)
     state = one_estimate(algorithm, problem, {"x": x}, task).state
-    state = state._replace(inner={"y": y}, v={"y": v})
+    state = state._replace(inner={"y": y}, adjoint={"y": v})
     found = one_estimate(algorithm, problem, {"x": x}, task, state, step=3)
     assert_close(found.hypergradient, {"x": 0.1 * x + b.T @ v}, 1e-12)
     assert_close(found.state.inner, {"y": y - 0.1 * (a @ y - b @ x - c)}, 1e-12)
