@@ -26,15 +26,13 @@ from metadist.run.checkpoint import (
     CheckpointStore,
     check_same_model,
 )
-from metadist.run.events import EVENTS, EventLog
+from metadist.run.events import EventLog
+from metadist.run.files import CHECKPOINTS, CONFIG, EVENTS, TENSORBOARD
 from metadist.run.monitor import Monitor, TerminalProgress, calls_of, mean_metrics
 from metadist.run.storage import Folder, Mirror
 from metadist.task import TaskSampler, to_device
 from metadist.trees import Params
 from metadist.workload import Workload, tasks_of_steps
-
-CONFIG = "config.yaml"
-"""The name of the file in a run folder."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -187,7 +185,7 @@ class Trainer:
         self.run_dir: Path | None = None
         """The run folder; if that is not on this machine, the local copy of its events."""
         if self._folder is not None:
-            self._store = CheckpointStore((self._folder / "checkpoints").uri, keep_checkpoints)
+            self._store = CheckpointStore((self._folder / CHECKPOINTS).uri, keep_checkpoints)
             self._folder.check_writable()
             self._mirror = Mirror(self._folder)
             self._mirror.fetch(EVENTS)
@@ -317,7 +315,7 @@ class Trainer:
             self._executor.start(self._workload, self._optimizer, self._state)
             if self.run_dir is not None:
                 self._open_run_dir(self.run_dir)
-                monitor = Monitor(self.run_dir / "tensorboard", self.version)
+                monitor = Monitor(self.run_dir / TENSORBOARD, self.version)
                 monitor.start(self.settings(), self._probe.sample(0))
             self.has_started = True
             about = {"until_step": num_steps, **self._executor.describe()}
@@ -386,7 +384,7 @@ class Trainer:
         """Write an evaluation of the current outer variable to the run's TensorBoard events."""
         if self.run_dir is None:
             raise ValueError("record needs a run_dir, got None")
-        monitor = Monitor(self.run_dir / "tensorboard", self.version)
+        monitor = Monitor(self.run_dir / TENSORBOARD, self.version)
         monitor.evaluation(split, result, self.version)
         monitor.close()
         self._upload()

@@ -12,7 +12,7 @@ In float64, on one task, at one x:
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -25,6 +25,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
+from metadist.checks.exact import (
+    Minimum,
+    NoMinimiser,
+    axes,
+    dense_hessian,
+    implicit_gradient,
+    lbfgs,
+    newton,
+)
 from metadist.checks.preflight import check_losses, check_trainable, initial_outer, preflight
 from metadist.compute import DEFAULT, Compute
 from metadist.hypergradient import task_hypergradients
@@ -45,7 +54,6 @@ from metadist.trees import (
     scale,
     tree_map,
     unflatten,
-    zeros_like,
 )
 from metadist.workload import Workload
 
@@ -399,7 +407,7 @@ class _Check:
     def _unrolled(self, num_directions: int) -> _Reference:
         """Central differences of x -> f(x, A(x)), extrapolated from two step sizes."""
         whole = num_elements(self.outer) <= WHOLE_GRADIENT
-        directions = _axes(self.outer) if whole else self._random_directions(num_directions)
+        directions = axes(self.outer) if whole else self._random_directions(num_directions)
         size = torch.finfo(self.dtype).eps ** (1 / 3) * max(
             1.0, *(float(leaf.abs().max()) for leaf in self.outer.values() if leaf.numel())
         )
@@ -458,62 +466,39 @@ class _Check:
         if size > max_dense:
             return f"y has {size:,} numbers, more than max_dense = {max_dense:,}"
         y = lbfgs(self._lower_loss, adapted)
-        tiny = torch.finfo(self.dtype).eps ** 0.6
-        for _ in range(NEWTON_STEPS):
-            gradient, hessian = self._lower_gradient(y), self._hessian(y)
-            if not bool(hessian.isfinite().all()):
-                return "the Hessian of g is not finite where minimising g has led"
-            eigenvalues = torch.linalg.eigvalsh(hessian)
-            low, high = float(eigenvalues[0]), float(eigenvalues[-1])
-            if low <= tiny * abs(high):
-                return (
-                    "the Hessian of g is not positive definite where minimising g has led, its "
-                    f"eigenvalues go from {low:.2g} to {high:.2g}: g has no strict minimum there; "
-                    "a weight decay would give it one"
-                )
-            step = torch.linalg.solve(hessian, gradient)
-            if float(step.norm()) <= tiny * (1 + float(norm(y))):
-                return self._implicit(y, hessian, adapted, (low, high))
-            y = unflatten(flatten(y) - step, y)
-        return (
-            "no stationary point of g was reached, |grad_y g| is still "
-            f"{self._inner_gradient(y):.2g} after L-BFGS and {NEWTON_STEPS} Newton steps"
-        )
+
+        def gradient(flat: Tensor) -> Tensor:
+            oracle = self._oracle()
+            at = unflatten(flat, y)
+            return flatten(oracle.inner_grad(self.context, at, oracle.draw_inner()))
+
+        def hessian(flat: Tensor) -> Tensor:
+            return dense_hessian(self._oracle(), self.context, unflatten(flat, y))
+
+        try:
+            found = newton(gradient, hessian, flatten(y), NEWTON_STEPS)
+        except NoMinimiser as error:
+            return str(error)
+        return self._implicit(found, adapted)
 
     def _lower_loss(self, y: Params) -> Tensor:
         return self.problem.inner_loss(self.context, y, self.task.support)
 
-    def _lower_gradient(self, y: Params) -> Tensor:
-        oracle = self._oracle()
-        return flatten(oracle.inner_grad(self.context, y, oracle.draw_inner()))
-
-    def _hessian(self, y: Params) -> Tensor:
-        oracle = self._oracle()
-        draw = oracle.draw_inner()
-        columns = [flatten(oracle.hvp(self.context, y, axis, draw)) for axis in _axes(y)]
-        hessian = torch.stack(columns)
-        return (hessian + hessian.mT) / 2
-
-    def _implicit(
-        self, y: Params, hessian: Tensor, adapted: Params, eigenvalues: tuple[float, float]
-    ) -> _Solution:
-        """grad_x f - J H^-1 grad_y f at y, through `encode`."""
-        oracle = self._oracle()
-        along_x, along_y = oracle.outer_grads(self.context, y, oracle.draw_outer())
-        v = unflatten(torch.linalg.solve(hessian, flatten(along_y)), y)
-        j_v, _ = oracle.second_order(self.context, y, v, oracle.draw_inner())
+    def _implicit(self, found: Minimum, adapted: Params) -> _Solution:
+        """The implicit gradient at the minimiser, through `encode`."""
+        y = unflatten(found.y, adapted)
+        at_context = implicit_gradient(self._oracle(), self.context, y, found.hessian)
         x = leaves(split_own(self.outer)[0])
         with torch.enable_grad():
             context = self.problem.encode(x, self.task)
-        (exact,) = gradients(list(context.values()), list(add(along_x, j_v, -1.0).values()), x)
-        distance = _relative(flatten(adapted) - flatten(y), flatten(y))
-        low, high = eigenvalues
+        (exact,) = gradients(list(context.values()), list(at_context.values()), x)
+        low, high = found.eigenvalues
         return _Solution(
             _Reference(
                 f"{SOLUTION} x -> f(x, y*(x))", SOLUTION, self.measure == SOLUTION, flatten(exact)
             ),
             {
-                "|y - y*| / |y*| after adaptation": distance,
+                "|y - y*| / |y*| after adaptation": _relative(flatten(adapted) - found.y, found.y),
                 "smallest eigenvalue of H at y*": low,
                 "largest eigenvalue of H at y*": high,
             },
@@ -523,42 +508,6 @@ class _Check:
 class _Solution(NamedTuple):
     reference: _Reference
     metrics: dict[str, float]
-
-
-def lbfgs(loss: Callable[[Params], Tensor], y: Params, max_iter: int = 1000) -> Params:
-    """A point near `y` with a small gradient of `loss`, if L-BFGS finds one; else `y`."""
-    flat = flatten(y).detach().clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [flat],
-        max_iter=max_iter,
-        history_size=50,
-        tolerance_grad=torch.finfo(flat.dtype).eps,
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            value = loss(unflatten(flat, y))
-            value.backward()
-        return value
-
-    optimizer.step(closure)
-    found = unflatten(flat.detach(), y)
-    return found if all(bool(leaf.isfinite().all()) for leaf in found.values()) else y
-
-
-def _axes(tree: Params) -> list[Params]:
-    """The unit vectors of the space of `tree`."""
-    size = num_elements(tree)
-    flat = flatten(zeros_like(tree))
-    axes = []
-    for i in range(size):
-        axis = flat.clone()
-        axis[i] = 1
-        axes.append(unflatten(axis, tree))
-    return axes
 
 
 def _equal(first: Params, second: Params) -> bool:

@@ -37,6 +37,7 @@ def run(config: Namespace) -> int:
     from metadist.cli.workload import instantiate
     from metadist.evaluation import evaluate
     from metadist.run.checkpoint import CheckpointStore, check_same_model
+    from metadist.run.files import CHECKPOINTS
     from metadist.run.storage import Folder, write_json
     from metadist.workload import Workload
 
@@ -46,7 +47,7 @@ def run(config: Namespace) -> int:
     else:
         train.set_split(saved, config.split)
     objects = instantiate(saved, train.parser())
-    store = CheckpointStore((Folder(config.run_dir) / "checkpoints").uri)
+    store = CheckpointStore((Folder(config.run_dir) / CHECKPOINTS).uri)
     name, checkpoint = store.load(config.checkpoint)
     train.report_skipped(store.skipped)
     compute = objects.compute.given(batch_size=saved.batch_size, seed=saved.seed)

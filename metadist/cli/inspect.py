@@ -18,9 +18,10 @@ def parser() -> Parser:
 def run(config: Namespace) -> int:
     """Run `metadist inspect`; exit code 1 if a checkpoint is damaged."""
     from metadist.run.checkpoint import CheckpointError, CheckpointStore
+    from metadist.run.files import CHECKPOINTS
     from metadist.run.storage import Folder
 
-    store = CheckpointStore((Folder(config.run_dir) / "checkpoints").uri)
+    store = CheckpointStore((Folder(config.run_dir) / CHECKPOINTS).uri)
     if not store.names():
         store = CheckpointStore(config.run_dir)
     if not store.names():

@@ -18,9 +18,9 @@ from metadist.cli.parsing import MAX_CONFIG_BYTES, Parser, check_yaml, readable
 from metadist.cli.workload import add_workload, instantiate
 from metadist.evaluation import EvaluationResult
 from metadist.optimizer import OuterOptimizer
-from metadist.run.status import RESULT
+from metadist.run.files import CONFIG, RESULT
 from metadist.run.storage import Folder, write_json
-from metadist.trainer import CONFIG, Trainer, headline
+from metadist.trainer import Trainer, headline
 
 SECTIONS = {
     "What is trained": ("sampler", "problem", "algorithm", "keep_state"),

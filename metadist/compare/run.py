@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from metadist.executor import StepReport
 from metadist.oracle import in_gradients
 from metadist.run.checkpoint import CheckpointError, CheckpointStore
+from metadist.run.files import CHECKPOINTS, TENSORBOARD
 from metadist.run.monitor import calls_of
 from metadist.run.storage import Folder
 from metadist.trainer import Trainer
@@ -223,7 +224,7 @@ def _write_records(folder: Folder, records: list[Record]) -> None:
 
 def _restore(trainer: Trainer, folder: Folder, records: list[Record]) -> list[Record]:
     """Restore the newest evaluated step with a good checkpoint; the evaluations up to it."""
-    store = CheckpointStore((folder / TRAINING / "checkpoints").uri)
+    store = CheckpointStore((folder / TRAINING / CHECKPOINTS).uri)
     names = store.names()
     for number, record in reversed(list(enumerate(records))):
         name = f"step-{record.spent.step:08d}"
@@ -241,7 +242,7 @@ def _metric_writer(trainer: Trainer, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # late, as in metadist.run.monitor
 
     assert trainer.run_dir is not None
-    folder = trainer.run_dir / "tensorboard" / "metrics"
+    folder = trainer.run_dir / TENSORBOARD / "metrics"
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 

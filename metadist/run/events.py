@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from metadist.executor import StepReport
+from metadist.run.files import EVENTS
 from metadist.run.storage import Folder
-
-EVENTS = "events.jsonl"
-"""The name of the file in a run folder."""
 
 log = logging.getLogger("metadist.run")
 # Who wants these lines configures logging; on the terminal a failure is told by its exception.

@@ -17,9 +17,9 @@ from rich.text import Text
 
 from metadist.run.checkpoint import CheckpointError, CheckpointStore
 from metadist.run.events import read_events
+from metadist.run.files import CHECKPOINTS, RESULT, TENSORBOARD
 from metadist.run.storage import Folder
 
-RESULT = "result.json"
 """In the run folder: what a finished run came to."""
 
 State = Literal["running", "stale", "finished", "interrupted", "failed"]
@@ -216,10 +216,10 @@ def run_status(run: str | Path, stale_s: float = 300.0, now: float | None = None
     if not stale_s > 0:
         raise ValueError(f"stale_s must be > 0, got {stale_s}")
     folder = Folder(run)
-    store = CheckpointStore((folder / "checkpoints").uri)
+    store = CheckpointStore((folder / CHECKPOINTS).uri)
     try:
         events, names = read_events(folder), store.names()
-        scalars = latest_scalars(folder / "tensorboard")
+        scalars = latest_scalars(folder / TENSORBOARD)
     except NotADirectoryError:
         events, names, scalars = [], [], {}
     if not (events or scalars or names):

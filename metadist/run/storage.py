@@ -206,7 +206,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def _write_local(path: Path, data: bytes) -> None:
     _make_local(path.parent)
-    part = path.with_name(f".{path.name}.part")
+    # A name of its own, as several processes may fetch the same data at once.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as stream:
             stream.write(data)

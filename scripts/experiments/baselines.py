@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor, nn
 
 from metadist import Batch, Params
-from metadist.checks.hypergradient import lbfgs
+from metadist.checks.exact import lbfgs
 from metadist.checks.values import require_integer
 from metadist.task import to_device
 from metadist.tasks import (

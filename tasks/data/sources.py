@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from metadist.run.storage import Folder
 from metadist.tasks.data.unpickle import read_arrays
 
 ROOT_VARIABLE = "METADIST_DATA"
@@ -105,8 +106,9 @@ def fetch_source(name: str, source: Source, root: Path) -> Path:
             except BROKEN as why:
                 reasons.append(f"  {way}: {why}")
                 continue
+        stored = Folder(root)
         for path in _wrong(source, root):
-            _write(root / path, contents[path])
+            stored.write(path, contents[path])
         return root
     wanted = "\n".join(f"  {root / path} ({digest})" for path, digest in source.files.items())
     raise FetchError(
@@ -136,19 +138,6 @@ def _require_checksums(source: Source, contents: Contents) -> None:
             raise FetchError(f"{path} is not in what was fetched")
         if (got := _digest(contents[path], digest)) != digest:
             raise FetchError(f"checksum of {path} must be {digest}, got {got}")
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial_name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(partial_name, 0o644)
-        os.replace(partial_name, path)
-    except BaseException:
-        os.unlink(partial_name)
-        raise
 
 
 def from_wheel(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metadist.autograd import AutogradOracle
+from metadist.checks.exact import implicit_gradient, newton
 from metadist.problem import Problem
 from metadist.task import Task
 from metadist.tasks.fixed import OneTask
@@ -43,29 +44,16 @@ def implicit_hypergradient(
     """(grad Phi(x), y*(x)): grad_x f - J H^-1 grad_y f at the minimiser of g found from `near`.
 
     Raises:
-        ValueError: Newton's method does not converge from there.
+        NoMinimiser: Newton's method finds none from there.
     """
 
     def g(y: Tensor) -> Tensor:
         return problem.inner_loss(outer, {"y": y}, task.support)
 
-    y = near
-    for _ in range(NEWTON_STEPS):
-        hessian = torch.func.jacrev(torch.func.grad(g))(y)
-        step = torch.linalg.solve(hessian, torch.func.grad(g)(y))
-        y = y - step
-        if float(step.norm()) <= 1e-9 * (1 + float(y.norm())):
-            break
-    else:
-        raise ValueError(
-            f"y must be near a minimiser of g for Newton's method, got steps of {step.norm():.2g} "
-            f"after {NEWTON_STEPS}: adapt longer first"
-        )
-    oracle = AutogradOracle(problem, task)
-    along_x, along_y = oracle.outer_grads(outer, {"y": y}, oracle.draw_outer())
-    v = {"y": torch.linalg.solve(hessian, along_y["y"])}
-    j_v, _ = oracle.second_order(outer, {"y": y}, v, oracle.draw_inner())
-    return along_x["x"] - j_v["x"], y
+    gradient = torch.func.grad(g)
+    y, hessian, _ = newton(gradient, torch.func.jacrev(gradient), near, NEWTON_STEPS)
+    at = {"y": y}
+    return implicit_gradient(AutogradOracle(problem, task), outer, at, hessian)["x"], y
 
 
 class Synthetic(Problem):

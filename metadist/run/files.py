@@ -1,0 +1,12 @@
+"""The names of what lies in a run folder."""
+
+CONFIG = "config.yaml"
+"""The options that a run was started with."""
+RESULT = "result.json"
+"""How the run ended, with the metrics of its test."""
+EVENTS = "events.jsonl"
+"""One line for every event that matters."""
+CHECKPOINTS = "checkpoints"
+"""A folder of checkpoints, see `metadist.run.checkpoint`."""
+TENSORBOARD = "tensorboard"
+"""A folder of TensorBoard events."""
