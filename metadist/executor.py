@@ -13,35 +13,33 @@ import torch
 
 from metadist.compute import intra_op_threads, pick_device
 from metadist.optimizer import OuterOptimizer
-from metadist.outer import Contribution, OuterState, OuterVariable, StepResult
+from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable, StepResult
 from metadist.task import TaskSampler
 from metadist.trees import Params
-from metadist.workload import LeaseResult, Workload
+from metadist.workload import Workload
 
 
 class StepReport(NamedTuple):
-    """One outer step, as the executor tells the trainer of it.
+    """One outer step, as an executor reports it.
 
     Args:
-        step: what was applied.
-        results: the applied leases, in lease order.
-        workers: the name of the worker of each of `results`.
-        seconds: since the step before it ended.
-        waiting_s: of these, seconds times workers in which a worker had nothing to compute.
-        num_workers: workers alive.
-        lost_workers: worker deaths noticed during this step.
-        reissued: ids of leases handed out again because their worker died or they were lost.
-        lost_servers: losses of the parameter server since the step before.
+        step: What was applied.
+        results: The applied leases, in lease order.
+        seconds: The seconds since the step before it ended.
+        waiting_s: The seconds times workers, within these, in which a worker had no work.
+        num_workers: The number of workers alive.
+        lost_workers: The number of workers whose loss was noticed during this step.
+        reissued: The ids of leases handed out again because they, or their worker, were lost.
+        lost_servers: The number of times the parameter server was lost since the step before.
     """
 
     step: StepResult
     results: tuple[LeaseResult, ...]
-    workers: tuple[str, ...]
     seconds: float
     waiting_s: float
-    num_workers: int
-    lost_workers: int
-    reissued: tuple[int, ...]
+    num_workers: int = 1
+    lost_workers: int = 0
+    reissued: tuple[int, ...] = ()
     lost_servers: int = 0
 
 
@@ -111,7 +109,6 @@ class LocalExecutor(Executor):
             outer = variable.unflatten(variable.flat.to(self._device, copy=True))
             before = variable.previous
             previous = None if before is None else variable.unflatten(before.to(self._device))
-            results: list[LeaseResult] = []
             contributions: list[Contribution] = []
             for lease_id in variable.next_leases(self._workload.leases_per_step):
                 lease = self._workload.lease(lease_id, variable.version)
@@ -121,30 +118,16 @@ class LocalExecutor(Executor):
                     if index in variable.states
                 }
                 computed = self._workload.compute_lease(lease, outer, previous, states)
-                results.append(computed.result)
-                contributions.append(
-                    Contribution(
-                        lease.id,
-                        lease.version,
-                        computed.total.cpu(),
-                        computed.result.num_tasks,
-                        states={i: state.cpu() for i, state in computed.states.items()},
-                    )
-                )
+                left = {index: state.cpu() for index, state in computed.states.items()}
+                contributions.append(computed._replace(total=computed.total.cpu(), states=left))
             # A norm may depend on the threads. Half a step must never be what is saved.
             with intra_op_threads(self._workload.compute.num_threads), signals_held():
                 step = variable.apply(contributions)
             seconds = time.perf_counter() - began
-            computing = sum(result.sampling_s + result.compute_s for result in results)
+            results = tuple(computed.result for computed in contributions)
+            computing_s = sum(result.sampling_s + result.compute_s for result in results)
             yield StepReport(
-                step,
-                tuple(results),
-                ("local",) * len(results),
-                seconds,
-                seconds - computing,
-                1,
-                0,
-                (),
+                step=step, results=results, seconds=seconds, waiting_s=seconds - computing_s
             )
 
     def outer(self) -> Params:

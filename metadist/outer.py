@@ -21,25 +21,47 @@ blocks, so it makes the same calls on each of them as one owner of the whole x, 
 """
 
 
-class Contribution(NamedTuple):
-    """What one lease adds to an outer step.
+class LeaseResult(NamedTuple):
+    """The small part of a computed lease, which goes into reports.
 
     Args:
-        lease_id: the lease; each is applied once.
-        version: of x that it was computed at.
-        total: sum of task hypergradients, flat, shape (L,); of a two-point method (2 L,), followed
-            by the sum at the previous x.
-        num_tasks: how many tasks are in `total`.
-        weight: multiplies `total` (staleness weighting).
-        states: what the algorithm keeps of these tasks, by task index.
+        lease_id: The lease; each is applied once.
+        version: The version of x at which it was computed.
+        num_tasks: The number of tasks in the sum.
+        dropped: The ids of tasks left out because their hypergradient was not finite.
+        metrics: Sums over the tasks in the sum; empty unless the lease asked for a report.
+        sampling_s: The seconds spent on sampling the tasks.
+        compute_s: The seconds spent on their hypergradients.
+        calls: The calls of the oracle, see `CountingOracle`.
+        worker: The name of the worker that computed it.
     """
 
     lease_id: int
     version: int
-    total: Tensor
     num_tasks: int
-    weight: float = 1.0
+    dropped: tuple[int, ...] = ()
+    metrics: Mapping[str, float] = {}  # never changed
+    sampling_s: float = 0.0
+    compute_s: float = 0.0
+    calls: Mapping[str, int] = {}  # never changed
+    worker: str = "local"
+
+
+class Contribution(NamedTuple):
+    """A computed lease, as it enters an outer step.
+
+    Args:
+        result: The small part of it.
+        total: The sum of task hypergradients, flat, shape (L,); for a two-point method (2 L,),
+            followed by the sum at the previous x.
+        states: The new state of each task, by index, where states are kept.
+        weight: Multiplies `total` (staleness weighting).
+    """
+
+    result: LeaseResult
+    total: Tensor
     states: Mapping[int, Tensor] = {}  # never changed
+    weight: float = 1.0
 
 
 class StepResult(NamedTuple):
@@ -191,17 +213,17 @@ class OuterVariable:
         weight = self._weight()
         expected = len(self._flat) * (1 if weight is None or weight == 1 else 2)
         for item in contributions:
-            _check_number("lease_id", item.lease_id, item)
-        for item in sorted(contributions, key=lambda item: item.lease_id):
-            known = self.is_applied(item.lease_id)
-            if known or (fresh and fresh[-1].lease_id == item.lease_id):
-                repeated.append(item.lease_id)
+            _check_number("lease_id", item.result.lease_id, item)
+        for item in sorted(contributions, key=lambda item: item.result.lease_id):
+            known = self.is_applied(item.result.lease_id)
+            if known or (fresh and fresh[-1].result.lease_id == item.result.lease_id):
+                repeated.append(item.result.lease_id)
                 continue
             self._check(item, expected)
             fresh.append(item)
         recursion = self._recursion
         squares: list[float] = []
-        num_tasks = sum(item.num_tasks for item in fresh)
+        num_tasks = sum(item.result.num_tasks for item in fresh)
         if num_tasks:
             if len(self._mean) != expected:
                 self._mean = self._flat.new_empty(expected)
@@ -214,7 +236,7 @@ class OuterVariable:
             if not all(map(math.isfinite, squares)) and not bool(mean.isfinite().all()):
                 raise ValueError(
                     "contributions must have a finite mean, got NaN or Inf from leases "
-                    f"{[item.lease_id for item in fresh]}"
+                    f"{[item.result.lease_id for item in fresh]}"
                 )
         self._prepared = _Prepared(tuple(fresh), tuple(repeated), num_tasks, recursion)
         return squares
@@ -249,14 +271,14 @@ class OuterVariable:
                 self._flat.copy_(flatten(self._rules.project(self.params)).detach())
         for item in fresh:
             self.states.update(item.states)
-        staleness = tuple(self.version - item.version for item in fresh)
+        staleness = tuple(self.version - item.result.version for item in fresh)
         if fresh:
             self.version += 1
-            self._applied.update(item.lease_id for item in fresh)
+            self._applied.update(item.result.lease_id for item in fresh)
             while self._applied_below in self._applied:
                 self._applied.remove(self._applied_below)
                 self._applied_below += 1
-        applied = tuple(item.lease_id for item in fresh)
+        applied = tuple(item.result.lease_id for item in fresh)
         return StepResult(self.version, applied, repeated, staleness, norm, lr)
 
     def _pieces(self, vector: Tensor) -> list[Tensor]:
@@ -314,14 +336,14 @@ class OuterVariable:
 
     def _check(self, item: Contribution, expected: int) -> None:
         """Raise ValueError unless `item` can be added."""
-        what = f"contribution of lease {item.lease_id}"
+        what = f"contribution of lease {item.result.lease_id}"
         if item.total.shape != (expected,) or not item.total.is_floating_point():
             raise ValueError(
                 f"{what} must have shape ({expected},), got {tuple(item.total.shape)}"
                 + ("" if item.total.is_floating_point() else f" of {item.total.dtype}")
             )
-        _check_number("version", item.version, item, most=self.version)
-        _check_number("num_tasks", item.num_tasks, item)
+        _check_number("version", item.result.version, item, most=self.version)
+        _check_number("num_tasks", item.result.num_tasks, item)
         if not 0 <= item.weight < math.inf:
             raise ValueError(f"{what} must have a finite weight >= 0, got {item.weight}")
         for index, state in item.states.items():
@@ -448,5 +470,5 @@ def _check_number(name: str, value: Any, item: Contribution, most: int | None = 
     if not isinstance(value, int) or value < 0 or (most is not None and value > most):
         rule = ">= 0" if most is None else f"between 0 and {most}"
         raise ValueError(
-            f"contribution of lease {item.lease_id} must have a {name} {rule}, got {value}"
+            f"contribution of lease {item.result.lease_id} must have a {name} {rule}, got {value}"
         )

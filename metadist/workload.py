@@ -20,7 +20,7 @@ from metadist.algorithm import Algorithm, split_own
 from metadist.checks.values import check_fields, rule
 from metadist.compute import Compute, intra_op_threads
 from metadist.hypergradient import HypergradientSum, task_hypergradients
-from metadist.outer import StepRules
+from metadist.outer import Contribution, LeaseResult, StepRules
 from metadist.problem import Problem, is_constrained
 from metadist.task import FixedSet, Task, TaskSampler, to_device
 from metadist.trees import Params, flatten
@@ -33,45 +33,6 @@ class Lease(NamedTuple):
     version: int
     indices: tuple[int, ...]
     report: bool
-
-
-class LeaseResult(NamedTuple):
-    """What is small of a computed lease; the sum of hypergradients travels beside it.
-
-    Args:
-        lease_id: the lease.
-        version: of x that it was computed at.
-        num_tasks: tasks in the sum.
-        dropped: ids of tasks left out because their hypergradient was not finite.
-        metrics: sums over the tasks in the sum; empty unless the lease asked for a report.
-        sampling_s: seconds spent on sampling the tasks.
-        compute_s: seconds spent on their hypergradients.
-        calls: what the algorithm asked of the oracle, see `CountingOracle`.
-    """
-
-    lease_id: int
-    version: int
-    num_tasks: int
-    dropped: tuple[int, ...]
-    metrics: dict[str, float]
-    sampling_s: float
-    compute_s: float
-    calls: Mapping[str, int] = {}  # never changed
-
-
-class Computed(NamedTuple):
-    """A computed lease.
-
-    Args:
-        result: what is small of it.
-        total: the sum of hypergradients, shape (L,); of a two-point method (2 L,), followed by
-            the sum at the previous x.
-        states: the new state of each task, by index, where states are kept.
-    """
-
-    result: LeaseResult
-    total: Tensor
-    states: dict[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -189,14 +150,14 @@ class Workload:
         outer: Params,
         previous: Params | None = None,
         states: Mapping[int, Tensor] | None = None,
-    ) -> Computed:
+    ) -> Contribution:
         """The computed lease, on the device of `outer`.
 
         Args:
-            lease: which tasks.
+            lease: The tasks.
             outer: x at the version of the lease.
             previous: x one version before; used where `needs_previous`.
-            states: by task index, of the tasks that have one; used where `keep_state`.
+            states: The states of the tasks that have one, by index; used where `keep_state`.
         """
         leaf = next(iter(outer.values()))
         if not self.needs_previous(lease.version):
@@ -215,16 +176,16 @@ class Workload:
             if found.previous is not None:
                 total = torch.cat([total, flatten(found.previous)])
         result = LeaseResult(
-            lease.id,
-            lease.version,
-            found.num_tasks,
-            found.dropped,
-            found.metrics if lease.report else {},
-            sampled - began,
-            time.perf_counter() - sampled,
-            found.calls,
+            lease_id=lease.id,
+            version=lease.version,
+            num_tasks=found.num_tasks,
+            dropped=found.dropped,
+            metrics=found.metrics if lease.report else {},
+            sampling_s=sampled - began,
+            compute_s=time.perf_counter() - sampled,
+            calls=found.calls,
         )
-        return Computed(result, total, found.states)
+        return Contribution(result, total, found.states)
 
 
 def tasks_of_steps(

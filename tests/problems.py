@@ -5,7 +5,7 @@ Shape letters: S support examples, Q query examples, L size of x, P size of y.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metadist.algorithm import Algorithm, Estimate, State
 from metadist.autograd import AutogradOracle
+from metadist.outer import Contribution, LeaseResult
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params, add, dot, flatten, tree_map, unflatten
@@ -28,6 +29,18 @@ def generator(*seeds: int) -> torch.Generator:
     for part in seeds:
         seed = (seed * 1_000_003 + part + 1) % 2**31
     return torch.Generator().manual_seed(seed)
+
+
+def computed_lease(
+    lease_id: int,
+    version: int,
+    total: Tensor,
+    num_tasks: int = 1,
+    weight: float = 1.0,
+    states: Mapping[int, Tensor] | None = None,
+) -> Contribution:
+    """A lease as it enters an outer step."""
+    return Contribution(LeaseResult(lease_id, version, num_tasks), total, states or {}, weight)
 
 
 def randn(seed: int, *shape: int) -> Tensor:

@@ -46,10 +46,10 @@ class RunMetrics:
     def observe(self, report: StepReport) -> None:
         """Count one outer step."""
         step = report.step
-        for worker, result in zip(report.workers, report.results, strict=True):
-            self._add(self._tasks, result.num_tasks, worker=worker)
+        for result in report.results:
+            self._add(self._tasks, result.num_tasks, worker=result.worker)
             if result.lease_id in step.applied:
-                self._add(self._leases, 1, worker=worker)
+                self._add(self._leases, 1, worker=result.worker)
         self._add(self._dropped, sum(len(result.dropped) for result in report.results))
         self._add(self._repeated, len(step.repeated))
         self._add(self._workers_lost, report.lost_workers)

@@ -37,11 +37,11 @@ from metadist.compute import intra_op_threads
 from metadist.executor import Executor, StepReport, signals_held
 from metadist.optimizer import OuterOptimizer
 from metadist.oracle import SOURCES, CountingOracle, MiniBatches
-from metadist.outer import Contribution, OuterState, OuterVariable
+from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable
 from metadist.problem import check_rows
 from metadist.task import Shardable, TaskSampler
 from metadist.trees import Params, flatten, zeros_like
-from metadist.workload import Lease, LeaseResult, Workload
+from metadist.workload import Lease, Workload
 
 log = logging.getLogger("metadist.cluster")
 
@@ -173,25 +173,21 @@ class DataParallelExecutor(Executor):
             (lease_id,) = variable.next_leases(1)
             lease = self._workload.lease(lease_id, variable.version)
             with intra_op_threads(self._workload.compute.num_threads):
-                contribution, result = self._compute(lease, variable, pool)
+                contribution = self._compute(lease, variable, pool)
                 with signals_held():
                     step = variable.apply([contribution])
             seconds = time.perf_counter() - began
             computing_s = pool.computing_s - computed_before
             yield StepReport(
-                step,
-                (result,),
-                ("data-parallel",),
-                seconds,
-                max(0.0, self._workers.num_workers * seconds - computing_s),
-                pool.num_ready,
-                pool.num_lost - lost_before,
-                (),
+                step=step,
+                results=(contribution.result,),
+                seconds=seconds,
+                waiting_s=max(0.0, self._workers.num_workers * seconds - computing_s),
+                num_workers=pool.num_ready,
+                lost_workers=pool.num_lost - lost_before,
             )
 
-    def _compute(
-        self, lease: Lease, variable: OuterVariable, pool: ShardPool
-    ) -> tuple[Contribution, LeaseResult]:
+    def _compute(self, lease: Lease, variable: OuterVariable, pool: ShardPool) -> Contribution:
         """One estimate of the algorithm, by all workers together."""
         began = time.perf_counter()
         sent, received, pool.oldest = pool.bytes_sent, pool.bytes_received, 0
@@ -247,21 +243,20 @@ class DataParallelExecutor(Executor):
         flat: Tensor | None,
         metrics: dict[str, float],
         calls: Mapping[str, int],
-    ) -> tuple[Contribution, LeaseResult]:
+    ) -> Contribution:
         """What goes into x and into the report; no state: the hypergradient was not finite."""
         states = {} if flat is None else {0: flat}
-        contribution = Contribution(lease.id, lease.version, total, len(states), states=states)
         result = LeaseResult(
-            lease.id,
-            lease.version,
-            len(states),
-            () if states else (0,),
-            metrics,
-            0.0,
-            time.perf_counter() - began,
-            calls,
+            lease_id=lease.id,
+            version=lease.version,
+            num_tasks=len(states),
+            dropped=() if states else (0,),
+            metrics=metrics,
+            compute_s=time.perf_counter() - began,
+            calls=calls,
+            worker="data-parallel",
         )
-        return contribution, result
+        return Contribution(result, total, states)
 
     def _state(self, first: State, flat: Tensor | None) -> State:
         """What the last step left; its very tensors if they are at hand: workers hold some."""

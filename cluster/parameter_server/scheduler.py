@@ -11,7 +11,7 @@ from ray import ObjectRef
 from metadist.cluster.actors.buffers import Array, PackedState
 from metadist.cluster.parameter_server.ledger import Ledger
 from metadist.cluster.parameter_server.policies import Policy
-from metadist.cluster.parameter_server.server import Arrival, Progress
+from metadist.cluster.parameter_server.server import Progress
 from metadist.cluster.parameter_server.supervisor import ServerGone, SumLost, Supervisor
 from metadist.cluster.parameter_server.worker_pool import Done, Lost, WorkerPool
 from metadist.executor import StepReport
@@ -146,12 +146,13 @@ class Scheduler:
         self, done: list[Done], weights: dict[int, float], ledger: Ledger
     ) -> StepResult | None:
         """What the outer step did; None if a sum was lost with its node, before it was added."""
-        arrivals = [
-            Arrival(r.lease_id, r.version, r.num_tasks, weights[r.lease_id])
-            for r in (item.result for item in done)
-        ]
+        results = [item.result for item in done]
         try:
-            step, outer = self._supervisor.apply(arrivals, [item.totals for item in done])
+            step, outer = self._supervisor.apply(
+                results,
+                [weights[result.lease_id] for result in results],
+                [item.totals for item in done],
+            )
         except SumLost:
             for item in done:
                 self._lose(item.result.lease_id, ledger)
@@ -165,13 +166,12 @@ class Scheduler:
     def _report(self, step: StepResult, done: list[Done], seconds: float) -> StepReport:
         reissued, self._reissued = tuple(self._reissued), []
         return StepReport(
-            step,
-            tuple(item.result for item in done),
-            tuple(item.worker for item in done),
-            seconds,
-            self._pool.take_waiting_s(),
-            self._pool.num_alive,
-            self._pool.take_num_lost(),
-            reissued,
-            self._supervisor.take_num_lost(),
+            step=step,
+            results=tuple(item.result for item in done),
+            seconds=seconds,
+            waiting_s=self._pool.take_waiting_s(),
+            num_workers=self._pool.num_alive,
+            lost_workers=self._pool.take_num_lost(),
+            reissued=reissued,
+            lost_servers=self._supervisor.take_num_lost(),
         )

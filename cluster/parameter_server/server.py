@@ -27,17 +27,8 @@ from metadist.cluster.parameter_server.transport import (
 )
 from metadist.compute import intra_op_threads, pick_device
 from metadist.optimizer import OuterOptimizer
-from metadist.outer import Contribution, OuterState, OuterVariable, StepResult
+from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable, StepResult
 from metadist.trees import Params
-
-
-class Arrival(NamedTuple):
-    """A contribution without its tensors, see `Contribution`."""
-
-    lease_id: int
-    version: int
-    num_tasks: int
-    weight: float
 
 
 class Progress(NamedTuple):
@@ -83,16 +74,20 @@ class ParameterServer:
         )
         self._num_threads = num_threads
 
-    def apply(self, arrivals: Sequence[Arrival], *pushed: Pushed) -> tuple[StepResult, Pulled]:
+    def apply(
+        self, results: Sequence[LeaseResult], weights: Sequence[float], *pushed: Pushed
+    ) -> tuple[StepResult, Pulled]:
         """(what one outer step with these did, the new x); each lease counts once."""
-        contributions = self._contributions(arrivals, pushed)
+        contributions = self._contributions(results, weights, pushed)
         with intra_op_threads(self._num_threads):
             step = self._variable.apply(contributions)
         return step, self.pull()
 
-    def prepare(self, arrivals: Sequence[Arrival], *pushed: Pushed) -> list[float]:
+    def prepare(
+        self, results: Sequence[LeaseResult], weights: Sequence[float], *pushed: Pushed
+    ) -> list[float]:
         """See `OuterVariable.prepare`."""
-        contributions = self._contributions(arrivals, pushed)
+        contributions = self._contributions(results, weights, pushed)
         with intra_op_threads(self._num_threads):
             return self._variable.prepare(contributions)
 
@@ -130,19 +125,16 @@ class ParameterServer:
         return pack_state(self._variable.state(copy=False), self._variable.flat)
 
     def _contributions(
-        self, arrivals: Sequence[Arrival], pushed: Sequence[Pushed]
+        self, results: Sequence[LeaseResult], weights: Sequence[float], pushed: Sequence[Pushed]
     ) -> list[Contribution]:
-        return [
-            Contribution(
-                item.lease_id,
-                item.version,
-                receive(sent.total).to(self._device),
-                item.num_tasks,
-                item.weight,
-                {index: to_tensor(state).to(self._device) for index, state in sent.states.items()},
-            )
-            for item, sent in zip(arrivals, pushed, strict=True)
-        ]
+        contributions = []
+        for result, weight, sent in zip(results, weights, pushed, strict=True):
+            states = {
+                index: to_tensor(state).to(self._device) for index, state in sent.states.items()
+            }
+            total = receive(sent.total).to(self._device)
+            contributions.append(Contribution(result, total, states, weight))
+        return contributions
 
 
 def _on(state: OuterState, device: torch.device) -> OuterState:

@@ -16,8 +16,7 @@ from metadist.cluster.actors.buffers import Array, OuterSpec, PackedState
 from metadist.cluster.actors.errors import ServerLostError, message
 from metadist.cluster.actors.failure import SERVER, Event, Failures, History, Raise, Retry
 from metadist.cluster.actors.options import Server
-from metadist.cluster.parameter_server.server import Arrival
-from metadist.outer import StepResult, norm_of_blocks
+from metadist.outer import LeaseResult, StepResult, norm_of_blocks
 
 log = logging.getLogger("metadist.cluster")
 
@@ -168,20 +167,27 @@ class Supervisor:
         return self.ask([server.read.remote() for server in self.servers])
 
     def apply(
-        self, arrivals: Sequence[Arrival], totals: Sequence[tuple[ObjectRef[Any], ...]]
+        self,
+        results: Sequence[LeaseResult],
+        weights: Sequence[float],
+        totals: Sequence[tuple[ObjectRef[Any], ...]],
     ) -> tuple[StepResult, tuple[ObjectRef[Any], ...]]:
-        """(what one outer step with these did, references to the new x).
+        """(what one outer step with these leases did, references to the new x).
 
-        Several shards take it in two rounds: the norm is that of the whole of x, and no shard may
-        change while another cannot.
+        Args:
+            results: The leases.
+            weights: The weight of each.
+            totals: References to the sums of each, by shard.
         """
         pushed = list(zip(*totals, strict=True))
         if len(self.servers) == 1:
-            calls = [self.server.apply.options(num_returns=2).remote(arrivals, *pushed[0])]
+            calls = [self.server.apply.options(num_returns=2).remote(results, weights, *pushed[0])]
         else:
+            # Two rounds: clipping needs the norm over all shards, and if one cannot take the step,
+            # none may have taken it, or x would be of two versions.
             squares = self.ask(
                 [
-                    server.prepare.remote(arrivals, *mine)
+                    server.prepare.remote(results, weights, *mine)
                     for server, mine in zip(self.servers, pushed, strict=True)
                 ]
             )

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from ray import cloudpickle
-from torch import Tensor
 
 from metadist.cluster.actors.buffers import Array, OuterSpec, to_array, to_tensor
 from metadist.cluster.actors.placement import WorkerInfo, worker_device
@@ -19,7 +18,8 @@ from metadist.cluster.parameter_server.transport import (
     receive,
 )
 from metadist.compute import pick_device
-from metadist.workload import Lease, LeaseResult, Workload
+from metadist.outer import Contribution, LeaseResult
+from metadist.workload import Lease, Workload
 
 
 class Worker:
@@ -78,22 +78,21 @@ class Worker:
             previous = self._spec.views(torch.cat([receive(part).to(device) for part in before]))
         states = {index: to_tensor(state).to(device) for index, state in (kept or {}).items()}
         computed = self._workload.compute_lease(lease, self._outer, previous, states)
-        return computed.result, *self.send(computed.total, computed.states, computed.result)
+        return computed.result, *self.send(computed)
 
     def load(self, pulled: Sequence[Pulled]) -> None:
         """Copy x to the device of this worker."""
         for (start, stop), part in zip(self._bounds, pulled, strict=True):
             self._flat[start:stop].copy_(receive(part.flat))
 
-    def send(
-        self, total: Tensor, states: Mapping[int, Tensor], result: LeaseResult
-    ) -> Iterator[Pushed]:
+    def send(self, computed: Contribution) -> Iterator[Pushed]:
         """The part of a computed lease for each shard."""
+        total = computed.total
         if self._rounding is not None:
-            # The server may leave out a sum of no tasks.
-            is_used = result.num_tasks > 0
+            # The server may leave out a sum of no tasks, and the remainder with it.
+            is_used = computed.result.num_tasks > 0
             total = self._rounding.round(total) if is_used else total.to(torch.bfloat16)
-        left = {index: to_array(state) for index, state in states.items()}
+        left = {index: to_array(state) for index, state in computed.states.items()}
         if len(self._bounds) == 1:
             yield Pushed(self._transport.send(total), left)
             return

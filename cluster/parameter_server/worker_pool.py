@@ -22,7 +22,8 @@ from metadist.cluster.actors.errors import (
 from metadist.cluster.actors.failure import WORKER, Event, Failures, History, Raise, Retry
 from metadist.cluster.actors.placement import WorkerInfo
 from metadist.cluster.actors.pool import wait_for_any
-from metadist.workload import Lease, LeaseResult
+from metadist.outer import LeaseResult
+from metadist.workload import Lease
 
 log = logging.getLogger("metadist.cluster")
 
@@ -32,7 +33,6 @@ class Done(NamedTuple):
 
     result: LeaseResult
     totals: tuple[ObjectRef[Any], ...]
-    worker: str
 
 
 class Lost(NamedTuple):
@@ -278,7 +278,7 @@ class WorkerPool:
             return []
         for other in self._others(call):
             other.is_redundant = True
-        return [Done(answer, call.totals, slot.name)]
+        return [Done(answer._replace(worker=slot.name), call.totals)]
 
     def _others(self, call: _Call) -> list[_Call]:
         """Those of the same lease, which nobody has answered yet."""

@@ -265,8 +265,8 @@ class _Meter:
         """The budget spent after this step; a step that is repeated replaces itself."""
         calls = calls_of(report)
         sampling: dict[str, float] = defaultdict(float)
-        for worker, result in zip(report.workers, report.results, strict=True):
-            sampling[worker] += result.sampling_s
+        for result in report.results:
+            sampling[result.worker] += result.sampling_s
             for name in TRAFFIC:
                 if name in result.metrics:
                     self.traffic[name] = result.metrics[name] / max(1, result.num_tasks)

@@ -75,8 +75,8 @@ class Monitor:
         self._staleness += step.staleness
         self._seconds += report.seconds
         self._waiting_s += report.waiting_s
-        for worker, result in zip(report.workers, report.results, strict=True):
-            self._since[worker] += result.num_tasks
+        for result in report.results:
+            self._since[result.worker] += result.num_tasks
             self._tasks += result.num_tasks
         means = mean_metrics(report)
         scalars = {"outer/hypergradient_norm": step.hypergradient_norm, "outer/lr": step.lr}

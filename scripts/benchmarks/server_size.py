@@ -40,14 +40,17 @@ from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.options import Server
 from metadist.cluster.actors.runtime_env import pickle_by_value
 from metadist.cluster.parameter_server.compression import Compression
-from metadist.cluster.parameter_server.server import Arrival, ParameterServer
+from metadist.cluster.parameter_server.server import ParameterServer
 from metadist.cluster.parameter_server.supervisor import Supervisor
 from metadist.cluster.parameter_server.transport import Pulled, Pushed, Transport
 from metadist.cluster.parameter_server.worker import Worker
 from metadist.compute import Compute
 from metadist.optimizer import OuterOptimizer
-from metadist.outer import shard_bounds
-from metadist.workload import LeaseResult
+from metadist.outer import (
+    Contribution,
+    LeaseResult,
+    shard_bounds,
+)
 
 OPTIMIZERS = {
     "sgd": (OuterOptimizer("sgd", lr=1e-3, clip_norm=1.0), 1.5),
@@ -71,8 +74,7 @@ class SizedWorker(Worker):
         began = time.perf_counter()
         self._flat.copy_(self._total)
         seconds = time.perf_counter() - began
-        result = LeaseResult(number, number, 1, (), {}, 0.0, 0.0)
-        return seconds, *self.send(self._total, {}, result)
+        return seconds, *self.send(Contribution(LeaseResult(number, number, 1), self._total))
 
     def pull(self, *pulled: Pulled) -> None:
         """Keep this x."""
@@ -142,7 +144,7 @@ def measure(supervisor: Supervisor, worker: Any, num_shards: int, repeats: int) 
         ray.wait(totals, num_returns=num_shards, fetch_local=False)
         copy_s = ray.get(copied)
         times.append(time.perf_counter())
-        _, outer = supervisor.apply([Arrival(turn, turn, 1, 1.0)], [tuple(totals)])
+        _, outer = supervisor.apply([LeaseResult(turn, turn, 1)], [1.0], [tuple(totals)])
         times.append(time.perf_counter())
         del totals
         ray.get(worker.pull.remote(*outer))

@@ -97,7 +97,7 @@ def test_a_report_tells_of_the_step():
     dropped = [[i for result in report.results for i in result.dropped] for report in reports]
     assert dropped == [[2], [], [9]]
     for report in reports:
-        assert report.workers == ("local",) * 4
+        assert [result.worker for result in report.results] == ["local"] * 4
         assert (report.num_workers, report.lost_workers, report.reissued) == (1, 0, ())
         assert report.step.staleness == (0,) * 4
         assert report.seconds >= report.waiting_s >= 0

@@ -11,7 +11,7 @@ from metadist.algorithms import AID, ITD, MRBO, Reptile
 from metadist.compute import Compute
 from metadist.executor import LocalExecutor
 from metadist.hypergradient import task_hypergradients
-from metadist.outer import Contribution, OuterVariable, StepRules
+from metadist.outer import OuterVariable, StepRules
 from metadist.problem import Problem
 from metadist.tasks import FixedTasks
 from metadist.trees import Params, add, flatten
@@ -23,6 +23,7 @@ from tests.problems import (
     QuadraticSampler,
     assert_close,
     assert_same_bytes,
+    computed_lease,
     generator,
     golden_quadratic,
     oracle_of,
@@ -251,10 +252,10 @@ def test_the_outer_variable_does_the_recursion(weight):
     variable = OuterVariable({"x": torch.zeros(2)}, OuterOptimizer("sgd", lr=1.0), rule(weight))
     first, new, old = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 7.0]), torch.tensor([3.0, 3.0])
     assert "previous" not in variable.state().recursion
-    variable.apply([Contribution(0, 0, 2 * first, 2)])
+    variable.apply([computed_lease(0, 0, 2 * first, 2)])
     assert variable.state().recursion["previous"].tolist() == [0, 0]
     x = variable.flat.clone()
-    step = variable.apply([Contribution(1, 1, torch.cat([2 * new, 2 * old]), 2)])
+    step = variable.apply([computed_lease(1, 1, torch.cat([2 * new, 2 * old]), 2)])
     w = new + (1 - weight) * (first - old)
     torch.testing.assert_close(x - variable.flat, w)
     assert step.hypergradient_norm == pytest.approx(float(w.norm()))
@@ -265,9 +266,9 @@ def test_the_outer_variable_does_the_recursion(weight):
 def test_a_step_at_weight_one_needs_one_point():
     variable = OuterVariable({"x": torch.zeros(2)}, SGD, rule(1.0))
     for version in range(3):
-        variable.apply([Contribution(version, version, torch.ones(2), 1)])
+        variable.apply([computed_lease(version, version, torch.ones(2), 1)])
     with pytest.raises(ValueError, match=r"contribution of lease 3 must have shape \(2,\), got"):
-        variable.apply([Contribution(3, 3, torch.ones(4), 1)])
+        variable.apply([computed_lease(3, 3, torch.ones(4), 1)])
 
 
 def test_new_tasks_are_seen_at_both_points_with_the_same_draws():

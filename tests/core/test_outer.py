@@ -13,14 +13,17 @@ from metadist.compute import intra_op_threads
 from metadist.optimizer import OPTIMIZERS, OuterOptimizer
 from metadist.outer import (
     BLOCK,
-    Contribution,
     OuterVariable,
     StepRules,
     norm_of_blocks,
     shard_bounds,
 )
 from metadist.trees import flatten
-from tests.problems import assert_same_bytes, generator
+from tests.problems import (
+    assert_same_bytes,
+    computed_lease,
+    generator,
+)
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "sgd": [{}, {"momentum": 0.9, "weight_decay": 0.1}, {"momentum": 0.9, "nesterov": True}],
@@ -48,7 +51,7 @@ def contribution(lease_id, version=0, num_tasks=1, weight=1.0, dtype=torch.float
     random = generator(lease_id, 5)
     # Of very different sizes, so that another order of addition gives other bytes.
     total = torch.randn(11, generator=random, dtype=dtype) * 10.0 ** (lease_id % 5)
-    return Contribution(lease_id, version, total, num_tasks, weight)
+    return computed_lease(lease_id, version, total, num_tasks, weight)
 
 
 def test_every_optimizer_is_tested():
@@ -298,7 +301,7 @@ LENGTH = 4 * BLOCK + 77
 def long_contribution(lease_id, version, length, dtype):
     random = generator(lease_id, 6)
     total = torch.randn(length, generator=random, dtype=torch.float64) * 10.0 ** (lease_id % 3)
-    return Contribution(lease_id, version, total.to(dtype), 2, weight=1 / (1 + lease_id))
+    return computed_lease(lease_id, version, total.to(dtype), 2, weight=1 / (1 + lease_id))
 
 
 class Shards:
@@ -425,7 +428,7 @@ def test_what_is_not_finite_in_one_shard_is_refused_there_and_committed_nowhere(
 def test_huge_numbers_without_a_finite_norm_are_no_error():
     variable = OuterVariable({"x": torch.zeros(2, dtype=torch.float64)}, OuterOptimizer("sgd", 1.0))
     total = torch.tensor([1e200, 1.0], dtype=torch.float64)
-    assert variable.apply([Contribution(0, 0, total, 1)]).hypergradient_norm == math.inf
+    assert variable.apply([computed_lease(0, 0, total, 1)]).hypergradient_norm == math.inf
     assert variable.flat.tolist() == [-1e200, -1.0]
 
 
@@ -472,7 +475,7 @@ def test_the_first_step_of_many_blocks_is_that_of_torch_optim_too(name, options)
     reference = config.make([leaf])
     for version in range(2):
         leaf.grad = torch.randn(length, generator=generator(version, 3))
-        variable.apply([Contribution(version, version, leaf.grad, 1)])
+        variable.apply([computed_lease(version, version, leaf.grad, 1)])
         reference.step()
     assert torch.equal(variable.flat, leaf.detach())
     found = variable.state().optimizer

@@ -41,7 +41,7 @@ def test_all_leases_of_the_first_and_of_every_third_step_report():
 def test_a_lease_is_the_sum_over_its_tasks(number):
     work = workload(report_every=1, seed=3, batch_size=2)
     outer = work.problem.init_outer(generator(0))
-    result, flat, _ = work.compute_lease(work.lease(number, 4), outer)
+    result, flat, *_ = work.compute_lease(work.lease(number, 4), outer)
     tasks = [QuadraticSampler((5,)).sample(index) for index in (2 * number, 2 * number + 1)]
     expected = task_hypergradients(
         work.problem,

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from metadist.optimizer import OuterOptimizer
-from metadist.outer import BLOCK, Contribution, OuterState, OuterVariable, StepRules
+from metadist.outer import BLOCK, OuterState, OuterVariable, StepRules
 from metadist.run.checkpoint import (
     MANIFEST,
     STATE,
@@ -27,6 +27,7 @@ from metadist.run.checkpoint import (
     check_same_model,
 )
 from tests.helpers import exact, fresh
+from tests.problems import computed_lease
 
 FILES = (TENSORS, STATE, MANIFEST)
 examples = settings(
@@ -141,7 +142,7 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(
 )
 def test_every_optimiser_goes_on_from_a_file_as_if_it_had_not_stopped(place, optimizer):
     def step(variable: OuterVariable, number: int) -> None:
-        variable.apply([Contribution(number, variable.version, fresh((8,), number), 1)])
+        variable.apply([computed_lease(number, variable.version, fresh((8,), number), 1)])
 
     variable = OuterVariable({"w": fresh((3, 2)), "b": fresh((2,))}, optimizer)
     for number in range(3):
@@ -452,7 +453,7 @@ def long_state(num_shards: int, steps: int = 2) -> OuterState:
     variable = OuterVariable(outer, ADAM, StepRules(recursive_weight=lambda version: 0.5))
     for version in range(steps):
         total = fresh((LONG * (2 if version else 1),), 10 + version)
-        variable.apply([Contribution(version, version, total, 1, states={version: fresh((3,))})])
+        variable.apply([computed_lease(version, version, total, 1, states={version: fresh((3,))})])
     return variable.state()._replace(num_shards=num_shards)
 
 

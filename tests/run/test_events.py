@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from metadist import TrainingDiverged
+from metadist.outer import LeaseResult
 from metadist.run.events import EventLog, read_events
 from metadist.run.storage import Folder
-from metadist.workload import LeaseResult
 from tests.helpers import Recording, Spoiled, curves, exact, make_trainer
 from tests.run.test_monitor import report, result
 

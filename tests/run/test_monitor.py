@@ -18,11 +18,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from metadist import LocalExecutor, OuterOptimizer, StepReport
 from metadist.algorithms import ITD
-from metadist.outer import StepResult
+from metadist.outer import LeaseResult, StepResult
 from metadist.run.monitor import MAX_IMAGES, Monitor, TerminalProgress, mean_metrics
 from metadist.task import Batch, Task
 from metadist.tasks import FewShotProblem
-from metadist.workload import LeaseResult
 from tests.helpers import Images, Recording, Spoiled, curves, make_trainer, small_conv4
 
 WARMING = OuterOptimizer("sgd", lr=0.1, warmup_steps=4)
@@ -133,16 +132,17 @@ def test_settings_are_kept_as_text_and_as_hyperparameters(run):
 
 
 def result(lease_id: int, num_tasks: int, metrics: dict[str, float], **changes: Any):
-    return LeaseResult(lease_id, 0, num_tasks, (), metrics, 0.5, 1.5)._replace(**changes)
+    found = LeaseResult(lease_id, 0, num_tasks, metrics=metrics, sampling_s=0.5, compute_s=1.5)
+    return found._replace(**changes)
 
 
 def report(version: int, results: list[LeaseResult], **changes):
     """A step by two workers that took 4 seconds, one of which waited for 3 of them."""
     step = StepResult(version, tuple(range(len(results))), (), (0, 2)[: len(results)], 1.5, 0.1)
+    named = [item._replace(worker=f"worker-{n}") for n, item in enumerate(results)]
     fields: dict[str, Any] = {
         "step": step,
-        "results": tuple(results),
-        "workers": ("worker-0", "worker-1")[: len(results)],
+        "results": tuple(named),
         "seconds": 4.0,
         "waiting_s": 3.0,
         "num_workers": 2,

@@ -16,9 +16,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from metadist import CheckpointError, CheckpointStore, OuterOptimizer
-from metadist.outer import Contribution, OuterState, OuterVariable, StepRules
+from metadist.outer import OuterState, OuterVariable, StepRules
 from metadist.run.checkpoint import MANIFEST, STATE, TENSORS
 from tests.helpers import exact, make_trainer
+from tests.problems import computed_lease
 from tests.run.test_checkpoint import checkpoint, everything, signed
 
 NAME = "step-00000005"
@@ -235,7 +236,7 @@ def variable(two_point: bool = False) -> OuterVariable:
     for step in range(2):
         length = 10 if two_point and step else 5
         states = {0: torch.ones(4), 1: torch.ones(2)}
-        found.apply([Contribution(step, step, torch.ones(length), 2, states=states)])
+        found.apply([computed_lease(step, step, torch.ones(length), 2, states=states)])
     return found
 
 
@@ -289,9 +290,14 @@ def test_a_malformed_update_is_refused_without_side_effects(data, two_point, pos
     before = all_of(found)
     field = data.draw(st.sampled_from(list(bad)))
     length = 10 if two_point else 5
-    items = [Contribution(2 + n, 2, torch.ones(length), 1) for n in range(2)]
+    items = [computed_lease(2 + n, 2, torch.ones(length), 1) for n in range(2)]
     # Repeated leases are left out whatever is in them, so this one must be new.
-    wrong = Contribution(5, 2, torch.ones(length), 1)._replace(**{field: data.draw(bad[field])})
+    wrong = computed_lease(5, 2, torch.ones(length), 1)
+    value = data.draw(bad[field])
+    if field in wrong._fields:
+        wrong = wrong._replace(**{field: value})
+    else:
+        wrong = wrong._replace(result=wrong.result._replace(**{field: value}))
     if field == "total" and wrong.total.shape == (length,) and bool(wrong.total.isfinite().all()):
         assert not wrong.total.is_floating_point()
     items.insert(position, wrong)
@@ -310,18 +316,18 @@ def test_a_malformed_update_is_refused_without_side_effects(data, two_point, pos
 @given(ids=st.lists(st.integers(0, 6), max_size=8))
 def test_repeated_ids_count_once(ids):
     found = variable()
-    result = found.apply([Contribution(n, 2, torch.full((5,), float(n)), 1) for n in ids])
+    result = found.apply([computed_lease(n, 2, torch.full((5,), float(n)), 1) for n in ids])
     fresh = sorted({n for n in ids if n >= 2})
     assert result.applied == tuple(fresh)
     assert len(result.repeated) == len(ids) - len(fresh)
     once = variable()
-    once.apply([Contribution(n, 2, torch.full((5,), float(n)), 1) for n in fresh])
+    once.apply([computed_lease(n, 2, torch.full((5,), float(n)), 1) for n in fresh])
     assert all_of(found) == all_of(once)
 
 
 def test_huge_but_finite_numbers_are_no_error():
     found = variable()
-    found.apply([Contribution(2, 2, torch.full((5,), 1e30), 1)])
+    found.apply([computed_lease(2, 2, torch.full((5,), 1e30), 1)])
     assert found.version == 3 and bool(found.flat.isfinite().all())
 
 
@@ -343,7 +349,7 @@ def test_a_state_that_does_not_belong_together_is_refused(optimizer, version, ap
     state = OuterState(outer, optimizer, version, 0, tuple(applied))
     if fits and min([version, *applied]) >= 0:
         found = OuterVariable.from_state(state, OuterOptimizer("adam"))
-        found.apply([Contribution(9, version, torch.ones(5), 1)])
+        found.apply([computed_lease(9, version, torch.ones(5), 1)])
         return
     with pytest.raises(ValueError, match="of a state must"):
         OuterVariable.from_state(state, OuterOptimizer("adam"))

@@ -18,11 +18,14 @@ from metadist.cluster.actors.buffers import (
 )
 from metadist.cluster.actors.placement import worker_device
 from metadist.cluster.actors.runtime_env import pickle_by_value
-from metadist.cluster.parameter_server.server import Arrival, ParameterServer
+from metadist.cluster.parameter_server.server import ParameterServer
 from metadist.cluster.parameter_server.transport import Pulled, Pushed, receive
 from metadist.cluster.parameter_server.worker import Worker
 from metadist.optimizer import OuterOptimizer
-from metadist.outer import Contribution, OuterVariable
+from metadist.outer import (
+    LeaseResult,
+    OuterVariable,
+)
 from tests.cluster.toy import ADAM, Regression, first_state, make_workload, state_bytes
 
 SGD = OuterOptimizer("sgd", lr=1.0)
@@ -42,8 +45,8 @@ def stepped_state(dtype):
     contributions = []
     for lease_id in (0, 2):
         lease = make_workload(problem=problem).lease(lease_id, 0)
-        result, total, _ = make_workload(problem=problem).compute_lease(lease, variable.params)
-        contributions.append(Contribution(lease_id, 0, total, result.num_tasks))
+        workload = make_workload(problem=problem)
+        contributions.append(workload.compute_lease(lease, variable.params))
     variable.apply(contributions)
     return variable.state()
 
@@ -81,7 +84,9 @@ def test_reading_a_read_only_array_is_no_warning():
 
 def test_what_the_server_returns_is_no_way_in():
     server = make_server()
-    _, after = server.apply([Arrival(0, 0, 1, 1.0)], Pushed(np.zeros_like(server.pull().flat)))
+    _, after = server.apply(
+        [LeaseResult(0, 0, 1)], [1.0], Pushed(np.zeros_like(server.pull().flat))
+    )
     for array in (server.pull().flat, after.flat, server.state().flat):
         with pytest.raises(ValueError, match="read-only"):
             array[:] = 7
@@ -90,9 +95,9 @@ def test_what_the_server_returns_is_no_way_in():
 def test_the_server_applies_a_lease_once():
     server = make_server()
     pushed = Pushed(np.ones_like(server.pull().flat))
-    first, x = server.apply([Arrival(0, 0, 1, 1.0)], pushed)
+    first, x = server.apply([LeaseResult(0, 0, 1)], [1.0], pushed)
     x = x.flat.copy()
-    again, same = server.apply([Arrival(0, 0, 1, 1.0)], pushed)
+    again, same = server.apply([LeaseResult(0, 0, 1)], [1.0], pushed)
     assert (first.applied, first.version) == ((0,), 1)
     assert (again.applied, again.repeated, again.version) == ((), (0,), 1)
     np.testing.assert_array_equal(x, same.flat)
@@ -101,7 +106,7 @@ def test_the_server_applies_a_lease_once():
 def test_the_server_weighs_contributions():
     server = make_server()
     before = server.read().copy()
-    _, after = server.apply([Arrival(0, 0, 2, 0.5)], Pushed(np.ones_like(before)))
+    _, after = server.apply([LeaseResult(0, 0, 2)], [0.5], Pushed(np.ones_like(before)))
     np.testing.assert_allclose(before - after.flat, 0.25, rtol=1e-6)
 
 
@@ -119,11 +124,11 @@ def test_shared_memory_is_never_written_to(ray_session):
     lease = make_workload().lease(0, 0)
     meta, pushed = worker.compute.options(num_returns=2).remote(lease, None, flat)
     pushed_before = receive(ray.get(pushed).total).clone()
-    arrivals = [Arrival(0, 0, 1, 1.0)]
-    _, first = ray.get(server.apply.options(num_returns=2).remote(arrivals, pushed))
+    results = [LeaseResult(0, 0, 1)]
+    _, first = ray.get(server.apply.options(num_returns=2).remote(results, [1.0], pushed))
     first_before = first.flat.copy()
-    arrivals = [Arrival(1, 0, 1, 1.0)]
-    _, second = ray.get(server.apply.options(num_returns=2).remote(arrivals, pushed))
+    results = [LeaseResult(1, 0, 1)]
+    _, second = ray.get(server.apply.options(num_returns=2).remote(results, [1.0], pushed))
     ray.get(worker.compute.options(num_returns=2).remote(lease, None, ray.put(second)))
     np.testing.assert_array_equal(ray.get(flat).flat, before)
     np.testing.assert_array_equal(ray.get(pushed).total, pushed_before)

@@ -10,7 +10,7 @@ import ray
 
 from metadist.cluster import Workers
 from metadist.cluster.actors.metrics import RunMetrics
-from metadist.workload import LeaseResult
+from metadist.outer import LeaseResult
 from tests.cluster.toy import Deadly, make_workload, wait_until
 from tests.run.test_monitor import report
 
@@ -45,7 +45,9 @@ def test_the_endpoint_tells_what_was_done(executor, tmp_path):
     metrics.observe(last._replace(step=step))
     wait_until(lambda: scraped("mine")["version", ""] == 4)
     found = scraped("mine")
-    done = Counter(worker for item in reports for worker in item.workers) + Counter(["worker-0"])
+    done = Counter(found.worker for item in reports for found in item.results) + Counter(
+        ["worker-0"]
+    )
     assert sum(done.values()) == 13
     for worker, number in done.items():
         assert found["leases_total", worker] == number

@@ -14,10 +14,11 @@ from metadist.cluster import (
 from metadist.cluster.actors.buffers import OuterSpec, pack_state, read_only
 from metadist.cluster.actors.runtime_env import pickle_by_value
 from metadist.cluster.parameter_server.compression import LARGEST, Bfloat16
-from metadist.cluster.parameter_server.server import Arrival, ParameterServer
+from metadist.cluster.parameter_server.server import ParameterServer
 from metadist.cluster.parameter_server.transport import Pulled, receive
 from metadist.cluster.parameter_server.worker import Worker
 from metadist.optimizer import OuterOptimizer
+from metadist.outer import LeaseResult
 from tests.algorithms.directions import run_in_one_process, with_what_a_step_leaves
 from tests.cluster.toy import (
     ADAM,
@@ -125,7 +126,7 @@ def test_the_server_adds_bfloat16_without_further_rounding(weight):
     _, pushed = pushed_small()
     total = read_only(pushed.total)
     assert total.dtype == torch.bfloat16
-    _, after = server.apply([Arrival(n, 0, 1, weight) for n in range(3)], *[pushed] * 3)
+    _, after = server.apply([LeaseResult(n, 0, 1) for n in range(3)], [weight] * 3, *[pushed] * 3)
     mean = sum((total.float() * weight for _ in range(3)), torch.zeros(())) / 3
     torch.testing.assert_close(before - receive(after.flat), mean, rtol=1e-5, atol=1e-6)
 

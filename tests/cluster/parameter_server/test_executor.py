@@ -243,7 +243,7 @@ def test_workers_join_when_their_resources_appear(free_cluster, executor):
         running._pool.wait(timeout_s=0.2)
     assert [report.step.version for report in reports] == list(range(1, version + 1))
     assert state_bytes(running.state()) == state_bytes(local_run(version)[0])
-    assert {name for report in reports[-2:] for name in report.workers} > {"worker-0"}
+    assert {found.worker for report in reports[-2:] for found in report.results} > {"worker-0"}
 
 
 def test_too_few_resources_for_a_start_are_reported(executor):

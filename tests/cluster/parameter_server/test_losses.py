@@ -264,7 +264,7 @@ def test_a_lease_that_takes_long_goes_to_an_idle_worker_too(executor, tmp_path):
     gate = tmp_path / "gate"
     running = executor(make_workload(Stuck(index=5, gate=str(gate))), backup_factor=2.0)
     reports = list(running.run(3))
-    workers = {report.workers for report in reports[2:]}
+    workers = {tuple(found.worker for found in report.results) for report in reports[2:]}
     assert len({name for names in workers for name in names}) == 1, "the other is stuck"
     assert state_bytes(running.state()) == state_bytes(local_run(3)[0])
     gate.touch()

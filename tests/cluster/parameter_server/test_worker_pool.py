@@ -11,7 +11,8 @@ from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.placement import WorkerInfo
 from metadist.cluster.parameter_server import worker_pool as module
 from metadist.cluster.parameter_server.worker_pool import Done, Lost, WorkerPool
-from metadist.workload import Lease, LeaseResult
+from metadist.outer import LeaseResult
+from metadist.workload import Lease
 
 
 class Call:
@@ -161,7 +162,7 @@ def test_a_second_worker_gets_a_lease_that_takes_long_and_no_third(workers):
     assert back_up(pool) == [first, second]
     actors[second].answer(LEASE)
     (done,) = pool.wait(0.0)
-    assert isinstance(done, Done) and done.worker == f"worker-{second}"
+    assert isinstance(done, Done) and done.result.worker == f"worker-{second}"
     assert back_up(pool) == [first], "an answered lease goes to nobody"
     actors[first].answer(LEASE)
     assert pool.wait(0.0) == []
