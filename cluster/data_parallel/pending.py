@@ -168,7 +168,7 @@ _DEVICE = Tensor.device.__get__
 
 
 def _form(func: Any, args: Any, kwargs: Any) -> Tensor | None:
-    """A meta tensor like `func(*args, **kwargs)`; None: that takes the values, or is no tensor."""
+    """A meta tensor like `func(*args, **kwargs)`; None if that needs values or is no tensor."""
     try:
         key = func, _signature(args), _signature(kwargs)
         if key in _forms:

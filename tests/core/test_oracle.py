@@ -8,7 +8,7 @@ from scipy.stats import chi2
 from torch.func import vmap
 
 from metadist.autograd import AutogradOracle
-from metadist.oracle import CountingOracle, Draw, random_keys
+from metadist.oracle import DERIVATIVES, CountingOracle, Draw, random_keys
 from metadist.task import stack_tasks
 from metadist.trees import dot
 from tests.problems import (
@@ -233,9 +233,11 @@ def test_counting_oracle_counts_each_kind_of_call_and_changes_no_result(smooth):
         "outer_grads": ((x, y, outer), {"outer_grads": 1}),
         "second_order": ((x, y, v, inner), {"hvp": 1, "jvp": 1}),
         "hvp": ((x, y, v, inner), {"hvp": 1}),
+        "directional": ((x, y, random_like(x, 1), v, inner), {"directional": 1}),
         "inner_value": ((x, y, inner), {"inner_value": 1}),
         "outer_value": ((x, y, outer), {"outer_value": 1}),
     }
+    assert calls.keys() == DERIVATIVES.keys()
     for name, (arguments, counts) in calls.items():
         counting.counts.clear()
         counted = getattr(counting, name)(*arguments)
