@@ -5,11 +5,12 @@ from __future__ import annotations
 from jsonargparse import Namespace
 
 from metadist.cli.parsing import Parser
-from metadist.cluster import Workers
 
 
 def parser() -> Parser:
     """Options of `metadist compare`."""
+    from metadist.cluster import Workers
+
     parser = Parser(
         prog="metadist compare",
         description="Train several methods on one problem, each on the same budget and several "

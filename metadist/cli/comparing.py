@@ -7,6 +7,7 @@ import os
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -14,7 +15,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from metadist.cli.contenders import check_contender, contender, go_to, keep_config
-from metadist.cli.parsing import read_yaml
+from metadist.cli.parsing import errors_of, read_yaml
 from metadist.cluster import Workers
 from metadist.cluster.jobs.parallel import in_parallel
 from metadist.compare.plan import Comparison, Outcome, Run
@@ -38,6 +39,8 @@ from metadist.run.storage import Folder
 
 CONFIG = "comparison.json"
 ERROR = "error.txt"
+OWN = [field.name for field in fields(Comparison) if field.name != "shared"]
+"""Keys of a config that are no options of a training."""
 
 Item = TypeVar("Item")
 
@@ -49,12 +52,14 @@ def compare(config: Namespace) -> int:
     if config.plots:
         check_matplotlib()
     tree = read_yaml(config.config)
-    comparison = Comparison.of(tree)
+    with errors_of(config.config):
+        comparison = Comparison.of(tree)
+        tried = {entry: comparison.runs(entry) for entry in comparison.entries}
+        for run in flat(tried):
+            where = f"entry {run.entry}" + (f" at {run.point}" if run.point else "")
+            with errors_of(where):
+                check_contender(run.options, run.values, config.workers, OWN)
     folder = Folder(config.run_dir)
-    tried = {entry: comparison.runs(entry) for entry in comparison.entries}
-    for run in flat(tried):
-        where = f"entry {run.entry}" + (f" at {run.point}" if run.point else "")
-        check_contender(where, run.options, run.values, config.workers)
     keep_config(folder, tree, CONFIG)
 
     _run_all(comparison, flat(tried), config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -48,16 +48,16 @@ def contender(options: Mapping[str, Any], values: Mapping[str, Any], run_dir: st
 
 
 def check_contender(
-    where: str, options: Mapping[str, Any], values: Mapping[str, Any], workers: Workers | None
+    options: Mapping[str, Any],
+    values: Mapping[str, Any],
+    workers: Workers | None,
+    other_keys: Sequence[str] = (),
 ) -> None:
     """Raise ValueError for a training that could not be judged, or not in a process of Ray."""
-    try:
-        parsed = parse_training({**options, "run_dir": "x"}, values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    parsed = parse_training({**options, "run_dir": "x"}, values, other_keys)
     if workers is not None and parsed.executor.class_path != LOCAL:
         raise ValueError(
-            f"{where}: executor must be local with num_workers={workers.num_workers}, got "
+            f"executor must be local with num_workers={workers.num_workers}, got "
             f"{parsed.executor.class_path}: every run is in a process of Ray already"
         )
     judges = parsed.val_sampler or parsed.val_split
@@ -67,12 +67,12 @@ def check_contender(
         keep_state = hasattr(getattr(import_module(module), name), "num_tasks")
     if keep_state and (judges or parsed.test_sampler or parsed.test_split):
         raise ValueError(
-            f"{where}: val and test samplers must not be given with keep_state: the metrics are "
+            "val and test samplers must not be given with keep_state: the metrics are "
             "those of the kept solution"
         )
     if not keep_state and not judges:
         raise ValueError(
-            f"{where}: val_split or val_sampler must be given, got neither: new tasks at every "
+            "val_split or val_sampler must be given, got neither: new tasks at every "
             "step are judged on those (for a single problem set keep_state)"
         )
 

@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 def command_help(parser: Parser) -> str:
     """The help of a command: of each option the first sentence."""
     width = _width()
-    actions = [action for action in parser._actions if _is_shown(action)]
+    actions = shown(parser)
     lines = [_usage(parser, actions), "", *textwrap.wrap(parser.description or "", width)]
     for title, chosen in _sections(parser, actions):
         entries = [
@@ -122,6 +122,11 @@ def _reflowed(text: str, width: int) -> Iterator[str]:
             yield from textwrap.wrap(" ".join(paragraph.split()), width)
 
 
+def shown(parser: Parser) -> list[Any]:
+    """The options of a parser, as argparse keeps them."""
+    return [action for action in parser._actions if _is_shown(action)]
+
+
 def summary(cls: type) -> str:
     """The first line of a class's docstring."""
     return (inspect.getdoc(cls) or "").partition("\n")[0]
@@ -129,7 +134,7 @@ def summary(cls: type) -> str:
 
 def _group_help(parser: Parser, option: str, width: int) -> str:
     """The help of a single option, or of the options that begin with `option`."""
-    actions = [action for action in parser._actions if _is_shown(action)]
+    actions = shown(parser)
     chosen = [a for a in actions if a.dest == option or a.dest.startswith(f"{option}.")]
     if not chosen:
         names = [action.dest for action in actions]
@@ -151,8 +156,8 @@ def _entries(parser: Parser, actions: Iterable[Any]) -> Iterator[Entry]:
 
 
 def _group_entry(parser: Parser, group: str) -> Entry:
-    members = [a for a in parser._actions if a.dest.startswith(f"{group}.") and _is_shown(a)]
-    names = ", ".join(action.dest.rpartition(".")[2] for action in members)
+    members = [action.dest for action in shown(parser) if action.dest.startswith(f"{group}.")]
+    names = ", ".join(dest.rpartition(".")[2] for dest in members)
     return Entry(f"--{group}.OPTION VALUE", f"{names}; see --{group}.help.")
 
 
@@ -240,7 +245,9 @@ def _first_sentence(text: str) -> str:
 
 def _is_shown(action: Any) -> bool:
     name = type(action).__name__
-    return name not in ("_ActionHelpClassPath", "_ActionConfigLoad", "_HelpAction")
+    # Short ones are of jsonargparse itself, for the shell.
+    hidden = ("_ActionHelpClassPath", "_ActionConfigLoad", "_HelpAction", "ShtabAction")
+    return name not in hidden and action.help != argparse.SUPPRESS
 
 
 def _block(entries: Iterable[Entry], width: int) -> list[str]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, get_loader, set_loader
+from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 
-from metadist.cli.help import class_help, command_help
-from metadist.cli.names import expand, expand_names, expand_tree
+from metadist.cli.help import class_help, command_help, shown
+from metadist.cli.mistakes import explain, options_of
+from metadist.cli.names import expand, expand_names, expand_tree, kind_of
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -34,6 +34,8 @@ class Parser(ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **options})
         self.positional = positional
         self.required = required
+        self.other_keys: Sequence[str] = ()
+        """Keys that a file may have beside the options."""
         self.sections: Mapping[str, Sequence[str]] = {}
         """The options under each heading of the help; all others come at its end."""
         self.first: dict[str, str] = {}
@@ -43,10 +45,45 @@ class Parser(ArgumentParser):
 
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
         args = expand_names(sys.argv[1:] if args is None else list(args))
-        if self._show_help(args):
-            sys.exit(0)
-        if self.positional:
-            args = name_positional(self.positional, args)
+        if not self.exit_on_error:  # its caller explains the error
+            return self._parse(args, *rest, **options)
+        self.exit_on_error = False
+        try:
+            if self._show_help(args):
+                sys.exit(0)
+            for option, file in pairwise(args):
+                if option == "--config":
+                    read_yaml(file)
+            if self.positional:
+                args = name_positional(self.positional, args)
+            return self._parse(args, *rest, **options)
+        except ArgumentError as error:
+            message = self.explained(error, args)
+        except ValueError as error:
+            message = str(error)
+        finally:
+            self.exit_on_error = True
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        print(f"`{self.prog} --help` shows the options", file=sys.stderr)
+        sys.exit(2)
+
+    def explained(self, error: Exception, args: Sequence[str] = ()) -> str:
+        """An error of parsing these arguments, for users."""
+        message = explain(str(error), self, args)
+        file = self._file_in(args)
+        return f"{file}: {message}" if file else message
+
+    def class_options(self, args: Sequence[str]) -> list[str]:
+        """The options of the classes that arguments name, such as `algorithm.inner_lr`."""
+        found = []
+        for action in shown(self):
+            if kind_of(action.dest):
+                option = f"--{action.dest}"
+                path = last_named(option, args) or expand(option, self.first.get(option, ""))
+                found += [f"{action.dest}.{name}" for name in options_of(path)]
+        return found
+
+    def _parse(self, args: list[str], *rest: Any, **options: Any) -> Any:
         first = {option: expand(option, name) for option, name in self.first.items()}
         for option in self.first:
             whole = option.rpartition(".")[0]
@@ -55,6 +92,23 @@ class Parser(ArgumentParser):
                 del first[option]
         pairs = [part for pair in first.items() for part in pair]
         return super().parse_args([*pairs, *args], *rest, **options)
+
+    def _file_in(self, args: Sequence[str]) -> str | None:
+        """The file named by --config that is wrong; None if other arguments are."""
+        for number, (option, file) in enumerate(pairwise(args)):
+            if option == "--config" and not file.startswith("{"):
+                if self._is_refused(args[:number]):
+                    return None
+                if self._is_refused(args[: number + 2]):
+                    return file
+        return None
+
+    def _is_refused(self, args: Sequence[str]) -> bool:
+        try:
+            self._parse(list(args))
+        except ArgumentError as error:
+            return "required: " not in str(error) or "class_path" in str(error)
+        return False
 
     def _show_help(self, args: list[str]) -> bool:
         """Whether a help was asked for; then it is printed."""
@@ -65,19 +119,9 @@ class Parser(ArgumentParser):
                 return True
             if option.startswith("--") and option.endswith(".help"):
                 after = [value] if equals else args[number + 1 :]
-                try:
-                    print(class_help(self, option[2:].removesuffix(".help"), after), end="")
-                except ValueError as error:
-                    self.error(str(error))
+                print(class_help(self, option[2:].removesuffix(".help"), after), end="")
                 return True
         return False
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        if not self.exit_on_error:  # a parser of nested arguments: the outermost one reports it
-            super().error(message, ex)
-        print(f"{self.prog}: error: {readable(message)}", file=sys.stderr)
-        print(f"`{self.prog} --help` shows the options", file=sys.stderr)
-        sys.exit(2)
 
 
 def name_positional(option: str, args: list[str]) -> list[str]:
@@ -95,10 +139,12 @@ def name_positional(option: str, args: list[str]) -> list[str]:
         else:
             is_value = False
         named.append(argument)
+    if sum(argument.partition("=")[0] == f"--{option}" for argument in named) > 1:
+        raise ValueError(f"{option} must be given once, got {' '.join(args)}")
     return named
 
 
-def last_named(name: str, args: list[str]) -> str | None:
+def last_named(name: str, args: Sequence[str]) -> str | None:
     """The class that flags, or a config among them, name last for the option `name` (--problem)."""
     found = None
     for option, following in pairwise([*args, ""]):
@@ -113,26 +159,6 @@ def last_named(name: str, args: list[str]) -> str | None:
                 named = tree.get(name.removeprefix("--"), {})
                 found = named.get("class_path", found) if isinstance(named, dict) else named
     return found
-
-
-def readable(message: str) -> str:
-    """An error of jsonargparse without what only its authors need."""
-    lines = []
-    for line in message.splitlines():
-        if line.strip().startswith(("Given value type:", "Subtypes:", "Given value:")):
-            continue
-        if "Does not validate against any of the Union" in line or line.strip() == "Errors:":
-            continue
-        if "Expected a <class 'NoneType'>" in line or "Expected a path but" in line:
-            continue
-        line = re.sub(
-            r"Import path does not correspond to a subclass of (.*)",
-            r"must name a class that has \1, and this one has not",
-            line,
-        )
-        if line.strip():
-            lines.append(line)
-    return "\n".join(lines)
 
 
 _load_yaml = get_loader("yaml")
@@ -150,8 +176,19 @@ def read_yaml(path: str) -> dict[str, Any]:
         check_yaml(text)
         tree: dict[str, Any] = expand_tree(_load_yaml(text))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"config must be a YAML file of options, got {path!r}: {error}") from error
+        reason = " ".join(str(error).split())
+        message = f"config must be a YAML file of options, got {path!r}: {reason}"
+        raise ValueError(message) from error
     return tree
+
+
+@contextmanager
+def errors_of(file: str) -> Iterator[None]:
+    """Errors within name the file that they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def check_yaml(text: str) -> None:

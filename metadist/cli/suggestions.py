@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-MANY = 40
-"""From so many names on, a message does not list them all."""
-
 
 def plain(name: str) -> str:
     """A name without what is easily forgotten: case, underscores and hyphens."""
@@ -21,9 +18,10 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return by_plain[found[0]] if found else None
 
 
-def one_of(field: str, value: str, names: Iterable[str]) -> str:
-    """The message that `field` must be one of `names`; the nearest first."""
+def one_of(field: str, value: str, names: Iterable[str], or_else: str = "") -> str:
+    """The message that `field` must be one of `names`, with the nearest."""
     names = list(names)
     found = nearest(value, names)
     meant = "" if found is None else f": did you mean {found}?"
-    return f"{field} must be one of {', '.join(names)}, got {value!r}{meant}"
+    listed = ", ".join(names) + (f" or {or_else}" if or_else else "")
+    return f"{field} must be one of {listed}, got {value!r}{meant}"

@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jsonargparse import ArgumentError, Namespace
@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, Namespace
 from metadist.checks.preflight import check_losses
 from metadist.checks.sampler import check_sampler
 from metadist.cli.names import ExecutorBase, SamplerBase
-from metadist.cli.parsing import MAX_CONFIG_BYTES, Parser, check_yaml, readable
+from metadist.cli.parsing import MAX_CONFIG_BYTES, Parser, check_yaml
 from metadist.cli.workload import add_workload, instantiate
 from metadist.evaluation import EvaluationResult
 from metadist.optimizer import OuterOptimizer
@@ -90,22 +90,30 @@ def parser() -> Parser:
     return parser
 
 
-def parse_training(options: Mapping[str, Any], flags: Mapping[str, Any]) -> Namespace:
-    """The config of a training from options, as in YAML, and flags that come after them.
+def parse_training(
+    options: Mapping[str, Any], flags: Mapping[str, Any], other_keys: Sequence[str] = ()
+) -> Namespace:
+    """The config of a training.
+
+    Args:
+        options: Options, as in YAML.
+        flags: Options by flat name, which count more.
+        other_keys: What may stand beside the options where they were read, for suggestions.
 
     Raises:
-        ValueError: it is refused.
+        ValueError: It is refused.
     """
     arguments = ["--config", json.dumps(options)]
     for name, value in flags.items():
         text = value if isinstance(value, str) else json.dumps(value)
         arguments.append(f"--{name}={text}")
-    refusing = parser()
-    refusing.exit_on_error = False
+    trying = parser()
+    trying.exit_on_error = False
+    trying.other_keys = other_keys
     try:
-        return refusing.parse_args(arguments)
+        return trying.parse_args(arguments)
     except ArgumentError as error:
-        raise ValueError(readable(str(error))) from error
+        raise ValueError(trying.explained(error, arguments)) from error
 
 
 def run(config: Namespace) -> int:
@@ -249,8 +257,8 @@ def saved_config(run_dir: str) -> Namespace:
         config = options_of.parse_string(text)
     except Exception as error:
         raise ValueError(
-            f"{CONFIG} of run {run_dir!r} must be as `metadist train` wrote it, got:\n"
-            f"{readable(str(error))}"
+            f"{CONFIG} of run {run_dir!r} must be as `metadist train` wrote it: "
+            f"{options_of.explained(error)}"
         ) from error
     config.run_dir = run_dir
     return config

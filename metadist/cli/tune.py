@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from metadist.cli.parsing import Parser, read_yaml
-from metadist.cluster import Workers
-from metadist.cluster.actors.options import JOB_UNUSED
+from metadist.cli.parsing import Parser, errors_of, read_yaml
 
 if TYPE_CHECKING:
     from metadist.cluster.jobs.tune import Tuned
@@ -25,6 +23,9 @@ OWN = ("space", "metric", "mode", "num_samples", "evaluate_every", "scheduler", 
 
 def parser() -> Parser:
     """Options of `metadist tune`."""
+    from metadist.cluster import Workers
+    from metadist.cluster.actors.options import JOB_UNUSED
+
     parser = Parser(
         prog="metadist tune",
         description="Search for good hyperparameters with Ray Tune, and write the best as a config "
@@ -54,6 +55,7 @@ def run(config: Namespace) -> int:
     """Run `metadist tune`; exit code 1 if no trial has reported a result."""
     from metadist.cli import train
     from metadist.cli.contenders import check_contender, keep_config
+    from metadist.cluster import Workers
     from metadist.cluster.jobs.tune import plan, tune
     from metadist.run.storage import Folder
 
@@ -61,19 +63,20 @@ def run(config: Namespace) -> int:
     options = {name: value for name, value in tree.items() if name not in OWN}
     own = {name: value for name, value in tree.items() if name in OWN}
     space = own.pop("space", None)
-    if not isinstance(space, Mapping) or not space:
-        raise ValueError(f"space must map options to what is tried of them, got {space!r}")
-    if "evaluate_every" not in own:
-        raise ValueError("evaluate_every must be given in outer steps, got none")
-    for field in ("run_dir", "quiet", "checkpoint_every"):
-        if field in options:
-            raise ValueError(f"config must not have {field}: every trial has its own")
-    workers = Workers(**vars(config.workers))
-    check_contender("the config", options, {}, workers)
-    _check_names(options, space)
-    defaults = train.parser().get_defaults()
-    own |= {name: options.get(name, defaults[name]) for name in ("num_steps", "seed")}
-    plan(space, workers=workers, **own)
+    with errors_of(config.config):
+        if not isinstance(space, Mapping) or not space:
+            raise ValueError(f"space must map options to what is tried of them, got {space!r}")
+        if "evaluate_every" not in own:
+            raise ValueError("evaluate_every must be given in outer steps, got none")
+        for field in ("run_dir", "quiet", "checkpoint_every"):
+            if field in options:
+                raise ValueError(f"config must not have {field}: every trial has its own")
+        workers = Workers(**vars(config.workers))
+        check_contender(options, {}, workers, OWN)
+        _check_names(options, space)
+        defaults = train.parser().get_defaults()
+        own |= {name: options.get(name, defaults[name]) for name in ("num_steps", "seed")}
+        plan(space, workers=workers, **own)
     folder = Folder(config.run_dir)
     keep_config(folder, tree, CONFIG)
     own.setdefault("metric", "query_loss")
@@ -126,7 +129,5 @@ def _check_names(options: Mapping[str, Any], space: Mapping[str, Any]) -> None:
     for name, spec in space.items():
         first = next(iter(spec.values())) if isinstance(spec, Mapping) and spec else None
         if isinstance(first, list) and first:
-            try:
+            with errors_of(f"space of {name}"):
                 parse_training(options, {name: first[0]})
-            except ValueError as error:
-                raise ValueError(f"space of {name}: {error}") from error

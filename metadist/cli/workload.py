@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from typing import Any
+
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from metadist.algorithm import Algorithm
+from metadist.cli.mistakes import parameters_of
 from metadist.cli.names import ProblemBase, SamplerBase, kind_of
-from metadist.cli.parsing import Parser, readable
+from metadist.cli.parsing import Parser
 
 
 def add_config(parser: Parser) -> None:
@@ -35,12 +40,14 @@ def add_workload(parser: Parser) -> None:
     }
 
 
-def instantiate(config: Namespace, parser: ArgumentParser, only: str | None = None) -> Namespace:
+def instantiate(config: Namespace, parser: Parser, only: str | None = None) -> Namespace:
     """The objects that a config names; `only` that of one option."""
+    # Null is what jsonargparse lets pass for any option of a file.
     for key, default in parser.get_defaults().items():
-        # Null is what jsonargparse lets pass for any option of a file.
         if default is not None and key in config and config[key] is None:
             raise ValueError(f"{key} must be a value, got null: leave it out for {default!r}")
+    for key, value in vars(config).items():
+        _check_nulls(key, value)
     torch.manual_seed(config.seed)  # the model's initial weights
     optimizer = config.get("outer_optimizer", Namespace())
     if not isinstance(optimizer, Namespace):  # which the parser lets pass
@@ -53,4 +60,18 @@ def instantiate(config: Namespace, parser: ArgumentParser, only: str | None = No
     try:
         return parser.instantiate(config)
     except ValueError as error:
-        raise ValueError(readable(str(error))) from error
+        raise ValueError(parser.explained(error)) from error
+
+
+def _check_nulls(field: str, value: Any) -> None:
+    """Raise ValueError for null among the options of a class, where the class does not allow it."""
+    if not isinstance(value, Namespace) or "class_path" not in value:
+        return
+    given = vars(value.get("init_args") or Namespace())
+    for parameter in parameters_of(value.class_path):
+        inner = f"{field}.{parameter.name}"
+        _check_nulls(inner, given.get(parameter.name))
+        hint = inspect.formatannotation(parameter.annotation)
+        is_null = parameter.name in given and given[parameter.name] is None
+        if is_null and re.search(r"None|Optional|Any|_empty", hint) is None:
+            raise ValueError(f"{inner} must be a value, got null: leave it out or give one")

@@ -62,21 +62,21 @@ def train(flags: str) -> list[str]:
 REFUSED: dict[str, tuple[list[str], str]] = {
     "class path of no module": (
         words(f"train --sampler my_missing.Sampler {RUN}"),
-        r'"sampler":\n.*\'my_missing.Sampler\':\n.*No module named \'my_missing\'\n'
-        r"`metadist train --help` shows",
+        r"sampler must be a class path that can be imported, got my_missing.Sampler: No module "
+        r"named 'my_missing'\n`metadist train --help` shows",
     ),
     "class path of no class": (
         words(f"train --sampler mine.Sampler {RUN}"),
-        r'"sampler":\n.*\'mine.Sampler\':\n.*Sampler',
+        r"sampler must be a class path that can be imported, got mine.Sampler: module",
     ),
-    "no sampler": (words(f"train {RUN}"), r"the following arguments are required: sampler"),
+    "no sampler": (words(f"train {RUN}"), r"sampler must be given: pass --sampler NAME"),
     "sampler without sample": (
         words(f"train --sampler mine.Silent {RUN}"),
-        r'"sampler":\n.*must name a class that has sample, and this one has not',
+        r"sampler must name a class that has sample, got mine.Silent",
     ),
     "algorithm that is none": (
         train("--algorithm mine.Silent"),
-        r'"algorithm":\n.*must name a class that has Algorithm, and this|subclass of Algorithm',
+        r"algorithm must name a subclass of Algorithm, got mine.Silent",
     ),
     "support and query overlap": (
         ["train", "--sampler", "mine.Leaking", *CURVES[2:], *words(RUN)],
@@ -124,13 +124,16 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "inner rate that is no number": (
         train("--algorithm.inner_lr fast"),
-        r'(?s)"algorithm":\n.*ITD.*:\n.*"inner_lr":\n +Expected a .*float.*\. Got value: fast',
+        r"algorithm.inner_lr must be a number, got 'fast'",
     ),
     "negative outer rate": (
         train("--outer_optimizer.lr -0.5"),
         r"lr of the outer optimizer must be > 0, got -0.5",
     ),
-    "unknown optimiser": (train("--outer_optimizer.name lion"), r"(?s)adagrad.*lion|lion"),
+    "unknown optimiser": (
+        train("--outer_optimizer.name adem"),
+        r"outer_optimizer.name must be one of 'sgd', 'adam', .*, got 'adem': did you mean 'adam'\?",
+    ),
     "no inner steps": (train("--algorithm.inner_steps 0"), r"inner_steps must be >= 1, got 0"),
     "no outer steps": (train("--num_steps 0"), r"num_steps must be >= 1, got 0"),
     "a meta-batch that cannot be cut": (
@@ -151,11 +154,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "staleness with bsp": (
         train("--executor ray --executor.policy bsp --executor.policy.staleness 2"),
-        r'(?s)"policy":\n.*BSP.*:\n.*staleness',
+        r"executor.policy.staleness is no option of BSP, but of ssp",
     ),
     "ssp without staleness": (
         train("--executor ray --executor.policy ssp"),
-        r'(?s)"policy":\n.*SSP.*:\n.*required: staleness',
+        r"executor.policy.staleness must be given: pass --executor.policy.staleness VALUE",
     ),
     "negative staleness": (
         train("--executor ray --executor.policy ssp --executor.policy.staleness -1"),
@@ -163,7 +166,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "policy that is none": (
         train("--executor ray --executor.policy sync"),
-        r'(?s)"policy":\n.*sync',
+        r"executor.policy must be one of asp, bsp, buffered, ssp or a class path, got 'sync'",
     ),
     "more workers than leases": (
         train("--executor ray --executor.workers.num_workers 9"),
@@ -189,10 +192,13 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["evaluate", "nowhere"],
         r"run_dir must be a folder with a config.yaml, got 'nowhere'",
     ),
-    "config that is none": (["train", "--config", "nowhere.yaml"], r"(?s)config.*nowhere.yaml"),
+    "config that is none": (
+        ["train", "--config", "nowhere.yaml"],
+        r"config must be a YAML file of options, got 'nowhere.yaml'",
+    ),
     "unknown option of a class": (
         train("--algorithm.inner_rate 0.1"),
-        r'(?s)"algorithm":\n.*ITD.*:\n.*inner_rate',
+        r"algorithm.inner_rate is no option of ITD: did you mean inner_lr\? It has inner_steps",
     ),
     "no good checkpoint to resume": (
         ["resume", "damaged"],

@@ -430,7 +430,7 @@ def test_list_algorithms_shows_all_facts_at_any_width(cli, monkeypatch, width):
 def test_an_unknown_kind_is_refused(cli):
     code, out, err = cli("list", "optimisers")
     assert code == 2 and out == ""
-    assert "metadist list: error: argument kind: invalid choice: 'optimisers'" in err
+    assert "metadist list: error: kind must be one of algorithms, problems, models, sam" in err
 
 
 # Exit codes

@@ -22,7 +22,7 @@ def test_a_config_is_parsed_and_its_head_says_what_it_is(path):
     for entry in comparison.entries:
         # The first point: all others have the same options.
         run = comparison.runs(entry)[0]
-        check_contender(entry, run.options, run.point, workers=Workers())
+        check_contender(run.options, run.point, workers=Workers())
     head = path.read_text().partition("\n\n")[0]
     assert all(f"\n# {word}" in head for word in ("Paper", "Known: ", "Tuned: "))
     assert path.stem in (ROOT / "docs" / "experiments.md").read_text()

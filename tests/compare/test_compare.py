@@ -288,7 +288,7 @@ def test_a_killed_comparison_goes_on_to_the_same_results(cli, here):
         ({"seeds": []}, r"seeds must be a list of different integers >= 0, got \[\]"),
         ({"seeded": "sampler.seed"}, "seeded must be a list of options, got 'sampler.seed'"),
         ({"seeded": 3}, "seeded must be a list of options, got 3"),
-        ({"seeded": ["sampler.sea"]}, "entry AID: .*'sea' is not accepted"),
+        ({"seeded": ["sampler.sea"]}, "entry AID: sampler.sea is no option of Data. It has seed"),
         ({"seeds": [1, 1]}, "seeds must be a list of different integers"),
         ({"evaluations": 0}, "evaluations must be an integer >= 1, got 0"),
         ({"mode": "best"}, "mode must be 'min' or 'max', got 'best'"),
@@ -315,7 +315,7 @@ def test_a_killed_comparison_goes_on_to_the_same_results(cli, here):
 def test_what_cannot_be_compared_is_refused_before_any_work(cli, changes, message):
     code, out, err = compare(cli, changes=changes)
     assert code == 2 and out == ""
-    assert re.search("metadist compare: error: " + message, err, re.DOTALL), err
+    assert re.search("metadist compare: error: config.yaml: " + message, err, re.DOTALL), err
     assert not Path("out").exists()
 
 

@@ -1,0 +1,166 @@
+"""Mistakes in flags and files: the message names the option, the nearest name and all there are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.helpers import words
+
+FLAGS = {
+    "--nun_steps 3": "nun_steps is no option of metadist train: did you mean num_steps? It has",
+    "--numsteps=3": "numsteps is no option of metadist train: did you mean num_steps?",
+    "--NUM-STEPS 3": "NUM-STEPS is no option of metadist train: did you mean num_steps?",
+    "--inner_lr 0.1": "inner_lr is no option of metadist train: did you mean algorithm.inner_lr?",
+    "--executer.num_workers 2": "did you mean executor.num_workers?",
+    "--xyzzy 2": "xyzzy is no option of metadist train. It has config,",
+    "--outer_optimizer.lrr 3": "lrr is no option of outer_optimizer: did you mean lr?",
+    "--algorithm.inner_step 3": "inner_step is no option of ITD: did you mean inner_steps? It has",
+    "--problem.model mlp --problem.model.hiden [3]": "hiden is no option of MLP: did you mean",
+    "--executor.num_workers 2": "executor.num_workers is no option of LocalExecutor, but of",
+    "--sampler glyps": "sampler must be one of cifarfs, corrupted_images, fc100, glyphs, "
+    "image_folder, lancbio_data, long_tail, no_data, omniglot, quadratic_data, sinusoid, "
+    "text_features or a class path, got 'glyps': did you mean glyphs?",
+    "--algorithm idt": "vrbo or a class path, got 'idt': did you mean itd?",
+    "--algorithm=reptil": "did you mean reptile?",
+    "--problem fewshots": "got 'fewshots': did you mean few_shot?",
+    "--problem.model resnet": "got 'resnet': did you mean resnet12?",
+    "--executor raay": "executor must be one of data_parallel, local, ray or a class path",
+    "--executor ray --executor.policy sspp": "policy must be one of asp, bsp, buffered, ssp or",
+    "--executor ray --executor.policy ssp": "executor.policy.staleness must be given: pass --exec",
+    "--num_steps many": "num_steps must be an integer, got 'many'",
+    "--num_steps 1.5": "num_steps must be an integer, got 1.5",
+    "--num_steps": "num_steps must have a value: pass --num_steps VALUE",
+    "--algorithm.inner_lr fast": "algorithm.inner_lr must be a number, got 'fast'",
+    "--algorithm.engine adjoin": "engine must be one of 'adjoint', 'unrolled', 'higher', got "
+    "'adjoin': did you mean 'adjoint'?",
+    "--quiet maybe": "quiet must be true or false, got 'maybe'",
+    "--batch_size lots": "batch_size must be an integer, got 'lots'",
+    "--outer_optimizer.options 3": "outer_optimizer.options must be a mapping, got 3",
+    "--sampler.k_shot [1]": "sampler.k_shot must be an integer, got [1]",
+    "extra": "arguments must begin with --, got 'extra'",
+}
+FILES = {
+    "nun_steps: 3": "nun_steps is no option of metadist train: did you mean num_steps?",
+    "outer_optimizer: {lrr: 3}": "lrr is no option of outer_optimizer: did you mean lr?",
+    "outer_optimizer: {lr: [3]}": "outer_optimizer.lr must be a number, got [3]",
+    "sampler: {class_path: sinusoid, init_args: {k_shoot: 3}}": "sampler.k_shoot is no option of "
+    "Sinusoid: did you mean k_shot?",
+    "sampler: {class_path: sinusoid, init_arg: {k_shot: 3}}": "the keys of sampler must be one of "
+    "class_path, init_args, got 'init_arg': did you mean init_args?",
+    "sampler: {k_shot: 3}": "got 'k_shot': name the class by class_path",
+    "sampler: [glyphs]": "sampler must be a short name, a class path, or a mapping with class_path "
+    "and init_args, got ['glyphs']",
+    "problem: 3": "problem must be a short name, a class path, or a mapping",
+    "problem: {class_path: few_shot, init_args: {model: {class_path: mlpp}}}": "problem.model must "
+    "be one of conv4, linear, mlp, resnet12 or a class path, got 'mlpp': did you mean mlp?",
+    "executor: {class_path: ray, init_args: {policy: {class_path: ssp, init_args: {stale: 2}}}}":
+    "executor.policy.stale is no option of SSP: did you mean staleness?",
+    "num_steps: [1, 2]": "num_steps must be an integer, got [1, 2]",
+    "quiet: maybe": "quiet must be true or false, got 'maybe'",
+}  # fmt: skip
+NULLS = {
+    "num_steps: null": "num_steps must be a value, got null: leave it out for 1000",
+    "outer_optimizer: null": "outer_optimizer must be a mapping of its options, got None",
+    "algorithm: {class_path: itd, init_args: {inner_steps: null}}": "inner_steps must be a value",
+    "sampler: null": "sampler must be given: pass --sampler NAME",
+}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(cli, *arguments: str) -> str:
+    """The message."""
+    code, out, err = cli(*arguments)
+    assert (code, out) == (2, ""), err
+    assert "Traceback" not in err and len(err.splitlines()) <= 2
+    prefix = f"metadist {arguments[0]}: error: "
+    assert err.startswith(prefix)
+    return str(err.removeprefix(prefix))
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_in_flags(cli, flags):
+    assert FLAGS[flags] in refused(cli, "train", "--sampler", "sinusoid", *words(flags))
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_in_a_file_that_is_named(cli, text):
+    Path("mine.yaml").write_text(text)
+    sampler = [] if "sampler" in text else ["--sampler", "sinusoid"]
+    message = refused(cli, "train", *sampler, "--config", "mine.yaml", "--run_dir", "x")
+    assert message.startswith("mine.yaml: ") and FILES[text] in message
+    # A mistake elsewhere is not one of the file.
+    Path("mine.yaml").write_text("num_steps: 3")
+    assert not refused(cli, "train", "--config", "mine.yaml", "--nun_steps", "3").startswith("mine")
+
+
+@pytest.mark.parametrize("text", NULLS)
+def test_null_is_no_value(cli, text):
+    Path("mine.yaml").write_text(text)
+    sampler = [] if "sampler" in text else ["--sampler", "sinusoid"]
+    assert NULLS[text] in refused(cli, "train", *sampler, "--config", "mine.yaml", "--run_dir", "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("- a\n- b\n", "no mapping of options to values"),
+        ("a: [\n", "line 2, column 1"),
+        ("a: &x {b: *x}", "it holds itself"),
+    ],
+)
+def test_a_file_that_is_no_config(cli, text, reason):
+    Path("mine.yaml").write_text(text)
+    for arguments in (["train", "--config", "mine.yaml"], ["compare", "mine.yaml"]):
+        message = refused(cli, *arguments, "--run_dir", "x")
+        assert "config must be a YAML file of options, got 'mine.yaml': " in message
+        assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluation": 3}, r"mine.yaml: entry ITD: evaluation is .*: did you mean evaluations\?"),
+        (
+            {"entries": {"ITD": {"algorithm": "idt"}}},
+            r"mine.yaml: entry ITD: algorithm must be one .*",
+        ),
+        (
+            {"entries": {"ITD": {"algorithm": {"class_path": "itd", "init_args": {"steps": 1}}}}},
+            r"mine.yaml: entry ITD: algorithm.steps is no option of ITD: did you mean inner_",
+        ),
+        ({"budget": {"step": 3}}, r"mine.yaml: "),
+    ],
+)
+def test_in_a_comparison(cli, changes, message):
+    tree: dict[str, Any] = {
+        "sampler": "sinusoid",
+        "val_split": "val",
+        "entries": {"ITD": {}},
+        "budget": {"steps": 2},
+    }
+    Path("mine.yaml").write_text(yaml.safe_dump(tree | changes))
+    found = refused(cli, "compare", "mine.yaml", "--run_dir", "out", "--plots", "false")
+    assert re.match(message, found), found
+
+
+def test_in_commands_and_their_arguments(cli):
+    code, _, err = cli("trian")
+    assert (
+        code == 2 and "command must be one of train, resume" in err and "did you mean train?" in err
+    )
+    assert "kind must be one of algorithms," in refused(cli, "list", "algorithm")
+    assert "did you mean algorithms?" in refused(cli, "list", "algorithm")
+    assert "stales is no option of metadist status: did you mean stale_s?" in refused(
+        cli, "status", "x", "--stales", "3"
+    )
+    assert "run_dir must be given" in refused(cli, "status")
+    assert "run_dir must be given once" in refused(cli, "status", "x", "y")
