@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "negative outer rate": (
         train("--outer_optimizer.lr -0.5"),
-        r"lr of the outer optimizer must be > 0, got -0.5",
+        r"lr .*must be > 0.*, got -0.5",
     ),
     "unknown optimiser": (
         train("--outer_optimizer.name adem"),

@@ -20,7 +20,7 @@ CLASSES = {
     "--algorithm.help": ("--algorithm NAME, one of", "Iterative differentiation", "lancbio"),
     "--outer_optimizer.help": ("--outer_optimizer.lr FLOAT", "[default: 0.001]"),
     "--outer_optimizer.lr.help": ("--outer_optimizer.lr FLOAT",),
-    "--keep_state.help": ("--keep_state {true,false}", "Otherwise every task is new"),
+    "--keep_state.help": ("--keep_state {true,false", "every task is new"),
 }
 
 
@@ -82,7 +82,13 @@ def test_the_help_of_something_unknown_names_the_nearest(cli):
 
 
 HEAVY = ["torch", "ray", "tensorboard", "jsonargparse", "numpy"]
-NEEDS = {"": [], "train": ["torch", "numpy"], "check-hypergradient": ["torch", "numpy"]}
+CORE = ["torch", "numpy"]
+NEEDS = {
+    "train": CORE,
+    "check-hypergradient": CORE,
+    "compare": [*CORE, "ray"],
+    "tune": [*CORE, "ray"],
+}
 LIST = """
 import sys
 from metadist.cli import main

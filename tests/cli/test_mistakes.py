@@ -16,12 +16,12 @@ FLAGS = {
     "--numsteps=3": "numsteps is no option of metadist train: did you mean num_steps?",
     "--NUM-STEPS 3": "NUM-STEPS is no option of metadist train: did you mean num_steps?",
     "--inner_lr 0.1": "inner_lr is no option of metadist train: did you mean algorithm.inner_lr?",
-    "--executer.num_workers 2": "did you mean executor.num_workers?",
+    "--executer.prefetch 2": "did you mean executor.prefetch?",
     "--xyzzy 2": "xyzzy is no option of metadist train. It has config,",
     "--outer_optimizer.lrr 3": "lrr is no option of outer_optimizer: did you mean lr?",
     "--algorithm.inner_step 3": "inner_step is no option of ITD: did you mean inner_steps? It has",
     "--problem.model mlp --problem.model.hiden [3]": "hiden is no option of MLP: did you mean",
-    "--executor.num_workers 2": "executor.num_workers is no option of LocalExecutor, but of",
+    "--executor.workers 2": "executor.workers is no option of LocalExecutor, but of",
     "--sampler glyps": "sampler must be one of cifarfs, corrupted_images, fc100, glyphs, "
     "image_folder, lancbio_data, long_tail, no_data, omniglot, quadratic_data, sinusoid, "
     "text_features or a class path, got 'glyps': did you mean glyphs?",
