@@ -188,7 +188,7 @@ class DataParallelExecutor(Executor):
             )
 
     def _compute(self, lease: Lease, variable: OuterVariable, pool: ShardPool) -> Contribution:
-        """One estimate of the algorithm, by all workers together."""
+        """The lease of a step: one estimate of the algorithm, by all workers together."""
         began = time.perf_counter()
         sent, received, pool.oldest = pool.bytes_sent, pool.bytes_received, 0
         outer = variable.params
@@ -213,7 +213,7 @@ class DataParallelExecutor(Executor):
     def _estimate(
         self, step: int, outer: Params, flat: Tensor | None
     ) -> tuple[Estimate, int, Mapping[str, int]]:
-        """(the estimate from the kept state `flat` on, rounds it took, calls of the oracle)."""
+        """(the estimate from the kept state `flat`, its rounds, the calls of the oracle)."""
         workload = self._workload
         problem_outer, own = split_own(outer)
         x = {**{name: problem_outer[name] for name in self._context}, **own}
@@ -244,7 +244,7 @@ class DataParallelExecutor(Executor):
         metrics: dict[str, float],
         calls: Mapping[str, int],
     ) -> Contribution:
-        """What goes into x and into the report; no state: the hypergradient was not finite."""
+        """The computed lease; without a state where the hypergradient was not finite."""
         states = {} if flat is None else {0: flat}
         result = LeaseResult(
             lease_id=lease.id,
@@ -259,9 +259,11 @@ class DataParallelExecutor(Executor):
         return Contribution(result, total, states)
 
     def _state(self, first: State, flat: Tensor | None) -> State:
-        """What the last step left; its very tensors if they are at hand: workers hold some."""
+        """The state that the last step left."""
         if flat is None:
             return first
+        # The workers still hold trees of the last step, which they know by the identity of their
+        # tensors here: with the very same tensors those are not sent again.
         if self._last is not None and self._last[0] is flat:
             return self._last[1]
         return unflatten_state(flat, first, counters_of(flat))

@@ -32,7 +32,7 @@ Make = Callable[[Mapping[str, Any], str], Contender]
 
 
 class Trial(NamedTuple):
-    """One trial: its values, what it last reported, and its error if it failed."""
+    """One trial: its values, its last report, and its error if it failed."""
 
     values: dict[str, Any]
     metrics: dict[str, Any]
@@ -138,7 +138,7 @@ def plan(
     workers: Workers = Workers(),
     seed: int = 0,
 ) -> tuple[dict[str, Any], Any]:
-    """(parameter space, `TuneConfig`) of Ray Tune; arguments and errors as of `tune`."""
+    """(parameter space, `TuneConfig`) of Ray Tune; arguments and errors as in `tune`."""
     api = _ray_tune()
     for name, value in (
         ("num_steps", num_steps),
@@ -222,7 +222,7 @@ def _ray_tune() -> Any:
 
 
 def _domain(api: Any, name: str, spec: Any) -> Any:
-    """What Ray Tune samples a value from."""
+    """The domain from which Ray Tune samples a value."""
     if not isinstance(spec, Mapping) or len(spec) != 1 or next(iter(spec)) not in DOMAINS:
         raise ValueError(
             f"space of {name} must be one of {', '.join(DOMAINS)} with its arguments, as in "
@@ -265,7 +265,7 @@ def _searcher(given: Mapping[str, Any] | None, seed: int) -> Any:
 def _make(
     field: str, known: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> Any:
-    """An object of Ray Tune by name; what its class does not know is refused."""
+    """An object of Ray Tune by name; options that its class does not know are refused."""
     options = dict(given) if isinstance(given, Mapping) else {"name": given}
     name = options.pop("name", None)
     if name not in known:

@@ -269,13 +269,13 @@ class RayExecutor(Executor):
 
 
 def _make_server(num_gpus: float, number: int) -> Any:
-    # The first beside the driver: the run ends with that node anyway. The others on other nodes,
-    # for the sake of their memory and network.
+    # The first shard runs beside the driver, as the run ends with that node anyway. The others run
+    # on other nodes, to use their memory and network.
     here = ray.get_runtime_context().get_node_id()
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     nodes = [here, *sorted(alive - {here})]
-    # A mere wish (`soft`) Ray often ignores; all it can be where not every node has a GPU. A node
-    # that has died meanwhile is a loss as any other.
+    # Ray often ignores a soft affinity; but a hard one would fail where not every node has a GPU. A
+    # node that has died in the meantime is a loss like any other.
     place = NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=num_gpus > 0)
     actor: Any = ray.remote(ParameterServer).options(
         num_cpus=0, num_gpus=num_gpus, scheduling_strategy=place

@@ -40,9 +40,10 @@ class Progress(NamedTuple):
 
 
 class ParameterServer:
-    """A shell around `OuterVariable` that speaks numpy; of several shards, each has one.
+    """An `OuterVariable` behind calls that take and return numpy; each shard has one.
 
-    What it returns is the memory of x itself: Ray copies it before the next call is begun.
+    It returns the memory of x itself, without a copy: an actor computes one call at a time, and
+    Ray has copied the result into shared memory before the next call can modify x.
     """
 
     def setup(
@@ -57,14 +58,15 @@ class ParameterServer:
         """Continue from `state`.
 
         Args:
-            state: of x and its optimiser, or of a slice of it.
-            spec: names, shapes and dtype of x; of a slice, see `OuterSpec.of_slices`.
-            optimizer: how x is stepped.
-            num_threads: intra-op threads of a step; the sum in a norm may depend on it.
-            rules: the `StepRules`, if there are any, pickled by `runtime_env.pickle_by_value`.
-            transport: by which way x goes to workers, and where it is.
+            state: The state of x and its optimiser, or of a slice of it.
+            spec: The names, shapes and dtype of x; for a slice, see `OuterSpec.of_slices`.
+            optimizer: How x is stepped.
+            num_threads: The intra-op threads of a step; the sum in a norm may depend on it.
+            rules: The `StepRules`, if there are any, pickled by `runtime_env.pickle_by_value`.
+            transport: How x travels to workers, and on which device it is.
         """
-        self.__dict__.clear()  # the memory of the last run is needed now
+        # Free the x of the last run first: two of them may not fit in memory.
+        self.__dict__.clear()
         self._transport = transport
         self._device = pick_device(transport.device)
         self._variable = OuterVariable.from_state(
@@ -77,7 +79,7 @@ class ParameterServer:
     def apply(
         self, results: Sequence[LeaseResult], weights: Sequence[float], *pushed: Pushed
     ) -> tuple[StepResult, Pulled]:
-        """(what one outer step with these did, the new x); each lease counts once."""
+        """(what one outer step with these leases did, the new x); each lease counts once."""
         contributions = self._contributions(results, weights, pushed)
         with intra_op_threads(self._num_threads):
             step = self._variable.apply(contributions)
@@ -86,28 +88,33 @@ class ParameterServer:
     def prepare(
         self, results: Sequence[LeaseResult], weights: Sequence[float], *pushed: Pushed
     ) -> list[float]:
-        """See `OuterVariable.prepare`."""
+        """The first half of a step on several shards, see `OuterVariable.prepare`.
+
+        A step changes all shards or none: a shard that cannot read its slice of a sum, or finds it
+        not finite, raises here, while every shard still has the old x. And `commit` needs the norm
+        over all shards, which the caller computes of what they return.
+        """
         contributions = self._contributions(results, weights, pushed)
         with intra_op_threads(self._num_threads):
             return self._variable.prepare(contributions)
 
     def commit(self, norm: float) -> tuple[StepResult, Pulled]:
-        """See `OuterVariable.commit`; and the new slice of x."""
+        """(what the prepared step did, the new slice of x), see `OuterVariable.commit`."""
         with intra_op_threads(self._num_threads):
             step = self._variable.commit(norm)
         return step, self.pull()
 
     def pull(self) -> Pulled:
-        """x, and what else of it a lease needs."""
+        """x as a lease needs it."""
         send, previous = self._transport.send_copy, self._variable.previous
         return Pulled(send(self._variable.flat), None if previous is None else send(previous))
 
     def read(self) -> Array:
-        """x, for who is no worker."""
+        """x for readers other than workers."""
         return to_array(self._variable.flat)
 
     def kept(self, indices: Sequence[int]) -> dict[int, Array]:
-        """What the algorithm keeps of these tasks."""
+        """The states of these tasks, where there are any."""
         states = self._variable.states
         return {index: to_array(states[index]) for index in indices if index in states}
 

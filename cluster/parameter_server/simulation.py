@@ -1,8 +1,8 @@
-"""`simulate`: the scheduler's loop in simulated time, to see how a cluster would scale.
+"""`simulate`: the scheduler's loop in simulated time, to predict how a cluster scales.
 
-The policy and the ledger are those that schedule on Ray; what workers, links, the server and the
-driver take is a sum of stated costs. The driver hands out leases, waits, and is blocked while the
-server applies a step, as in `Scheduler`.
+The policy and the ledger are those that schedule on Ray; the times of workers, links, the server
+and the driver are sums of stated costs. The driver hands out leases, waits, and is blocked while
+the server applies a step, as in `Scheduler`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Costs:
-    """What everything but the computation takes.
+    """The times of everything except the computation.
 
     Args:
-        size_bytes: of x, and of the sum of a lease.
-        driver_s: the driver's time per lease, for handing it out and noting that it is done.
-        worker_s: what a lease takes beside its computation, on the way and at the worker.
-        worker_byte_s: the same per byte of x.
-        step_s: the driver's and the server's time per step, whatever its size.
-        add_byte_s: the server's time per byte and lease, for reading and adding.
-        step_byte_s: the server's time per byte and step, for the optimiser and a copy of x.
-        link_bytes_per_s: what a node's link takes in, and at the same time gives out.
-        workers_per_node: they share what their node has read of x.
-        num_shards: servers that hold an equal part of x each, on nodes of their own.
-        shard_s: the driver's time per step and shard after the first.
+        size_bytes: The size of x, and of the sum of a lease.
+        driver_s: The driver's time per lease, for handing it out and noting that it is done.
+        worker_s: The time of a lease beside its computation, in transit and at the worker.
+        worker_byte_s: The same per byte of x.
+        step_s: The driver's and the server's time per step, whatever its size.
+        add_byte_s: The server's time per byte and lease, for reading and adding.
+        step_byte_s: The server's time per byte and step, for the optimiser and a copy of x.
+        link_bytes_per_s: The rate of a node's link, in each direction.
+        workers_per_node: The workers on a node, which share the x that the node has read.
+        num_shards: The servers, each with an equal part of x, on nodes of their own.
+        shard_s: The driver's time per step and shard after the first.
     """
 
     size_bytes: float = 0.0
@@ -54,11 +54,11 @@ class Costs:
 
     @property
     def transfer_s(self) -> float:
-        """x, or a sum, through the link of a server; shards have one each."""
+        """The time of x, or a sum, through the link of a server; each shard has a link."""
         return self.size_bytes / self.num_shards / self.link_bytes_per_s
 
     def apply_s(self, num_leases: int) -> float:
-        """A step with so many leases, from the call to its answer."""
+        """The time of a step with so many leases, from the call to its answer."""
         per_byte = num_leases * self.add_byte_s + self.step_byte_s
         calls = self.step_s + (self.num_shards - 1) * self.shard_s
         return calls + num_leases * self.transfer_s + per_byte * self.size_bytes / self.num_shards
@@ -66,17 +66,17 @@ class Costs:
 
 @dataclass(frozen=True)
 class SimulatedWorkers:
-    """Who computes.
+    """The workers of a simulated cluster.
 
     Args:
-        num: workers.
-        compute_s: seconds that a lease computes in the mean.
-        spread: of the logarithm of these seconds from lease to lease; a lease takes the same on
-            every worker, and when it is computed again.
-        slow_share: of the workers, those that always take `slow_factor` times as long.
-        slow_factor: see there.
-        failure_s: mean time of computing until a worker is lost; inf: never.
-        replace_s: until another is in its place.
+        num: The number of workers.
+        compute_s: The mean computing time of a lease.
+        spread: The standard deviation of its logarithm from lease to lease; a lease takes the same
+            time on every worker, and when it is computed again.
+        slow_share: The share of workers that always take `slow_factor` times as long.
+        slow_factor: See `slow_share`.
+        failure_s: The mean computing time until a worker is lost; inf: never.
+        replace_s: The time until a lost worker is replaced.
     """
 
     num: int
@@ -88,8 +88,9 @@ class SimulatedWorkers:
     replace_s: float = 0.0
 
     def durations(self, num_leases: int, seed: int) -> Floats:
-        """Of the first leases; the mean of many is `compute_s`."""
+        """The computing times of the first leases; their mean tends to `compute_s`."""
         normal = np.random.default_rng(seed).standard_normal(num_leases)
+        # E exp(s n - s^2 / 2) = 1 for a standard normal n: the spread does not change the mean.
         scaled: Floats = self.compute_s * np.exp(self.spread * normal - self.spread**2 / 2)
         return scaled
 
@@ -104,10 +105,10 @@ class Step(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What a simulated run did.
+    """The course of a simulated run.
 
-    `computing_s` and `server_s` are seconds in which workers computed what went into x, and in
-    which the server was at work; `num_losses` counts lost workers.
+    `computing_s` counts the seconds in which workers computed leases that were applied, `server_s`
+    those in which the server was busy, `num_losses` lost workers.
     """
 
     num_workers: int
@@ -118,14 +119,14 @@ class Outcome:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run."""
+        """The length of the run."""
         return self.steps[-1].end_s
 
     @property
     def leases_per_s(self) -> float:
         """Applied leases per second, without the first fifth and the end of the run.
 
-        Near the end some workers have nothing left to do.
+        Near the end some workers are idle, because no leases are left.
         """
         counts = np.cumsum([len(step.leases) for step in self.steps])
         ends = [step.end_s for step in self.steps]
@@ -137,18 +138,18 @@ class Outcome:
 
     @property
     def staleness(self) -> NDArray[np.int64]:
-        """Of all leases, without those of the first fifth of the steps."""
+        """The staleness of all leases, without those of the first fifth of the steps."""
         steps = self.steps[len(self.steps) // 5 :]
         return np.array([age for step in steps for age in step.staleness], dtype=np.int64)
 
     @property
     def waiting_share(self) -> float:
-        """Of the workers' time, what they did not spend on computing what went into x."""
+        """The share of the workers' time that was not spent on leases that were applied."""
         return 1 - self.computing_s / (self.num_workers * self.seconds)
 
     @property
     def server_share(self) -> float:
-        """Of the time, the server's work."""
+        """The share of the time in which the server was busy."""
         return self.server_s / self.seconds
 
 
@@ -164,13 +165,13 @@ def simulate(
     """A run of at least `num_leases` leases.
 
     Args:
-        policy: when to step.
-        leases_per_step: leases in a meta-batch.
-        workers: who computes.
-        costs: what everything else takes.
-        num_leases: leases in the whole run; rounded up to whole steps.
-        seed: of durations, slow workers and failures.
-        prefetch: as in `WorkerPool`; but what is stuck behind a slow lease stays there.
+        policy: When to step.
+        leases_per_step: The number of leases in a meta-batch.
+        workers: The workers and their computing times.
+        costs: All other times.
+        num_leases: The number of leases in the run; rounded up to whole steps.
+        seed: The seed of durations, slow workers and failures.
+        prefetch: As in `WorkerPool`, but a lease behind a slow one stays with its worker.
     """
     return _Simulation(policy, leases_per_step, workers, costs, num_leases, seed, prefetch).run()
 
@@ -257,7 +258,7 @@ class _Simulation:
                 self._start(worker, self._now)
 
     def _start(self, worker: int, now: float) -> None:
-        """Let `worker` compute the first lease it has, as soon as it has x."""
+        """Start the first lease of `worker` as soon as its x is there."""
         costs, workers = self._costs, self._workers
         lease, x_at = self._has[worker][0]
         begin = max(now, x_at)
@@ -278,7 +279,7 @@ class _Simulation:
         self._last_s[worker] = begin + whole - now
 
     def _pull(self, node: int) -> float:
-        """When the node has the current x; it comes through the server's link, one at a time."""
+        """The time at which the node has the current x; the server's link sends one at a time."""
         version = self._ledger.version
         if node not in self._held or self._held[node][0] != version:
             self._link_free_at = max(self._link_free_at, self._now) + self._costs.transfer_s
@@ -286,7 +287,7 @@ class _Simulation:
         return max(self._now, self._held[node][1])
 
     def _wait(self) -> None:
-        """Go on to the next event, and note all that have happened by then."""
+        """Advance to the next event, and handle all events that have happened by then."""
         self._now = max(self._now, self._events[0].time_s)
         ready = []
         while self._events and self._events[0].time_s <= self._now:

@@ -1,4 +1,4 @@
-"""`Transport`: how x and the sums of hypergradients get from one process to another."""
+"""`Transport`: how x and the sums of hypergradients travel from one process to another."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from metadist.cluster.actors.buffers import Array, read_only, to_array
 
 TransportName = Literal["object_store", "nixl"]
 Sent = Array | ObjectRef[Any]
-"""What stands for a tensor in a message; `receive` reads it."""
+"""A tensor in a message, by value or by reference; `receive` reads it."""
 
 
 class Pulled(NamedTuple):
-    """x, and for a two-point method x one version before; or a shard's slice of them."""
+    """x, and for a two-point method x one version earlier; or a shard's slice of them."""
 
     flat: Sent
     previous: Sent | None = None
 
 
 class Pushed(NamedTuple):
-    """The sum of hypergradients of a lease, and what the algorithm keeps of its tasks.
+    """The tensors of a `Contribution`: the sum of hypergradients and the new states.
 
-    Of several shards each gets its slice of the sum (of a two-point method, of both halves), and
-    the first the states.
+    With several shards each receives its slice of the sum (for a two-point method, of both
+    halves), and the first one the states.
     """
 
     total: Sent
@@ -38,16 +38,16 @@ class Pushed(NamedTuple):
 
 @dataclass(frozen=True)
 class Transport:
-    """What becomes of a tensor in a message.
+    """How a tensor in a message travels.
 
     Args:
-        name: "object_store": it is copied to shared memory as numpy, and from there over TCP to
-            other nodes. "nixl": it stays where it is, and who reads it fetches it from there, from
-            the memory of a GPU too, with Ray's direct tensor transport (alpha in Ray 2.60).
-        on_gpu: the parameter server has x on a GPU.
+        name: "object_store": Ray copies it to shared memory as numpy, and from there over TCP to
+            other nodes. "nixl": it stays where it is, and the reader fetches it directly, also
+            from the memory of a GPU, with Ray's direct tensor transport (alpha in Ray 2.60).
+        on_gpu: Whether the parameter server has x on a GPU.
 
     Raises:
-        ValueError: there is no such transport here.
+        ValueError: This transport is not available here.
     """
 
     name: TransportName = "object_store"
@@ -73,25 +73,24 @@ class Transport:
 
     @property
     def device(self) -> str:
-        """Of the server."""
+        """The device of the server."""
         return "cuda" if self.on_gpu else "cpu"
 
     def send(self, tensor: Tensor) -> Sent:
-        """To be read; its memory must not be written to as long as somebody may read it.
-
-        What is read arrives on a device of the same kind, so a GPU's goes to the CPU first where
-        the server has none.
-        """
+        """A read-only handle; do not modify the tensor while readers may exist."""
         if self.name == "object_store":
             return to_array(tensor)
         tensor = tensor.detach()
         if not self.on_gpu:
+            # A tensor arrives on a device of the kind it was sent from, and the server has no GPU.
             tensor = tensor.cpu()
         reference: ObjectRef[Any] = ray.put(tensor.contiguous(), _tensor_transport=self.name)
         return reference
 
     def send_copy(self, tensor: Tensor) -> Sent:
-        """As `send`, of memory that is going to be written to; Ray copies what is numpy itself."""
+        """As `send`, for a tensor that will be modified."""
+        # Ray pickles a numpy result into shared memory before it begins the next call, which is a
+        # copy already. A direct transport reads the tensor's own memory later, when x has moved on.
         return self.send(tensor if self.name == "object_store" else tensor.clone())
 
 
@@ -99,7 +98,7 @@ OBJECT_STORE = Transport()
 
 
 def receive(sent: Sent) -> Tensor:
-    """What was sent, to be read from and never written to."""
+    """The tensor that was sent; it is shared with other readers and must not be modified."""
     if isinstance(sent, ObjectRef):
         tensor: Tensor = ray.get(sent)
         return tensor
