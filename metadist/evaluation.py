@@ -69,12 +69,12 @@ def evaluate(
     """Mean and 95 % t-interval over the tasks 0 .. num_tasks-1 of `sampler`.
 
     Args:
-        problem: the problem.
-        algorithm: adaptation is its `adapt`; no hypergradient is computed.
+        problem: The problem.
+        algorithm: Adaptation is its `adapt`; no hypergradient is computed.
         sampler: The sampler of the split to judge on.
-        outer: the outer variable, the algorithm's own variables included.
+        outer: The outer variable, the algorithm's own variables included.
         num_tasks: >= 2; 600 is the convention of the field.
-        inner_steps: steps of adaptation; None: as in training.
+        inner_steps: Steps of adaptation; None: as in training.
         compute: On which device and how; its batch_size is that of the support set. By default
             with threads as torch is set.
 
@@ -215,7 +215,7 @@ def student_t(degrees: int) -> float:
 
 
 def describe_sampler(sampler: Any) -> str:
-    """A sampler in words: its repr if it has one of its own, else its class and simple fields."""
+    """A sampler in words: its own repr if it has one, otherwise its class and simple fields."""
     if "__repr__" in vars(type(sampler)):
         return repr(sampler)
     fields: Mapping[str, Any] = getattr(sampler, "__dict__", {})

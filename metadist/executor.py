@@ -64,9 +64,8 @@ class Executor(Protocol):
     def run(self, until_version: int) -> Iterator[StepReport]:
         """Train until x has that version; yields after every outer step.
 
-        An executor that loses x goes back to an earlier state of it, never before the last that
-        `state` returned: the steps from there on are taken and reported again, and count instead
-        of those before.
+        An executor that loses x resumes from an earlier state of it, never one before the last
+        that `state` returned: the steps since are made and reported again, and replace the first.
 
         Leases that are not in x (`OuterState.applied`) are handed out in the order of their
         numbers, so that continuing after an interruption loses and repeats none.
@@ -82,7 +81,7 @@ class Executor(Protocol):
         ...
 
     def describe(self) -> dict[str, str]:
-        """What a reader of a result must know: policy, number of workers, device."""
+        """The policy, number of workers and device, for readers of a result."""
         ...
 
     def close(self) -> None:
@@ -120,7 +119,8 @@ class LocalExecutor(Executor):
                 computed = self._workload.compute_lease(lease, outer, previous, states)
                 left = {index: state.cpu() for index, state in computed.states.items()}
                 contributions.append(computed._replace(total=computed.total.cpu(), states=left))
-            # A norm may depend on the threads. Half a step must never be what is saved.
+            # The last bits of a norm depend on the threads. And a signal may not stop a step half
+            # done, since what is saved afterwards would be neither this version of x nor the next.
             with intra_op_threads(self._workload.compute.num_threads), signals_held():
                 step = variable.apply(contributions)
             seconds = time.perf_counter() - began

@@ -14,10 +14,10 @@ from metadist.optimizer import OuterOptimizer
 from metadist.trees import Params, check_flattenable, flatten, num_elements, unflatten
 
 BLOCK = 1 << 16
-"""Numbers of x that are added up, measured and stepped at a time.
+"""The number of elements of x that are added up, measured and stepped at a time.
 
-They stay in the cache from one operation to the next. And a shard of x is a number of whole
-blocks, so it makes the same calls on each of them as one owner of the whole x, to the same bytes.
+A block stays in the cache from one operation to the next. And a shard of x consists of whole
+blocks, so it makes the same calls on each of them as one owner of the whole x, with the same bytes.
 """
 
 
@@ -84,12 +84,12 @@ class OuterState(NamedTuple):
 
     Args:
         outer: x.
-        optimizer: the tensors of its optimiser.
-        version: outer steps taken.
-        applied_below, applied: the leases in x: all below a number, and some others.
-        recursion: of a two-point method, w and the previous x, each of shape (L,).
-        states: what the algorithm keeps of each task, by task index.
-        num_shards: owners among whom x is divided; a checkpoint has a file for each.
+        optimizer: The tensors of its optimiser.
+        version: Outer steps taken.
+        applied_below, applied: The leases in x: all with a smaller number, and some others.
+        recursion: For a two-point method, w and the previous x, each of shape (L,).
+        states: What the algorithm keeps of each task, by task index.
+        num_shards: Owners among whom x is divided; a checkpoint has a file for each.
     """
 
     outer: Params
@@ -103,10 +103,10 @@ class OuterState(NamedTuple):
 
 
 class StepRules(NamedTuple):
-    """What of a step is not the optimiser's business.
+    """Step rules other than the optimiser.
 
     Args:
-        project: applied to x after every step, see `Problem.project_outer`; None: nothing.
+        project: Applied to x after every step, see `Problem.project_outer`; None: nothing.
         recursive_weight: a_k of a two-point method by version, see `Algorithm.recursive_weight`;
             None: a one-point method.
     """
@@ -130,14 +130,14 @@ class OuterVariable:
     Contributions are added in lease order whatever order they come in, so a synchronous run
     gives the same bytes with any number of workers.
 
-    A step has two halves, `prepare` and `commit`, for the sake of shards: each is an
-    `OuterVariable` of a slice of x, see `shard_bounds`; all prepare, and if none raised all
-    commit, with the norm over all of them.
+    A step has two halves, `prepare` and `commit`, because x may be divided among shards, each an
+    `OuterVariable` of a slice of it (see `shard_bounds`): clipping needs the norm over all shards
+    before any of them steps, and a contribution that one refuses must change none.
 
     Args:
         outer: x at the start.
-        optimizer: how it is stepped.
-        rules: what else belongs to a step.
+        optimizer: How it is stepped.
+        rules: What else belongs to a step.
     """
 
     def __init__(
@@ -147,8 +147,11 @@ class OuterVariable:
         self._like = {name: torch.empty_like(leaf, device="meta") for name, leaf in outer.items()}
         self._flat = flatten({name: leaf.detach() for name, leaf in outer.items()})
         self._config = optimizer
+        # Views of the flat x: a step of the optimiser on them is a step of x, without a copy.
         self._blocks = [torch.nn.Parameter(block) for block in self._flat.split(BLOCK)]
         self._optimizer = optimizer.make(self._blocks)
+        # What the optimiser keeps (of "adam" exp_avg, exp_avg_sq) as vectors over all of x. The
+        # blocks are an implementation detail, so a checkpoint holds these vectors and not blocks.
         self._moments: dict[str, Tensor] = {}
         self._join_moments(slice(None))
         self._has_stepped = False
@@ -208,6 +211,8 @@ class OuterVariable:
         Takes the place of an earlier one that was not committed. Raises as `apply` does.
         """
         self._prepared = None
+        # Nothing below changes x, the optimiser or the version: a step that raises here, or whose
+        # other shards raise, has not happened. Only the buffer of the mean is written to.
         fresh: list[Contribution] = []
         repeated: list[int] = []
         weight = self._weight()
@@ -232,7 +237,7 @@ class OuterVariable:
                 recursion = self._recur(weight)
             mean = self._mean[: len(self._flat)]
             squares = _squares_of_blocks(mean)
-            # Huge but finite numbers may have no finite norm.
+            # The squares of huge but finite elements may overflow, and that is no error.
             if not all(map(math.isfinite, squares)) and not bool(mean.isfinite().all()):
                 raise ValueError(
                     "contributions must have a finite mean, got NaN or Inf from leases "
@@ -248,7 +253,12 @@ class OuterVariable:
             norm: `norm_of_blocks` of what `prepare` returned, in all shards if there are several.
         """
         assert self._prepared is not None, "prepare comes first"
-        fresh, repeated, num_tasks, self._recursion = self._prepared
+        fresh, repeated, num_tasks = (
+            self._prepared.fresh,
+            self._prepared.repeated,
+            self._prepared.num_tasks,
+        )
+        self._recursion = self._prepared.recursion
         self._prepared = None
         lr = self._config.lr_at(self.version)
         if num_tasks:
@@ -261,7 +271,8 @@ class OuterVariable:
             if self._has_stepped:
                 self._step(slice(None))
             else:
-                # What it makes for itself is moved before there is much of it.
+                # The optimiser allocates a moment for each block when it first steps it. Some
+                # blocks at a time, so that these copies never add up to a second x in memory.
                 for start in range(0, len(self._blocks), 64):
                     some = slice(start, start + 64)
                     self._step(some)
@@ -278,8 +289,14 @@ class OuterVariable:
             while self._applied_below in self._applied:
                 self._applied.remove(self._applied_below)
                 self._applied_below += 1
-        applied = tuple(item.result.lease_id for item in fresh)
-        return StepResult(self.version, applied, repeated, staleness, norm, lr)
+        return StepResult(
+            version=self.version,
+            applied=tuple(item.result.lease_id for item in fresh),
+            repeated=repeated,
+            staleness=staleness,
+            hypergradient_norm=norm,
+            lr=lr,
+        )
 
     def _pieces(self, vector: Tensor) -> list[Tensor]:
         """The blocks of a vector of shape (L,) or (2 L,)."""
@@ -306,9 +323,9 @@ class OuterVariable:
         self._optimizer.zero_grad(set_to_none=True)
 
     def _join_moments(self, blocks: slice) -> None:
-        """Move what the optimiser keeps of these blocks to vectors of the whole of x.
+        """Move what the optimiser keeps of these blocks into vectors over the whole of x.
 
-        Its own are views of them from then on.
+        The optimiser then holds views of these vectors, and updates them in place.
         """
         state = self._optimizer.state
         for name, leaf in state.get(self._blocks[blocks][0], {}).items():
@@ -369,14 +386,18 @@ class OuterVariable:
             if leaf is not None
         }
         flat = self._flat.clone() if copy else self._flat
+
+        def kept(leaf: Tensor) -> Tensor:
+            return leaf.detach().clone() if copy else leaf
+
         return OuterState(
-            self.unflatten(flat),
-            {name: leaf.detach().clone() if copy else leaf for name, leaf in moments.items()},
-            self.version,
-            self._applied_below,
-            tuple(sorted(self._applied)),
-            {name: leaf.clone() if copy else leaf for name, leaf in self._recursion.items()},
-            {i: leaf.clone() if copy else leaf for i, leaf in sorted(self.states.items())},
+            outer=self.unflatten(flat),
+            optimizer={name: kept(leaf) for name, leaf in moments.items()},
+            version=self.version,
+            applied_below=self._applied_below,
+            applied=tuple(sorted(self._applied)),
+            recursion={name: kept(leaf) for name, leaf in self._recursion.items()},
+            states={index: kept(leaf) for index, leaf in sorted(self.states.items())},
         )
 
     @classmethod
@@ -386,7 +407,7 @@ class OuterVariable:
         """The variable as it was when `state` was taken, in memory of its own.
 
         Raises:
-            ValueError: see `check_state`.
+            ValueError: See `check_state`.
         """
         check_state(state, optimizer)
         variable = cls(state.outer, optimizer, rules)
@@ -411,7 +432,7 @@ def shard_bounds(length: int, num_shards: int) -> list[tuple[int, int]]:
     """Where the slices of x of that length begin and end, all of whole blocks but for the last.
 
     Raises:
-        ValueError: there are fewer blocks than shards.
+        ValueError: There are fewer blocks than shards.
     """
     num_blocks = max(1, math.ceil(length / BLOCK))
     if not 1 <= num_shards <= num_blocks:
@@ -425,7 +446,7 @@ def shard_bounds(length: int, num_shards: int) -> list[tuple[int, int]]:
 
 
 def norm_of_blocks(squares: Iterable[float]) -> float:
-    """The Euclidean norm of a vector, of the squared norms of its blocks in their order."""
+    """The Euclidean norm of a vector from the squared norms of its blocks, in their order."""
     total = 0.0
     for square in squares:  # `sum` rounds differently from one version of Python to another
         total += square
@@ -433,6 +454,7 @@ def norm_of_blocks(squares: Iterable[float]) -> float:
 
 
 def _squares_of_blocks(vector: Tensor) -> list[float]:
+    # In float64, and block by block: the sum of each is the same whoever owns the block.
     squares = []
     for block in vector.split(BLOCK):
         double = block.double()

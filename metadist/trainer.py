@@ -14,6 +14,7 @@ from metadist.algorithm import Algorithm, counters_of, split_own, unflatten_stat
 from metadist.autograd import AutogradOracle
 from metadist.checks.preflight import check_losses, check_trainable, initial_outer, preflight
 from metadist.checks.sampler import check_sampler
+from metadist.checks.values import check
 from metadist.compute import DEFAULT, Compute
 from metadist.evaluation import EvaluationResult, describe_sampler, evaluate, with_inner_steps
 from metadist.executor import Executor, LocalExecutor, StepReport
@@ -44,12 +45,12 @@ class TrainingResult:
     """How a call of `Trainer.fit` ended.
 
     Args:
-        num_steps: outer steps taken in all.
-        num_tasks: tasks whose hypergradient went into these steps, in this call.
-        num_dropped: tasks left out in this call because it was not finite.
-        seconds: this call took.
-        best: the last checkpoint name with the best validation, None without a run folder.
-        calls: what the algorithm asked of the oracle in this call, see `CountingOracle`.
+        num_steps: Outer steps taken in all.
+        num_tasks: Tasks whose hypergradient went into these steps, in this call.
+        num_dropped: Tasks left out in this call because it was not finite.
+        seconds: How long this call took.
+        best: The name of the checkpoint with the best validation; None without a run folder.
+        calls: What the algorithm asked of the oracle in this call, see `CountingOracle`.
     """
 
     num_steps: int
@@ -68,39 +69,33 @@ class Trainer:
         evaluate(problem, test_sampler, trainer.algorithm, trainer.outer)
 
     Args:
-        problem: what is solved.
-        sampler: of the training tasks.
-        algorithm: how a hypergradient is estimated.
-        outer_optimizer: how the outer variable is stepped.
+        problem, sampler, algorithm: What is trained, on which tasks, by which method.
+        outer_optimizer: How the outer variable is stepped; None: Adam with its defaults.
         meta_batch_size: Tasks per (synchronous) outer step; None: all tasks of a sampler that says
             `num_tasks`, 16 of any other.
-        tasks_per_lease: tasks that travel together; None: a quarter of a meta-batch, or 1 where
-            that is no divisor. Results depend on it by rounding, and on nothing else of the way
-            the work is distributed.
-        keep_state: True: every outer step has the same tasks, 0 .. meta_batch_size-1, each with
-            what the algorithm keeps of it (inner variable, adjoint, ...). False: every task is new.
-            None: True for a sampler that says `num_tasks`, False for any other.
-        batch_size, seed: Those of `compute`, for short.
+        tasks_per_lease: Tasks that travel together, see `Workload`; None: a quarter of a
+            meta-batch, or 1 where that is no divisor.
+        keep_state: Whether every outer step has the same tasks and continues from what the
+            algorithm keeps of each, see `Workload`; None: with a sampler that says `num_tasks`.
+        batch_size, seed: Short for `Compute(batch_size=..., seed=...)`.
         compute: How leases are computed, and on which device.
-        executor: who computes; None: this process.
-        run_dir: folder for checkpoints, TensorBoard events and results, a path or any fsspec URI;
-            None: keep nothing. Events are written on this machine; where the folder is elsewhere,
-            they are copied to it with every checkpoint and at the end of `fit`.
-        val_sampler: judged on every `val_every` outer steps; the best checkpoint is by it.
-        val_every: outer steps; None: only at the end of `fit`.
-        val_tasks: tasks per validation.
-        eval_inner_steps: inner steps in validation; None: as in training.
-        checkpoint_every: outer steps between checkpoints; the first is of the start.
-        keep_checkpoints: how many of the newest stay (and the best).
-        log_every: outer steps between reports of losses and metrics.
-        max_dropped: tasks dropped in a row that end the run.
-        quiet: show no progress.
-        allow_equal_examples: for data in which a query example may equal a support example; see
-            `check_sampler`.
-        config: text that is kept as config.yaml in `run_dir`.
+        executor: What computes the leases; None: this process.
+        run_dir: The folder for checkpoints, events and results, a path or any fsspec URI; None:
+            nothing is kept.
+        val_sampler: The tasks of validation; the best checkpoint is the best on them.
+        val_every: Outer steps between validations; None: only one at the end of `fit`.
+        val_tasks: Tasks per validation.
+        eval_inner_steps: Inner steps in validation and test; None: as in training.
+        checkpoint_every: Outer steps between checkpoints; the first is of the start.
+        keep_checkpoints: How many of the newest checkpoints stay, beside the best.
+        log_every: Outer steps between reports of losses and metrics.
+        max_dropped: Tasks dropped in a row that end the run.
+        quiet: Show no progress.
+        allow_equal_examples: See `check_sampler`.
+        config: Text that is kept as config.yaml in `run_dir`.
 
     Raises:
-        ValueError: anything that could not be trained, before any work starts.
+        ValueError: Anything that could not be trained, before any work starts.
     """
 
     def __init__(
@@ -132,16 +127,12 @@ class Trainer:
     ) -> None:
         check_trainable(problem, algorithm)
         compute = compute.given(batch_size=batch_size, seed=seed)
-        for field, value, least in (
-            ("checkpoint_every", checkpoint_every, 1),
-            ("keep_checkpoints", keep_checkpoints, 1),
-            ("log_every", log_every, 1),
-            ("max_dropped", max_dropped, 1),
-            ("val_every", 1 if val_every is None else val_every, 1),
-            ("val_tasks", val_tasks, 2),
-        ):
-            if value < least:
-                raise ValueError(f"{field} must be >= {least}, got {value}")
+        check("checkpoint_every", checkpoint_every, ge=1)
+        check("keep_checkpoints", keep_checkpoints, ge=1)
+        check("log_every", log_every, ge=1)
+        check("max_dropped", max_dropped, ge=1)
+        check("val_every", val_every, ge=1, none="")
+        check("val_tasks", val_tasks, ge=2)
         if val_every is not None and val_sampler is None:
             raise ValueError(f"val_every must be None without a val_sampler, got {val_every}")
         if eval_inner_steps is not None:
@@ -213,7 +204,7 @@ class Trainer:
         self._like = outer
         self._is_new = True
         self.has_started = False
-        """Whether the last `fit` got so far as to compute; errors before that are about input."""
+        """Whether the last `fit` began to compute; errors before that are about the input."""
 
     @property
     def outer(self) -> Params:
@@ -222,7 +213,7 @@ class Trainer:
 
     @property
     def workload(self) -> Workload:
-        """What a lease is computed from."""
+        """Everything but x that a lease is computed from."""
         return self._workload
 
     @property
@@ -249,14 +240,14 @@ class Trainer:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Damaged checkpoints that the last `restore` passed over, and why."""
+        """Damaged checkpoints that the last `restore` skipped, and why."""
         return self._store.skipped if self._store else {}
 
     def restore(self, name: str | None = None) -> str:
         """Continue from a checkpoint of `run_dir`: its name, "best", or None for the newest good.
 
         Raises:
-            CheckpointError: there is none, or it is damaged, or not of this run's model,
+            CheckpointError: There is none, or it is damaged, or not of this run's model,
                 optimiser or leases.
         """
         if self._store is None:
@@ -290,16 +281,15 @@ class Trainer:
         An interruption (Ctrl-C) is raised again after a checkpoint was written.
 
         Args:
-            num_steps: the outer step to end at.
-            on_step: is told of every outer step, and may end the run there, as at `num_steps`, by
-                returning False. Within it, `save` brings `outer` and `inner` to that step.
+            num_steps: The outer step to end at.
+            on_step: Called with the report of every outer step; False ends the run there, as at
+                `num_steps`. Within it, `save` brings `outer` and `inner` to that step.
 
         Raises:
             TrainingDiverged: `max_dropped` tasks in a row had no finite hypergradient; the last
                 checkpoint is kept.
         """
-        if num_steps < 1:
-            raise ValueError(f"num_steps must be >= 1, got {num_steps}")
+        check("num_steps", num_steps, ge=1)
         began = time.perf_counter()
         if self._folder is not None and self._is_new and self._folder.names():
             raise ValueError(
@@ -350,19 +340,19 @@ class Trainer:
             self._upload()
         best = self._store.best() if self._store else None
         return TrainingResult(
-            self.version,
-            run.num_tasks,
-            run.num_dropped,
-            time.perf_counter() - began,
-            best,
-            run.calls,
+            num_steps=self.version,
+            num_tasks=run.num_tasks,
+            num_dropped=run.num_dropped,
+            seconds=time.perf_counter() - began,
+            best=best,
+            calls=run.calls,
         )
 
     def save(self) -> int:
         """Within `on_step`: bring `outer` and `inner` to this step and write a checkpoint of it.
 
-        Returns the step it is of. It is an earlier one if the server was lost since; the steps
-        after it will be told of once more.
+        Returns the step of that checkpoint: an earlier one if the server was lost since, whose
+        later steps will be reported again.
         """
         self._state = self._executor.state()
         self._save()
@@ -390,7 +380,7 @@ class Trainer:
         self._upload()
 
     def settings(self) -> dict[str, str | int | float]:
-        """What a reader of the result must know, by name."""
+        """The settings that a reader of the result needs, by name."""
         optimizer = self._optimizer
         return {
             "algorithm": repr(self.algorithm),
@@ -416,7 +406,7 @@ class Trainer:
             return
         self._state = self._executor.state()
         if self.version < version:
-            return  # the server was lost: this step will be taken, and told of, once more
+            return  # the server was lost: this step will be made and reported again
         run.settle()
         score = None
         if validates:
@@ -478,12 +468,12 @@ class _Run:
         return sum(self._recent.values(), self._settled)
 
     def settle(self) -> None:
-        """The steps counted so far will not come again."""
+        """Make final the counts so far: their steps will not be reported again."""
         self._settled, self._recent = self._total(), {}
 
     def count(self, report: StepReport, max_dropped: int) -> None:
         if report.step.version in self._recent:
-            self._in_a_row = []  # the server was lost: steps come again, and replace these
+            self._in_a_row = []  # the server was lost: repeated steps replace the first ones
         self._recent[report.step.version] = calls_of(report) + Counter(
             {
                 TASKS: sum(result.num_tasks for result in report.results),
@@ -507,7 +497,7 @@ def default_tasks_per_lease(meta_batch_size: int) -> int:
 
 
 def headline(result: EvaluationResult) -> str:
-    """The metric that matters most, before and after adaptation."""
+    """The most important metric, before and after adaptation."""
     name = "query_accuracy" if "query_accuracy" in result.metrics else "query_loss"
     label = name.removeprefix("query_")
     return f"{label} {result.metrics[name]} (before adaptation {result.metrics[name + '_before']})"

@@ -40,13 +40,13 @@ class Workload:
     """Everything but x that a lease is computed from; the same object goes to every worker.
 
     Args:
-        problem, sampler, algorithm: what is trained on what by which method.
-        meta_batch_size: tasks per synchronous outer step; a multiple of `tasks_per_lease`.
-        tasks_per_lease: tasks that travel together; the smallest piece that can be lost.
-        keep_state: every outer step has the same tasks, 0 .. meta_batch_size-1, and what the
+        problem, sampler, algorithm: What is trained, on which tasks, by which method.
+        meta_batch_size: Tasks per synchronous outer step; a multiple of `tasks_per_lease`.
+        tasks_per_lease: Tasks that travel together; the smallest piece that can be lost.
+        keep_state: Every outer step has the same tasks, 0 .. meta_batch_size-1, and what the
             algorithm keeps of each (the inner variable, an adjoint, ...) goes from step to step.
             Otherwise every task is new. The start of adaptation gets no hypergradient then.
-        report_every: outer steps between leases that report losses and metrics.
+        report_every: Outer steps between leases that report losses and metrics.
         compute: How leases are computed, and on which device.
     """
 
@@ -103,10 +103,10 @@ class Workload:
         return self.is_two_point and version > 0 and weight is not None and weight < 1
 
     def stepping_rules(self) -> StepRules:
-        """What the owner of x must know of problem and algorithm."""
+        """The rules of problem and algorithm for the owner of x."""
         return StepRules(
-            partial(_project, self.problem) if is_constrained(self.problem) else None,
-            self.algorithm.recursive_weight if self.is_two_point else None,
+            project=partial(_project, self.problem) if is_constrained(self.problem) else None,
+            recursive_weight=self.algorithm.recursive_weight if self.is_two_point else None,
         )
 
     def lease(self, lease_id: int, version: int) -> Lease:
@@ -115,9 +115,9 @@ class Workload:
         first = number * self.tasks_per_lease
         step = lease_id // self.leases_per_step + 1
         return Lease(
-            lease_id,
-            version,
-            tuple(range(first, first + self.tasks_per_lease)),
+            id=lease_id,
+            version=version,
+            indices=tuple(range(first, first + self.tasks_per_lease)),
             # The first step, and every step after which a report is due.
             report=step == 1 or step % self.report_every == 0,
         )
@@ -131,7 +131,7 @@ class Workload:
         previous: Params | None = None,
         states: Mapping[int, Tensor] | None = None,
     ) -> HypergradientSum:
-        """`task_hypergradients` of `tasks` as this workload has them computed."""
+        """`task_hypergradients` of `tasks` with the settings of this workload."""
         return task_hypergradients(
             self.problem,
             self.algorithm,
@@ -197,7 +197,7 @@ def tasks_of_steps(
     algorithm trains nothing but the start of adaptation. Otherwise 16 tasks, new at every step.
 
     Raises:
-        ValueError: an argument contradicts the sampler.
+        ValueError: An argument contradicts the sampler.
     """
     if not isinstance(sampler, FixedSet) or algorithm.trains == "start":
         return 16 if meta_batch_size is None else meta_batch_size, bool(keep_state)

@@ -35,6 +35,7 @@ from metadist.checks.exact import (
     newton,
 )
 from metadist.checks.preflight import check_losses, check_trainable, initial_outer, preflight
+from metadist.checks.values import check
 from metadist.compute import DEFAULT, Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.oracle import CountingOracle
@@ -75,12 +76,12 @@ class Comparison(NamedTuple):
     """The hypergradient beside one reference.
 
     Args:
-        reference: what it is compared with, in words.
+        reference: What it is compared with, in words.
         error: |hypergradient - reference| / |reference|; where x is large, of the slopes along
             random directions.
-        cosine: of the angle between the two, or between their slopes.
-        uncertainty: relative error of the reference itself, from two step sizes; 0 if exact.
-        judged: whether the algorithm stands for this reference.
+        cosine: The cosine of the angle between the two, or between their slopes.
+        uncertainty: Relative error of the reference itself, from two step sizes; 0 if exact.
+        judged: Whether the algorithm stands for this reference.
     """
 
     reference: str
@@ -94,9 +95,9 @@ class Repetition(NamedTuple):
     """The error after several estimates at the same x.
 
     Args:
-        what: which estimate against which reference, in words.
-        errors: relative error by number of estimates, ascending.
-        judged: whether the algorithm stands for this reference.
+        what: Which estimate against which reference, in words.
+        errors: Relative error by number of estimates, ascending.
+        judged: Whether the algorithm stands for this reference.
     """
 
     what: str
@@ -106,18 +107,18 @@ class Repetition(NamedTuple):
 
 @dataclass(frozen=True)
 class HypergradientReport:
-    """What `check_hypergradient` found; printed as tables.
+    """The findings of `check_hypergradient`; printed as tables.
 
     Args:
-        algorithm: with its hyperparameters.
-        measure: the reference that the algorithm stands for, in words.
-        setting: sizes and precision.
-        comparisons: of the first estimate, with every reference that exists.
-        repetitions: of more estimates at the same x: with the state kept from one to the next,
+        algorithm: With its hyperparameters.
+        measure: The reference that the algorithm stands for, in words.
+        setting: Sizes and precision.
+        comparisons: The first estimate beside every reference that exists.
+        repetitions: More estimates at the same x: with the state kept from one to the next,
             and, for an algorithm that draws random numbers, their mean with new states.
-        metrics: norms, residuals and the algorithm's own metrics.
-        counts: what one estimate asked of the oracle, see `CountingOracle`.
-        notes: what could not be compared, and why.
+        metrics: Norms, residuals and the algorithm's own metrics.
+        counts: What one estimate asked of the oracle, see `CountingOracle`.
+        notes: What could not be compared, and why.
     """
 
     algorithm: str
@@ -133,7 +134,7 @@ class HypergradientReport:
     def error(self) -> float:
         """Against the reference that the algorithm stands for; infinite where that is not known.
 
-        Of the first estimate or, if nearer, of the last of the repeated ones.
+        That of the first estimate or, if smaller, of the last of the repeated ones.
         """
         errors = [comparison.error for comparison in self.comparisons if comparison.judged]
         errors += [list(found.errors.values())[-1] for found in self.repetitions if found.judged]
@@ -189,26 +190,25 @@ def check_hypergradient(
     problem's own precision, which the report says.
 
     Args:
-        problem: the problem.
+        problem: The problem.
         tasks: a task, or a sampler, of which task 0 is taken.
-        algorithm: its `estimate` goes the way it goes in training.
+        algorithm: Its `estimate` goes the way it goes in training.
         outer: x, the algorithm's own variables included; None: the start of training.
         compute: The draws of the estimates, as in training; its seed is also that of the start
             and of the directions. The references are always those of the whole sets.
-        num_directions: random directions of central differences; where x has 100 numbers or
+        num_directions: Random directions of central differences; where x has 100 numbers or
             fewer, all of the gradient is compared instead.
-        repeats: numbers of estimates to report the error after; empty: none.
-        max_dense: sizes of y up to which a dense Hessian is formed.
+        repeats: Numbers of estimates to report the error after; empty: none.
+        max_dense: Sizes of y up to which a dense Hessian is formed.
 
     Raises:
-        ValueError: an argument out of range, or what training would refuse too.
+        ValueError: An argument out of range, or what training would refuse too.
 
     Cost: `max(repeats)` estimates (twice if the algorithm is random), 4 adaptations per direction,
     dy Hessian-vector products per Newton step, and what L-BFGS needs.
     """
-    for field, value in (("num_directions", num_directions), ("max_dense", max_dense)):
-        if value < 1:
-            raise ValueError(f"{field} must be >= 1, got {value}")
+    check("num_directions", num_directions, ge=1)
+    check("max_dense", max_dense, ge=1)
     if any(number < 1 for number in repeats):
         raise ValueError(f"repeats must hold numbers >= 1, got {list(repeats)}")
     check_trainable(problem, algorithm)
@@ -250,7 +250,7 @@ def _in_double(workload: Workload, outer: Params) -> tuple[Params, list[str]]:
         check_losses(workload.problem, workload.sampler, double)
         return double, []
     except ValueError as error:
-        check_losses(workload.problem, workload.sampler, outer)  # its own fault is told as such
+        check_losses(workload.problem, workload.sampler, outer)  # raises if it fails there too
         reason = str(error).partition("got ")[2].partition("\n")[0]
         return outer, [
             f"computed in {str(dtype).removeprefix('torch.')}, since the problem cannot be "

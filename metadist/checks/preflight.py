@@ -141,11 +141,11 @@ def check_losses(
 
 
 NOT_COMPUTABLE = (RuntimeError, IndexError, ValueError, TypeError)
-"""What torch raises for inputs that do not fit."""
+"""The exceptions of torch for inputs that do not fit."""
 
 
 def _check_twice_differentiable(workload: Workload, outer: Params, task: Task) -> None:
-    """Raise NoSecondDerivative for what torch.func would differentiate wrongly without a word.
+    """Raise NoSecondDerivative for operators that torch.func silently differentiates wrongly.
 
     It takes the backward pass of a `once_differentiable` function for a constant; a plain
     backward pass to all leaves refuses it.
@@ -237,7 +237,7 @@ NO_DERIVATIVE = (
     "setup_context",
     "functorch transforms",
 )
-"""What torch says of operators without double backward, forward mode or vmap."""
+"""Phrases in torch's errors about operators without double backward, forward mode or vmap."""
 
 
 def _few(names: list[str]) -> str:

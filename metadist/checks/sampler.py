@@ -79,21 +79,21 @@ def check_sampler(
     states are left alone; no example is in both sets.
 
     Examples are compared byte by byte: the inputs of a classification, inputs and targets of
-    anything else. Continuous data repeats a number by chance about never, so an example in both
-    sets is a leak there too. What this cannot see: an example that comes back augmented.
+    anything else. Continuous data almost never repeats by chance, so an example in both sets is
+    a leak there too. What this cannot see: an example that comes back augmented.
 
     Args:
-        sampler: the sampler; it must be picklable, because it travels to workers.
+        sampler: The sampler; it must be picklable, because it travels to workers.
         num_tasks: >= 2.
-        processes: start a Python process (some seconds). In a script, call this under
+        processes: Start a Python process (some seconds). In a script, call this under
             `if __name__ == "__main__":`.
         other: a sampler of another split, which must share no example with this one; nor a class
             if both have `class_names`.
-        allow_equal_examples: for data in which different examples may be equal (tables of small
+        allow_equal_examples: For data in which different examples may be equal (tables of small
             integers, blank images): skips the comparisons of examples.
 
     Raises:
-        SamplerError: at least one rule is broken; it lists all that are.
+        SamplerError: At least one rule is broken; it lists all that are.
     """
     if type(num_tasks) is not int or num_tasks < 2:
         raise ValueError(f"num_tasks must be an integer >= 2, got {num_tasks!r}")
@@ -142,7 +142,7 @@ def check_sampler(
 
 
 def _malformed(task: Any, index: int) -> Iterator[str]:
-    """What keeps a task from being looked at any further."""
+    """The faults of a task that rule out all further checks."""
     if not isinstance(task, Task):
         yield f"sample must return a metadist.task.Task, got {type(task).__name__} (task {index})"
         return

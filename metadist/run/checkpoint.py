@@ -7,7 +7,7 @@
     step-00000100/manifest.json           sizes and SHA-256 of these and of itself, written last
 
 A leaf that lies in several shards has a flat piece in the file of each; all others have their name
-and shape. It is loaded whole, whatever number of shards goes on from it.
+and shape. It is loaded whole, whatever number of shards resumes from it.
 
 A folder whose manifest is missing, or does not fit the files, is not a checkpoint. Nothing is
 ever unpickled, no file is read that is longer than the manifest says, and no name in a checkpoint
@@ -32,6 +32,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from metadist.checks.values import check
 from metadist.outer import OuterState, shard_bounds
 from metadist.run.storage import Folder
 from metadist.trees import Params, num_elements
@@ -46,7 +47,7 @@ Malformed = (
     *(SafetensorError, ArithmeticError, AssertionError, AttributeError, LookupError),
     *(RuntimeError, TypeError, ValueError),
 )
-"""What looking into forged data raises; a RecursionError is a RuntimeError."""
+"""The exceptions that forged data raises; a RecursionError is a RuntimeError."""
 
 
 class CheckpointError(ValueError):
@@ -55,13 +56,13 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on exactly where it was.
+    """All that a run needs to continue exactly where it was.
 
     Args:
-        state: the outer variable, its optimiser, its version, which leases are in it, and what
+        state: The outer variable, its optimiser, its version, which leases are in it, and what
             the algorithm keeps.
         info: JSON data to go with it: seed, settings that must not change, ...
-        score: of validation, larger is better; None if there was none.
+        score: The score of validation, larger is better; None if there was none.
     """
 
     state: OuterState
@@ -73,14 +74,13 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        uri: the folder: a local path or any fsspec URI.
-        keep_last: how many of the newest stay, >= 1.
-        keep_best: whether the one with the highest score stays too.
+        uri: The folder: a local path or any fsspec URI.
+        keep_last: How many of the newest stay, >= 1.
+        keep_best: Whether the one with the highest score stays too.
     """
 
     def __init__(self, uri: str, keep_last: int = 3, keep_best: bool = True) -> None:
-        if keep_last < 1:
-            raise ValueError(f"keep_last must be >= 1, got {keep_last}")
+        check("keep_last", keep_last, ge=1)
         self.uri = uri
         self.folder = Folder(uri)
         self._keep_last = keep_last
@@ -92,7 +92,7 @@ class CheckpointStore:
         """The checkpoint folders, oldest first, damaged ones included.
 
         Raises:
-            OSError: the folder cannot be listed.
+            OSError: The folder cannot be listed.
         """
         names = self.folder.names(links=False)
         return sorted((n for n in names if re.fullmatch(r"step-\d{8,}", n, re.ASCII)), key=_step)
@@ -108,8 +108,8 @@ class CheckpointStore:
         this one was read back.
 
         Raises:
-            OSError: the storage failed; what was there before is there still.
-            CheckpointError: what was read back is not what was written.
+            OSError: The storage failed; what was there before is there still.
+            CheckpointError: What was read back is not what was written.
         """
         name = f"step-{checkpoint.state.version:08d}"
         if self._is_good(name):
@@ -126,7 +126,7 @@ class CheckpointStore:
             signed = _json({**manifest, "sha256": _digest(manifest)})
             self.folder.write(f"{name}/{MANIFEST}", signed)
         except BaseException:
-            # What is half there is of no use, and there may be no space.
+            # Half a checkpoint is useless, and the disk may be full.
             with suppress(OSError):
                 self._remove(name)
             raise
@@ -138,7 +138,7 @@ class CheckpointStore:
         """(its name, the checkpoint): `name`, "best", or None for the newest good one.
 
         Raises:
-            CheckpointError: there is none; or the one asked for by name is damaged.
+            CheckpointError: There is none; or the one asked for by name is damaged.
         """
         self.skipped = {}
         if name == "best":
@@ -188,20 +188,17 @@ class CheckpointStore:
             optimizer = {key: _whole(parts, f"optimizer.{key}") for key in state["optimizer"]}
             recursion = {key: _whole(parts, f"recursion.{key}") for key in state["recursion"]}
             states = {int(key): _whole(parts, f"states.{key}") for key in state["states"]}
-            return Checkpoint(
-                OuterState(
-                    outer,
-                    optimizer,
-                    int(state["version"]),
-                    int(state["applied_below"]),
-                    tuple(map(int, state["applied"])),
-                    recursion,
-                    states,
-                    len(parts),
-                ),
-                state["info"],
-                manifest.score,
+            restored = OuterState(
+                outer=outer,
+                optimizer=optimizer,
+                version=int(state["version"]),
+                applied_below=int(state["applied_below"]),
+                applied=tuple(map(int, state["applied"])),
+                recursion=recursion,
+                states=states,
+                num_shards=len(parts),
             )
+            return Checkpoint(restored, state["info"], manifest.score)
         except Malformed as error:
             raise CheckpointError(
                 f"checkpoint {self.folder.path(name)} is of another format: {error!r}"
@@ -243,7 +240,7 @@ class CheckpointStore:
         return data
 
     def _is_good(self, name: str) -> bool:
-        """Raises OSError if that cannot be told."""
+        """Whether a checkpoint is whole; raises OSError if the storage fails to say."""
         try:
             self._load(name)
         except CheckpointError as error:
@@ -254,7 +251,7 @@ class CheckpointStore:
         return True
 
     def _manifests(self) -> dict[str, _Manifest | None]:
-        """Of the checkpoints that have a good one, or None for those that have none at all.
+        """The good manifests by checkpoint, and None for checkpoints without any.
 
         Their other files are not looked at.
         """
@@ -305,14 +302,14 @@ class CheckpointStore:
 
 
 class _Manifest(NamedTuple):
-    """What of a manifest matters: of each file the (bytes, SHA-256), and the score."""
+    """The parts of a manifest that matter: (bytes, SHA-256) of each file, and the score."""
 
     files: dict[str, tuple[int, str]]
     score: float | None
 
     @classmethod
     def of(cls, tree: Any) -> _Manifest:
-        """Of its JSON; raises one of `Malformed` if it is none."""
+        """The manifest in this JSON; raises one of `Malformed` if it is none."""
         listed, score = tree["files"], tree["score"]
         parts = itertools.takewhile(listed.__contains__, map(_part_name, itertools.count(1)))
         names = [TENSORS, *parts, STATE]
@@ -369,7 +366,7 @@ def _parts(state: OuterState) -> Iterator[tuple[str, bytes]]:
 
 
 def _cut(tree: Params, start: int, stop: int) -> Params:
-    """What of the leaves, one after another, lies between the two: whole leaves and flat pieces."""
+    """The part of the concatenated leaves between the two: whole leaves and flat pieces."""
     found, offset = {}, 0
     for name, leaf in tree.items():
         first, last = max(0, start - offset), min(leaf.numel(), stop - offset)

@@ -16,7 +16,7 @@ from metadist.run.files import EVENTS
 from metadist.run.storage import Folder
 
 log = logging.getLogger("metadist.run")
-# Who wants these lines configures logging; on the terminal a failure is told by its exception.
+# Configure logging to see these lines; on the terminal a failure shows as its exception.
 log.addHandler(logging.NullHandler())
 
 LEVELS = {
@@ -32,11 +32,11 @@ LEVELS = {
 
 
 class EventLog:
-    """Appends events to a file of JSON lines, and tells the logger `metadist.run` of them.
+    """Appends events to a file of JSON lines, and to the logger `metadist.run`.
 
     Each has `time` (UTC), `event`, `step` (outer steps taken) and what belongs to it:
 
-        run_started            until_step, and what `Executor.describe` tells
+        run_started            until_step, and what `Executor.describe` returns
         run_finished
         run_interrupted        by Ctrl-C or SIGTERM
         run_failed             error
@@ -51,13 +51,13 @@ class EventLog:
     Records of the logger carry the object as their attribute `run_event`.
 
     Args:
-        path: the file; what it holds stays. None: only the logger is told.
+        path: The file; what it holds stays. None: only the logger gets them.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self.step = 0
-        """Outer steps taken, as the next event tells it."""
+        """The outer steps taken, as the next event states them."""
 
     def write(self, event: str, **fields: Any) -> None:
         """Add one event."""
@@ -71,7 +71,7 @@ class EventLog:
         try:
             _append(self._path, text)
         except OSError:
-            # A week of training must not end for want of a line about it.
+            # A full disk must not stop the training that the line is about.
             log.exception("cannot write to %s", self._path)
 
     def report(self, report: StepReport) -> None:
@@ -92,7 +92,7 @@ class EventLog:
 
     @contextmanager
     def run(self, step: int, **fields: Any) -> Iterator[None]:
-        """Within the block a run goes on from `step`; adds its begin and how it ended."""
+        """Within the block a run continues from `step`; adds its start and how it ended."""
         self.step = step
         self.write("run_started", **fields)
         try:

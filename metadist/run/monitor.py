@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: TensorBoard events and progress on the terminal."""
+"""How a run reports while it lasts: TensorBoard events, and progress on the terminal."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from metadist.executor import StepReport
 from metadist.task import Task
 
 MAX_IMAGES = 64
-"""Images of a set that are shown; the rest is left out."""
+"""The largest number of images of a set that are shown."""
 
 
 class Monitor:
     """TensorBoard events of a run, written by the process that drives it.
 
     Args:
-        folder: where the event files go.
-        version: outer steps taken so far; events of later steps, left by an interrupted run, are
+        folder: Where the event files go.
+        version: Outer steps taken so far; events of later steps, left by an interrupted run, are
             hidden.
     """
 
     def __init__(self, folder: Path, version: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # late: no worker needs it
 
-        # Often enough for who looks at a running experiment; the default is two minutes.
+        # Often enough to watch a running experiment; the default is two minutes.
         self._writer = SummaryWriter(str(folder), purge_step=version + 1, flush_secs=5)
         self._version = version
         self._staleness: list[int] = []
@@ -144,9 +144,9 @@ class TerminalProgress:
     """A progress bar on a terminal, plain lines elsewhere.
 
     Args:
-        num_steps: the version of x at which training ends.
-        lines_every: outer steps between plain lines.
-        quiet: say nothing.
+        num_steps: The version of x at which training ends.
+        lines_every: Outer steps between plain lines.
+        quiet: Say nothing.
     """
 
     def __init__(self, num_steps: int, lines_every: int, quiet: bool = False) -> None:
@@ -212,7 +212,7 @@ def mean_metrics(report: StepReport) -> dict[str, float]:
 
 
 def calls_of(report: StepReport) -> Counter[str]:
-    """What the leases of a step asked of the oracle."""
+    """The oracle calls of the leases of a step, by name."""
     calls: Counter[str] = Counter()
     for result in report.results:
         calls.update(result.calls)

@@ -20,16 +20,14 @@ from metadist.run.events import read_events
 from metadist.run.files import CHECKPOINTS, RESULT, TENSORBOARD
 from metadist.run.storage import Folder
 
-"""In the run folder: what a finished run came to."""
-
 State = Literal["running", "stale", "finished", "interrupted", "failed"]
 
 NUM_RECORDS = 100_000
-"""TensorBoard records that are looked at, from the newest back."""
+"""The number of TensorBoard records that are read, from the newest back."""
 NUM_EVENTS = 6
-"""Events that are shown, the newest."""
+"""The number of events shown, the newest ones."""
 NUM_WORKERS = 8
-"""Workers that are shown one by one."""
+"""The number of workers shown one by one."""
 
 
 class Scalar(NamedTuple):
@@ -42,23 +40,23 @@ class Scalar(NamedTuple):
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What the folder of a run tells; print it with rich.
+    """The status of a run, as read from its folder; print it with rich.
 
     Args:
-        run: the folder.
+        run: The folder.
         state: "stale" is a run that has not ended and has written nothing for long: its process
             was killed, its machine is gone, or one outer step takes longer than that.
-        age_s: seconds since it last wrote something.
-        step: outer steps taken.
-        until_step: where it ends; None if the folder does not say.
-        left_s: the rest at the speed since its last start, while it is running.
-        scalars: by TensorBoard tag.
-        events: all of them, oldest first, see `EventLog`.
-        checkpoints: their names, oldest first, damaged ones included.
-        newest: the newest good checkpoint.
-        best: the good one with the best validation.
-        damaged: newer than `newest`, and damaged or just being written.
-        result: of a finished run, what the command line wrote at its end.
+        age_s: Seconds since it last wrote something.
+        step: Outer steps taken.
+        until_step: The step it ends at; None if the folder does not say.
+        left_s: The expected seconds until then, while it is running.
+        scalars: The newest value of each TensorBoard tag.
+        events: All events, oldest first, see `EventLog`.
+        checkpoints: The names of the checkpoints, oldest first, damaged ones included.
+        newest: The newest good checkpoint.
+        best: The good one with the best validation.
+        damaged: Checkpoints newer than `newest`, which are damaged or being written.
+        result: What the command line wrote at the end of a finished run.
     """
 
     run: str
@@ -77,7 +75,7 @@ class RunStatus:
 
     @property
     def is_well(self) -> bool:
-        """Whether it goes on, or has come to its end."""
+        """Whether it is running, or ended as planned."""
         return self.state in ("running", "finished")
 
     def __rich__(self) -> Table:
@@ -120,8 +118,8 @@ class RunStatus:
                 )
             }
         )
-        if told := [f"{number} {label}" for label, number in counts.items() if number]:
-            yield "losses", ", ".join(told)
+        if losses := [f"{number} {label}" for label, number in counts.items() if number]:
+            yield "losses", ", ".join(losses)
         shown = self.events[-NUM_EVENTS:]
         days = {event["time"][:10] for event in shown}
         for number, event in enumerate(shown):
@@ -201,17 +199,17 @@ class RunStatus:
 
 
 def run_status(run: str | Path, stale_s: float = 300.0, now: float | None = None) -> RunStatus:
-    """What the folder of a run tells; reads only, and may be called while the run goes on.
+    """The status of a run from its folder, which is only read, also while the run writes to it.
 
     Cost: the newest good checkpoint is read and verified.
 
     Args:
-        run: its folder, a local path or any fsspec URI.
-        stale_s: seconds without a sign of life after which a run that has not ended is "stale".
-        now: seconds since 1970; None: by the clock.
+        run: Its folder, a local path or any fsspec URI.
+        stale_s: Seconds without a sign of life after which a run that has not ended is "stale".
+        now: Seconds since 1970; None: by the clock.
 
     Raises:
-        ValueError: there is no run in that folder.
+        ValueError: There is no run in that folder.
     """
     if not stale_s > 0:
         raise ValueError(f"stale_s must be > 0, got {stale_s}")
@@ -251,7 +249,7 @@ def run_status(run: str | Path, stale_s: float = 300.0, now: float | None = None
 
 
 def _state(names: Sequence[str], has_result: bool) -> State:
-    """How a run stands that has written events of these names; "running" if it has not ended."""
+    """The state of a run with events of these names; "running" if it has not ended."""
     for name in reversed(names):
         if name == "run_finished":
             return "finished"
@@ -270,7 +268,7 @@ def _newest(store: CheckpointStore) -> tuple[str | None, list[str]]:
         name: str | None = store.load()[0]
     except CheckpointError:
         name = None
-    # A run that goes on may have removed some while they were read.
+    # A running one may have removed some while they were read.
     there = set(store.names())
     return name, [other for other in store.skipped if other in there]
 
@@ -334,7 +332,7 @@ def _seconds(event: Mapping[str, Any]) -> float:
 
 
 def _size(event: Mapping[str, Any], field: str) -> int:
-    """How many things an event tells of: a number, or a list of them."""
+    """The number of things an event reports: a count, or the length of a list."""
     value = event.get(field, 0)
     return len(value) if isinstance(value, list) else int(value)
 
@@ -350,7 +348,7 @@ def _event(event: Mapping[str, Any]) -> str:
     else:
         names = [name for name in event if name not in ("time", "event", "step", "checkpoint")]
     about = [f"{name}={_short(_plain(event[name]), 30)}" for name in names if name in event]
-    # A checkpoint is named after its step, which is told anyway.
+    # A checkpoint is named after its step, which is shown anyway.
     return " ".join([event["time"][11:19], f"step {event['step']}", event["event"], *about])
 
 

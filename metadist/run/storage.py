@@ -29,7 +29,7 @@ class Folder:
         uri: a local path or any URI that fsspec knows.
 
     Raises:
-        ValueError: fsspec does not know the URI or lacks a package for it, or it holds a password.
+        ValueError: Fsspec does not know the URI or lacks a package for it, or it holds a password.
     """
 
     def __init__(self, uri: str | Path) -> None:
@@ -56,14 +56,14 @@ class Folder:
         return Folder(f"{self.uri.rstrip('/')}/{name}")
 
     def path(self, name: str) -> str:
-        """Of a file, as the file system has it."""
+        """The path of a file, as the file system has it."""
         return f"{self.root}/{name}"
 
     def names(self, links: bool = True) -> list[str]:
-        """What is in the folder, with or without links; nothing if it is not there.
+        """The names in the folder, with or without links; empty if it is not there.
 
         Raises:
-            OSError: it cannot be listed.
+            OSError: It cannot be listed.
         """
         try:
             with _os_errors(f"{self.root} cannot be listed"):
@@ -77,12 +77,12 @@ class Folder:
         return sorted(path.rpartition("/")[2] for path in paths if path != self.root)
 
     def size_bytes(self, name: str) -> int:
-        """Of a plain file.
+        """The size of a plain file.
 
         Raises:
-            FileNotFoundError: it is not there.
-            OSError: it cannot be looked at.
-            ValueError: it is a link, a pipe or a folder.
+            FileNotFoundError: It is not there.
+            OSError: It cannot be looked at.
+            ValueError: It is a link, a pipe or a folder.
         """
         with _os_errors(f"{self.path(name)} cannot be looked at"):
             self.fs.invalidate_cache()
@@ -95,9 +95,9 @@ class Folder:
         """The content of a plain file of no more than `at_most` bytes.
 
         Raises:
-            FileNotFoundError: it is not there.
-            OSError: it cannot be read.
-            ValueError: it is longer, or no plain file.
+            FileNotFoundError: It is not there.
+            OSError: It cannot be read.
+            ValueError: It is longer, or no plain file.
         """
         size = self.size_bytes(name)
         if size > at_most:
@@ -181,7 +181,7 @@ class Mirror:
                 continue
             try:
                 self._folder.write(name, path.read_bytes())
-            except Exception:  # a week of training must not end for want of a curve
+            except Exception:  # a failed upload must not stop training
                 log.exception("cannot copy %s to %s", name, self._folder.uri)
                 return
             self._sent[name] = (stat.st_size, stat.st_mtime_ns)

@@ -388,7 +388,7 @@ REFUSED = [
     ({"log_every": 0}, "log_every must be >= 1, got 0"),
     ({"max_dropped": 0}, "max_dropped must be >= 1, got 0"),
     ({"val_every": 5}, "val_every must be None without a val_sampler, got 5"),
-    ({"val_sampler": curves("val"), "val_every": 0}, "val_every must be >= 1, got 0"),
+    ({"val_sampler": curves("val"), "val_every": 0}, "val_every must be >= 1 or None, got 0"),
     ({"val_sampler": curves("val"), "val_tasks": 1}, "val_tasks must be >= 2, got 1"),
     ({"eval_inner_steps": 0}, "inner_steps must be >= 1, got 0"),
     ({"meta_batch_size": 0}, "meta_batch_size must be >= 1, got 0"),
