@@ -32,9 +32,9 @@ def parser() -> Parser:
         "--workers",
         type=Workers | None,
         default=None,
-        help="Processes of Ray, each for one run at a time: --workers.num_workers 4, "
-        "--workers.cpus_per_worker, --workers.gpus_per_worker; None: one run after another in this "
-        "process.",
+        help="Processes of Ray for runs side by side: --workers.num_workers 4, "
+        "--workers.cpus_per_worker, --workers.gpus_per_worker; by default one run after another in "
+        "this process.",
     )
     parser.add_argument(
         "--address",
