@@ -37,7 +37,8 @@ class Rows(NamedTuple):
 
 
 class _Current(threading.local):
-    rows = Rows()
+    def __init__(self) -> None:
+        self.rows = Rows()
 
 
 # A batch norm deep in a model cannot be passed an argument: the modules around it are the user's.
