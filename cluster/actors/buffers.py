@@ -1,7 +1,7 @@
-"""What travels: one flat numpy buffer per message, and the names and shapes to read it by.
+"""Messages: one flat numpy buffer each, and the names and shapes to read it by.
 
 Arrays that come out of the object store are shared and read-only. torch would write through
-them without an error, so they appear on the right-hand side of a copy only.
+them without an error, so they are only ever copied from.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class OuterSpec(NamedTuple):
 
     @property
     def num_elements(self) -> int:
-        """How many numbers the outer variable holds."""
+        """The number of elements of the outer variable."""
         return sum(leaf.numel() for leaf in self._like().values())
 
     def of_slices(self, bounds: Sequence[tuple[int, int]]) -> list[OuterSpec]:
-        """The descriptions of these slices of x; of the whole x it is this one."""
+        """The descriptions of these slices of x; one slice is the whole x."""
         if len(bounds) == 1:
             return [self]
         return [OuterSpec({"x": (stop - start,)}, self.dtype) for start, stop in bounds]
@@ -74,9 +74,9 @@ class PackedState(NamedTuple):
 
 
 def to_array(tensor: Tensor) -> Array:
-    """The values of `tensor` as numpy, to be read; the same memory if it is on the CPU.
+    """A read-only array of the values of `tensor`; the same memory if it is on the CPU.
 
-    `bfloat16` travels as the integers of its bits, which numpy lacks.
+    numpy has no bfloat16: it travels as the integers of its bits.
     """
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.uint16)
@@ -86,7 +86,7 @@ def to_array(tensor: Tensor) -> Array:
 
 
 def read_only(array: Array) -> Tensor:
-    """A tensor on the memory of `array`, to be read from and never written to."""
+    """A tensor on the memory of `array`; never write to it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensor = torch.from_numpy(array)
@@ -104,20 +104,20 @@ def join(parts: Sequence[Array]) -> Tensor:
 
 
 def pack_state(state: OuterState, flat: Tensor | None = None) -> PackedState:
-    """The state as numpy arrays, to be read, on the same memory.
+    """The state as read-only numpy arrays on the same memory.
 
     Args:
-        state: to pack.
-        flat: its x as one vector; None: it is copied into one.
+        state: The state.
+        flat: Its x as one vector; None: it is copied into one.
     """
     return PackedState(
-        to_array(flatten(state.outer) if flat is None else flat),
-        {name: to_array(leaf) for name, leaf in state.optimizer.items()},
-        state.version,
-        state.applied_below,
-        state.applied,
-        {name: to_array(leaf) for name, leaf in state.recursion.items()},
-        {index: to_array(leaf) for index, leaf in state.states.items()},
+        flat=to_array(flatten(state.outer) if flat is None else flat),
+        optimizer={name: to_array(leaf) for name, leaf in state.optimizer.items()},
+        version=state.version,
+        applied_below=state.applied_below,
+        applied=state.applied,
+        recursion={name: to_array(leaf) for name, leaf in state.recursion.items()},
+        states={index: to_array(leaf) for index, leaf in state.states.items()},
     )
 
 
@@ -139,20 +139,20 @@ def split_state(packed: PackedState, bounds: Sequence[tuple[int, int]]) -> list[
 
 
 def unpack_state(packed: PackedState, spec: OuterSpec) -> OuterState:
-    """The inverse of `pack_state`: to be read, on the same memory."""
+    """The inverse of `pack_state`, on the same memory; never write to it."""
     return OuterState(
-        spec.views(read_only(packed.flat)),
-        {name: read_only(leaf) for name, leaf in packed.optimizer.items()},
-        packed.version,
-        packed.applied_below,
-        packed.applied,
-        {name: read_only(leaf) for name, leaf in packed.recursion.items()},
-        {index: read_only(leaf) for index, leaf in packed.states.items()},
+        outer=spec.views(read_only(packed.flat)),
+        optimizer={name: read_only(leaf) for name, leaf in packed.optimizer.items()},
+        version=packed.version,
+        applied_below=packed.applied_below,
+        applied=packed.applied,
+        recursion={name: read_only(leaf) for name, leaf in packed.recursion.items()},
+        states={index: read_only(leaf) for index, leaf in packed.states.items()},
     )
 
 
 def join_states(parts: Sequence[PackedState], spec: OuterSpec) -> OuterState:
-    """The state of which these are the parts, in fresh memory."""
+    """The state with these parts, in fresh memory."""
     first = parts[0]
 
     def joined(field: str) -> dict[str, Tensor]:
@@ -164,12 +164,12 @@ def join_states(parts: Sequence[PackedState], spec: OuterSpec) -> OuterState:
         }
 
     return OuterState(
-        spec.views(join([part.flat for part in parts])),
-        joined("optimizer"),
-        first.version,
-        first.applied_below,
-        first.applied,
-        joined("recursion"),
-        {index: to_tensor(leaf) for index, leaf in first.states.items()},
-        len(parts),
+        outer=spec.views(join([part.flat for part in parts])),
+        optimizer=joined("optimizer"),
+        version=first.version,
+        applied_below=first.applied_below,
+        applied=first.applied,
+        recursion=joined("recursion"),
+        states={index: to_tensor(leaf) for index, leaf in first.states.items()},
+        num_shards=len(parts),
     )

@@ -24,16 +24,16 @@ log = logging.getLogger("metadist.cluster")
 def connect(
     address: str | None, num_cpus: float, show_worker_output: bool, object_store_bytes: int | None
 ) -> bool:
-    """Whether this call made the connection, so that `ray.shutdown` is the caller's business.
+    """Whether this call made the connection, so that the caller must call `ray.shutdown`.
 
     An existing connection of this process is used as it is. Otherwise `address`, or the variable
-    RAY_ADDRESS (set inside `ray job submit`), names a cluster; "local" or neither of them starts
-    one of our own in this machine, with all its CPUs, or `num_cpus` if that is more.
+    RAY_ADDRESS (set inside `ray job submit`), names a cluster; "local", or neither of them, starts
+    a cluster on this machine, with all its CPUs, or `num_cpus` if that is more.
     """
     if ray.is_initialized():
         return False
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    # What is thrown away after a loss may have failed, and nobody has to be told.
+    # Calls that were dropped after a loss may fail, and Ray would print each of them.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     options: dict[str, Any] = {
         "address": address,
@@ -68,7 +68,7 @@ def connect(
 
 @contextmanager
 def connected(address: str | None, num_cpus: float) -> Iterator[None]:
-    """Within the block there is a connection, see `connect`; one made for it ends with it."""
+    """Within the block there is a connection, see `connect`; one made for it is closed after it."""
     is_ours = connect(address, num_cpus, False, None)
     try:
         yield
@@ -97,7 +97,7 @@ def _sigterm_kept() -> Iterator[None]:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Within the block that logger is off: every local start would say that tokens are on."""
+    """Within the block that logger is off: every local start would report that tokens are on."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True
     try:
@@ -122,12 +122,12 @@ def reserve(
     """A reservation of `bundles`, each on one node; on few nodes where possible.
 
     Args:
-        bundles: resources, one bundle for each worker.
-        timeout_s: how long to wait for them.
-        option: that says how many, for the error.
+        bundles: The resources, one bundle for each worker.
+        timeout_s: How long to wait for them.
+        option: The option that says how many, for the error.
 
     Raises:
-        ResourcesError: they are not free within `timeout_s`; nothing is left reserved.
+        ResourcesError: They are not free within `timeout_s`; nothing is left reserved.
     """
     group = placement_group(list(bundles), strategy="PACK")
     try:
@@ -148,12 +148,12 @@ def reserve(
 
 
 def demand(bundle: dict[str, float]) -> PlacementGroup:
-    """A reservation that is waited for; until then Ray's autoscaler sees it as demand."""
+    """A reservation that may come later; until then Ray's autoscaler sees it as demand."""
     return placement_group([bundle])
 
 
 def _shortage(bundles: Sequence[dict[str, float]]) -> str:
-    """What is asked and what there is, in words."""
+    """The resources that are needed, in the cluster, and free, in words."""
     total, free = ray.cluster_resources(), ray.available_resources()
     parts = [
         f"{name}: {sum(bundle[name] for bundle in bundles):g} needed ({bundles[0][name]:g} each), "

@@ -1,10 +1,10 @@
-"""What ends a run on a cluster.
+"""The errors that end a run on a cluster.
 
 RuntimeError
   ClusterError
     ConnectError       the cluster cannot be reached
     ResourcesError     it has too few CPUs or GPUs
-    LeaseError         the user's own code raised an exception on a worker
+    LeaseError         user code raised an exception on a worker or on the parameter server
     WorkerLostError    workers die again and again
     ServerLostError    the parameter server dies again and again, or cannot start
 """
@@ -27,7 +27,7 @@ class ResourcesError(ClusterError):
 
 
 class LeaseError(ClusterError):
-    """User code raised on a worker; the message has its traceback, `__cause__` the exception."""
+    """User code raised; the message has its traceback, `__cause__` the exception."""
 
 
 class WorkerLostError(ClusterError):

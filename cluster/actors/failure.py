@@ -25,29 +25,21 @@ class Loss(Enum):
     NOTHING = "a bug, or a fault that any other actor would meet too"
 
 
-# By name, since older versions of Ray lack some; a test compares the lists with the installed Ray.
-# fmt: off
-LOSSES = (
-    "RayActorError", "ActorDiedError", "ActorUnavailableError", "ActorUnschedulableError",
-    "TaskUnschedulableError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError",
-    "LocalRayletDiedError", "ObjectLostError", "ObjectFetchTimedOutError", "ObjectFreedError",
-    "ObjectReconstructionFailedError", "OwnerDiedError", "ReferenceCountingAssertionError",
-    "PlasmaObjectNotAvailable", "GetTimeoutError", "RpcError", "RayDirectTransportError",
+_LOSSES = (
+    exceptions.RayActorError,
+    exceptions.ActorUnschedulableError,
+    exceptions.TaskUnschedulableError,
+    exceptions.WorkerCrashedError,
+    exceptions.OutOfMemoryError,
+    exceptions.NodeDiedError,
+    exceptions.LocalRayletDiedError,
+    exceptions.ObjectLostError,
+    exceptions.PlasmaObjectNotAvailable,
+    exceptions.GetTimeoutError,
+    exceptions.RpcError,
+    exceptions.RaySystemError,
 )
-FAULTS = (
-    "RayError", "CrossLanguageError", "UserCodeException", "UnserializableException",
-    "AuthenticationError", "RuntimeEnvSetupError", "ObjectStoreFullError", "OutOfDiskError",
-    "TaskCancelledError", "AsyncioActorExit", "TaskPlacementGroupRemoved",
-    "ActorPlacementGroupRemoved", "ActorAlreadyExistsError", "ActorHandleNotFoundError",
-    "PendingCallsLimitExceeded", "ObjectRefStreamEndOfStreamError",
-    "StreamingGeneratorReplayInconsistentError", "OufOfBandObjectRefSerializationException",
-    "RayChannelError", "RayChannelTimeoutError", "RayCgraphCapacityExceeded",
-)
-# fmt: on
-_IS_LOSS: dict[object, bool] = {
-    **{getattr(exceptions, name, None): True for name in LOSSES},
-    **{getattr(exceptions, name, None): False for name in FAULTS},
-}
+"""With the classes that derive from these; a test names each class that Ray has."""
 
 
 def loss_of(error: object) -> Loss:
@@ -56,27 +48,16 @@ def loss_of(error: object) -> Loss:
         # Ray raises a lost argument of a call as an error of the call.
         is_lost = loss_of(error.cause) is not Loss.NOTHING
         return Loss.ARGUMENT if is_lost else Loss.NOTHING
-    if getattr(error, "actor_init_failed", False):
-        return Loss.NOTHING
-    for kind in type(error).__mro__:
-        if kind in _IS_LOSS:
-            return Loss.ACTOR if _IS_LOSS[kind] else Loss.NOTHING
-        if kind is exceptions.RaySystemError:
-            # It wraps whatever was raised while an answer was read. What Ray's core reports itself,
-            # a dead raylet or a worker that did not start, comes as text.
-            cause = error.client_exc  # type: ignore[attr-defined]
-            return Loss.ACTOR if isinstance(cause, str) else loss_of(cause)
-    return Loss.NOTHING
+    cause = getattr(error, "client_exc", None)
+    if isinstance(error, exceptions.RaySystemError) and isinstance(cause, BaseException):
+        # It was raised while an answer was read. Ray's own errors, such as a dead raylet, are text.
+        return loss_of(cause)
+    is_lost = isinstance(error, _LOSSES) and not getattr(error, "actor_init_failed", False)
+    return Loss.ACTOR if is_lost else Loss.NOTHING
 
 
 class Kind(NamedTuple):
-    """What is said of actors of one kind that are lost too often.
-
-    Args:
-        goal: The success after which losses are counted from 0 again.
-        error: Ends the run.
-        advice: The likely causes, or a way out.
-    """
+    """What a message says of lost actors: `goal` is the success that resets the count of losses."""
 
     goal: str
     error: type[ClusterError]
@@ -84,24 +65,14 @@ class Kind(NamedTuple):
 
 
 _CAUSES = "the machine may lack memory, or the code may crash the process"
+_RESUME = "its machine may lack memory. The last checkpoint holds, resume from it"
 WORKER = Kind("completing a lease", WorkerLostError, _CAUSES)
 SHARD = Kind("an answer", WorkerLostError, _CAUSES)
-SERVER = Kind(
-    "a new version of x",
-    ServerLostError,
-    "its machine may lack memory. The last checkpoint holds, resume from it",
-)
+SERVER = Kind("a new version of x", ServerLostError, _RESUME)
 
 
 class Event(NamedTuple):
-    """A call that failed.
-
-    Args:
-        kind: The kind of actor.
-        name: The name of the actor.
-        work: What it was asked for, for example "lease 7 (tasks 7)"; None: to get ready.
-        error: The error of Ray.
-    """
+    """A call that failed: of the actor `name`, about `work`; None: it was being set up."""
 
     kind: Kind
     name: str

@@ -1,4 +1,4 @@
-"""`RunMetrics`: what a run does, on Ray's own metrics endpoints, beside TensorBoard."""
+"""`RunMetrics`: the metrics of a run on Ray's own endpoints, beside TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ STALENESS = [0.5, *(2.0**k for k in range(11))]
 class RunMetrics:
     """Counters and gauges that the driver's node exports to Prometheus as `ray_metadist_...`.
 
-    Made while Ray is running; it reads `StepReport` and nothing else.
+    Ray must be running. `StepReport` is all that is read.
 
     Args:
-        run: a label of all of them, to tell runs on the same cluster apart.
+        run: A label of all of them, to distinguish runs on the same cluster.
     """
 
     def __init__(self, run: str) -> None:

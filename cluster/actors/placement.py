@@ -1,4 +1,4 @@
-"""`Placement`: a connection to a cluster, and what workers are reserved of it, one bundle each."""
+"""`Placement`: a connection to a cluster, and the resources reserved there for workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from metadist.cluster.actors.options import Workers
 
 
 class Placement:
-    """Reserves resources for workers and makes the actors that take them.
+    """Reserves one bundle of resources for each worker, and starts the actors there.
 
     Args:
         workers: The workers to reserve for.
@@ -37,15 +37,15 @@ class Placement:
         self._bundles: list[tuple[PlacementGroup, int]] = []
 
     def open(self, device: str) -> None:
-        """Connect, wait for the places of `min_workers`, and ask for those of the others; once.
+        """Connect, wait for the bundles of `min_workers`, and demand those of the others; once.
 
         Args:
             device: That of the workload; it decides on GPUs where `gpus_per_worker` is None.
 
         Raises:
             ValueError: It is one that Ray would have to pick, or needs GPUs where none are asked.
-            ConnectError: the cluster cannot be reached.
-            ResourcesError: they are not free in time.
+            ConnectError: The cluster cannot be reached.
+            ResourcesError: They are not free in time.
         """
         workers = self._workers
         if device not in ("auto", "cpu", "cuda"):
@@ -70,7 +70,7 @@ class Placement:
             self._bundles.append((demand(bundle), 0))
 
     def make(self, actor_class: type, number: int) -> Any:
-        """An actor at place `number`; the class is given a name."""
+        """An actor with bundle `number`; the class is called with a name."""
         group, index = self._bundles[number]
         bundle = group.bundle_specs[index]
         place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
@@ -84,7 +84,7 @@ class Placement:
         return actor.remote(f"worker-{number}")
 
     def close(self) -> None:
-        """Give everything back, with the connection if it was made here."""
+        """Return all resources, and close the connection if it was made here."""
         for group in {group.id: group for group, _ in self._bundles}.values():
             remove_placement_group(group)
         if self._is_connection_ours:
@@ -92,7 +92,7 @@ class Placement:
         self.forget()
 
     def forget(self) -> None:
-        """The cluster is gone, and the reservations with it."""
+        """Note that the cluster is gone, and the reservations with it."""
         self._bundles = []
         self._is_connection_ours = False
 
@@ -110,7 +110,7 @@ class Placement:
 
 
 class WorkerInfo(NamedTuple):
-    """Where a worker runs; `device` names the hardware."""
+    """Where a worker runs; `device` is the name of the hardware."""
 
     name: str
     device: str
@@ -119,13 +119,13 @@ class WorkerInfo(NamedTuple):
 
     @classmethod
     def here(cls, name: str, device: torch.device) -> WorkerInfo:
-        """Of this process."""
+        """The description of this process."""
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         return cls(name, hardware, socket.gethostname(), os.getpid())
 
 
 def devices_of(infos: Iterable[WorkerInfo]) -> str:
-    """How many workers have what hardware on which host, in words; empty without workers."""
+    """The number of workers by hardware and host, in words; empty without workers."""
     devices = Counter(f"{info.device} on {info.host}" for info in infos)
     return ", ".join(f"{count} x {name}" for name, count in sorted(devices.items()))
 

@@ -1,22 +1,303 @@
-"""How answers of many actors are waited for."""
+"""`ActorPool`: actors in numbered places, and their losses; the pools of both executors."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from typing import Any
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import ray
-from ray import ObjectRef
+from ray import ObjectRef, exceptions
+
+from metadist.cluster.actors.errors import ResourcesError, WorkerLostError, message
+from metadist.cluster.actors.failure import Event, Failures, History, Kind, Raise, Retry
+from metadist.cluster.actors.placement import WorkerInfo
+
+log = logging.getLogger("metadist.cluster")
 
 
-def wait_for_any(refs: list[ObjectRef[Any]], limit_s: float) -> list[ObjectRef[Any]]:
-    """Those that are ready as soon as one is, or after `limit_s`, which may be infinite.
+class Runtime:
+    """The clock and the calls of Ray that pools and the supervisor use; tests pass a dummy."""
 
-    All that are ready at once, so that no worker is preferred for its place in the list.
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def put(self, value: Any) -> ObjectRef[Any]:
+        return ray.put(value)
+
+    def get(self, refs: Any, timeout_s: float | None = None) -> Any:
+        return ray.get(refs, timeout=timeout_s)
+
+    def kill(self, actor: Any) -> None:
+        ray.kill(actor)
+
+    def ready(self, refs: Sequence[ObjectRef[Any]], limit_s: float = 0.0) -> list[ObjectRef[Any]]:
+        """Those that are ready as soon as one is, or after `limit_s`, which may be infinite.
+
+        All that are ready at once, so that no worker is preferred for its place in the list.
+        """
+        if not refs:
+            self.sleep(limit_s)
+            return []
+        if limit_s:
+            ray.wait(list(refs), num_returns=1, timeout=None if limit_s == math.inf else limit_s)
+        return list(ray.wait(list(refs), num_returns=len(refs), timeout=0)[0])
+
+
+RAY = Runtime()
+
+
+@dataclass(eq=False)
+class Call:
+    """Some `work`, in words, that an actor was sent; `is_redundant`: nobody awaits the answer."""
+
+    ref: ObjectRef[Any]
+    work: str
+    is_redundant: bool = False
+
+
+@dataclass(eq=False)
+class Slot:
+    """The place of one actor, kept by whichever actor fills it.
+
+    Args:
+        name: The name of each actor here.
+        work: What its setup is for, in words.
+        actor: None while there is none.
+        info: Where the last one runs.
+        is_alive: Whether it is set up.
+        setup: Its answer to `setup`, while that is awaited.
+        calls: What it was sent, in order: it computes the first, the others wait there.
+        since: When it began with the first call, or has had none; or when it was lost.
+        num_losses: Losses in a row.
+        resume_at: It is left alone until then.
     """
-    if not refs:
-        time.sleep(limit_s)
+
+    name: str
+    work: str | None = None
+    actor: Any = None
+    info: WorkerInfo | None = None
+    is_alive: bool = False
+    setup: ObjectRef[Any] | None = None
+    calls: list[Any] = field(default_factory=list)
+    since: float = 0.0
+    num_losses: int = 0
+    resume_at: float = 0.0
+
+
+S = TypeVar("S", bound=Slot)
+
+
+class ActorPool(ABC, Generic[S]):
+    """Sets actors up, waits for their answers, and replaces the lost ones.
+
+    Ray could restart them itself. But it takes longer to report a death, and it would set the new
+    process up from arguments that may have been lost too.
+
+    Args:
+        make_actor: Creates the actor of that number.
+        slots: Their places.
+        num_needed: Without so many the work stands still.
+        kind: What the messages say of them.
+        failures: When to try again, and when to end the run.
+    """
+
+    def __init__(
+        self,
+        make_actor: Callable[[int], Any],
+        slots: Sequence[S],
+        num_needed: int,
+        kind: Kind,
+        failures: Failures,
+        runtime: Runtime,
+    ) -> None:
+        self._make_actor = make_actor
+        self._slots = slots
+        self._num_needed = num_needed
+        self._kind = kind
+        self._failures = failures
+        self._runtime = runtime
+        self._num_lost = 0
+        self._losses: Counter[str | None] = Counter()
+        """By work: losses in a row."""
+
+    @abstractmethod
+    def _setup_of(self, slot: S) -> tuple[Any, ...]:
+        """The arguments of the actor's `setup`."""
+
+    @abstractmethod
+    def _ready(self, slot: S, answer: Any) -> WorkerInfo:
+        """Take the answer of `setup`; returns where the actor runs."""
+
+    @abstractmethod
+    def _answered(self, slot: S, call: Any, answer: Any) -> None:
+        """Take the answer to a call."""
+
+    @abstractmethod
+    def _lost(self, slot: S, calls: list[Any], lost_data: bool) -> None:
+        """Note that these calls bring no answer; `lost_data`: because an argument was lost."""
+
+    def _more_checks(self) -> list[float]:
+        """Further times at which something must be looked at."""
         return []
-    ray.wait(refs, num_returns=1, timeout=None if limit_s == math.inf else limit_s)
-    return list(ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+
+    @property
+    def infos(self) -> list[WorkerInfo]:
+        """Where the actors run."""
+        return [slot.info for slot in self._slots if slot.info is not None]
+
+    @property
+    def num_alive(self) -> int:
+        """Actors that are not being replaced."""
+        return sum(slot.is_alive for slot in self._slots)
+
+    def stop(self) -> None:
+        """Kill all actors."""
+        for slot in self._slots:
+            self._discard(slot)
+
+    def take_num_lost(self) -> int:
+        """Actors lost since this was last called."""
+        lost, self._num_lost = self._num_lost, 0
+        return lost
+
+    def _start(self, timeout_s: float, num_ready: int) -> None:
+        """Set all actors up, creating those that lack; returns when `num_ready` are ready."""
+        now = self._runtime.now()
+        for slot in self._slots:
+            # What is still being computed belongs to another workload.
+            slot.is_alive, slot.setup, slot.calls, slot.info = False, None, [], None
+            slot.since, slot.num_losses, slot.resume_at = now, 0, 0.0
+        self._num_lost = 0
+        self._losses.clear()
+        while self.num_alive < num_ready:
+            self._wait(0.5)
+            if self._runtime.now() > now + timeout_s:
+                raise ResourcesError(
+                    f"{num_ready} workers must be ready within start_timeout_s={timeout_s:g}, "
+                    f"got {self.num_alive}: raise it, or see the logs of the nodes"
+                )
+
+    def _wait(self, timeout_s: float) -> None:
+        """Wait until something happened to a call, or something else is due; take care of it."""
+        self._revive()
+        watched: dict[ObjectRef[Any], tuple[S, Any]] = {}
+        for slot in self._slots:
+            if slot.setup is not None:
+                watched[slot.setup] = slot, None
+            for call in slot.calls:
+                watched[call.ref] = slot, call
+        ready = set(self._runtime.ready(list(watched), min(timeout_s, self._next_check_s())))
+        for ref, (slot, call) in watched.items():
+            # A call may have been lost with its actor a moment ago.
+            if ref in ready and (call is None or call in slot.calls):
+                self._settle(slot, ref, call)
+        self._end_overdue()
+
+    def _check_starved(self) -> None:
+        """Raise WorkerLostError if too few have been alive for too long."""
+        if self.num_alive >= self._num_needed:
+            return
+        lost_at = sorted(slot.since for slot in self._slots if not slot.is_alive)
+        # Of those the loss that left fewer than needed.
+        since = lost_at[len(self._slots) - self._num_needed]
+        if self._runtime.now() - since > self._failures.all_lost_s:
+            raise WorkerLostError(
+                f"at least {self._num_needed} workers must be alive within all_lost_s="
+                f"{self._failures.all_lost_s:g} after a loss, got {self.num_alive}: all nodes with "
+                "the resources of a worker may be gone"
+            )
+
+    def _revive(self) -> None:
+        """Set lost actors up again after their pause, in a new process where need be."""
+        now = self._runtime.now()
+        for number, slot in enumerate(self._slots):
+            if slot.is_alive or slot.setup is not None or slot.resume_at > now:
+                continue
+            if slot.actor is None:
+                slot.actor = self._make_actor(number)
+            slot.setup = slot.actor.setup.remote(*self._setup_of(slot))
+
+    def _settle(self, slot: S, ref: ObjectRef[Any], call: Any) -> None:
+        """Take what became of a call that has ended, or of setup if there is no `call`."""
+        try:
+            answer = self._runtime.get(ref)
+        except exceptions.RayError as error:
+            self._failed(slot, call, error)
+            return
+        if call is None:
+            slot.info = self._ready(slot, answer)
+            slot.is_alive, slot.setup, slot.since = True, None, self._runtime.now()
+            log.info("%s is ready: %s on %s", *slot.info[:3])
+            return
+        slot.calls.remove(call)
+        slot.num_losses = 0
+        self._losses.pop(call.work, None)
+        self._answered(slot, call, answer)
+
+    def _failed(self, slot: S, call: Any, error: exceptions.RayError) -> None:
+        """Do what `Failures.decide` says about a call that failed."""
+        if slot.calls and not isinstance(error, exceptions.RayTaskError):
+            # With an actor all its calls end, but it had begun with the first only.
+            call = slot.calls[0]
+        work = slot.work if call is None else call.work
+        slot.num_losses += 1
+        if call is not None and not call.is_redundant:
+            self._losses[work] += 1
+        decision = self._failures.decide(
+            Event(self._kind, slot.name, work, error), History(slot.num_losses, self._losses[work])
+        )
+        if isinstance(decision, Raise):
+            raise decision.error
+        slot.resume_at = self._runtime.now() + decision.after_s
+        if isinstance(decision, Retry):
+            lost = [] if call is None else [call]
+            if slot.calls[:1] in ([], [call]):
+                slot.since = self._runtime.now()
+            slot.calls = [other for other in slot.calls if other is not call]
+            slot.setup = None
+        else:
+            log.info("%s was lost: %s", slot.name, message(error).partition("\n")[0])
+            lost = slot.calls
+            self._num_lost += 1
+            self._discard(slot)
+        self._lost(slot, lost, lost_data=isinstance(decision, Retry))
+
+    def _discard(self, slot: S) -> None:
+        """Kill the actor; it may be dead, or out of reach and still at work."""
+        if slot.actor is not None:
+            self._runtime.kill(slot.actor)
+        slot.actor, slot.is_alive, slot.setup, slot.calls = None, False, None, []
+        slot.since = self._runtime.now()
+
+    def _end_overdue(self) -> None:
+        """Replace actors that have been at one call for longer than `Failures.timeout_s`."""
+        limit_s = self._failures.timeout_s
+        if limit_s is None:
+            return
+        latest = self._runtime.now() - limit_s
+        for slot in self._slots:
+            if slot.calls and slot.since <= latest:
+                error = exceptions.GetTimeoutError(f"it took longer than timeout_s={limit_s:g}")
+                self._failed(slot, slot.calls[0], error)
+
+    def _next_check_s(self) -> float:
+        """Seconds until something must be looked at though no call has ended."""
+        now = self._runtime.now()
+        times = self._more_checks()
+        for slot in self._slots:
+            if slot.setup is None and (slot.resume_at > now or not slot.is_alive):
+                times.append(slot.resume_at)
+            if slot.calls and self._failures.timeout_s is not None:
+                times.append(slot.since + self._failures.timeout_s)
+        if self.num_alive < self._num_needed:
+            times.append(now + 1.0)
+        return max(0.0, min(times, default=math.inf) - now)

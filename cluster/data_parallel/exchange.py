@@ -1,4 +1,4 @@
-"""`Exchange`: a round of questions becomes a message per shard, and the replies answers."""
+"""`Exchange`: turns a round of questions into a message per shard, and the replies into answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from metadist.trees import Params, zeros_like
 
 
 class Package(NamedTuple):
-    """What one shard is sent in a round: the arguments of `ShardWorker.compute`."""
+    """The arguments of `ShardWorker.compute` for one shard and one round."""
 
     message: Message
     shared: dict[Key, Array]
@@ -41,17 +41,20 @@ class Package(NamedTuple):
 
 @dataclass
 class Round:
-    """The questions of a round, with all that it takes to ask them, and to ask them again.
+    """The questions of a round, with everything that is needed to ask any shard at any time.
+
+    A shard that was lost is asked again by a new worker, which holds no trees; so a package is made
+    for each shard when it is sent, and the round keeps all trees until it ends.
 
     Args:
-        step: the outer step.
-        place: which round of a step it is: the answers of another step at the same place are
+        step: The outer step.
+        place: Which round of the step this is. The answers of an earlier step at the same place are
             older answers to the same questions.
-        requests: the questions.
-        trees: what they refer to.
-        alive: all trees that questions may refer to from now on.
-        layout: how trees become buffers.
-        positions: support examples of each shard.
+        requests: The questions.
+        trees: The trees that they refer to.
+        alive: All trees that later questions may refer to; shards forget the others.
+        layout: How trees become buffers.
+        positions: The support examples of each shard.
     """
 
     step: int
@@ -64,7 +67,7 @@ class Round:
     _flats: dict[Key, Array] = field(default_factory=dict)
 
     def package(self, part: int, held: frozenset[Key]) -> Package:
-        """For the shard `part`, which holds the trees `held`."""
+        """The package for the shard `part`, which holds the trees `held`."""
         missing = [key for key in self.trees if key not in held]
         own = {
             key: to_array(self.layout.pack_own(key[0], self.trees[key], self.positions[part]))
@@ -81,7 +84,7 @@ class Round:
 
 
 class Shards(Protocol):
-    """Whoever answers rounds."""
+    """Answers rounds: a `ShardPool`, or a dummy in tests."""
 
     def ask(self, round: Round) -> list[Reply]:
         """The reply of every shard, in their order."""
@@ -89,15 +92,17 @@ class Shards(Protocol):
 
 
 class Exchange:
-    """Packs questions, sends each tree once, and adds replies up in the order of the shards.
+    """Packs questions, sends each tree once, and adds up replies in the order of the shards.
 
-    A tree is known by its tensors: as long as they live, a shard that was sent it is not sent it
-    again.
+    A tree is identified by its tensors, not by its values: algorithms ask several times at the same
+    x and y, and never change a tensor in place. While the tensors live, a shard that holds the tree
+    is sent its key only. Weak references show when they have died, since their ids may then belong
+    to others. The fixed order of the sums makes runs with as many shards give the same bytes.
 
     Args:
-        shards: who answers.
-        layout: how trees become buffers.
-        positions: support examples of each shard, int64.
+        shards: The workers.
+        layout: How trees become buffers.
+        positions: The support examples of each shard, int64.
     """
 
     def __init__(self, shards: Shards, layout: Layout, positions: Sequence[Tensor]) -> None:
@@ -110,25 +115,21 @@ class Exchange:
     def ask(self, step: int, number: int, questions: list[Question]) -> list[Answer]:
         """The answers to the questions of round `number` of a step."""
         trees: dict[Key, Params] = {}
-        requests = tuple(
-            Request(
-                question.method,
-                question.draw,
-                self._keys(DERIVATIVES[question.method].takes, question.trees, trees),
-            )
-            for question in questions
-        )
+        requests: list[Request] = []
+        sums: list[list[_Sum]] = []
+        for question in questions:
+            derivative = DERIVATIVES[question.method]
+            keys = self._keys(derivative.takes, question.trees, trees)
+            requests.append(Request(question.method, question.draw, keys))
+            sums.append([_Sum(self._layout, role) for role in derivative.gives])
         place = (number, *((request.method, request.draw.source) for request in requests))  # type: ignore[union-attr]
-        replies = self._ask(step, place, requests, trees)
-        sums = [
-            [_Sum(self._layout, role) for role in DERIVATIVES[question.method].gives]
-            for question in questions
-        ]
+        replies = self._ask(step, place, tuple(requests), trees)
         for reply, index in zip(replies, self._positions, strict=True):
             buffer = _Buffer(read_only(reply.flat))
-            for answered, question_sums in zip(reply.answered, sums, strict=True):
-                for total in question_sums if answered else ():
-                    total.take(buffer, index)
+            for is_answered, question_sums in zip(reply.answered, sums, strict=True):
+                # A shard without examples of a mini-batch has nothing to add.
+                for total in question_sums if is_answered else ():
+                    total.add_next(buffer, index)
         return [
             tuple(total.tree(question.trees) for total in question_sums)
             for question, question_sums in zip(questions, sums, strict=True)
@@ -147,9 +148,16 @@ class Exchange:
     def _ask(
         self, step: int, place: Hashable, requests: tuple[Request, ...], trees: dict[Key, Params]
     ) -> list[Reply]:
-        alive = self._alive()
         return self._shards.ask(
-            Round(step, place, requests, trees, alive, self._layout, self._positions)
+            Round(
+                step=step,
+                place=place,
+                requests=requests,
+                trees=trees,
+                alive=self._alive(),
+                layout=self._layout,
+                positions=self._positions,
+            )
         )
 
     def _keys(
@@ -166,7 +174,7 @@ class Exchange:
         names = sorted(tree)
         signature = (role, *((name, id(tree[name])) for name in names))
         known = self._known.get(signature)
-        # An id may be that of a dead tensor.
+        # The id may have been that of a tensor that has died.
         if known is None or any(
             ref() is not tree[name] for ref, name in zip(known[1], names, strict=True)
         ):
@@ -184,7 +192,7 @@ class Exchange:
 
 
 class _Buffer:
-    """Reads a reply from its beginning to its end."""
+    """Reads a reply from beginning to end."""
 
     def __init__(self, flat: Tensor) -> None:
         self._flat = flat
@@ -204,8 +212,8 @@ class _Sum:
         self._flat: Tensor | None = None
         self._rows: list[tuple[Tensor, Params]] = []
 
-    def take(self, buffer: _Buffer, index: Tensor) -> None:
-        """Add what comes next of the reply of the shard with these support examples."""
+    def add_next(self, buffer: _Buffer, index: Tensor) -> None:
+        """Add the next part of the reply of the shard with these support examples."""
         if self._role == "value":
             self._add(buffer.read(1))
             return

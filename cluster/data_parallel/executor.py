@@ -169,7 +169,7 @@ class DataParallelExecutor(Executor):
         pool.forget()
         while variable.version < until_version:
             began = time.perf_counter()
-            computed_before, lost_before = pool.computing_s, pool.num_lost
+            computed_before = pool.computing_s
             (lease_id,) = variable.next_leases(1)
             lease = self._workload.lease(lease_id, variable.version)
             with intra_op_threads(self._workload.compute.num_threads):
@@ -183,8 +183,8 @@ class DataParallelExecutor(Executor):
                 results=(contribution.result,),
                 seconds=seconds,
                 waiting_s=max(0.0, self._workers.num_workers * seconds - computing_s),
-                num_workers=pool.num_ready,
-                lost_workers=pool.num_lost - lost_before,
+                num_workers=pool.num_alive,
+                lost_workers=pool.take_num_lost(),
             )
 
     def _compute(self, lease: Lease, variable: OuterVariable, pool: ShardPool) -> Contribution:
@@ -280,7 +280,7 @@ class DataParallelExecutor(Executor):
             "executor": "data_parallel",
             "policy": f"staleness {self._staleness}" if self._staleness else "bsp",
             "num_workers": str(self._workers.num_workers),
-            **({"device": devices_of(info.where for info in infos)} if infos else {}),
+            **({"device": devices_of(infos)} if infos else {}),
         }
 
     def close(self) -> None:

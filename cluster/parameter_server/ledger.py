@@ -1,4 +1,4 @@
-"""`Ledger`: which leases are out, which have come back, and which come next. Pure bookkeeping."""
+"""`Ledger`: which leases are in flight, which have arrived, and which come next."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from metadist.cluster.parameter_server.policies import Policy, View
 
 
 class Ledger:
-    """Every lease is at one place: to come, in flight, arrived, or applied.
+    """Pure bookkeeping: every lease is in one state: to come, in flight, arrived, or applied.
 
     Leases are handed out in the order of their numbers, lost ones first. No more are handed out
     than the steps up to `until_version` need, so nothing is in flight at the end.
 
     Args:
-        policy: decides.
-        leases_per_step: leases in a meta-batch.
-        version: of x now.
-        applied_below, applied: the leases that are in x, see `OuterState`.
-        until_version: where the run ends.
+        policy: Decides which leases may be handed out, and which are applied.
+        leases_per_step: The leases in a meta-batch.
+        version: The version of x now.
+        applied_below, applied: The leases in x, see `OuterState`.
+        until_version: The version at which the run ends.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class Ledger:
         self._policy = policy
         self._leases_per_step = leases_per_step
         self._until_version = until_version
-        known = frozenset(applied)
-        self._fresh = (n for n in itertools.count(applied_below) if n not in known)
+        in_x = frozenset(applied)
+        self._fresh = (n for n in itertools.count(applied_below) if n not in in_x)
         self._lost: list[int] = []
         self.version = version
         self.in_flight: dict[int, int] = {}
@@ -47,7 +47,7 @@ class Ledger:
         return View(self.version, self.in_flight, self.arrived, self._leases_per_step)
 
     def issue(self) -> int | None:
-        """The next lease, now in flight at the current version; None if none may go out."""
+        """The next lease, in flight from now on; None if none may be handed out."""
         num_needed = self._policy.leases_per_step(self._leases_per_step) * (
             self._until_version - self.version
         )
@@ -59,11 +59,11 @@ class Ledger:
         return lease_id
 
     def arrive(self, lease_id: int) -> None:
-        """The result of a lease in flight is there."""
+        """Note that the result of a lease in flight has arrived."""
         self.arrived[lease_id] = self.in_flight.pop(lease_id)
 
     def lose(self, lease_id: int) -> None:
-        """A lease in flight, or its result, is lost and has to be computed again."""
+        """Note that a lease in flight, or its result, is lost: it comes first from now on."""
         self.in_flight.pop(lease_id, None)
         self.arrived.pop(lease_id, None)
         heapq.heappush(self._lost, lease_id)
@@ -87,7 +87,7 @@ class Ledger:
         }
 
     def apply(self, lease_ids: Collection[int], version: int) -> None:
-        """These leases are in x, which now has `version`."""
+        """Note that these leases are in x, which now has `version`."""
         for lease_id in lease_ids:
             del self.arrived[lease_id]
         self.version = version

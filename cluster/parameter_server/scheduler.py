@@ -1,4 +1,4 @@
-"""`Scheduler`: who computes what at which version, and when x is stepped. Runs in the driver."""
+"""`Scheduler`: which worker computes what at which version of x, and when x is stepped."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ T = TypeVar("T")
 
 
 class Scheduler:
-    """Hands out leases and passes references to their results on; the data stays on the nodes.
+    """Runs in the driver: hands out leases and passes on references to their results.
+
+    The data stays on the nodes: sums go from workers to the server, and x from there to workers.
 
     Args:
-        workload: what the leases are cut from.
-        policy: when to step.
-        supervisor: of a started server.
-        pool: started workers.
+        workload: The workload that leases are cut from.
+        policy: Decides when to step.
+        supervisor: The supervisor of a started server.
+        pool: Started workers.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Scheduler:
         return self._with_server(self._supervisor.state)
 
     def _with_server(self, action: Callable[[], T]) -> T:
-        """What `action` returns, after as many servers as it takes."""
+        """What `action` returns; it is repeated whenever the server is lost and replaced."""
         while True:
             try:
                 return action()
@@ -78,7 +80,7 @@ class Scheduler:
                 self._ledger = None
 
     def _advance(self) -> StepReport | None:
-        """An outer step, if one can be taken; None after waiting for something to happen."""
+        """The report of an outer step; None if it waited for something to happen instead."""
         if self._ledger is None:
             self._ledger = self._open_ledger()
         ledger = self._ledger
@@ -95,14 +97,14 @@ class Scheduler:
         if step is None:
             return None
         now = time.perf_counter()
-        # The workers go on while the caller looks at the report.
+        # The workers compute while the caller looks at the report.
         self._hand_out(ledger)
         self._supervisor.stepped(step.version)
         seconds, self._ended = now - self._ended, now
         return self._report(step, done, seconds)
 
     def _open_ledger(self) -> Ledger:
-        """A ledger of what is in x; whatever else was handed out is computed again."""
+        """A ledger of the leases in x; all others that were handed out are computed again."""
         self._pool.forget()
         self._done: dict[int, Done] = {}
         progress: Progress = self._supervisor.ask([self._supervisor.server.progress.remote()])[0]
@@ -116,7 +118,7 @@ class Scheduler:
 
     def _hand_out(self, ledger: Ledger) -> None:
         while self._pool.has_room and (lease_id := ledger.issue()) is not None:
-            # Fresh ones come in the order of their numbers.
+            # Fresh ones come in the order of their numbers, so this one was handed out before.
             if lease_id < self._handed_out_below:
                 self._reissued.append(lease_id)
             self._handed_out_below = max(self._handed_out_below, lease_id + 1)
@@ -134,7 +136,8 @@ class Scheduler:
             return
         self._lose(event.lease.id, ledger)
         if event.lost_data:
-            # The server may have died with it: find out here, and not as the death of workers.
+            # x was lost, perhaps with the server: find out before the losses of workers that cannot
+            # read x add up to the end of the run.
             self._supervisor.ask(self._supervisor.versions())
             self._outer = self._supervisor.pull()
 
@@ -145,7 +148,7 @@ class Scheduler:
     def _apply(
         self, done: list[Done], weights: dict[int, float], ledger: Ledger
     ) -> StepResult | None:
-        """What the outer step did; None if a sum was lost with its node, before it was added."""
+        """What the outer step did; None if a sum was lost with its node before it was added."""
         results = [item.result for item in done]
         try:
             step, outer = self._supervisor.apply(
@@ -154,8 +157,9 @@ class Scheduler:
                 [item.totals for item in done],
             )
         except SumLost:
-            for item in done:
-                self._lose(item.result.lease_id, ledger)
+            # Which one is unknown, and the others were not added either.
+            for result in results:
+                self._lose(result.lease_id, ledger)
             return None
         self._outer = outer
         ledger.apply(weights, step.version)

@@ -1,21 +1,20 @@
-"""`Supervisor`: the parameter server, and what it takes to start another in its place."""
+"""`Supervisor`: asks the parameter server, and starts another one when it is lost."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-import ray
 from ray import ObjectRef, exceptions
 
 from metadist.cluster.actors.buffers import Array, OuterSpec, PackedState
 from metadist.cluster.actors.errors import ServerLostError, message
 from metadist.cluster.actors.failure import SERVER, Event, Failures, History, Raise, Retry
 from metadist.cluster.actors.options import Server
+from metadist.cluster.actors.pool import RAY, Runtime
 from metadist.outer import LeaseResult, StepResult, norm_of_blocks
 
 log = logging.getLogger("metadist.cluster")
@@ -34,18 +33,19 @@ class SumLost(Exception):
 
 
 class Supervisor:
-    """Asks the parameter server, and keeps a state from which another can go on.
+    """Asks the parameter server, and keeps a snapshot from which another one can resume.
 
-    The state is held in the shared memory of the driver's node. It is fetched while the workers
-    compute, and takes the place of the last one when it is there: two of them at the most, each
-    as large as a checkpoint.
+    Why snapshots: a process that Ray restarted would have lost x, and the last checkpoint may be
+    many steps old. A snapshot lies in the shared memory of the driver's node, outside the server's
+    process. It is fetched while the workers compute, and replaces the last one when it has arrived:
+    there are two at most, each as large as a checkpoint.
 
     The server is one actor or several, which own a slice of x each. Calls of one caller are
-    answered in their order, so what all are asked between two steps is of the same version. When
-    one is lost, all are replaced.
+    answered in their order, so what all are asked between two steps has the same version. When one
+    is lost, all are replaced: the others may have taken a step that it has not.
 
     Args:
-        make_server: creates the actor of that shard.
+        make_server: Creates the actor of that shard.
         failures: `max_losses` without a new version of x end the run; pauses between attempts.
         options: See `Server`.
         start_timeout_s: How long a server may take to start.
@@ -57,12 +57,14 @@ class Supervisor:
         failures: Failures,
         options: Server,
         start_timeout_s: float,
+        runtime: Runtime = RAY,
     ) -> None:
         self._make_server = make_server
         self._failures = failures
         self._snapshot_every = options.snapshot_every
         self._timeout_s = options.timeout_s
         self._start_timeout_s = start_timeout_s
+        self._runtime = runtime
         self._fetching: list[ObjectRef[Any]] = []
         self._asked_at = self._version = self._furthest = 0
         self._num_losses = self._num_lost = 0
@@ -80,17 +82,17 @@ class Supervisor:
         """Set the server up.
 
         Args:
-            parts: the state, of each shard its part.
-            specs: the descriptions of their slices of x.
-            setup: further arguments of `ParameterServer.setup`, the same for all.
+            parts: The state, cut into the parts of the shards.
+            specs: The descriptions of their slices of x.
+            setup: Further arguments of `ParameterServer.setup`, the same for all.
 
         Raises:
-            ServerLostError: it could not start.
+            ServerLostError: It could not start.
         """
         self._snapshot, self._specs, self._setup = parts, specs, setup
         self._furthest, self._num_losses = parts[0].version, 0
         if self.servers:
-            with suppress(ServerGone):
+            with suppress(ServerGone, ServerLostError):
                 return self._set_up()
             log.info("the parameter server of the last run is gone, starting another")
             self.stop()
@@ -103,33 +105,34 @@ class Supervisor:
     def stop(self) -> None:
         """Kill the server."""
         for server in self.servers:
-            ray.kill(server)
+            self._runtime.kill(server)
         self.servers = []
 
     def ask(self, refs: Sequence[ObjectRef[Any]], timeout_s: float | None = None) -> list[Any]:
-        """The answers of the server to calls; raises ServerGone if it is lost.
+        """The answers of the server to calls; `timeout_s` replaces that of this object.
 
-        `timeout_s` is used instead of that of this object.
+        Raises:
+            ServerGone: The server, or an answer of it, is lost.
+            SumLost: It could not read what it was sent.
         """
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         try:
-            return list(ray.get(list(refs), timeout=limit_s))
+            return list(self._runtime.get(list(refs), limit_s))
         except exceptions.GetTimeoutError:
             raise self._failed(_no_answer(limit_s)) from None
         except exceptions.RayError as error:
-            # An answer is lost with the node of the server that gave it.
             raise self._failed(error) from error
 
     def _failed(self, error: exceptions.RayError) -> Exception:
         """The exception to raise for a call that failed with `error`."""
         self._num_losses += 1
-        event = Event(
-            SERVER, "the parameter server", f"the step from version {self._version}", error
-        )
+        work = f"the step from version {self._version}"
+        event = Event(SERVER, "the parameter server", work, error)
         decision = self._failures.decide(event, History(self._num_losses))
         if isinstance(decision, Raise):
             return decision.error
         if isinstance(decision, Retry):
+            # No pause: the sum has to be computed again first.
             return SumLost(message(error))
         self._num_lost += 1
         return ServerGone(message(error), decision.after_s)
@@ -138,12 +141,13 @@ class Supervisor:
         """Seconds until this should be called again, while there is nothing else to ask it.
 
         Raises:
-            ServerGone: a server has not answered for too long.
+            ServerGone: A server has not answered for too long.
         """
         if self._timeout_s is None:
             return None
-        waited_s = time.perf_counter() - self._checked_at
-        if self._checking and _all_ready(self._checking):
+        now = self._runtime.now()
+        waited_s = now - self._checked_at
+        if self._checking and self._all_ready(self._checking):
             self.ask(self._checking)
             self._checking = []
         if self._checking:
@@ -151,7 +155,7 @@ class Supervisor:
                 raise self._failed(_no_answer(self._timeout_s))
             return self._timeout_s - waited_s
         if waited_s > self._timeout_s / 2:
-            self._checking, self._checked_at, waited_s = self.versions(), time.perf_counter(), 0.0
+            self._checking, self._checked_at, waited_s = self.versions(), now, 0.0
         return self._timeout_s / 2 - waited_s
 
     def versions(self) -> list[ObjectRef[Any]]:
@@ -159,7 +163,7 @@ class Supervisor:
         return [server.version.remote() for server in self.servers]
 
     def pull(self) -> tuple[ObjectRef[Any], ...]:
-        """References to x as workers take it, one for each shard."""
+        """References to x as workers read it, one for each shard."""
         return tuple(server.pull.remote() for server in self.servers)
 
     def read(self) -> list[Array]:
@@ -174,6 +178,11 @@ class Supervisor:
     ) -> tuple[StepResult, tuple[ObjectRef[Any], ...]]:
         """(what one outer step with these leases did, references to the new x).
 
+        Each step returns two objects. The driver reads the small one; the new x stays in the shared
+        memory of the server's node, and only its reference goes through the driver to the workers.
+        It is a return value, and nothing that the server puts there itself, because Ray deletes
+        what a process has put when that process dies; return values belong to the caller.
+
         Args:
             results: The leases.
             weights: The weight of each.
@@ -185,19 +194,17 @@ class Supervisor:
         else:
             # Two rounds: clipping needs the norm over all shards, and if one cannot take the step,
             # none may have taken it, or x would be of two versions.
+            pairs = zip(self.servers, pushed, strict=True)
             squares = self.ask(
-                [
-                    server.prepare.remote(results, weights, *mine)
-                    for server, mine in zip(self.servers, pushed, strict=True)
-                ]
+                [server.prepare.remote(results, weights, *sums) for server, sums in pairs]
             )
             norm = norm_of_blocks(itertools.chain.from_iterable(squares))
             calls = [server.commit.options(num_returns=2).remote(norm) for server in self.servers]
-        steps = self.ask([meta for meta, _ in calls])
+        steps = self.ask([step for step, _ in calls])
         return steps[0], tuple(outer for _, outer in calls)
 
     def state(self) -> list[PackedState]:
-        """Everything that must persist, by shard; another server would go on from here."""
+        """Everything that must persist, by shard; another server would resume from here."""
         self._keep(self.ask(self._states()))
         return self._snapshot
 
@@ -219,10 +226,10 @@ class Supervisor:
         return lost
 
     def replace(self, error: ServerGone) -> None:
-        """Start another server from the last state.
+        """Start another server from the last snapshot.
 
         Raises:
-            ServerLostError: servers were lost too often in a row.
+            ServerLostError: Servers were lost too often in a row.
         """
         self._fetch()
         while True:
@@ -233,7 +240,7 @@ class Supervisor:
                 self._snapshot[0].version,
                 str(error).partition("\n")[0],
             )
-            time.sleep(error.after_s)
+            self._runtime.sleep(error.after_s)
             self.stop()  # it may be out of reach and still at work
             try:
                 return self._set_up()
@@ -241,11 +248,11 @@ class Supervisor:
                 error = again
 
     def _set_up(self) -> None:
-        """Set the server up with the last state; makes one if there is none."""
+        """Set the server up with the last snapshot; makes one if there is none."""
         if not self.servers:
             self.servers = [self._make_server(number) for number in range(len(self._snapshot))]
-        refs = [ray.put(part) for part in self._snapshot]
-        self._snapshot = ray.get(refs)  # no longer in the memory of this process
+        refs = [self._runtime.put(part) for part in self._snapshot]
+        self._snapshot = self._runtime.get(refs)  # no longer in the memory of this process
         calls = [
             server.setup.remote(ref, spec, *self._setup)
             for server, ref, spec in zip(self.servers, refs, self._specs, strict=True)
@@ -253,23 +260,22 @@ class Supervisor:
         self.ask(calls, self._start_timeout_s)
         self._version = self._asked_at = self._snapshot[0].version
         self._fetching, self._checking = [], []
-        self._checked_at = time.perf_counter()
+        self._checked_at = self._runtime.now()
 
     def _fetch(self) -> None:
-        """Keep the state that was asked for, if it has come."""
-        if not self._fetching or not _all_ready(self._fetching):
+        """Keep the snapshot that was asked for, if it has arrived."""
+        if not self._fetching or not self._all_ready(self._fetching):
             return
         with suppress(exceptions.RayError):  # the next call to the server reports its loss
-            self._keep(ray.get(self._fetching))
+            self._keep(self._runtime.get(self._fetching))
         self._fetching = []
 
     def _keep(self, parts: list[PackedState]) -> None:
         if parts[0].version >= self._snapshot[0].version:
             self._snapshot = parts
 
-
-def _all_ready(refs: list[ObjectRef[Any]]) -> bool:
-    return len(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) == len(refs)
+    def _all_ready(self, refs: list[ObjectRef[Any]]) -> bool:
+        return len(self._runtime.ready(refs)) == len(refs)
 
 
 def _no_answer(limit_s: float | None) -> exceptions.RayError:

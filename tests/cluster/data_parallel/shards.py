@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from metadist.cluster import (
     DataParallelExecutor,
     Workers,
 )
-from metadist.cluster.actors.buffers import Array
+from metadist.cluster.actors.failure import Failures
 from metadist.cluster.data_parallel.exchange import Package, Round
 from metadist.cluster.data_parallel.executor import check_workload
-from metadist.cluster.data_parallel.layout import Key, Layout, Reply, ShardCheck, ShardInfo
+from metadist.cluster.data_parallel.layout import Key, Reply
 from metadist.cluster.data_parallel.worker import ShardWorker
+from metadist.cluster.data_parallel.worker_pool import ShardPool
 from metadist.executor import Executor, StepReport
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterState, OuterVariable
@@ -29,6 +30,7 @@ from metadist.task import Batch, Task
 from metadist.tasks import TextRegularisation
 from metadist.trees import Params
 from metadist.workload import Workload
+from tests.cluster.dummy import DummyCall, DummyRuntime
 from tests.cluster.toy import state_bytes
 from tests.helpers import with_compute
 from tests.problems import DOUBLE, assert_close, generator
@@ -131,42 +133,52 @@ class PreciseText(TextRegularisation):
         return {name: x.double() for name, x in super().init_outer(generator).items()}
 
 
-class LocalPool:
+class LocalActor:
+    """A `ShardWorker` in this process; `faults` take the place of its next replies, None: never."""
+
+    def __init__(self, number: int, runtime: DummyRuntime) -> None:
+        self._worker = ShardWorker(f"worker-{number}")
+        self._runtime = runtime
+        self._method: Callable[..., Any] = self._worker.setup
+        self.faults: list[BaseException | None] = []
+
+    def __getattr__(self, name: str) -> LocalActor:
+        self._method = getattr(self._worker, name)
+        return self
+
+    def remote(self, *arguments: Any) -> Any:
+        if self._method == self._worker.compute and self.faults:
+            return self._runtime.put(self.faults.pop(0))
+        values = [value.answer if isinstance(value, DummyCall) else value for value in arguments]
+        return self._runtime.put(self._method(*values))
+
+
+class LocalPool(ShardPool):
     """The shards in this process; `packages` are what each was sent, by round."""
 
     def __init__(self, num_shards: int) -> None:
-        self._workers = [ShardWorker(f"worker-{part}") for part in range(num_shards)]
-        self._held: list[frozenset[Key]] = [frozenset()] * num_shards
+        runtime = DummyRuntime()
+        super().__init__(
+            lambda number: LocalActor(number, runtime),
+            num_shards,
+            Failures(timeout_s=5.0),
+            staleness=0,
+            runtime=runtime,
+        )
         self.packages: list[list[Package]] = []
         self.replies: list[list[Reply]] = []
-        self.bytes_sent = self.bytes_received = self.oldest = self.num_lost = 0
-        self.num_ready = num_shards
-        self.computing_s = 0.0
-
-    def start(self, payload: bytes) -> list[ShardInfo]:
-        parts = len(self._workers)
-        return [worker.setup(payload, i, parts) for i, worker in enumerate(self._workers)]
-
-    def check(self, layout: Layout, shared: Array, owns: Sequence[Array]) -> list[ShardCheck]:
-        pairs = zip(self._workers, owns, strict=True)
-        return [worker.check(layout, shared, own) for worker, own in pairs]
-
-    def forget(self) -> None:
-        pass
 
     def ask(self, round: Round) -> list[Reply]:
-        pairs = enumerate(zip(self._workers, self._held, strict=True))
-        packages = [round.package(part, held) for part, (_, held) in pairs]
-        replies = []
-        for part, (worker, package) in enumerate(zip(self._workers, packages, strict=True)):
-            held = self._held[part] - set(package.message.forget) | package.shared.keys()
-            self._held[part] = frozenset(held)
-            replies.append(worker.compute(*package))
-        self.packages.append(packages)
-        self.replies.append(replies)
-        self.bytes_sent += sum(package.num_bytes for package in packages)
-        self.bytes_received += sum(reply.flat.nbytes for reply in replies)
-        return replies
+        sent: list[Package] = []
+
+        def note(part: int, held: frozenset[Key]) -> Package:
+            sent.append(Round.package(round, part, held))
+            return sent[-1]
+
+        round.package = note  # type: ignore[method-assign]
+        self.packages.append(sent)
+        self.replies.append(super().ask(round))
+        return self.replies[-1]
 
 
 class InProcess(DataParallelExecutor):
@@ -181,9 +193,9 @@ class InProcess(DataParallelExecutor):
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         check_workload(workload, self._staleness)
         self.pool = self.make_pool(self._workers.num_workers)
-        infos = self.pool.start(cloudpickle.dumps(workload))
-        self._pool = self.pool  # type: ignore[assignment]
-        self._open(self.pool, infos, workload, optimizer, state)  # type: ignore[arg-type]
+        self._pool = self.pool
+        infos = self.pool.start(10.0, cloudpickle.dumps(workload))
+        self._open(self.pool, infos, workload, optimizer, state)
 
     def run(self, until_version: int):
         return self._run(until_version)

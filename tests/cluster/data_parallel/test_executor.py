@@ -306,7 +306,7 @@ def test_nothing_is_sent_twice_and_nothing_kept_for_longer_than_needed():
     sent = [key for package in asked for key in package.shared]
     assert len(sent) == len(set(sent))
     # x, y, v, and x, y, v before
-    assert all(len(held) <= 8 for held in executor.pool._held)
+    assert all(len(slot.held) <= 8 for slot in executor.pool._slots)
     metrics = reports[-1].results[0].metrics
     # x (12 numbers in all shards' parts and ridge twice), y, v to 2 shards, 8 bytes each
     assert metrics["bytes_sent"] == 8 * (11 + 2 + 2 * 4 + 2 * 4)

@@ -164,7 +164,7 @@ def test_a_worker_that_is_killed_between_rounds_changes_no_byte(workers):
     reports = executor.run(3)
     next(reports)
     for info in executor._pool.infos[:2]:
-        os.kill(info.where.pid, signal.SIGKILL)
+        os.kill(info.pid, signal.SIGKILL)
     (last,) = reports
     assert bytes_of(executor.state()) == bytes_of(expected)
     assert last.lost_workers == 2 and last.num_workers == 3
@@ -325,7 +325,7 @@ def test_data_that_cannot_be_read_ends_the_start(ray_session, sampler, error, me
 def test_a_shard_that_changes_is_noticed(workers, tmp_path):
     executor = workers()
     solve(executor, SOBA(), 1, sampler=Changing(tmp_path))
-    os.kill(executor._pool.infos[1].where.pid, signal.SIGKILL)
+    os.kill(executor._pool.infos[1].pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match=r"shard 1 must hold the same examples whenever it is r"):
         list(executor.run(3))
 

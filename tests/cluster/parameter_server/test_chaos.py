@@ -110,7 +110,7 @@ class Chaos:
         alive = [
             slot
             for slot in self._running._pool._slots
-            if slot.alive and slot.info.pid not in self._dead
+            if slot.is_alive and slot.info.pid not in self._dead
         ]
         if not alive:
             return False

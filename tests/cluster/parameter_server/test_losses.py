@@ -27,6 +27,7 @@ from metadist.cluster import (
     Workers,
 )
 from metadist.cluster.actors.placement import Placement
+from metadist.cluster.actors.pool import Runtime
 from metadist.compute import Compute
 from tests.algorithms.directions import NEW_TASKS, trainer
 from tests.cluster.toy import (
@@ -104,8 +105,21 @@ def server_pid(running):
     return ray.get(running._supervisor.server.__ray_call__.remote(lambda _: os.getpid()))
 
 
-@pytest.mark.parametrize("how", ["ray.kill", "SIGKILL"])
-def test_a_killed_server_changes_no_byte(executor, caplog, how):
+class OutOfMemory(Runtime):
+    """Kills the server, and reports it as Ray's memory monitor does, once."""
+
+    def __init__(self, server: Any) -> None:
+        self.servers = [server]
+
+    def get(self, refs: Any, timeout_s: float | None = None) -> Any:
+        if self.servers:
+            kill_for_good(self.servers.pop())
+            raise exceptions.OutOfMemoryError("The actor was killed: the node is low on memory.")
+        return super().get(refs, timeout_s)
+
+
+@pytest.mark.parametrize("how", ["ray.kill", "SIGKILL", "out of memory"])
+def test_a_killed_server_changes_no_byte(executor, caplog, monkeypatch, how):
     running = executor()
     reports = running.run(4)
     seen = [next(reports), next(reports)]
@@ -113,15 +127,18 @@ def test_a_killed_server_changes_no_byte(executor, caplog, how):
     seen.append(next(reports))
     if how == "ray.kill":
         ray.kill(running._supervisor.server)
-    else:
+    elif how == "SIGKILL":
         os.kill(server_pid(running), signal.SIGKILL)
+    else:
+        runtime = OutOfMemory(running._supervisor.server)
+        monkeypatch.setattr(running._supervisor, "_runtime", runtime)
     seen += reports
     assert [report.step.version for report in seen] == [1, 2, 3, 3, 4]
     assert seen[2].step == seen[3].step
     assert state_bytes(running.state()) == state_bytes(local_run(4)[0])
     assert (total(seen, "lost_servers"), total(seen, "lost_workers")) == (1, 0)
     assert {8, 9, 10, 11} <= set(seen[3].reissued)
-    assert "lost at version 3 of x; another one resumes from version 2: " in caplog.text
+    assert "lost at version 3 of x; another one resumes from version 2: The actor" in caplog.text
 
 
 def kill_for_good(actor: Any) -> None:
@@ -160,7 +177,7 @@ def test_a_dead_server_is_no_death_of_workers_that_miss_its_x(executor):
 @pytest.mark.slow
 def test_a_server_that_always_dies_ends_the_run(executor):
     running = executor(make_workload(problem=FatalStep()), failures=Failures(max_losses=2))
-    message = "lost 2 times in a row without a new version of x, max_losses=2.* at version 0: "
+    message = "lost 2 times in a row without a new version of x, max_losses=2.* from version 0: "
     with pytest.raises(ServerLostError, match=message):
         list(running.run(2))
 

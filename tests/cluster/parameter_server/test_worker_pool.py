@@ -9,16 +9,10 @@ from ray import exceptions
 
 from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.placement import WorkerInfo
-from metadist.cluster.parameter_server import worker_pool as module
-from metadist.cluster.parameter_server.worker_pool import Done, Lost, WorkerPool
+from metadist.cluster.parameter_server.worker_pool import STUCK_FACTOR, Done, Lost, WorkerPool
 from metadist.outer import LeaseResult
 from metadist.workload import Lease
-
-
-class Call:
-    """A call of an actor; `answer` is what it returns or raises, None while it goes on."""
-
-    answer: object = None
+from tests.cluster.dummy import DummyCall, DummyRuntime
 
 
 class Actor:
@@ -26,7 +20,7 @@ class Actor:
 
     def __init__(self, number: int) -> None:
         self.info = WorkerInfo(f"worker-{number}", "cpu", "here", number)
-        self.calls: list[Call] = []
+        self.calls: list[DummyCall] = []
         self.setup = self.compute = self
 
     def options(self, num_returns: int):
@@ -34,7 +28,7 @@ class Actor:
         return self
 
     def remote(self, *arguments):
-        call = Call()
+        call = DummyCall()
         if isinstance(arguments[0], Lease):
             self.calls.append(call)
             return call, object()
@@ -42,7 +36,7 @@ class Actor:
         return call
 
     @property
-    def open(self) -> list[Call]:
+    def open(self) -> list[DummyCall]:
         """Its calls that go on."""
         return [call for call in self.calls if call.answer is None]
 
@@ -55,57 +49,17 @@ class Actor:
             call.answer = exceptions.ActorDiedError()
 
 
-class Clock:
-    """Time that passes only where something waits for it."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-class FakeRay:
-    """What `WorkerPool` asks of ray."""
-
-    ObjectRef = object
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-
-    def wait(self, refs, num_returns=1, timeout=None):
-        ready = [ref for ref in refs if ref.answer is not None]
-        if not ready:
-            assert timeout is not None, "it would wait for ever"
-            self._clock.sleep(timeout)
-        return ready, [ref for ref in refs if ref.answer is None]
-
-    def get(self, ref):
-        if isinstance(ref.answer, Exception):
-            raise ref.answer
-        return ref.answer
-
-    def kill(self, actor):
-        pass
+@pytest.fixture
+def clock():
+    return DummyRuntime()
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
-    return clock
-
-
-@pytest.fixture
-def start(monkeypatch, clock):
+def start(clock):
     """Makes (a pool, its actors by number, the newest of each).
 
     Every worker has had one lease, which took a second.
     """
-    monkeypatch.setattr(module, "ray", FakeRay(clock))
 
     def start(
         num_workers: int = 3, prefetch: int = 0, backup: float | None = None, **failures: Any
@@ -117,7 +71,7 @@ def start(monkeypatch, clock):
             return actors[number]
 
         limits = Failures(**{"backoff_s": 0.0, **failures})
-        pool: Any = WorkerPool(make, num_workers, limits, num_workers, prefetch, backup)
+        pool: Any = WorkerPool(make, num_workers, limits, num_workers, prefetch, backup, clock)
         pool.start(10.0, b"", None)
         for number in range(num_workers):
             first = lease(number, 0)
@@ -226,9 +180,9 @@ def ids(events) -> list[int]:
 
 
 def test_a_busy_worker_is_given_its_next_lease_before_it_is_idle(start, clock):
-    before = clock.now
+    before = clock.time
     pool, actors = busy(start)
-    assert clock.now == before + 1.0 + 0.5
+    assert clock.time == before + 1.0 + 0.5
     pool.submit(LEASE, (object(),))
     assert not pool.has_room, "one beside the one it computes"
     actors[0].answer(lease(10))
@@ -256,7 +210,7 @@ def test_a_dead_worker_loses_all_it_had_and_what_it_computed_is_blamed(start):
     pool.submit(LEASE, (object(),))
     actors[0].die()
     assert pool.wait(0.0) == [Lost(lease(10), False), Lost(LEASE, False)]
-    assert pool._lease_losses == {10: 1}
+    assert pool._losses == {"lease 10 (tasks 10)": 1}
     assert pool.take_num_lost() == 1
 
 
@@ -267,12 +221,12 @@ def test_what_a_dead_worker_has_answered_is_not_lost(start):
     actors[0].die()
     done, lost = pool.wait(0.0)
     assert ids([done]) == [10] and lost == Lost(LEASE, False)
-    assert pool._lease_losses == {7: 1}
+    assert pool._losses == {"lease 7 (tasks 7)": 1}
 
 
 def test_what_is_stuck_behind_a_slow_lease_goes_to_an_idle_worker(start, clock):
     pool, actors = busy(start, num_workers=2)
-    began = clock.now - 0.5
+    began = clock.time - 0.5
     pool.submit(LEASE, (object(),))
     (slow,) = holders(pool)
     actors[1 - slow].answer(lease(11 - slow))
@@ -282,7 +236,7 @@ def test_what_is_stuck_behind_a_slow_lease_goes_to_an_idle_worker(start, clock):
     while len(holders(pool)) < 2:
         assert pool.wait() == []
         pool.back_up()
-    assert clock.now == began + module.STUCK_FACTOR
+    assert clock.time == began + STUCK_FACTOR
     assert holders(pool, lease(10 + slow)) == [slow], "no backup of what has begun"
     actors[1 - slow].answer(LEASE)
     (done,) = pool.wait(0.0)
