@@ -240,7 +240,7 @@ def test_what_is_stuck_behind_a_slow_lease_goes_to_an_idle_worker(start, clock):
     assert holders(pool, lease(10 + slow)) == [slow], "no backup of what has begun"
     actors[1 - slow].answer(LEASE)
     (done,) = pool.wait(0.0)
-    assert done.worker == f"worker-{1 - slow}"
+    assert done.result.worker == f"worker-{1 - slow}"
     actors[slow].answer(lease(10 + slow))
     actors[slow].answer(LEASE)
     assert ids(pool.wait(0.0)) == [10 + slow]
