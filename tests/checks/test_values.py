@@ -71,6 +71,16 @@ def test_every_declared_rule_refuses_what_is_outside(owner, field, value, words)
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("owner", classes_with_rules(), ids=lambda owner: owner.__name__)
+def test_a_field_that_is_declared_again_keeps_its_rule(owner):
+    for base in inspect.getmro(owner)[1:]:
+        if not dataclasses.is_dataclass(base):
+            continue
+        ruled = {each.name for each in dataclasses.fields(base) if "rule" in each.metadata}
+        ours = {each.name for each in dataclasses.fields(owner) if "rule" in each.metadata}
+        assert ruled <= ours, f"{owner.__name__} drops a rule of {base}"
+
+
 @dataclasses.dataclass
 class Example:
     """One of each kind."""
