@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ray import exceptions
 
+from metadist.checks.values import check_fields, rule
 from metadist.cluster.actors.errors import (
     ClusterError,
     LeaseError,
@@ -121,20 +122,14 @@ class Failures:
         all_lost_s: The run ends when it has been without workers for so long.
     """
 
-    max_losses: int = 5
-    timeout_s: float | None = None
-    backoff_s: float = 0.5
-    max_backoff_s: float = 10.0
-    all_lost_s: float = 300.0
+    max_losses: int = rule(5, ge=1)
+    timeout_s: float | None = rule(None, gt=0, none="for no limit")
+    backoff_s: float = rule(0.5, ge=0)
+    max_backoff_s: float = rule(10.0, ge=0)
+    all_lost_s: float = rule(300.0, ge=0)
 
     def __post_init__(self) -> None:
-        if self.max_losses < 1:
-            raise ValueError(f"max_losses must be >= 1, got {self.max_losses}")
-        for name in ("backoff_s", "max_backoff_s", "all_lost_s"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        if self.timeout_s is not None and not self.timeout_s > 0:
-            raise ValueError(f"timeout_s must be > 0 or None for no limit, got {self.timeout_s}")
+        check_fields(self)
 
     def decide(self, event: Event, history: History) -> Decision:
         """What to do about a call that failed; a pure function."""

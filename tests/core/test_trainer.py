@@ -398,8 +398,6 @@ REFUSED = [
         r"meta_batch_size must be a multiple of tasks_per_lease \(3\), got 4",
     ),
     ({"num_threads": 0}, "num_threads must be >= 1 or None, got 0"),
-    ({"batch_size": 0}, "batch_size must be >= 1 or None, got 0"),
-    ({"chunk_size": -1}, "chunk_size must be >= 1 or None, got -1"),
     ({"sampler": object()}, r"it must have a method sample\(index: int\) -> Task, got object"),
     ({"problem": object()}, "problem must have the methods init_outer, .* got object without"),
     (

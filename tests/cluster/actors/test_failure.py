@@ -148,18 +148,3 @@ def test_too_many_losses_in_a_row_end_the_run(kind, history, error, text):
     assert str(decision.error).startswith(text)
     assert str(decision.error).endswith("The last loss, at WORK: the node is full")
     assert decision.error.__cause__ is lost
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_losses": 0}, "max_losses must be >= 1, got 0"),
-        ({"timeout_s": 0.0}, "timeout_s must be > 0 or None for no limit, got 0.0"),
-        ({"backoff_s": -1}, "backoff_s must be >= 0, got -1"),
-        ({"max_backoff_s": -1}, "max_backoff_s must be >= 0, got -1"),
-        ({"all_lost_s": -1}, "all_lost_s must be >= 0, got -1"),
-    ],
-)
-def test_errors_name_field_rule_and_value(options, message):
-    with pytest.raises(ValueError, match=message):
-        Failures(**options)
