@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from metadist.algorithm import Estimate, InnerState, State
-from metadist.algorithms.parts.checks import check_at_least, check_choice, check_within
 from metadist.algorithms.parts.implicit import (
     AdjointState,
     adjoint_rate,
@@ -22,6 +21,7 @@ from metadist.algorithms.parts.linear import (
     fixed_point,
     neumann,
 )
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, zeros_like
 
@@ -66,19 +66,17 @@ class AID(InnerLoop):
     It never starts v from the last v.
     """
 
-    solver: Literal["cg", "fixed_point", "neumann"] = "cg"
-    adjoint_steps: int = 10
+    solver: Literal["cg", "fixed_point", "neumann"] = rule(
+        "cg", one_of=("cg", "fixed_point", "neumann")
+    )
+    adjoint_steps: int = rule(10, ge=1)
     adjoint_lr: float | None = None
-    damping: float = 0.0
-    tolerance: float = 1e-10
+    damping: float = rule(0.0, ge=0.0)
+    tolerance: float = rule(1e-10, ge=0, le=1)
     warm_start: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("solver", self.solver, ("cg", "fixed_point", "neumann"))
-        check_at_least("adjoint_steps", self.adjoint_steps, 1)
-        check_at_least("damping", self.damping, 0.0)
-        check_within("tolerance", self.tolerance, 0, 1)
         check_adjoint_lr(self, self.adjoint_lr, self.solver)
         if self.warm_start and self.solver == "neumann":
             raise ValueError(

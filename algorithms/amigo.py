@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.checks import check_at_least, check_choice
 from metadist.algorithms.parts.implicit import (
     AdjointState,
     adjoint_rate,
@@ -16,6 +15,7 @@ from metadist.algorithms.parts.implicit import (
 )
 from metadist.algorithms.parts.inner import InnerLoop
 from metadist.algorithms.parts.linear import conjugate_gradient, fixed_point
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, zeros_like
 
@@ -48,14 +48,12 @@ class AmIGO(InnerLoop):
     |H v - f_y|^2 instead is left out: it squares the condition number.
     """
 
-    solver: Literal["gd", "cg"] = "gd"
-    adjoint_steps: int = 10
+    solver: Literal["gd", "cg"] = rule("gd", one_of=("gd", "cg"))
+    adjoint_steps: int = rule(10, ge=1)
     adjoint_lr: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("solver", self.solver, ("gd", "cg"))
-        check_at_least("adjoint_steps", self.adjoint_steps, 1)
         check_adjoint_lr(self, self.adjoint_lr, self.solver)
 
     @property

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.func import grad
 
 from metadist.algorithm import Estimate, InnerState
-from metadist.algorithms.parts.checks import check_at_least, check_choice, check_positive
 from metadist.algorithms.parts.inner import InnerLoop, decayed, repeat
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.problem import Problem
 from metadist.task import Task
@@ -53,19 +53,11 @@ class BOME(InnerLoop):
     momentum on the step of y; `rounds` is an addition.
     """
 
-    y_lr: float = 0.1
-    eta: float = 0.5
-    phi: Literal["gradient", "value"] = "gradient"
-    epsilon: float = 1e-8
-    rounds: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("y_lr", self.y_lr)
-        check_positive("eta", self.eta)
-        check_choice("phi", self.phi, ("gradient", "value"))
-        check_positive("epsilon", self.epsilon)
-        check_at_least("rounds", self.rounds, 1)
+    y_lr: float = rule(0.1, gt=0)
+    eta: float = rule(0.5, gt=0)
+    phi: Literal["gradient", "value"] = rule("gradient", one_of=("gradient", "value"))
+    epsilon: float = rule(1e-8, gt=0)
+    rounds: int = rule(1, ge=1)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         return repeat(self._move, self.rounds, oracle, context, state)

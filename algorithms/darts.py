@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Estimate, InnerState
-from metadist.algorithms.parts.checks import check_positive
 from metadist.algorithms.parts.differences import difference_product
 from metadist.algorithms.parts.inner import InnerLoop
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, sub
 
@@ -37,11 +37,7 @@ class DARTS(InnerLoop):
     rate; the paper has it at y_0, times inner_lr, with T = 1.
     """
 
-    epsilon: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("epsilon", self.epsilon)
+    epsilon: float = rule(0.01, gt=0)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         y = self.descend(oracle, context, state.inner)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.checks import check_choice, check_positive, check_within
 from metadist.algorithms.parts.inner import InnerLoop, InnerOptimizer, decayed
+from metadist.checks.values import rule
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, scale, sub, zeros_like
 
@@ -63,18 +63,10 @@ class F2SA(InnerLoop):
     re-implementation takes g_y for y at z; here it is at y.
     """
 
-    y_lr: float | None = None
-    lam: float = 10.0
-    lam_growth: float = 0.0
-    order: Literal[1, 2] = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.y_lr is not None:
-            check_positive("y_lr", self.y_lr)
-        check_positive("lam", self.lam)
-        check_within("lam_growth", self.lam_growth, 0, 1)
-        check_choice("order", self.order, (1, 2))
+    y_lr: float | None = rule(None, gt=0, none="for inner_lr")
+    lam: float = rule(10.0, gt=0)
+    lam_growth: float = rule(0.0, ge=0, le=1)
+    order: Literal[1, 2] = rule(1, one_of=(1, 2))
 
     @property
     def tolerates_staleness(self) -> bool:

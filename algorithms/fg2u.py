@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from metadist.algorithm import Estimate, InnerState
-from metadist.algorithms.parts.checks import check_at_least, check_choice
 from metadist.algorithms.parts.differences import random_pair
 from metadist.algorithms.parts.inner import GradientDescent
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, dot, scale, zeros_like
 
@@ -44,13 +44,10 @@ class FG2U(GradientDescent):
     output, is left out; PZOBO comes nearest to it.
     """
 
-    num_directions: int = 8
-    directions: Literal["rademacher", "normal"] = "rademacher"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least("num_directions", self.num_directions, 1)
-        check_choice("directions", self.directions, ("rademacher", "normal"))
+    num_directions: int = rule(8, ge=1)
+    directions: Literal["rademacher", "normal"] = rule(
+        "rademacher", one_of=("rademacher", "normal")
+    )
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         y = state.inner

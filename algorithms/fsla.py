@@ -8,10 +8,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.checks import check_positive, check_within
 from metadist.algorithms.parts.implicit import AdjointLoop
 from metadist.algorithms.parts.linear import relative_residual
 from metadist.algorithms.parts.recursion import falling_weight, recursion
+from metadist.checks.values import rule
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, sub, zeros_like
 
@@ -60,13 +60,8 @@ class FSLA(AdjointLoop):
     step size's; inner_steps > 1 moves y and v several times at one x.
     """
 
-    outer_weight: float = 0.5
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("outer_weight", self.outer_weight)
-        check_within("weight_decay", self.weight_decay, 0, 1)
+    outer_weight: float = rule(0.5, gt=0)
+    weight_decay: float = rule(0.0, ge=0, le=1)
 
     @property
     def tolerates_staleness(self) -> bool:

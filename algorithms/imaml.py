@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.checks import check_at_least, check_positive, check_within
 from metadist.algorithms.parts.implicit import hessian, implicit_gradient
 from metadist.algorithms.parts.inner import InnerLoop, InnerOptimizer, decayed
 from metadist.algorithms.parts.linear import conjugate_gradient
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, scale, sub
 
@@ -57,17 +57,10 @@ class IMAML(InnerLoop):
 
     trains = "both"
 
-    lam: float = 1.0
-    adjoint_steps: int = 5
-    damping: float = 0.0
-    tolerance: float = 1e-10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("lam", self.lam)
-        check_at_least("adjoint_steps", self.adjoint_steps, 1)
-        check_at_least("damping", self.damping, 0.0)
-        check_within("tolerance", self.tolerance, 0, 1)
+    lam: float = rule(1.0, gt=0)
+    adjoint_steps: int = rule(5, ge=1)
+    damping: float = rule(0.0, ge=0.0)
+    tolerance: float = rule(1e-10, ge=0, le=1)
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> IMAMLState:
         return IMAMLState(inner, inner)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.checks import check_at_least
 from metadist.algorithms.parts.implicit import hessian, implicit_gradient
 from metadist.algorithms.parts.inner import InnerLoop
 from metadist.algorithms.parts.linear import Krylov, empty_krylov, extend, project
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, num_elements, sub, zeros_like
 
@@ -66,18 +66,14 @@ class LancBiO(InnerLoop):
     anchor, is left out: it drops a direction per cycle, and with m = 1 does not move x at all.
     """
 
-    adjoint_steps: int = 5
-    subspace_start: int = 1
-    subspace_growth: float = 1.1
-    subspace_every: int = 20
+    adjoint_steps: int = rule(5, ge=1)
+    subspace_start: int = rule(1, ge=1)
+    subspace_growth: float = rule(1.1, ge=1.0)
+    subspace_every: int = rule(20, ge=1)
     subspace_cap: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("adjoint_steps", self.adjoint_steps, 1)
-        check_at_least("subspace_start", self.subspace_start, 1)
-        check_at_least("subspace_growth", self.subspace_growth, 1.0)
-        check_at_least("subspace_every", self.subspace_every, 1)
         for field in ("subspace_start", "adjoint_steps"):
             if getattr(self, field) > self.subspace_cap:
                 raise ValueError(

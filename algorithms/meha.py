@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.checks import check_positive
 from metadist.algorithms.parts.inner import SingleLoop, decayed
+from metadist.checks.values import rule
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, norm, sub
 
@@ -63,18 +63,10 @@ class MEHA(SingleLoop):
 
     takes_prox = True
 
-    y_lr: float = 0.1
-    gamma: float = 1.0
-    c: float = 10.0
-    c_power: float = 0.25
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("y_lr", self.y_lr)
-        check_positive("gamma", self.gamma)
-        check_positive("c", self.c)
-        if not 0 <= self.c_power < 0.5:
-            raise ValueError(f"c_power must be in [0, 0.5), got {self.c_power}")
+    y_lr: float = rule(0.1, gt=0)
+    gamma: float = rule(1.0, gt=0)
+    c: float = rule(10.0, gt=0)
+    c_power: float = rule(0.25, ge=0, lt=0.5)
 
     @property
     def tolerates_staleness(self) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.checks import check_positive
 from metadist.algorithms.parts.implicit import (
     AdjointState,
     adjoint_rate,
@@ -14,6 +13,7 @@ from metadist.algorithms.parts.implicit import (
 )
 from metadist.algorithms.parts.inner import SingleLoop, decayed
 from metadist.algorithms.parts.linear import fixed_point
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, zeros_like
 
@@ -44,12 +44,7 @@ class NoLoopAID(SingleLoop):
     The no-loop variant of AID; of it the updates, not the rates. No official code was found.
     """
 
-    adjoint_lr: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.adjoint_lr is not None:
-            check_positive("adjoint_lr", self.adjoint_lr)
+    adjoint_lr: float | None = rule(None, gt=0, none="for inner_lr")
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> AdjointState:
         return AdjointState(inner, zeros_like(inner))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Estimate, InnerState
-from metadist.algorithms.parts.checks import check_at_least, check_positive
 from metadist.algorithms.parts.implicit import hessian, implicit_gradient
 from metadist.algorithms.parts.inner import InnerLoop
 from metadist.algorithms.parts.linear import nystrom
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, num_elements
 
@@ -44,13 +44,8 @@ class Nystrom(InnerLoop):
     left out and reported.
     """
 
-    rank: int = 5
-    damping: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least("rank", self.rank, 1)
-        check_positive("damping", self.damping)
+    rank: int = rule(5, ge=1)
+    damping: float = rule(0.1, gt=0)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         y = self.descend(oracle, context, state.inner)

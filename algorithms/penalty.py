@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.checks import check_at_least, check_positive
 from metadist.algorithms.parts.inner import InnerLoop, InnerOptimizer, decayed
 from metadist.algorithms.parts.linear import relative_residual
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, dot, norm, scale, sub, zeros_like
 
@@ -63,24 +63,13 @@ class Penalty(InnerLoop):
     "sgd" where the code has Adam.
     """
 
-    rho: float = 1.0
-    lam: float = 0.01
-    eps: float = 0.01
-    rho_factor: float = 1.0
-    lam_factor: float = 0.9
-    eps_factor: float = 0.9
-    lr_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("rho", self.rho)
-        check_at_least("lam", self.lam, 0)
-        check_positive("eps", self.eps)
-        check_at_least("rho_factor", self.rho_factor, 1)
-        for field in ("lam_factor", "eps_factor", "lr_factor"):
-            value = getattr(self, field)
-            if not 0 < value <= 1:
-                raise ValueError(f"{field} must be in (0, 1], got {value}")
+    rho: float = rule(1.0, gt=0)
+    lam: float = rule(0.01, ge=0)
+    eps: float = rule(0.01, gt=0)
+    rho_factor: float = rule(1.0, ge=1)
+    lam_factor: float = rule(0.9, gt=0, le=1)
+    eps_factor: float = rule(0.9, gt=0, le=1)
+    lr_factor: float = rule(1.0, gt=0, le=1)
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> PenaltyState:
         leaf = next(iter(inner.values()))

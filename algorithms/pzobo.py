@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Estimate, InnerState
-from metadist.algorithms.parts.checks import check_at_least, check_positive
 from metadist.algorithms.parts.differences import random_pair
 from metadist.algorithms.parts.inner import InnerLoop
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, dot, scale, sub, zeros_like
 
@@ -45,13 +45,8 @@ class PZOBO(InnerLoop):
 
     trains = "both"
 
-    mu: float = 0.01
-    num_directions: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("mu", self.mu)
-        check_at_least("num_directions", self.num_directions, 1)
+    mu: float = rule(0.01, gt=0)
+    num_directions: int = rule(8, ge=1)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         start = state.inner

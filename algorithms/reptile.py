@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Algorithm, Estimate, InnerState
-from metadist.algorithms.parts.checks import check_sgd
 from metadist.algorithms.parts.inner import sgd
+from metadist.checks.values import check_fields, rule
 from metadist.oracle import Oracle
 from metadist.problem import Problem, context_depends_on
 from metadist.task import Task
@@ -43,12 +43,12 @@ class Reptile(Algorithm):
 
     trains = "start"
 
-    inner_steps: int = 5
-    inner_lr: float = 0.1
-    momentum: float = 0.0
+    inner_steps: int = rule(5, ge=1)
+    inner_lr: float = rule(0.1, gt=0)
+    momentum: float = rule(0.0, ge=0, lt=1)
 
     def __post_init__(self) -> None:
-        check_sgd(self.inner_steps, self.inner_lr, self.momentum)
+        check_fields(self)
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> InnerState:
         return InnerState(inner)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from metadist.algorithm import Estimate, InnerState, State
-from metadist.algorithms.parts.checks import check_positive
 from metadist.algorithms.parts.differences import difference_product
 from metadist.algorithms.parts.inner import (
     BETA1,
@@ -20,6 +19,7 @@ from metadist.algorithms.parts.inner import (
     adam_step,
     decayed,
 )
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, multiply, sub, tree_map, zeros_like
 
@@ -63,11 +63,7 @@ class SAMA(InnerLoop):
     beside y, where the official code has 1.
     """
 
-    epsilon: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("epsilon", self.epsilon)
+    epsilon: float = rule(0.01, gt=0)
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> State:
         if self.inner_optimizer == "sgd":

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from metadist.algorithm import Estimate, InnerState
 from metadist.algorithms.parts.inner import InnerLoop
-from metadist.algorithms.parts.neumann import check_chain, draw_bundle, neumann_estimate
+from metadist.algorithms.parts.neumann import draw_bundle, neumann_estimate
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params
 
@@ -40,12 +41,8 @@ class StocBiO(InnerLoop):
     which is another vector unless adjoint_lr H = 1/2; and it uses one batch for all factors.
     """
 
-    adjoint_steps: int = 10
-    adjoint_lr: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_chain(self.adjoint_steps, self.adjoint_lr)
+    adjoint_steps: int = rule(10, ge=0)
+    adjoint_lr: float = rule(0.1, gt=0)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         y = self.descend(oracle, context, state.inner)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.checks import check_at_least
 from metadist.algorithms.parts.implicit import (
     AdjointState,
     adjoint_rate,
@@ -15,6 +14,7 @@ from metadist.algorithms.parts.implicit import (
 )
 from metadist.algorithms.parts.inner import InnerLoop
 from metadist.algorithms.parts.linear import Product, Solution, in_span
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, zeros_like
 
@@ -50,12 +50,11 @@ class SubBiO(InnerLoop):
     """
 
     adjoint_lr: float | None = None
-    adjoint_steps: int = 1
+    adjoint_steps: int = rule(1, ge=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_adjoint_lr(self, self.adjoint_lr)
-        check_at_least("adjoint_steps", self.adjoint_steps, 1)
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> AdjointState:
         return AdjointState(inner, zeros_like(inner))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metadist.algorithms.parts.checks import check_at_least
 from metadist.algorithms.parts.neumann import draw_bundle, truncated_estimate
 from metadist.algorithms.parts.recursion import Estimator, RecursiveMomentum
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 
 
@@ -20,7 +20,10 @@ class SUSTAIN(RecursiveMomentum):
     The draws of the P_i are independent; p and the draws are the same at both points of a
     difference, and p is the same for all tasks of a step. The mean of v over p is the Neumann
     series' first Q terms, those of MRBO with adjoint_steps = Q - 1. Half the products on average,
-    for a variance that grows with Q. `adjoint_steps` is Q, >= 1.
+    for a variance that grows with Q.
+
+    Args:
+        adjoint_steps: Q, >= 1.
 
     For: strongly convex, mini-batches.
     Cost: 2 (T G + F + (Q-1)/2 H + J) on average.
@@ -34,9 +37,7 @@ class SUSTAIN(RecursiveMomentum):
     bilevel solvers; the estimate of v is that of Ghadimi and Wang, 2018.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least("adjoint_steps", self.adjoint_steps, 1)
+    adjoint_steps: int = rule(10, ge=1)
 
     def draw_estimator(self, oracle: Oracle) -> Estimator:
         num_factors = int(oracle.uniform() * self.adjoint_steps)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Estimate, InnerState
-from metadist.algorithms.parts.checks import check_positive
 from metadist.algorithms.parts.implicit import implicit_gradient
 from metadist.algorithms.parts.inner import InnerLoop
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, scale
 
@@ -37,11 +37,7 @@ class T1T2(InnerLoop):
     Regularization Hyperparameters", ICML 2016. Details beyond the formula were not checked.
     """
 
-    adjoint_lr: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("adjoint_lr", self.adjoint_lr)
+    adjoint_lr: float = rule(1.0, gt=0)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         y = self.descend(oracle, context, state.inner)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.checks import check_at_least, check_positive
 from metadist.algorithms.parts.inner import InnerLoop, decayed, repeat
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, norm, scale, sub
 
@@ -52,28 +52,23 @@ class VPBGD(InnerLoop):
     Differs: x is stepped by the outer optimiser.
     """
 
-    y_lr: float = 0.1
-    gamma_init: float = 0.0
-    gamma_max: float = 10.0
-    gamma_steps: int = 0
-    rounds: int = 1
+    y_lr: float = rule(0.1, gt=0)
+    gamma_init: float = rule(0.0, ge=0)
+    gamma_max: float = rule(10.0, gt=0)
+    gamma_steps: int = rule(0, ge=0)
+    rounds: int = rule(1, ge=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("y_lr", self.y_lr)
-        check_at_least("gamma_init", self.gamma_init, 0)
-        check_positive("gamma_max", self.gamma_max)
         if self.gamma_init > self.gamma_max:
             raise ValueError(
                 f"gamma_init must be <= gamma_max ({self.gamma_max}), got {self.gamma_init}"
             )
-        check_at_least("gamma_steps", self.gamma_steps, 0)
         if self.gamma_init and not self.gamma_steps:
             raise ValueError(
                 f"gamma_init must be 0 with gamma_steps=0, got {self.gamma_init}: without a rise, "
                 "gamma is gamma_max throughout"
             )
-        check_at_least("rounds", self.rounds, 1)
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> VPBGDState:
         return VPBGDState(inner, inner)

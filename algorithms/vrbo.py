@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.checks import check_at_least
 from metadist.algorithms.parts.inner import SingleLoop
 from metadist.algorithms.parts.neumann import (
     average,
-    check_chain,
     draw_bundle,
     neumann_estimate,
     whole_bundle,
 )
 from metadist.algorithms.parts.recursion import RecursiveState, new_recursive_state, recursion
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, norm
 
@@ -57,15 +56,10 @@ class VRBO(SingleLoop):
     of the same x.
     """
 
-    inner_steps: int = 3
-    adjoint_steps: int = 10
-    adjoint_lr: float = 0.1
-    period: int = 10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_chain(self.adjoint_steps, self.adjoint_lr)
-        check_at_least("period", self.period, 1)
+    inner_steps: int = rule(3, ge=1)
+    adjoint_steps: int = rule(10, ge=0)
+    adjoint_lr: float = rule(0.1, gt=0)
+    period: int = rule(10, ge=1)
 
     def recursive_weight(self, step: int) -> float:
         return 0.0 if step % self.period else 1.0

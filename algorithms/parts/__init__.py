@@ -5,5 +5,4 @@ unrolling: derivatives through the steps of the inner loop (with `higher`: by th
 linear: solvers for H v = b by products alone;   implicit: H, and the estimate f_x - J v
 neumann: random chains for the adjoint;   recursion: momentum of differences
 differences: J v by differences of first derivatives, random directions
-checks: rules for hyperparameters
 """

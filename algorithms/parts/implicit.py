@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from metadist.algorithms.parts.checks import check_positive, check_within
 from metadist.algorithms.parts.inner import InnerLoop, SingleLoop, decayed
 from metadist.algorithms.parts.linear import Product, relative_residual
+from metadist.checks.values import check, rule
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, sub
 
@@ -66,7 +66,7 @@ def check_adjoint_lr(loop: InnerLoop, adjoint_lr: float | None, solver: str = ""
                 "gradients have no rate"
             )
     elif adjoint_lr is not None:
-        check_positive("adjoint_lr", adjoint_lr)
+        check("adjoint_lr", adjoint_lr, gt=0)
     elif loop.inner_optimizer != "sgd":
         raise ValueError(
             f"adjoint_lr must be given with inner_optimizer={loop.inner_optimizer!r}, got None: "
@@ -83,13 +83,8 @@ class AdjointLoop(SingleLoop):
         adjoint_decay: The rate at outer step k is adjoint_lr * (k+1)^-adjoint_decay, in [0, 1].
     """
 
-    adjoint_lr: float = 0.1
-    adjoint_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("adjoint_lr", self.adjoint_lr)
-        check_within("adjoint_decay", self.adjoint_decay, 0, 1)
+    adjoint_lr: float = rule(0.1, gt=0)
+    adjoint_decay: float = rule(0.0, ge=0, le=1)
 
     def step_adjoint(self, oracle: Oracle, v: Params, h_v: Params, b: Params) -> Params:
         """v - adjoint_lr_k * (H v - b)."""

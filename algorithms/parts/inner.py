@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from metadist.algorithm import Algorithm, Estimate, InnerState, State
-from metadist.algorithms.parts.checks import check_choice, check_sgd, check_within
+from metadist.checks.values import check_fields, rule
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, multiply, sub, tree_map, zeros_like
 
@@ -110,11 +110,11 @@ class GradientDescent(Algorithm):
         inner_lr: alpha, > 0.
     """
 
-    inner_steps: int = 5
-    inner_lr: float = 0.1
+    inner_steps: int = rule(5, ge=1)
+    inner_lr: float = rule(0.1, gt=0)
 
     def __post_init__(self) -> None:
-        check_sgd(self.inner_steps, self.inner_lr, 0.0)
+        check_fields(self)
 
     def next_inner(self, oracle: Oracle, context: Params, y: Params, draw: Draw) -> Params:
         """y - inner_lr * g_y. Cost: one gradient."""
@@ -145,16 +145,14 @@ class InnerLoop(Algorithm):
 
     trains = "context"
 
-    inner_steps: int = 10
-    inner_lr: float = 0.1
-    inner_decay: float = 0.0
-    inner_optimizer: Literal["sgd", "adam"] = "sgd"
-    momentum: float = 0.0
+    inner_steps: int = rule(10, ge=1)
+    inner_lr: float = rule(0.1, gt=0)
+    inner_decay: float = rule(0.0, ge=0, le=1)
+    inner_optimizer: Literal["sgd", "adam"] = rule("sgd", one_of=("sgd", "adam"))
+    momentum: float = rule(0.0, ge=0, lt=1)
 
     def __post_init__(self) -> None:
-        check_sgd(self.inner_steps, self.inner_lr, self.momentum)
-        check_choice("inner_optimizer", self.inner_optimizer, ("sgd", "adam"))
-        check_within("inner_decay", self.inner_decay, 0, 1)
+        check_fields(self)
         if self.inner_optimizer == "adam" and self.momentum:
             raise ValueError(
                 f"momentum must be 0 with inner_optimizer='adam', got {self.momentum}: it is the "
@@ -217,13 +215,12 @@ class SingleLoop(Algorithm):
 
     trains = "context"
 
-    inner_steps: int = 1
-    inner_lr: float = 0.1
-    inner_decay: float = 0.0
+    inner_steps: int = rule(1, ge=1)
+    inner_lr: float = rule(0.1, gt=0)
+    inner_decay: float = rule(0.0, ge=0, le=1)
 
     def __post_init__(self) -> None:
-        check_sgd(self.inner_steps, self.inner_lr, 0.0)
-        check_within("inner_decay", self.inner_decay, 0, 1)
+        check_fields(self)
 
     @abstractmethod
     def move(self, oracle: Oracle, context: Params, state: State) -> Estimate:

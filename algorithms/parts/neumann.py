@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from metadist.algorithms.parts.checks import check_at_least, check_positive
 from metadist.algorithms.parts.linear import relative_residual
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, scale, sub
@@ -113,9 +112,3 @@ def _estimate(
     v = scale(total, rate) if num_terms is None else scale(term, rate * num_terms)
     j_v, h_v = average(bundle.cross, lambda draw: oracle.second_order(context, y, v, draw))
     return NeumannEstimate(sub(f_x, j_v), v, relative_residual(h_v, b))
-
-
-def check_chain(adjoint_steps: int, adjoint_lr: float) -> None:
-    """Raise ValueError for a Neumann chain that cannot be."""
-    check_at_least("adjoint_steps", adjoint_steps, 0)
-    check_positive("adjoint_lr", adjoint_lr)

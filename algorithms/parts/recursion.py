@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.checks import check_positive, check_within
 from metadist.algorithms.parts.inner import SingleLoop
-from metadist.algorithms.parts.neumann import NeumannEstimate, check_chain
+from metadist.algorithms.parts.neumann import NeumannEstimate
+from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, norm, sub, zeros_like
 
@@ -72,18 +72,11 @@ class RecursiveMomentum(SingleLoop):
         weight_decay: The exponent of both weights, in [0, 1]; the paper has 2/3.
     """
 
-    adjoint_steps: int = 10
-    adjoint_lr: float = 0.1
-    outer_weight: float = 0.5
-    inner_weight: float = 0.5
-    weight_decay: float = 2 / 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_chain(self.adjoint_steps, self.adjoint_lr)
-        check_positive("outer_weight", self.outer_weight)
-        check_positive("inner_weight", self.inner_weight)
-        check_within("weight_decay", self.weight_decay, 0, 1)
+    adjoint_steps: int = rule(10, ge=0)
+    adjoint_lr: float = rule(0.1, gt=0)
+    outer_weight: float = rule(0.5, gt=0)
+    inner_weight: float = rule(0.5, gt=0)
+    weight_decay: float = rule(2 / 3, ge=0, le=1)
 
     @abstractmethod
     def draw_estimator(self, oracle: Oracle) -> Estimator:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import OWN, Algorithm, Estimate, InnerState, split_own
-from metadist.algorithms.parts.checks import check_sgd
 from metadist.algorithms.parts.inner import sgd, sgd_step
+from metadist.checks.values import check_fields, rule
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, multiply, scale, sub, tree_map, zeros_like
 
@@ -36,9 +36,9 @@ class Unrolling(Algorithm):
         compile: Compile the derivatives with torch.compile (engine="adjoint", no vmap).
     """
 
-    inner_steps: int = 5
-    inner_lr: float = 0.1
-    momentum: float = 0.0
+    inner_steps: int = rule(5, ge=1)
+    inner_lr: float = rule(0.1, gt=0)
+    momentum: float = rule(0.0, ge=0, lt=1)
     learn_lr: Literal["no", "per_tensor", "per_element"] = "no"
     truncate: int | None = None
     first_order: bool = False
@@ -47,7 +47,7 @@ class Unrolling(Algorithm):
     compile: bool = False
 
     def __post_init__(self) -> None:
-        check_sgd(self.inner_steps, self.inner_lr, self.momentum)
+        check_fields(self)
         if self.learn_lr not in ("no", "per_tensor", "per_element"):
             raise ValueError(
                 f"learn_lr must be 'no', 'per_tensor' or 'per_element', got {self.learn_lr!r}"

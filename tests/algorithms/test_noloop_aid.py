@@ -74,7 +74,7 @@ def test_costs():
     ("options", "message"),
     [
         ({"inner_steps": 0}, "inner_steps must be >= 1, got 0"),
-        ({"adjoint_lr": -1.0}, "adjoint_lr must be > 0 and finite, got -1.0"),
+        ({"adjoint_lr": -1.0}, "adjoint_lr must be > 0 and finite or None for inner_lr, got -1.0"),
     ],
     ids=str,
 )
