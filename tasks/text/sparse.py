@@ -86,6 +86,7 @@ class _Product(Function):
 
 
 _kept: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor, _Matrix]] = OrderedDict()
+"""A cache for the process, of the last `KEPT` matrices; results do not depend on it."""
 
 
 def _compressed(columns: Tensor, values: Tensor, num_columns: int) -> _Matrix:
