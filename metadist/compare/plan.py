@@ -131,42 +131,49 @@ class Comparison:
         """The comparison that a config describes.
 
         Raises:
-            ValueError: it describes none; options of trainings are not looked at.
+            ValueError: it describes none; options of trainings are not checked here.
         """
         names = {field.name for field in fields(cls)} - {"shared"}
-        own = {name: value for name, value in tree.items() if name in names}
         for name in ("entries", "budget"):
-            if name not in own:
+            if name not in tree:
                 raise ValueError(f"a comparison must have {name}, got {', '.join(tree) or 'none'}")
+        own: dict[str, Any] = {}
+        shared: dict[str, Any] = {}
+        for name, value in tree.items():
+            (own if name in names else shared)[name] = value
         own["budget"] = Budget.of(own["budget"])
-        return cls(**own, shared={n: value for n, value in tree.items() if n not in names})
+        return cls(**own, shared=shared)
 
     def runs(self, entry: str) -> list[Run]:
         """The first runs of an entry: every point of its grid with the first seed, or all seeds."""
         options = dict(self.entries[entry])
         grid = options.pop(GRID, None)
-        first = Run(entry, self.seeds[0], merge(self.shared, options), {}, 0, tuple(self.seeded))
+        first = Run(
+            entry=entry,
+            seed=self.seeds[0],
+            options=merge(self.shared, options),
+            point={},
+            number=0,
+            seeded=tuple(self.seeded),
+        )
         if not grid:
             return [first._replace(seed=seed) for seed in self.seeds]
-        points = [
-            dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
-        ]
-        return [first._replace(point=point, number=n) for n, point in enumerate(points)]
+        runs = []
+        for number, values in enumerate(itertools.product(*grid.values())):
+            point = dict(zip(grid, values, strict=True))
+            runs.append(first._replace(point=point, number=number))
+        return runs
 
     def chosen(self, tried: Sequence[Outcome]) -> list[Run]:
         """The runs of the best point of a grid, for all seeds; none if all failed or without grid.
 
         The best is by `metric` at the end of the budget.
         """
-        good = [
-            (self.score(records[-1]), -run.number, run)
-            for run, records, error in tried
-            if run.point and error is None
-        ]
-        score, _, best = max(good, default=(-math.inf, 0, None))
-        if best is None or score == -math.inf:
-            return []
-        return [best._replace(seed=seed) for seed in self.seeds]
+        best, highest = None, -math.inf
+        for run, records, error in sorted(tried, key=lambda outcome: outcome.run.number):
+            if run.point and error is None and self.score(records[-1]) > highest:
+                best, highest = run, self.score(records[-1])
+        return [] if best is None else [best._replace(seed=seed) for seed in self.seeds]
 
     def score(self, record: Record) -> float:
         """The score of an evaluation, the larger the better; -inf where `metric` is not finite."""

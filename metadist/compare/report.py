@@ -7,8 +7,10 @@ import importlib.util
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.table import Table
 
@@ -16,6 +18,8 @@ from metadist.compare.plan import Comparison, Outcome, Run
 from metadist.compare.run import Record
 from metadist.evaluation import Interval, mean_interval
 
+SPENT = r"steps|seconds|gradients|calls .*|.* per step"
+"""The columns of what a run has spent; the others are metrics."""
 NUM_POINTS = 200
 """The number of points of a curve."""
 PRODUCTS = "products H v"
@@ -27,7 +31,8 @@ AXES: dict[str, Callable[[Record], float]] = {
 }
 
 
-class Row(NamedTuple):
+@dataclass
+class Row:
     """A row of the tables: an entry, and the values of each column over its seeds."""
 
     entry: str
@@ -36,6 +41,10 @@ class Row(NamedTuple):
     errors: list[str]
     numbers: dict[str, list[float]]
 
+    def add(self, column: str, value: float) -> None:
+        """Append the value of one more seed to a column."""
+        self.numbers.setdefault(column, []).append(float(value))
+
 
 def rows(comparison: Comparison, outcomes: Mapping[str, Sequence[Outcome]]) -> list[Row]:
     """A row for each entry, from its reported runs."""
@@ -43,39 +52,39 @@ def rows(comparison: Comparison, outcomes: Mapping[str, Sequence[Outcome]]) -> l
 
 
 def _row(comparison: Comparison, entry: str, outcomes: list[Outcome]) -> Row:
-    numbers: dict[str, list[float]] = {}
-    finished = [outcome for outcome in outcomes if outcome.error is None]
-    for outcome in finished:
-        last = outcome.records[-1]
-        best = max(outcome.records, key=comparison.score)
-        found = {
-            "steps": float(last.spent.step),
-            "seconds": last.spent.seconds,
-            "gradients": last.spent.gradients,
-            **{f"calls {name}": float(count) for name, count in sorted(last.spent.calls.items())},
-            **{f"{name} per step": value for name, value in last.traffic.items()},
-            **last.metrics,
-            **{f"{name} at best": value for name, value in best.metrics.items()},
-        }
-        for name, value in found.items():
-            numbers.setdefault(name, []).append(value)
-    point = outcomes[0].run.point if outcomes else {}
-    return Row(
-        entry,
-        ", ".join(f"{option}={value}" for option, value in point.items()),
-        len(finished),
-        [f"{outcome.run.name}: {outcome.error}" for outcome in outcomes if outcome.error],
-        numbers,
-    )
+    row = Row(entry=entry, point="", num_runs=0, errors=[], numbers={})
+    for run, records, error in outcomes:
+        if error is not None:
+            row.errors.append(f"{run.name}: {error}")
+            continue
+        row.num_runs += 1
+        last, best = records[-1], max(records, key=comparison.score)
+        row.add("steps", last.spent.step)
+        row.add("seconds", last.spent.seconds)
+        row.add("gradients", last.spent.gradients)
+        for name, count in sorted(last.spent.calls.items()):
+            row.add(f"calls {name}", count)
+        for name, value in last.traffic.items():
+            row.add(f"{name} per step", value)
+        for name, value in last.metrics.items():
+            row.add(name, value)
+        for name, value in best.metrics.items():
+            row.add(f"{name} at best", value)
+    if outcomes:
+        point = outcomes[0].run.point
+        row.point = ", ".join(f"{option}={value}" for option, value in point.items())
+    return row
 
 
 def to_csv(table: Sequence[Row]) -> str:
     """CSV: means over the seeds and half widths of their 95 % t-intervals."""
     columns = _columns(table)
+    heads = ["entry", "point", "runs"]
+    for column in columns:
+        heads += [column, f"{column} +-"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    pairs = [name for column in columns for name in (column, f"{column} +-")]
-    writer.writerow(["entry", "point", "runs", *pairs, "errors"])
+    writer.writerow([*heads, "errors"])
     for row in table:
         cells: list[Any] = [row.entry, row.point, row.num_runs]
         for column in columns:
@@ -86,24 +95,28 @@ def to_csv(table: Sequence[Row]) -> str:
 
 def to_markdown(comparison: Comparison, table: Sequence[Row]) -> str:
     """Markdown: the metrics in one table, the budget spent in another, then the errors."""
-    columns = _columns(table)
-    spent = [name for name in columns if name in ("steps", "seconds", "gradients")]
-    spent += [name for name in columns if name.startswith("calls ") or name.endswith(" per step")]
-    metrics = [name for name in columns if name not in spent and not name.endswith(" at best")]
-    metrics += [name for name in columns if name.endswith(" at best") and name not in spent]
-    at = ", ".join(f"{name} {value}" for name, value in _given(comparison).items())
+    spent: list[str] = []
+    at_end: list[str] = []
+    at_best: list[str] = []
+    for name in _columns(table):
+        if re.fullmatch(SPENT, name):
+            spent.append(name)
+        elif name.endswith(" at best"):
+            at_best.append(name)
+        else:
+            at_end.append(name)
     lines = [
-        f"Budget: {at}; seeds {', '.join(map(str, comparison.seeds))}. Means +- half widths of 95 "
-        f"% t-intervals over seeds, at the end of the budget; `at best`: at the evaluation with "
-        f"{comparison.mode} {comparison.metric}.",
+        f"Budget: {_budget(comparison)}; seeds {', '.join(map(str, comparison.seeds))}. Means +- "
+        "half widths of 95 % t-intervals over seeds, at the end of the budget; `at best`: at the "
+        f"evaluation with {comparison.mode} {comparison.metric}.",
         "",
-        *_grid(["entry", "point", "runs"], metrics, table),
+        *_grid(["entry", "point", "runs"], at_end + at_best, table),
         "",
         *_grid(["entry"], spent, table),
     ]
-    errors = [error for row in table for error in row.errors]
+    errors = [f"* {error}" for row in table for error in row.errors]
     if errors:
-        lines += ["", "Failed:", "", *(f"* {error}" for error in errors)]
+        lines += ["", "Failed:", "", *errors]
     return "\n".join(lines) + "\n"
 
 
@@ -128,9 +141,8 @@ def to_console(comparison: Comparison, table: Sequence[Row]) -> Table:
     columns = ["steps", "seconds", "gradients", metric, f"{metric} at best"]
     shown = Table("entry", "point", "runs", *columns)
     for row in table:
-        shown.add_row(
-            row.entry, row.point, str(row.num_runs), *(_cell(row, name) for name in columns)
-        )
+        cells = [_cell(row, name) for name in columns]
+        shown.add_row(row.entry, row.point, str(row.num_runs), *cells)
     return shown
 
 
@@ -147,20 +159,23 @@ def curves(metric: str, outcomes: Mapping[str, Sequence[Outcome]]) -> bytes:
     """A PNG: a metric against each of `AXES`, means over seeds within bands from min to max."""
     from matplotlib.figure import Figure
 
-    ends = [run.records[-1] for found in outcomes.values() for run in found if run.records]
-    asked = any(AXES[PRODUCTS](end) for end in ends)
-    axes = {label: position for label, position in AXES.items() if asked or label != PRODUCTS}
-    picture = Figure(figsize=(15 if asked else 12, 4.5), layout="constrained")
+    axes = dict(AXES)
+    if not _uses_products(outcomes):
+        del axes[PRODUCTS]
+    picture = Figure(figsize=(6 + 3 * len(axes), 4.5), layout="constrained")
     panels = picture.subplots(1, len(axes), sharey=True)
     later: list[float] = []
     for panel, (label, position) in zip(panels, axes.items(), strict=True):
         for number, (entry, found) in enumerate(outcomes.items()):
-            lines = [_line(outcome.records, metric, position) for outcome in found]
-            lines = [line for line in lines if line and line[-1][0] > 0]
+            lines = []
+            for outcome in found:
+                line = _line(outcome.records, metric, position)
+                if line and line[-1][0] > 0:
+                    lines.append(line)
+                    later += [value for _, value in line[1:]]
             if not lines:
                 continue
             places, low, mean, high = _band(lines)
-            later += [value for line in lines for _, value in line[1:]]
             panel.plot(places, mean, label=entry, color=f"C{number}")
             if len(lines) > 1:
                 panel.fill_between(places, low, high, color=f"C{number}", alpha=0.2)
@@ -181,34 +196,37 @@ def curves(metric: str, outcomes: Mapping[str, Sequence[Outcome]]) -> bytes:
     return stream.getvalue()
 
 
+def _uses_products(outcomes: Mapping[str, Sequence[Outcome]]) -> bool:
+    for found in outcomes.values():
+        if any(run.records and AXES[PRODUCTS](run.records[-1]) for run in found):
+            return True
+    return False
+
+
 def _line(
     records: Sequence[Record], metric: str, position: Callable[[Record], float]
 ) -> list[tuple[float, float]]:
-    return [
-        (position(record), record.metrics[metric])
-        for record in records
-        if math.isfinite(record.metrics.get(metric, math.nan))
-    ]
+    """The points (position, value) of a run where the value is finite."""
+    line = []
+    for record in records:
+        value = record.metrics.get(metric, math.nan)
+        if math.isfinite(value):
+            line.append((position(record), value))
+    return line
 
 
-def _band(
-    lines: Sequence[Sequence[tuple[float, float]]],
-) -> tuple[list[float], list[float], list[float], list[float]]:
+def _band(lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[Any, Any, Any, Any]:
     """(places, min, mean, max): over the stretch that all lines have, straight between points."""
     import numpy as np
 
     first = max(line[0][0] for line in lines)
     last = max(first, min(line[-1][0] for line in lines))
     places = np.linspace(first, last, NUM_POINTS)
-    values = np.stack(
-        [np.interp(places, [x for x, _ in line], [y for _, y in line]) for line in lines]
-    )
-    return (
-        places.tolist(),
-        values.min(0).tolist(),
-        values.mean(0).tolist(),
-        values.max(0).tolist(),
-    )
+    values = []
+    for line in lines:
+        x, y = np.array(line).T
+        values.append(np.interp(places, x, y))
+    return places, np.min(values, 0), np.mean(values, 0), np.max(values, 0)
 
 
 def _columns(table: Sequence[Row]) -> list[str]:
@@ -233,14 +251,15 @@ def _cell(row: Row, column: str) -> str:
 
 
 def _grid(heads: Sequence[str], columns: Sequence[str], table: Sequence[Row]) -> list[str]:
-    words_of = {"entry": lambda row: row.entry, "point": lambda row: row.point}
+    """The lines of a Markdown table with these fields and columns of each row."""
     lines = [[*heads, *columns], ["---"] * (len(heads) + len(columns))]
     for row in table:
-        words = [words_of.get(head, lambda row: str(row.num_runs))(row) for head in heads]
-        lines.append([*words, *(_cell(row, column) for column in columns)])
+        words = {"entry": row.entry, "point": row.point, "runs": str(row.num_runs)}
+        cells = [_cell(row, column) for column in columns]
+        lines.append([*(words[head] for head in heads), *cells])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def _given(comparison: Comparison) -> dict[str, Any]:
-    budget = vars(comparison.budget)
-    return {name: value for name, value in budget.items() if value is not None}
+def _budget(comparison: Comparison) -> str:
+    budget = asdict(comparison.budget).items()
+    return ", ".join(f"{name} {value}" for name, value in budget if value is not None)

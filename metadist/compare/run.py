@@ -177,9 +177,9 @@ def run_on_budget(
             )
         share = budget.share(spent)
         done = budget.share(records[-1].spent) if records else -1.0
-        # 1e-9: 1 / 49 * 49 is less than 1.
+        # 1e-9: in floating point 1 / 49 * 49 is less than 1.
         due, last = (math.floor(part * evaluations + 1e-9) for part in (share, done))
-        # After a loss of the server the saved step is an earlier one, and this one comes again.
+        # After a loss of the server the saved step is an earlier one, and this one is repeated.
         if (due > last or share >= 1) and trainer.save() == spent.step:
             metrics = {**contender.metrics(), **meter.reported}
             if metric not in metrics:
@@ -192,7 +192,7 @@ def run_on_budget(
             for name, value in metrics.items():
                 writer[0].add_scalar(f"metrics/{name}", value, spent.step)
             meter.forget_before(spent.step)
-        meter.go_on()
+        meter.resume()
         return share < 1
 
     try:
@@ -234,7 +234,7 @@ def _restore(trainer: Trainer, folder: Folder, records: list[Record]) -> list[Re
             except CheckpointError:
                 continue
             return records[: number + 1]
-    folder.remove(TRAINING)  # what was begun and not evaluated, if anything
+    folder.remove(TRAINING)  # steps without an evaluation cannot be counted: start again
     return []
 
 
@@ -252,12 +252,13 @@ class _Meter:
     def __init__(self, trainer: Trainer, spent: Spent) -> None:
         task = trainer.sampler.sample(0)
         size = trainer.workload.compute.batch_size
-        self._shares = [
-            1.0 if size is None else min(1.0, size / len(batch.index))
-            for batch in (task.support, task.query)
-        ]
+        # A call on a mini-batch counts as its share of the whole set.
+        self._shares = [1.0, 1.0]
+        if size is not None:
+            sets = (task.support, task.query)
+            self._shares = [min(1.0, size / len(batch.index)) for batch in sets]
         self._spent = {spent.step: spent}
-        self._went_on: float | None = None
+        self._resumed: float | None = None
         self.traffic: dict[str, float] = {}
         self.reported: dict[str, float] = {}
 
@@ -270,26 +271,29 @@ class _Meter:
             for name in TRAFFIC:
                 if name in result.metrics:
                     self.traffic[name] = result.metrics[name] / max(1, result.num_tasks)
-        told = [result.metrics[REPORTED] for result in report.results if REPORTED in result.metrics]
+        residuals = [r.metrics[REPORTED] for r in report.results if REPORTED in r.metrics]
         num_tasks = max(1, sum(result.num_tasks for result in report.results))
-        self.reported = {REPORTED: sum(told) / num_tasks} if told else {}
+        self.reported = {REPORTED: sum(residuals) / num_tasks} if residuals else {}
         seconds = report.seconds
-        if self._went_on is not None:  # what was not training between two steps is no part of it
-            seconds = min(seconds, perf_counter() - self._went_on)
+        if self._resumed is not None:
+            # The executor measures from step to step, an evaluation between them included.
+            seconds = min(seconds, perf_counter() - self._resumed)
+        # Workers draw their tasks at the same time, so the slowest of them counts.
+        training_s = max(0.0, seconds - max(sampling.values(), default=0.0))
         before = self._spent[report.step.version - 1]
         spent = Spent(
-            report.step.version,
-            before.seconds + max(0.0, seconds - max(sampling.values(), default=0.0)),
-            before.gradients + in_gradients(calls, *self._shares),
-            dict(calls + Counter(before.calls)),
+            step=report.step.version,
+            seconds=before.seconds + training_s,
+            gradients=before.gradients + in_gradients(calls, *self._shares),
+            calls=dict(calls + Counter(before.calls)),
         )
         self._spent[spent.step] = spent
         return spent
 
     def forget_before(self, step: int) -> None:
-        """No step up to this one will come again."""
+        """Forget the steps before this one, which is saved: none of them can be repeated."""
         self._spent = {number: spent for number, spent in self._spent.items() if number >= step}
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Training continues now: the time until here was spent on an evaluation."""
-        self._went_on = perf_counter()
+        self._resumed = perf_counter()

@@ -93,7 +93,10 @@ class FC100(_Cifar100Split):
 def _folder(root: Path, download: bool) -> Path:
     def found() -> Path | None:
         places = (root / FOLDER, root)
-        return next((p for p in places if all((p / name).is_file() for name in MD5)), None)
+        for place in places:
+            if all((place / name).is_file() for name in MD5):
+                return place
+        return None
 
     folder, cause = found(), None
     reason = f"{root} does not hold them and download is off"

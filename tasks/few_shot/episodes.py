@@ -47,16 +47,20 @@ class ClassImages:
         empty = [name for name, images in images_by_class.items() if not len(images)]
         if not images_by_class or empty:
             raise ValueError(f"every class must hold an image, got none in {empty or 'any'}")
-        shapes = {image.shape: name for name, images in images_by_class.items() for image in images}
+        shapes: dict[tuple[int, ...], str] = {}
+        everything: list[NDArray[np.uint8]] = []
+        starts = [0]
+        for name, images in images_by_class.items():
+            shapes |= {image.shape: name for image in images}
+            everything += images
+            starts.append(len(everything))
         if len(shapes) > 1:
             found = " and ".join(f"{shape} in class {name!r}" for shape, name in shapes.items())
             raise ValueError(f"images must have one shape, got {found}: give an image_size")
-        sizes = [len(images) for images in images_by_class.values()]
-        everything = [image for images in images_by_class.values() for image in images]
         return cls(
-            np.ascontiguousarray(np.stack(everything), dtype=np.uint8),
-            np.cumsum([0, *sizes], dtype=np.int64),
-            tuple(images_by_class),
+            images=np.ascontiguousarray(np.stack(everything), dtype=np.uint8),
+            starts=np.array(starts, dtype=np.int64),
+            names=tuple(images_by_class),
         )
 
     @classmethod

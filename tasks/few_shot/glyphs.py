@@ -77,7 +77,7 @@ class Glyphs(EpisodeSampler):
         self.augment = augment
         self.disjoint_families = disjoint_families
         glyphs = _load()
-        of_split = [c for c in range(len(glyphs.splits)) if glyphs.splits[c] == split]
+        of_split = [c for c, found in enumerate(glyphs.splits) if found == split]
         self.num_classes_of_split = len(of_split)
         self.scripts = tuple(sorted({glyphs.scripts[c] for c in of_split}))
         self._offered = [c for c in of_split if self._suffices(glyphs, c, k_shot, k_query)]
@@ -119,9 +119,12 @@ class Glyphs(EpisodeSampler):
         if not self.disjoint_families:
             return super().draw_rows(class_, draws)
         runs_F = self._runs[class_]
-        taken = self._draw_families(runs_F, draws)
-        support = self._draw_shots([runs_F[f] for f in taken], draws)
-        rest = [row for f, run in enumerate(runs_F) if f not in taken for row in range(*run)]
+        for_support = self._draw_families(runs_F, draws)
+        support = self._draw_shots([runs_F[family] for family in for_support], draws)
+        rest: list[int] = []
+        for family, run in enumerate(runs_F):
+            if family not in for_support:
+                rest.extend(range(*run))
         return support + [rest[i] for i in draws.choose(len(rest), self.k_query)]
 
     def finish(self, images: Tensor, draws: Random) -> Tensor:
@@ -129,8 +132,10 @@ class Glyphs(EpisodeSampler):
         return random_affine(images, draws) if self.augment else images
 
     def _draw_families(self, runs_F: list[tuple[int, int]], draws: Random) -> set[int]:
+        """Up to K families whose images leave Q for the query set."""
         room = runs_F[-1][1] - runs_F[0][0] - self.k_query
-        largest = room - self.k_shot + 1  # so that a family always fits while shots are missing
+        # A larger family could leave less room than there are shots missing.
+        largest = room - self.k_shot + 1
         taken: set[int] = set()
         for family in draws.choose(len(runs_F), len(runs_F)):
             size = runs_F[family][1] - runs_F[family][0]
@@ -144,13 +149,11 @@ class Glyphs(EpisodeSampler):
     def _draw_shots(self, runs: list[tuple[int, int]], draws: Random) -> list[int]:
         """K rows, one from each family in turn."""
         orders = [draws.choose(stop - start, stop - start) for start, stop in runs]
-        turns = max(len(order) for order in orders)
-        rows = [
-            start + order[turn]
-            for turn in range(turns)
-            for (start, _), order in zip(runs, orders, strict=True)
-            if turn < len(order)
-        ]
+        rows = []
+        for turn in range(max(len(order) for order in orders)):
+            for (start, _), order in zip(runs, orders, strict=True):
+                if turn < len(order):
+                    rows.append(start + order[turn])
         return rows[: self.k_shot]
 
     def _suffices(self, glyphs: _Glyphs, class_: int, k_shot: int, k_query: int) -> bool:
@@ -194,7 +197,12 @@ def _load() -> _Glyphs:
         runs[labels[start]].append((start, stop))
     names = tuple(f"{s} U+{c:04X}" for s, c in zip(scripts, codepoints, strict=True))
     starts = np.searchsorted(labels, np.arange(len(scripts) + 1)).astype(np.int64)
-    return _Glyphs(ClassImages(images[order][:, None], starts, names), runs, scripts, splits)
+    return _Glyphs(
+        classes=ClassImages(images[order][:, None], starts, names),
+        runs=runs,
+        scripts=scripts,
+        splits=splits,
+    )
 
 
 def random_affine(images: Tensor, draws: Random) -> Tensor:

@@ -86,11 +86,17 @@ def _names_of_split(splits: str, split: str) -> list[str]:
 
 
 def _find(root: Path, names: list[str]) -> dict[str, Path | None]:
+    """The folder of each character, the first that there is, or None."""
     bases = [root / "omniglot-py", root]
     places = [base / part for base in bases for part in PARTS] + bases
     places = [place for place in places if place.is_dir()]
-    found = ((name, [place / name for place in places]) for name in names)
-    return {name: next((p for p in paths if p.is_dir()), None) for name, paths in found}
+    found: dict[str, Path | None] = dict.fromkeys(names)
+    for name in names:
+        for place in places:
+            if (place / name).is_dir():
+                found[name] = place / name
+                break
+    return found
 
 
 def _download(root: Path) -> None:

@@ -125,9 +125,11 @@ class FewShotProblem(Problem):
         return {name: outer[name] for name in self._adapted}
 
     def encode(self, outer: Params, task: Task) -> Params:
-        shared = {name: leaf for name, leaf in outer.items() if name not in self._adapted}
+        shared = self._shared(outer)
         if self._split is None:
             if self._inductive:
+                # The statistics of the query set are those of the support set, so a query pass
+                # needs the support inputs too.
                 shared[INPUTS] = task.support.tensors[0]
             return shared
         inputs = torch.cat([task.support.tensors[0], task.query.tensors[0]])
@@ -143,7 +145,7 @@ class FewShotProblem(Problem):
         if self._split is None or not self._encodes_together(outer):
             contexts = [self.encode(outer, _task(tasks, b)) for b in range(num_tasks)]
             return {name: torch.stack([c[name] for c in contexts]) for name in contexts[0]}
-        shared = {name: leaf for name, leaf in outer.items() if name not in self._adapted}
+        shared = self._shared(outer)
         inputs_BRx = torch.cat([tasks.support.tensors[0], tasks.query.tensors[0]], dim=1)
         sizes = (tasks.support.index.shape[1], tasks.query.index.shape[1])
         # Example-major, task-minor: each channel of each task is then a channel of batch norm.
@@ -153,11 +155,14 @@ class FewShotProblem(Problem):
             features = self._call(self._split.body, self._split.of_body(shared), inputs)
         features_BRx = features.unflatten(0, (-1, num_tasks)).transpose(0, 1)
         support, query = features_BRx.split(sizes, dim=1)
-        head = {
-            name: leaf.expand(num_tasks, *leaf.shape)
-            for name, leaf in self._split.of_head(shared).items()
-        }
-        return {**head, SUPPORT: support, QUERY: query}
+        together = {}
+        for name, leaf in self._split.of_head(shared).items():
+            together[name] = leaf.expand(num_tasks, *leaf.shape)
+        return {**together, SUPPORT: support, QUERY: query}
+
+    def _shared(self, outer: Params) -> Params:
+        """The parameters that are learned but not adapted."""
+        return {name: leaf for name, leaf in outer.items() if name not in self._adapted}
 
     def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         loss = self._loss(self.predict(context, inner, batch, SUPPORT), batch.tensors[1])
@@ -193,25 +198,24 @@ class FewShotProblem(Problem):
         return out[sizes[0] :]
 
     def describe(self) -> dict[str, str]:
-        norms = {
-            f"{module.policy}"
-            if isinstance(module, TaskBatchNorm)
-            else "running statistics, frozen"
-            if module.track_running_stats
-            else "transductive"
-            for module in self._model.modules()
-            if isinstance(module, (TaskBatchNorm, nn.modules.batchnorm._BatchNorm))
-        }
+        norms = set()
+        for module in self._model.modules():
+            if isinstance(module, TaskBatchNorm):
+                norms.add(str(module.policy))
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                is_frozen = module.track_running_stats
+                norms.add("running statistics, frozen" if is_frozen else "transductive")
         adapt = self.adapt if isinstance(self.adapt, str) else ", ".join(self.adapt)
-        return {
+        own_name = getattr(self.loss, "__name__", type(self.loss).__name__)
+        described = {
             "model": type(self._model).__name__,
             "adapt": f"{adapt} ({len(self._adapted)} of {len(self._start)} tensors)",
             "batch norm": ", ".join(sorted(norms)) or "none",
-            "loss": self.loss
-            if isinstance(self.loss, str)
-            else getattr(self.loss, "__name__", type(self.loss).__name__),
-            **({"weight_decay": str(self.weight_decay)} if self.weight_decay else {}),
+            "loss": self.loss if isinstance(self.loss, str) else own_name,
         }
+        if self.weight_decay:
+            described["weight_decay"] = str(self.weight_decay)
+        return described
 
     def _call(self, module: nn.Module, params: Params, inputs: Tensor) -> Tensor:
         if any(True for _ in constants(module)):
@@ -333,7 +337,11 @@ def _adapted_names(model: nn.Module, trainable: list[str], adapt: str | Sequence
             f"adapt must be 'all', 'head' or patterns of parameter names, {pattern!r} matches "
             f"none of {', '.join(trainable[:8])}{' ...' if len(trainable) > 8 else ''}"
         )
-    return [name for name in trainable if any(fnmatchcase(name, p) for p in patterns)]
+    adapted = []
+    for name in trainable:
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            adapted.append(name)
+    return adapted
 
 
 def _task(tasks: Task, b: int) -> Task:
