@@ -29,7 +29,7 @@ class DARTS(InnerLoop):
     State: y.
     Memory: two more y.
     Use: architecture search; no second derivatives.
-    Breaks: biased, as it takes H for the identity, so h need not vanish at the solution; rounding,
+    Breaks: biased, as the identity replaces H: h need not vanish at the solution; rounding,
     in float32, where epsilon is too small beside |y|; curvature, where it is too large.
     Source: Liu, Simonyan, Yang, "DARTS: Differentiable Architecture Search", ICLR 2019, second
     order.

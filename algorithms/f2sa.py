@@ -60,7 +60,7 @@ class F2SA(InnerLoop):
     were not checked.
     Differs: both gradients of g are on the same draws, so that noise cancels in their difference;
     the step of y is scaled by 1/(1 + lam_k); no normalised outer steps for order=2. A public
-    re-implementation takes g_y for y at z; here it is at y.
+    re-implementation evaluates the g_y of y at z; here it is at y.
     """
 
     y_lr: float | None = rule(None, gt=0, none="for inner_lr")

@@ -19,7 +19,7 @@ class T1T2(InnerLoop):
         y_T = inner_steps of the inner optimiser on g;    v = adjoint_lr f_y(x, y_T)
         h = f_x - J v
 
-    H taken for a multiple of the identity: the adjoint solve of AID stopped after one fixed-point
+    A multiple of the identity replaces H: the adjoint solve of AID stopped after one fixed-point
     step from 0.
 
     Args:

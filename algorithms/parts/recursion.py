@@ -54,15 +54,9 @@ def new_recursive_state(context: Params, inner: Params) -> RecursiveState:
 
 @dataclass(frozen=True)
 class RecursiveMomentum(SingleLoop):
-    """A base for STORM on both levels; a method says how it estimates the hypergradient h.
+    """A base for STORM on both levels, with the formulas of MRBO.
 
-        u_k = g_y(x_k, y_k) + (1 - b_k) (u_{k-1} - g_y(x_{k-1}, y_{k-1}))
-        w_k = h(x_k, y_k) + (1 - a_k) (w_{k-1} - h(x_{k-1}, y_{k-1}))
-        y_{k+1} = y_k - inner_lr_k * u_k;    x steps along w_k
-
-    a_0 = b_0 = 1, then a_k = min(1, outer_weight * k^-weight_decay), and b_k likewise with
-    inner_weight. k is the age of the state (of u, in steps of y), so a new state starts with
-    plain estimates.
+    A method only says how it estimates the hypergradient h, in `draw_estimator`.
 
     Args:
         adjoint_steps: Q, the length of the Neumann chain of h.
