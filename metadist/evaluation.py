@@ -116,19 +116,21 @@ def evaluate_tasks(
         for first in range(0, num_tasks, size):
             indices = range(first, min(first + size, num_tasks))
             tasks = [to_device(sampler.sample(i), where, leaf.dtype) for i in indices]
-            for index, found in zip(
-                indices,
-                _adapt_and_judge(problem, algorithm, outer, tasks, compute),
-                strict=True,
-            ):
-                for name, value in found.items():
-                    if not math.isfinite(value):
-                        raise FloatingPointError(
-                            f"{name} must be finite, got {value} in task {index}: adaptation "
-                            "diverges there; try a smaller inner_lr or fewer inner_steps"
-                        )
+            found = _adapt_and_judge(problem, algorithm, outer, tasks, compute)
+            for index, of_task in zip(indices, found, strict=True):
+                _require_finite(of_task, index)
+                for name, value in of_task.items():
                     metrics.setdefault(name, []).append(value)
     return metrics
+
+
+def _require_finite(metrics: Mapping[str, float], index: int) -> None:
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} must be finite, got {value} in task {index}: adaptation diverges there; "
+                "try a smaller inner_lr or fewer inner_steps"
+            )
 
 
 def with_inner_steps(algorithm: Algorithm, inner_steps: int) -> Algorithm:

@@ -191,7 +191,7 @@ def check_hypergradient(
 
     Args:
         problem: The problem.
-        tasks: a task, or a sampler, of which task 0 is taken.
+        tasks: A task, or a sampler, whose task 0 is used.
         algorithm: Its `estimate` goes the way it goes in training.
         outer: x, the algorithm's own variables included; None: the start of training.
         compute: The draws of the estimates, as in training; its seed is also that of the start
@@ -276,7 +276,13 @@ class _Reference(NamedTuple):
         size = float(found.norm() * self.value.norm())
         cosine = float(found @ self.value) / size if size else 0.0
         error = self.error(hypergradient)
-        return Comparison(self.words, error, cosine, self.uncertainty, self.judged)
+        return Comparison(
+            reference=self.words,
+            error=error,
+            cosine=cosine,
+            uncertainty=self.uncertainty,
+            judged=self.judged,
+        )
 
     def _of(self, hypergradient: Params) -> Tensor:
         if self.directions is None:
@@ -326,19 +332,18 @@ class _Check:
                 "v does not solve H v = grad_y f, see adjoint_residual: it may want more steps, "
                 "damping, or a kept state"
             )
+        repeated = self._repetitions(references, repeats, is_random=not _equal(first, other))
         outer_size, inner_size = num_elements(self.outer), num_elements(self.start)
+        precision = str(self.dtype).removeprefix("torch.")
         return HypergradientReport(
-            repr(self.algorithm),
-            self.measure,
-            {
-                "x, y": f"{outer_size:,} and {inner_size:,} numbers in "
-                + str(self.dtype).removeprefix("torch.")
-            },
-            tuple(reference.compare(first) for reference in references),
-            tuple(self._repetitions(references, repeats, is_random=not _equal(first, other))),
-            metrics,
-            dict(drawn.counts),
-            tuple(self.notes),
+            algorithm=repr(self.algorithm),
+            measure=self.measure,
+            setting={"x, y": f"{outer_size:,} and {inner_size:,} numbers in {precision}"},
+            comparisons=tuple(reference.compare(first) for reference in references),
+            repetitions=tuple(repeated),
+            metrics=metrics,
+            counts=dict(drawn.counts),
+            notes=tuple(self.notes),
         )
 
     def _oracle(self, batch_size: int | None = None) -> AutogradOracle:
