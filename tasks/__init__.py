@@ -10,8 +10,8 @@
 To add a sampler, write a class with `sample(index)` in a new file of its family (the protocols of
 `metadist.task` say what else it may offer), and add its line below; `check_sampler` tests it. To
 add a problem, derive from `metadist.Problem` in a new file and add its line below; test its
-hypergradients with `check_hypergradient`. Short names for the command line are in
-`metadist.cli.names`. No family imports another.
+hypergradients with `check_hypergradient`. The command line then knows both by their short names.
+No family imports another.
 """
 
 if __name__ != "metadist.tasks":

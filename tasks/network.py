@@ -8,6 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from metadist.trees import Params
+
+
+def trainable(module: nn.Module) -> Params:
+    """A copy of the trainable parameters of `module` by name."""
+    named = module.named_parameters()
+    return {name: leaf.detach().clone() for name, leaf in named if leaf.requires_grad}
+
 
 def constants(module: nn.Module) -> Iterator[Tensor]:
     """The buffers and the frozen parameters of `module`."""
@@ -28,6 +36,7 @@ def move_constants(module: nn.Module, device: torch.device) -> None:
 
 def without_parameters(model: nn.Module) -> nn.Module:
     """A copy of `model` whose trainable parameters have a shape but no memory."""
+    # A memo of `deepcopy` holds the copies to use: so the weights are never copied.
     memo = {
         id(leaf): nn.Parameter(torch.empty_like(leaf, device="meta"))
         for leaf in model.parameters()

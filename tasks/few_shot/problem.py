@@ -20,7 +20,13 @@ from torch.func import functional_call, vjp
 from metadist.models import TaskBatchNorm, rows
 from metadist.problem import Problem
 from metadist.task import Batch, Task
-from metadist.tasks.network import check_model, constants, move_constants, without_parameters
+from metadist.tasks.network import (
+    check_model,
+    constants,
+    move_constants,
+    trainable,
+    without_parameters,
+)
 from metadist.trees import Params, dot
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -100,11 +106,7 @@ class FewShotProblem(Problem):
         self.adapt = adapt
         self.batch_encode = batch_encode
         self._loss = LOSSES[loss] if isinstance(loss, str) else loss
-        self._start = {
-            name: leaf.detach().clone()
-            for name, leaf in model.named_parameters()
-            if leaf.requires_grad
-        }
+        self._start = trainable(model)
         self._adapted = _adapted_names(model, list(self._start), adapt)
         modules = list(model.modules())
         self._inductive = any(
@@ -314,19 +316,19 @@ def head_name(model: nn.Module) -> str:
     return head
 
 
-def _adapted_names(model: nn.Module, trainable: list[str], adapt: str | Sequence[str]) -> list[str]:
-    if not trainable:
+def _adapted_names(model: nn.Module, names: list[str], adapt: str | Sequence[str]) -> list[str]:
+    if not names:
         raise ValueError("model must have a trainable parameter, got none with requires_grad=True")
     if adapt == "all":
-        return trainable
+        return names
     if adapt == "head":
-        return [name for name in trainable if name.startswith(head_name(model) + ".")]
+        return [name for name in names if name.startswith(head_name(model) + ".")]
     patterns = [adapt] if isinstance(adapt, str) else list(adapt)
     if not patterns:
         raise ValueError("adapt must name at least one parameter, got an empty list")
     frozen = [name for name, leaf in model.named_parameters() if not leaf.requires_grad]
     for pattern in patterns:
-        if any(fnmatchcase(name, pattern) for name in trainable):
+        if any(fnmatchcase(name, pattern) for name in names):
             continue
         if any(fnmatchcase(name, pattern) for name in frozen):
             raise ValueError(
@@ -335,10 +337,10 @@ def _adapted_names(model: nn.Module, trainable: list[str], adapt: str | Sequence
             )
         raise ValueError(
             f"adapt must be 'all', 'head' or patterns of parameter names, {pattern!r} matches "
-            f"none of {', '.join(trainable[:8])}{' ...' if len(trainable) > 8 else ''}"
+            f"none of {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
         )
     adapted = []
-    for name in trainable:
+    for name in names:
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             adapted.append(name)
     return adapted

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from metadist.checks.values import require_integer
 from metadist.problem import Problem
 from metadist.task import Batch, Task
-from metadist.tasks.network import check_model, move_constants, without_parameters
+from metadist.tasks.network import check_model, move_constants, trainable, without_parameters
 from metadist.trees import Params, dot
 
 
@@ -62,11 +62,7 @@ class ExampleWeighting(Problem):
         model = LinearClassifier() if model is None else model
         check_model(model)
         self.weight_decay = weight_decay
-        self._start = {
-            name: leaf.detach().clone()
-            for name, leaf in model.named_parameters()
-            if leaf.requires_grad
-        }
+        self._start = trainable(model)
         self._model = without_parameters(model)
 
     @abstractmethod

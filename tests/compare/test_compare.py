@@ -489,7 +489,7 @@ def test_evaluations_that_round_badly_are_not_missed():
     assert [record.spent.step for record in records] == list(range(1, 50))
 
 
-def test_records_survive_the_file_with_figures_that_are_not_finite():
+def test_records_survive_the_file_with_metrics_that_are_not_finite():
     record = Record(Spent(3, 0.5, 7.0, {"hvp": 2}), {"a": math.inf, "b": math.nan, "c": 0.1})
     again = Record.of(json.loads(json.dumps(record.to_json(), allow_nan=False)))
     assert again.spent == record.spent
@@ -513,7 +513,7 @@ class Known(Quadratic):
         return {"slope": float(true_hypergradient(self, outer, task).norm())}
 
 
-def test_figures_of_a_solution():
+def test_metrics_of_a_solution():
     problem, task = Known(2, 4), quadratic_task(0)
     outer = {"x": torch.tensor([0.3, -0.2], dtype=torch.float64)}
     a, b, c, _ = quadratic_terms(task)
@@ -526,7 +526,7 @@ def test_figures_of_a_solution():
     }
 
 
-def test_figures_of_several_kept_tasks_are_means():
+def test_metrics_of_several_kept_tasks_are_means():
     sampler = FixedTasks([quadratic_task(0), quadratic_task(1)])
     trainer = Trainer(
         Quadratic(2, 4), sampler, AID(), meta_batch_size=2, keep_state=True, quiet=True
