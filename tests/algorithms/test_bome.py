@@ -209,20 +209,3 @@ def test_refuses_an_inner_loss_that_does_not_depend_on_y():
         BOME().check(problem, outer, toy_task())
     golden, golden_outer, task = golden_quadratic()
     BOME().check(golden, golden_outer, task)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
-        ({"y_lr": 0.0}, r"y_lr must be > 0 and finite, got 0.0"),
-        ({"eta": -1.0}, r"eta must be > 0 and finite, got -1.0"),
-        ({"phi": "norm"}, r"phi must be one of \('gradient', 'value'\), got 'norm'"),
-        ({"epsilon": 0.0}, r"epsilon must be > 0 and finite, got 0.0"),
-        ({"rounds": 0}, r"rounds must be >= 1, got 0"),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        BOME(**options)

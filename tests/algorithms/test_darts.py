@@ -46,16 +46,3 @@ def test_costs():
     problem, outer, task = golden_quadratic()
     expected = {"inner_grad": 5 + 2, "inner_grad_x": 2, "outer_grads": 1}
     assert counts_of(DARTS(5), problem, outer, task) == expected
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
-        ({"epsilon": 0.0}, r"epsilon must be > 0 and finite, got 0.0"),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        DARTS(**options)

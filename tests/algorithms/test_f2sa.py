@@ -171,19 +171,3 @@ def test_costs():
     assert counts_of(F2SA(5), problem, outer, task) == one
     two = {"inner_grad": 2 * 5 + 2, "inner_grad_x": 2, "outer_grads": 2 * 5 + 2}
     assert counts_of(F2SA(5, order=2), problem, outer, task) == two
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
-        ({"y_lr": 0.0}, r"y_lr must be > 0 and finite or None for inner_lr, got 0.0"),
-        ({"lam": 0.0}, r"lam must be > 0 and finite, got 0.0"),
-        ({"lam_growth": 1.5}, r"lam_growth must be in \[0, 1\], got 1.5"),
-        ({"order": 3}, r"order must be one of \(1, 2\), got 3"),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        F2SA(**options)

@@ -92,17 +92,3 @@ def test_an_empty_context_is_maml():
     result = task_hypergradients(problem, FG2U(2), outer, [vector_task(0), vector_task(1)])
     assert all(bool(leaf.isfinite().all()) for leaf in result.total.values())
     assert any(bool(leaf.any()) for leaf in result.total.values())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_directions": 0}, r"num_directions must be >= 1, got 0"),
-        ({"directions": "uniform"}, r"directions must be one of .*, got 'uniform'"),
-        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        FG2U(**options)

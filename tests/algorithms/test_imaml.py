@@ -147,19 +147,3 @@ def test_costs():
     algorithm.estimate(counting, context, state)
     # The pass for J v gives one more H v.
     assert counting.counts == {"inner_grad": 6, "outer_grads": 1, "hvp": 4, "jvp": 1}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lam": 0.0}, "lam must be > 0 and finite, got 0.0"),
-        ({"adjoint_steps": 0}, "adjoint_steps must be >= 1, got 0"),
-        ({"damping": -1.0}, "damping must be >= 0.0 and finite, got -1.0"),
-        ({"tolerance": -1.0}, r"tolerance must be in \[0, 1\], got -1.0"),
-        ({"inner_steps": 0}, "inner_steps must be >= 1, got 0"),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        IMAML(**options)

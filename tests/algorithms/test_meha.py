@@ -216,22 +216,5 @@ def test_zero_gradients_give_zero():
     assert math.isfinite(float(result.metrics["envelope_gap"]))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"inner_lr": 0.0}, r"inner_lr must be > 0 and finite, got 0.0"),
-        ({"y_lr": 0.0}, r"y_lr must be > 0 and finite, got 0.0"),
-        ({"gamma": 0.0}, r"gamma must be > 0 and finite, got 0.0"),
-        ({"c": float("inf")}, r"c must be > 0 and finite, got inf"),
-        ({"c_power": 0.5}, r"c_power must be in \[0, 0.5\), got 0.5"),
-        ({"c_power": -0.1}, r"c_power must be in \[0, 0.5\), got -0.1"),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        MEHA(**options)
-
-
 def test_takes_a_prox():
     assert MEHA.takes_prox and MEHA.trains == "context"

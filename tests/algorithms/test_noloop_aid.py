@@ -68,16 +68,3 @@ def test_costs():
     algorithm.estimate(counting, context, state)
     # The pass for J v gives a second H v, at the new v.
     assert counting.counts == {"inner_grad": 1, "outer_grads": 1, "hvp": 2, "jvp": 1}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"inner_steps": 0}, "inner_steps must be >= 1, got 0"),
-        ({"adjoint_lr": -1.0}, "adjoint_lr must be > 0 and finite or None for inner_lr, got -1.0"),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        NoLoopAID(**options)

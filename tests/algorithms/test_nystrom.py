@@ -119,17 +119,3 @@ def test_costs():
     algorithm.estimate(counting, context, state)
     # The pass for J v gives one more H v.
     assert counting.counts == {"inner_grad": 6, "outer_grads": 1, "hvp": 4, "jvp": 1}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rank": 0}, "rank must be >= 1, got 0"),
-        ({"damping": 0.0}, "damping must be > 0 and finite, got 0.0"),
-        ({"inner_lr": -1.0}, "inner_lr must be > 0 and finite, got -1.0"),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        Nystrom(**options)

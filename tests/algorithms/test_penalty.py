@@ -139,22 +139,3 @@ def test_costs():
     # The last H w is the by-product of J w.
     expected = {"inner_grad": 5 + 1, "hvp": 5 + 1, "outer_grads": 5 + 1, "jvp": 1}
     assert counts_of(Penalty(5), problem, outer, task) == expected
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
-        ({"rho": 0.0}, r"rho must be > 0 and finite, got 0.0"),
-        ({"lam": -1.0}, r"lam must be >= 0 and finite, got -1.0"),
-        ({"eps": 0.0}, r"eps must be > 0 and finite, got 0.0"),
-        ({"rho_factor": 0.9}, r"rho_factor must be >= 1 and finite, got 0.9"),
-        ({"lam_factor": 1.1}, r"lam_factor must be in \(0, 1\], got 1.1"),
-        ({"eps_factor": 0.0}, r"eps_factor must be in \(0, 1\], got 0.0"),
-        ({"lr_factor": -0.5}, r"lr_factor must be in \(0, 1\], got -0.5"),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        Penalty(**options)

@@ -125,21 +125,6 @@ def test_a_context_that_depends_on_the_outer_variable_is_refused(make, task, nam
         Reptile().check(problem, problem.init_outer(generator(0)), task)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
-        ({"inner_lr": 0.0}, r"inner_lr must be > 0 and finite, got 0.0"),
-        ({"inner_lr": float("nan")}, r"inner_lr must be > 0 and finite, got nan"),
-        ({"momentum": 1.5}, r"momentum must be in \[0, 1\), got 1.5"),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        Reptile(**options)
-
-
 def test_short_name():
     assert ALGORITHMS["reptile"] is Reptile
     assert Reptile().supports_vmap and not Reptile().compiles

@@ -118,8 +118,6 @@ def test_costs(optimizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
-        ({"epsilon": -0.1}, r"epsilon must be > 0 and finite, got -0.1"),
         (
             {"inner_optimizer": "rmsprop"},
             r"inner_optimizer must be one of \('sgd', 'adam'\), got 'rmsprop'",

@@ -83,18 +83,3 @@ def test_state_of_a_new_task_has_no_adjoint():
     _, outer, _ = golden_quadratic()
     state = SOBA().init(None, outer, {"y": torch.ones(2)})  # type: ignore[arg-type]
     assert not state.adjoint["y"].any()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"adjoint_lr": 0.0}, r"adjoint_lr must be > 0 and finite, got 0.0"),
-        ({"adjoint_decay": -0.5}, r"adjoint_decay must be in \[0, 1\], got -0.5"),
-        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
-        ({"inner_decay": 1.5}, r"inner_decay must be in \[0, 1\], got 1.5"),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        SOBA(**options)

@@ -129,8 +129,6 @@ def test_costs(adjoint_steps):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adjoint_steps": 0}, "adjoint_steps must be >= 1, got 0"),
-        ({"adjoint_lr": 0.0}, "adjoint_lr must be > 0 and finite, got 0.0"),
         (
             {"inner_optimizer": "adam"},
             "adjoint_lr must be given with inner_optimizer='adam', got None",

@@ -64,16 +64,3 @@ def test_costs():
     # H v is the by-product of J v.
     expected = {"inner_grad": 5, "outer_grads": 1, "jvp": 1, "hvp": 1}
     assert counts_of(T1T2(5), problem, outer, task) == expected
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
-        ({"adjoint_lr": 0.0}, r"adjoint_lr must be > 0 and finite, got 0.0"),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        T1T2(**options)

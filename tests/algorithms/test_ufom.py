@@ -101,8 +101,6 @@ def test_costs(options, counts):
             r"exact_probability must be in \(0, 1\], got 0.0: .* ITD with first_order=True",
         ),
         ({"exact_probability": 1.1}, r"exact_probability must be in \(0, 1\], got 1.1"),
-        ({"inner_steps": 0}, r"inner_steps must be >= 1, got 0"),
-        ({"inner_lr": 0.0}, r"inner_lr must be > 0 and finite, got 0.0"),
     ],
     ids=str,
 )
