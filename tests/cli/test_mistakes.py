@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from metadist.cli import COMMANDS
 from tests.helpers import words
 
 FLAGS = {
@@ -69,11 +70,6 @@ NULLS = {
     "algorithm: {class_path: itd, init_args: {inner_steps: null}}": "inner_steps must be a value",
     "sampler: null": "sampler must be given: pass --sampler NAME",
 }
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def refused(cli, *arguments: str) -> str:
@@ -150,6 +146,14 @@ def test_in_a_comparison(cli, changes, message):
     Path("mine.yaml").write_text(yaml.safe_dump(tree | changes))
     found = refused(cli, "compare", "mine.yaml", "--run_dir", "out", "--plots", "false")
     assert re.match(message, found), found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_option_is_refused_without_pages_of_usage(cli, command):
+    needed = {"compare": ["x"], "tune": ["x"], "data": ["list"], "submit": ["--", "x"]}
+    message = refused(cli, command, "--colour=red", *needed.get(command, []))
+    assert f"colour is no option of metadist {command}" in message
+    assert message.endswith(f"\n`metadist {command} --help` shows the options\n")
 
 
 def test_in_commands_and_their_arguments(cli):

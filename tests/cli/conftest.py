@@ -1,0 +1,40 @@
+"""Runs that the commands look at."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from metadist.cli import main
+from tests.helpers import (
+    CURVES,
+    words,
+)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Every test in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 5 steps with checkpoints 2, 4 and 5, validated at each."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    flags = "--num_steps 5 --checkpoint_every 2 --val_split val --val_every 2 --val_tasks 3"
+    path = list(sys.path)
+    assert main(["train", *CURVES, "--run_dir", str(run), *words(flags)]) == 0
+    sys.path[:] = path
+    return run
+
+
+@pytest.fixture
+def run(finished, here):
+    """A copy of it."""
+    subprocess.run(["cp", "-r", finished, here / "run"], check=True)
+    return here / "run"

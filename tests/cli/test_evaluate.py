@@ -1,0 +1,65 @@
+"""`metadist evaluate`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from metadist import CheckpointStore, evaluate
+from tests.helpers import (
+    curves,
+    make_trainer,
+)
+
+
+def test_evaluate_judges_on_another_split(cli, run):
+    out = cli.good("evaluate", run, "--num_tasks", 6, "--output", "mine.json")
+    written = json.loads(Path("mine.json").read_text())
+    checkpoint = CheckpointStore(str(run / "checkpoints")).load()[1]
+    trainer = make_trainer()
+    expected = evaluate(
+        trainer.problem,
+        curves("test"),
+        trainer.algorithm,
+        checkpoint.state.outer,
+        6,
+    )
+    assert written == {"checkpoint": "step-00000005", **expected.to_json()}
+    assert f"{run} step-00000005, 5 outer steps" in out
+    assert f"  query_loss: {expected.metrics['query_loss']}\n" in out
+    assert "  interval: 95 % Student t over tasks\n" in out
+
+
+def metrics(cli, run, *flags):
+    cli.good("evaluate", run, "--num_tasks", 4, "--output", "x.json", *flags)
+    return json.loads(Path("x.json").read_text())
+
+
+def test_evaluate_has_options_for_everything_that_is_judged(cli, run):
+    plain = metrics(cli, run)
+    assert metrics(cli, run) == plain
+    more = metrics(cli, run, "--inner_steps", 7)
+    assert "inner_steps=7" in more["protocol"]["algorithm"] and more != plain
+    assert metrics(cli, run, "--checkpoint", "step-00000002")["checkpoint"] == "step-00000002"
+    best = CheckpointStore(str(run / "checkpoints")).best()
+    assert metrics(cli, run, "--checkpoint", "best")["checkpoint"] == best
+    other = metrics(cli, run, "--sampler", "sinusoid", "--sampler.k_shot", 9)
+    assert "k_shot=9" in other["protocol"]["sampler"]
+    assert "split='val'" in metrics(cli, run, "--split", "val")["protocol"]["sampler"]
+    assert metrics(cli, run, "--num_tasks", 2)["protocol"]["tasks"] == "2 (indices 0 .. 1)"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--inner_steps", "0"], "inner_steps must be >= 1, got 0"),
+        (["--num_tasks", "1"], "num_tasks must be >= 2 for an interval, got 1"),
+        (["--checkpoint", "step-00000009"], "checkpoint must be one of .* got 'step-00000009'"),
+    ],
+)
+def test_evaluate_refuses_what_it_cannot_do(cli, run, flags, message):
+    code, _, err = cli("evaluate", run, *flags)
+    assert code == 2 and re.search("metadist evaluate: error: " + message, err), err
