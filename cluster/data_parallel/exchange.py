@@ -125,11 +125,11 @@ class Exchange:
         place = (number, *((request.method, request.draw.source) for request in requests))  # type: ignore[union-attr]
         replies = self._ask(step, place, tuple(requests), trees)
         for reply, index in zip(replies, self._positions, strict=True):
-            buffer = _Buffer(read_only(reply.flat))
+            flat = read_only(reply.flat)
             for is_answered, question_sums in zip(reply.answered, sums, strict=True):
                 # A shard without examples of a mini-batch has nothing to add.
                 for total in question_sums if is_answered else ():
-                    total.add_next(buffer, index)
+                    flat = total.add_first(flat, index)
         return [
             tuple(total.tree(question.trees) for total in question_sums)
             for question, question_sums in zip(questions, sums, strict=True)
@@ -191,18 +191,6 @@ class Exchange:
         return frozenset(key for key, _ in self._known.values())
 
 
-class _Buffer:
-    """Reads a reply from beginning to end."""
-
-    def __init__(self, flat: Tensor) -> None:
-        self._flat = flat
-        self._place = 0
-
-    def read(self, size: int) -> Tensor:
-        self._place += size
-        return self._flat[self._place - size : self._place]
-
-
 class _Sum:
     """One tree of an answer, added up over shards."""
 
@@ -212,15 +200,18 @@ class _Sum:
         self._flat: Tensor | None = None
         self._rows: list[tuple[Tensor, Params]] = []
 
-    def add_next(self, buffer: _Buffer, index: Tensor) -> None:
-        """Add the next part of the reply of the shard with these support examples."""
+    def add_first(self, flat: Tensor, index: Tensor) -> Tensor:
+        """Add the beginning of the reply of the shard with this index; returns the rest."""
         if self._role == "value":
-            self._add(buffer.read(1))
-            return
+            self._add(flat[:1])
+            return flat[1:]
         shared = self._layout.shared(self._role)
         own = self._layout.own(self._role, len(index))
-        self._add(buffer.read(shared.num_elements).to(shared.dtype))
-        self._rows.append((index, own.views(buffer.read(own.num_elements).to(own.dtype))))
+        sizes = [shared.num_elements, own.num_elements]
+        values, rows, rest = flat.split([*sizes, len(flat) - sum(sizes)])
+        self._add(values.to(shared.dtype))
+        self._rows.append((index, own.views(rows.to(own.dtype))))
+        return rest
 
     def _add(self, piece: Tensor) -> None:
         if self._flat is None:
