@@ -207,7 +207,7 @@ class ActorPool(ABC, Generic[S]):
         if self.num_alive >= self._num_needed:
             return
         lost_at = sorted(slot.since for slot in self._slots if not slot.is_alive)
-        # Of those the loss that left fewer than needed.
+        # The loss that left fewer than needed.
         since = lost_at[len(self._slots) - self._num_needed]
         if self._runtime.now() - since > self._failures.all_lost_s:
             raise WorkerLostError(
