@@ -26,7 +26,7 @@ os.environ |= {
     "RAY_memory_monitor_refresh_ms": "100",
 }
 import ray
-from metadist.cluster import RayExecutor
+from metadist.cluster import Failures, RayExecutor
 from tests.cluster.toy import ADAM, first_state, make_workload, state_bytes
 
 logging.basicConfig(level=logging.WARNING)
@@ -34,7 +34,8 @@ ray.init(
     address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20,
     log_to_driver=False,
 )
-executor = RayExecutor()
+# Ray prefers to kill workers. They stay away for so long that the server is the only one left.
+executor = RayExecutor(failures=Failures(max_losses=50, backoff_s=10.0, max_backoff_s=10.0))
 executor.start(make_workload(), ADAM, first_state())
 supervisor, ballast = executor._supervisor, []
 replace = supervisor.replace
@@ -50,7 +51,7 @@ for report in executor.run(6):
     if report.step.version == 3 and not lost:
         while share_used() < limit + 0.01:
             ballast.append(b"x" * (1 << 27))
-        # The next step waits behind this; by then the monitor has killed the server.
+        # The next step waits behind this until the monitor has killed the server.
         supervisor.server.__ray_call__.remote(lambda _: __import__("time").sleep(30))
 print(lost, state_bytes(executor.state()).hex())
 executor.close()
