@@ -47,6 +47,7 @@ class AID(InnerLoop):
         tolerance: >= 0; the solver ends at a residual of tolerance |b|.
         warm_start: Start v from the last v; not with "neumann", which is a sum from 0.
 
+    Family: Implicit differentiation.
     For: strongly convex in y, or damped.
     Cost: T G + F + Q H + J. With warm-started "cg" one H more, for the first residual.
     State: y, and v if warm_start.

@@ -36,6 +36,7 @@ class AmIGO(InnerLoop):
         adjoint_steps: Q >= 1.
         adjoint_lr: eta of "gd", <= 1/L; None: inner_lr.
 
+    Family: Implicit differentiation.
     For: strongly convex in y.
     Cost: T G + F + Q H + J. With "cg" one H more, for the first residual.
     State: y, v.

@@ -39,6 +39,7 @@ class BOME(InnerLoop):
             to a solution.
         rounds: Moves of y (each with its own y_T) at one x, >= 1; the paper has 1.
 
+    Family: First derivatives of g.
     For: non-convex or with many minima, Polyak-Lojasiewicz; smooth.
     Cost: rounds x (T G + F + 2 G + 2 Gx). Two values of g more with phi="value".
     State: y.

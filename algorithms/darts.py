@@ -24,6 +24,7 @@ class DARTS(InnerLoop):
     Args:
         epsilon: How far y_T is moved for the difference, in Euclidean norm, > 0.
 
+    Family: Heuristic.
     For: well-conditioned; heuristic.
     Cost: T G + F + 2 G + 2 Gx.
     State: y.

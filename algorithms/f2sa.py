@@ -48,6 +48,7 @@ class F2SA(InnerLoop):
     `inner_lr` is z's; `inner_decay` applies to y too (the paper's k^-4/7 for z and k^-5/7 for y
     are one exponent here, as lam_k grows with k^1/7).
 
+    Family: First derivatives of g.
     For: strongly convex.
     Cost: T (2 G + F) + F + 2 G + 2 Gx. With order=2 T (2 G + 2 F) + 2 F + 2 G + 2 Gx.
     State: y, z.

@@ -30,6 +30,7 @@ class FG2U(GradientDescent):
         num_directions: b, >= 1.
         directions: "rademacher", entries +1 or -1, or "normal".
 
+    Family: Through the inner loop.
     For: any smooth one, finite inner loop.
     Cost: T G + F + b T directional derivatives. One of these, of g_y, costs about two G.
     State: y.

@@ -47,6 +47,7 @@ class FSLA(AdjointLoop):
             momentum.
         weight_decay: The exponent of a_k, in [0, 1].
 
+    Family: Stochastic.
     For: strongly convex, mini-batches.
     Cost: T (G + F + H) + 2 (F + J).
     State: y, v, w, previous x.

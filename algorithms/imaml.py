@@ -40,6 +40,7 @@ class IMAML(InnerLoop):
         damping: >= 0, added to lam in the solve of v only.
         tolerance: >= 0; the solver ends at a residual of tolerance |f_y|.
 
+    Family: Implicit differentiation.
     For: any that lam makes strongly convex.
     Cost: T G + F + Q H + J.
     State: nothing (y, start).

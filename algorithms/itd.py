@@ -22,6 +22,7 @@ class ITD(Unrolling):
     Exact for the unrolled map; away from the solution of the lower problem by
     (1 - inner_lr mu)^inner_steps, an error that more outer steps do not remove.
 
+    Family: Through the inner loop.
     For: any smooth one; T steps of SGD are the lower problem.
     Cost: T G + F + T (H + J); K (H + J) with truncate=K, none with first_order.
     State: y.

@@ -49,6 +49,7 @@ class LancBiO(InnerLoop):
         subspace_every: Outer steps from one m to the next, >= 1.
         subspace_cap: The largest m.
 
+    Family: Implicit differentiation.
     For: strongly convex in y.
     Cost: T G + F + Q (1 + 1/m) H + J. Q = adjoint_steps, and one H more where a window begins.
     State: y, v, m vectors like y.

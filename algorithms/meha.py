@@ -44,6 +44,7 @@ class MEHA(SingleLoop):
         c: The weight that divides f, > 0; large beside |f_y| over the curvature of g.
         c_power: p, in [0, 0.5).
 
+    Family: First derivatives of g.
     For: non-convex; a non-smooth part with a prox (lasso).
     Cost: T x (4 G + 2 Gx + 2 F). Per move theta's G, two joint gradients of g and F for h, G and F
     of y at the next x (the oracle's gradients of f are joint, the method uses one half of each).

@@ -17,6 +17,7 @@ class MetaSGD(Unrolling):
     ITD whose inner rates are outer variables, one per element of y. `inner_lr` is the initial
     value of all rates; a rate may become negative.
 
+    Family: Through the inner loop.
     For: any smooth one; new tasks with a learned start.
     Cost: T G + F + T (H + J).
     State: y.

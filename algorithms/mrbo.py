@@ -27,6 +27,7 @@ class MRBO(RecursiveMomentum):
     that y moves from. The paper's rates are inner_decay=1/3 here and, for x,
     OuterOptimizer("sgd", schedule="power", schedule_power=1/3).
 
+    Family: Stochastic.
     For: strongly convex, mini-batches.
     Cost: 2 (T G + F + Q H + J). Half of it for a new state.
     State: y, u, w, previous x and y.

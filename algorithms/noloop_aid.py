@@ -33,6 +33,7 @@ class NoLoopAID(SingleLoop):
     Args:
         adjoint_lr: eta, > 0 and <= 1/L; decays like inner_lr. None: inner_lr.
 
+    Family: Implicit differentiation.
     For: strongly convex in y.
     Cost: T (G + F + H + J).
     State: y, v.

@@ -30,6 +30,7 @@ class Nystrom(InnerLoop):
         rank: k >= 1, columns of H; with as many as y has elements v = (H + damping I)^-1 b.
         damping: rho > 0, a trust region: outside the span of the columns v is b / rho.
 
+    Family: Implicit differentiation.
     For: H of low rank plus little, damped.
     Cost: T G + F + k H + J.
     State: y.

@@ -49,6 +49,7 @@ class Penalty(InnerLoop):
         eps_factor: In (0, 1].
         lr_factor: In (0, 1]; with "sgd" and rho_factor > 1 it should be 1 / rho_factor.
 
+    Family: First derivatives of g.
     For: strongly convex near the solution.
     Cost: T (G + F + H) + F + 2 G + J + H. The last H is a by-product of J's pass.
     State: y, multipliers, number of updates.

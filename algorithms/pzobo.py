@@ -29,6 +29,7 @@ class PZOBO(InnerLoop):
         mu: The length of the differences, > 0.
         num_directions: b, >= 1.
 
+    Family: Through the inner loop.
     For: any smooth one, finite inner loop.
     Cost: (1 + b) T G + F.
     State: y.

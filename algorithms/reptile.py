@@ -28,6 +28,7 @@ class Reptile(Algorithm):
         inner_lr: > 0.
         momentum: The momentum of the inner SGD, in [0, 1).
 
+    Family: Heuristic.
     For: any smooth one, adapted from a learned start.
     Cost: T G.
     State: nothing.

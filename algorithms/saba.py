@@ -52,6 +52,7 @@ class SABA(AdjointLoop):
     Args:
         full_pass: Fill the tables at the first step of a state; they start at zero otherwise.
 
+    Family: Stochastic.
     For: strongly convex, finite sums.
     Cost: T (G + F + H + J). And the mean of the tables; with full_pass one more pass over both sets
     at the first step.

@@ -50,6 +50,7 @@ class SAMA(InnerLoop):
     Args:
         epsilon: How far y_T is moved for the difference, in Euclidean norm, > 0.
 
+    Family: Heuristic.
     For: large models trained with Adam; heuristic.
     Cost: T G + F + 2 G + 2 Gx.
     State: y, Adam's moments.

@@ -25,6 +25,7 @@ class SOBA(AdjointLoop):
     With noisy draws the paper lets all rates fall: inner_decay=0.5, adjoint_decay=0.5, and for x
     OuterOptimizer("sgd", schedule="power", schedule_power=0.5).
 
+    Family: Stochastic.
     For: strongly convex, mini-batches.
     Cost: T (G + F + H + J). H v and J v come from one pass.
     State: y, v.

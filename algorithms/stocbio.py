@@ -28,6 +28,7 @@ class StocBiO(InnerLoop):
         adjoint_steps: Q, Hessian products, >= 0.
         adjoint_lr: eta, > 0; at most 1 / L, L the largest eigenvalue of H.
 
+    Family: Stochastic.
     For: strongly convex, mini-batches.
     Cost: T G + F + Q H + J.
     State: y.

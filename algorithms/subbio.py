@@ -35,6 +35,7 @@ class SubBiO(InnerLoop):
         adjoint_lr: eta > 0, of the step that makes the second vector; None: inner_lr.
         adjoint_steps: How often v is improved; the paper has 1, for new tasks set more.
 
+    Family: Implicit differentiation.
     For: strongly convex in y.
     Cost: T G + F + 3 H + J. 3 H for each of adjoint_steps.
     State: y, v.

@@ -25,6 +25,7 @@ class SUSTAIN(RecursiveMomentum):
     Args:
         adjoint_steps: Q, >= 1.
 
+    Family: Stochastic.
     For: strongly convex, mini-batches.
     Cost: 2 (T G + F + (Q-1)/2 H + J) on average.
     State: y, u, w, previous x and y.

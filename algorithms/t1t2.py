@@ -26,6 +26,7 @@ class T1T2(InnerLoop):
         adjoint_lr: What replaces H^-1, > 0. The paper has 1, or inner_lr, which makes h that of ITD
             with truncate=1 (plain SGD), but for J, here at y_T and there one step before.
 
+    Family: Heuristic.
     For: well-conditioned; heuristic.
     Cost: T G + F + J. H v is a by-product, for the metric `adjoint_residual`.
     State: y.

@@ -29,6 +29,7 @@ class UFOM(GradientDescent):
         recompute: Find each y_t again from the start instead of keeping all: the memory does
             not grow with T, for T^2 / 2 more gradients in an exact step.
 
+    Family: Through the inner loop.
     For: any smooth one, finite inner loop.
     Cost: T G + F + q T (H + J). With `recompute` T^2 / 2 G more in an exact step.
     State: y.

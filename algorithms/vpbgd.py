@@ -39,6 +39,7 @@ class VPBGD(InnerLoop):
         gamma_steps: The length of the rise, >= 0; with 0, gamma is gamma_max throughout.
         rounds: Moves of y (each after a loop of omega) at one x, >= 1; the paper has 1.
 
+    Family: First derivatives of g.
     For: non-convex, Polyak-Lojasiewicz; smooth.
     Cost: rounds x (T G + F + 2 G + 2 Gx).
     State: y, omega.

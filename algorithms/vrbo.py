@@ -41,6 +41,7 @@ class VRBO(SingleLoop):
         adjoint_lr: eta of h, > 0; at most 1 / L.
         period: q, steps of x from one pass over the whole sets to the next, >= 1.
 
+    Family: Stochastic.
     For: strongly convex, finite sums.
     Cost: 2T (G + F + Q H + J) + passes over the whole sets. Every `period`-th step costs 2T G and,
     on the whole sets, G + F + Q H + J instead.

@@ -59,10 +59,10 @@ class Algorithm(ABC):
 
     The docstring of a method is its entry in `metadist list algorithms` and docs/algorithms.md.
     The first line is its title; formulas and prose follow, then Args, then paragraphs, all
-    optional, that start with "For:" (which lower problems), "Cost:", "State:" (what it keeps
-    beside x), "Memory:", "Use:" (when to pick it), "Breaks:" (when it fails), "Source:" and
-    "Differs:" (from paper and official code). Where space is short the first sentence of a
-    paragraph stands for it.
+    optional, that start with "Family:" (the heading it stands under), "For:" (which lower
+    problems), "Cost:", "State:" (what it keeps beside x), "Memory:", "Use:" (when to pick it),
+    "Breaks:" (when it fails), "Source:" and "Differs:" (from paper and official code). Where space
+    is short the first sentence of a paragraph stands for it.
     """
 
     # Class attributes, no fields: this class is no dataclass, and subclasses assign without

@@ -11,8 +11,8 @@ import textwrap
 from pathlib import Path
 
 from metadist.algorithm import Algorithm
-from metadist.algorithms import ALGORITHMS, FAMILIES
-from metadist.cli.catalogue import FACTS, LEGEND, brief, facts, title
+from metadist.algorithms import ALGORITHMS
+from metadist.cli.catalogue import FACTS, FAMILIES, LEGEND, brief, facts, title
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "algorithms.md"
 MARK = "<!-- From here on written by scripts/docs_algorithms.py from the docstrings. -->\n"
@@ -25,25 +25,31 @@ def page(text: str) -> str:
     if not mark:
         raise ValueError(f"{PAGE} must contain the line {MARK!r}")
     parts = [head + MARK, "# All at a glance\n", _wrap(LEGEND) + "\n", _table()]
-    for family, members in FAMILIES.items():
+    for family in FAMILIES:
         parts.append(f"# {family}\n")
-        parts += (_section(cls) for cls in members)
+        parts += (_section(cls) for cls in _members(family))
     return "\n".join(parts)
+
+
+def _members(family: str) -> list[type[Algorithm]]:
+    return [cls for cls in ALGORITHMS.values() if brief(cls, "Family") == family]
 
 
 def _table() -> str:
     columns = ["name", "method", *TABLE]
     rows = [columns, ["---"] * len(columns)]
-    for name, cls in ALGORITHMS.items():
-        cells = (brief(cls, fact) for fact in TABLE.values())
-        rows.append([f"[{name}](#{name})", title(cls), *cells])
+    for family in FAMILIES:
+        for cls in _members(family):
+            name = cls.__name__.lower()
+            cells = (brief(cls, fact) for fact in TABLE.values())
+            rows.append([f"[{name}](#{name})", title(cls), *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _section(cls: type[Algorithm]) -> str:
     bullets = []
     for fact, text in facts(cls).items():
-        if fact not in ("For", "Use"):  # these are in the table
+        if fact not in ("Family", "For", "Use"):  # these are in headings and in the table
             bullets.append(_wrap(f"* **{fact}:** {text}", indent="  "))
     paragraphs = [f"## {cls.__name__}", f"**{title(cls)}.**", _body(cls), "\n".join(bullets)]
     return "\n\n".join(filter(None, paragraphs)) + "\n"

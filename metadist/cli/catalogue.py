@@ -19,8 +19,17 @@ LEGEND = (
     "State is what a task keeps from one outer step to the next beside x."
 )
 
-FACTS = ("For", "Cost", "State", "Memory", "Use", "Breaks", "Source", "Differs")
+FACTS = ("Family", "For", "Cost", "State", "Memory", "Use", "Breaks", "Source", "Differs")
 """The paragraphs of an algorithm's docstring that are read, see `Algorithm`."""
+
+FAMILIES = (
+    "Through the inner loop",
+    "Implicit differentiation",
+    "Stochastic",
+    "First derivatives of g",
+    "Heuristic",
+)
+"""What "Family" may be, in the order of docs/algorithms.md."""
 
 WIDE = 150
 """Columns from which on the cards are one table."""

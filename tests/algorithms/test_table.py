@@ -190,7 +190,7 @@ def test_its_docstring_has_every_fact_and_every_field(name, case):
     cls = type(case.algorithm)
     doc = inspect.getdoc(cls) or ""
     # What differs from the paper is said only where something does.
-    for fact in ("For", "Cost", "State", "Memory", "Use", "Breaks", "Source"):
+    for fact in ("Family", "For", "Cost", "State", "Memory", "Use", "Breaks", "Source"):
         assert f"\n{fact}: " in doc, fact
     documented = "\n".join(inspect.getdoc(base) or "" for base in cls.__mro__)
     for field in dataclasses.fields(cls):

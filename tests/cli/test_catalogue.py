@@ -1,10 +1,13 @@
 """What the catalogue reads from docstrings, and algorithms of one's own without these lines."""
 
+from pathlib import Path
+
 import pytest
 from rich.console import Console
 
+import metadist.algorithms
 from metadist.algorithms import ALGORITHMS, SOBA
-from metadist.cli.catalogue import WIDE, brief, cards, facts, title
+from metadist.cli.catalogue import FAMILIES, WIDE, brief, cards, facts, title
 
 
 class Own(SOBA):
@@ -45,3 +48,13 @@ def test_a_first_sentence_is_one_that_fits_a_table():
     for cls in ALGORITHMS.values():
         for fact in ("For", "Cost", "State", "Use"):
             assert 0 < len(brief(cls, fact)) <= 100
+
+
+def test_every_algorithm_is_public_and_of_a_known_family():
+    assert {brief(cls, "Family") for cls in ALGORITHMS.values()} == set(FAMILIES)
+    assert set(metadist.algorithms.__all__) == {
+        "ALGORITHMS",
+        *(c.__name__ for c in ALGORITHMS.values()),
+    }
+    files = Path(metadist.algorithms.__file__).parent.glob("[!_]*.py")
+    assert len(list(files)) == len(ALGORITHMS)
