@@ -31,6 +31,9 @@ from metadist.cluster.actors.runtime_env import metadist_runtime_env
 MAX_SHIPPED_BYTES = 100 * 2**20
 """The most that Ray's dashboard accepts."""
 
+START_S = 60.0
+"""How long a head that has just started may be unable to run jobs."""
+
 EXCLUDED = (".*", "__pycache__", "*.egg-info", "venv", "build", "dist", "runs", "data")
 """Names of files and folders that are never shipped."""
 
@@ -157,6 +160,7 @@ def _connect(address: str) -> JobSubmissionClient:
 def _start_or_find(
     client: JobSubmissionClient, name: str, command: str, runtime_env: dict[str, Any]
 ) -> Job:
+    deadline = time.monotonic() + START_S
     while True:
         attempts: dict[int, JobDetails] = {}
         for details in client.list_jobs():
@@ -170,9 +174,11 @@ def _start_or_find(
         try:
             client.submit_job(entrypoint=command, submission_id=id, runtime_env=runtime_env)
         except RuntimeError as error:
-            # Another submission came between our listing and our call.
-            if "already exists" not in str(error):
+            if "No available agent" in str(error) and time.monotonic() < deadline:
+                time.sleep(1)  # the head has just started
+            elif "already exists" not in str(error):
                 raise
+            # Otherwise another submission came between our listing and our call.
         else:
             return Job(client, id, is_new=True)
 

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -86,6 +87,19 @@ def test_of_two_at_the_same_moment_one_starts_the_run(jobs):
     jobs.rivals = [f"{NAME}-1"]
     job = hand_in()
     assert (job.id, job.is_new) == (f"{NAME}-1", False)
+
+
+def test_a_head_that_has_just_started_is_waited_for(jobs, monkeypatch):
+    monkeypatch.setattr(submit_module.time, "sleep", lambda seconds: None)
+    refusal = "Request failed with status code 500: No available agent to submit job."
+    answers = [RuntimeError(refusal), RuntimeError(refusal), None]
+    monkeypatch.setattr(jobs, "submit_job", Mock(side_effect=answers))
+    assert hand_in().is_new
+    assert jobs.submit_job.call_count == 3
+    monkeypatch.setattr(submit_module, "START_S", 0.0)
+    monkeypatch.setattr(jobs, "submit_job", Mock(side_effect=RuntimeError(refusal)))
+    with pytest.raises(RuntimeError, match="No available agent"):
+        hand_in()
 
 
 def test_the_job_runs_here_or_where_the_files_are_shipped_to(jobs, tmp_path, monkeypatch):
