@@ -90,7 +90,7 @@ def test_of_two_at_the_same_moment_one_starts_the_run(jobs):
 
 
 def test_a_head_that_has_just_started_is_waited_for(jobs, monkeypatch):
-    monkeypatch.setattr(submit_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     refusal = "Request failed with status code 500: No available agent to submit job."
     answers = [RuntimeError(refusal), RuntimeError(refusal), None]
     monkeypatch.setattr(jobs, "submit_job", Mock(side_effect=answers))
