@@ -35,6 +35,8 @@ LOSSES = (
     "ObjectReconstructionFailedError", "OwnerDiedError", "ReferenceCountingAssertionError",
     "PlasmaObjectNotAvailable", "GetTimeoutError", "RpcError", "RaySystemError",
     "RayDirectTransportError", "RayChannelError", "RayChannelTimeoutError",
+    "ObjectReconstructionFailedMaxAttemptsExceededError",  # of older versions
+    "ObjectReconstructionFailedLineageEvictedError",
 )
 FAULTS = (
     "RayError", "CrossLanguageError", "UserCodeException", "UnserializableException",
