@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
@@ -39,17 +39,27 @@ class EvaluationResult:
     """Means over tasks by name of the metric, and the protocol they were obtained by.
 
     Names: `query_loss`, `query_accuracy` (classification), the same with `_before` for the start
-    of adaptation, `support_loss`.
+    of adaptation, `support_loss`. `dropped` has, for each metric, the tasks that are not in its
+    mean; those whose own loss is not finite are in no mean. `penalty` is the difference they
+    make to the score, where each counts as the worst.
     """
 
     metrics: dict[str, Interval]
     protocol: dict[str, str]
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    penalty: float = 0.0
 
     @property
     def score(self) -> float:
-        """Larger is better: the accuracy, or the negative query loss."""
+        """Larger is better: the accuracy, or the negative query loss; less `penalty`."""
         accuracy = self.metrics.get("query_accuracy")
-        return accuracy.mean if accuracy else -self.metrics["query_loss"].mean
+        score = accuracy.mean if accuracy else -self.metrics["query_loss"].mean
+        return score - self.penalty
+
+    @property
+    def num_dropped(self) -> int:
+        """Tasks that are missing in the mean of some metric."""
+        return len(set().union(*self.dropped.values()))
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON data."""
@@ -80,13 +90,19 @@ def evaluate(
 
     Raises:
         ValueError: num_tasks < 2, or inner_steps with an algorithm that has none.
-        FloatingPointError: a metric of a task is NaN or infinite; the task is named.
+        FloatingPointError: the losses are NaN or infinite in all tasks but one, or in all. Fewer
+            such tasks are left out of the means, and `EvaluationResult` says which.
     """
     if num_tasks < 2:
         raise ValueError(f"num_tasks must be >= 2 for an interval, got {num_tasks}")
     if inner_steps is not None:
         algorithm = with_inner_steps(algorithm, inner_steps)
-    metrics = evaluate_tasks(problem, sampler, algorithm, outer, num_tasks, compute=compute)
+    values = evaluate_tasks(problem, sampler, algorithm, outer, num_tasks, compute=compute)
+    dropped = _dropped(values)
+    kept = {
+        name: [value for index, value in enumerate(column) if index not in dropped.get(name, ())]
+        for name, column in values.items()
+    }
     protocol = {
         "tasks": f"{num_tasks} (indices 0 .. {num_tasks - 1})",
         "sampler": describe_sampler(sampler),
@@ -94,7 +110,56 @@ def evaluate(
         **problem.describe(),
         "interval": "95 % Student t over tasks",
     }
-    return EvaluationResult({k: mean_interval(v) for k, v in metrics.items()}, protocol)
+    if dropped:
+        protocol["dropped"] = "; ".join(
+            f"{name} is the mean of {len(kept[name])} of {num_tasks} tasks, not finite in "
+            f"{_listed(indices)}"
+            for name, indices in dropped.items()
+        )
+    return EvaluationResult(
+        metrics={name: mean_interval(column) for name, column in kept.items() if len(column) > 1},
+        protocol=protocol,
+        dropped=dropped,
+        penalty=_penalty(kept, dropped, num_tasks),
+    )
+
+
+def _dropped(values: Mapping[str, list[float]]) -> dict[str, list[int]]:
+    """By metric, the tasks to leave out of its mean."""
+    broken = {
+        name: {index for index, value in enumerate(column) if not math.isfinite(value)}
+        for name, column in values.items()
+    }
+    # Where adaptation diverges, a metric such as the accuracy may be finite and mean nothing.
+    diverged = broken["support_loss"] | broken["query_loss"]
+    num_tasks = len(values["query_loss"])
+    if len(diverged) > num_tasks - 2:
+        index = min(diverged)
+        name = next(name for name in ("support_loss", "query_loss") if index in broken[name])
+        raise FloatingPointError(
+            f"{name} must be finite in at least 2 tasks, got {values[name][index]} in task {index} "
+            f"and {len(diverged)} of {num_tasks} tasks that are not: adaptation diverges there; "
+            "try a smaller inner_lr or fewer inner_steps"
+        )
+    return {name: sorted(tasks | diverged) for name, tasks in broken.items() if tasks | diverged}
+
+
+def _penalty(
+    kept: Mapping[str, list[float]], dropped: Mapping[str, list[int]], num_tasks: int
+) -> float:
+    """The loss of score by dropped tasks: each counts as accuracy 0, or as the largest loss."""
+    name = "query_accuracy" if "query_accuracy" in kept else "query_loss"
+    column = kept[name]
+    if len(column) < 2:
+        return math.inf  # the accuracy is undefined, and a loss must not be compared with one
+    mean = math.fsum(column) / len(column)
+    lost = mean if name == "query_accuracy" else max(column) - mean
+    return lost * len(dropped.get(name, ())) / num_tasks
+
+
+def _listed(indices: list[int]) -> str:
+    more = len(indices) - 8
+    return ", ".join(map(str, indices[:8])) + (f" and {more} more" if more > 0 else "")
 
 
 def evaluate_tasks(
@@ -106,7 +171,10 @@ def evaluate_tasks(
     *,
     compute: Compute = AS_TORCH_IS_SET,
 ) -> dict[str, list[float]]:
-    """The metrics of each of the tasks 0 .. num_tasks-1 by name; arguments as of `evaluate`."""
+    """The metrics of each of the tasks 0 .. num_tasks-1 by name; arguments as of `evaluate`.
+
+    Those of a task in which adaptation diverges are NaN or infinite.
+    """
     where = pick_device(compute.device)
     size = compute.chunk_size or TASKS_AT_A_TIME
     outer = {name: leaf.detach().to(where) for name, leaf in outer.items()}
@@ -117,20 +185,10 @@ def evaluate_tasks(
             indices = range(first, min(first + size, num_tasks))
             tasks = [to_device(sampler.sample(i), where, leaf.dtype) for i in indices]
             found = _adapt_and_judge(problem, algorithm, outer, tasks, compute)
-            for index, of_task in zip(indices, found, strict=True):
-                _require_finite(of_task, index)
+            for of_task in found:
                 for name, value in of_task.items():
                     metrics.setdefault(name, []).append(value)
     return metrics
-
-
-def _require_finite(metrics: Mapping[str, float], index: int) -> None:
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} must be finite, got {value} in task {index}: adaptation diverges there; "
-                "try a smaller inner_lr or fewer inner_steps"
-            )
 
 
 def with_inner_steps(algorithm: Algorithm, inner_steps: int) -> Algorithm:

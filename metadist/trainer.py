@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -411,15 +412,29 @@ class Trainer:
         score = None
         if validates:
             assert self._val_sampler is not None
-            result = self.test(self._val_sampler, self._val_tasks)
-            score = result.score
-            if monitor is not None:
-                monitor.evaluation("val", result, version)
-            run.progress.say(f"step {version}: validation {headline(result)}")
+            score = self._validate(self._val_sampler, monitor, run.progress)
         self._save(score)
         if monitor is not None:
             monitor.flush()
             self._upload()
+
+    def _validate(
+        self, sampler: TaskSampler, monitor: Monitor | None, progress: TerminalProgress
+    ) -> float | None:
+        """The score of validation; None where it is not finite, which must not end the run."""
+        self._events.step = self.version
+        try:
+            result = self.test(sampler, self._val_tasks)
+        except FloatingPointError as error:
+            progress.say(f"step {self.version}: validation without a score: {error}")
+            self._events.write("validation_failed", error=str(error))
+            return None
+        if result.dropped:
+            self._events.write("validation_dropped", metrics=result.protocol["dropped"])
+        if monitor is not None:
+            monitor.evaluation("val", result, self.version)
+        progress.say(f"step {self.version}: validation {headline(result)}")
+        return result.score if math.isfinite(result.score) else None
 
     def _open_run_dir(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -499,5 +514,9 @@ def default_tasks_per_lease(meta_batch_size: int) -> int:
 def headline(result: EvaluationResult) -> str:
     """The most important metric, before and after adaptation."""
     name = "query_accuracy" if "query_accuracy" in result.metrics else "query_loss"
-    label = name.removeprefix("query_")
-    return f"{label} {result.metrics[name]} (before adaptation {result.metrics[name + '_before']})"
+    text = f"{name.removeprefix('query_')} {result.metrics[name]}"
+    if before := result.metrics.get(f"{name}_before"):
+        text += f" (before adaptation {before})"
+    if dropped := result.dropped.get(name):
+        text += f", without {len(dropped)} tasks where it is not finite"
+    return text

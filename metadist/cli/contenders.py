@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,11 @@ def contender(options: Mapping[str, Any], values: Mapping[str, Any], run_dir: st
         if split not in samplers:
             return {}
         result: EvaluationResult = trainer.test(samplers[split], num_tasks)
-        return {prefix + name: interval.mean for name, interval in result.metrics.items()}
+        found = {prefix + name: interval.mean for name, interval in result.metrics.items()}
+        if result.dropped:
+            undefined = {prefix + name: math.nan for name in result.dropped}
+            found = {**undefined, **found, f"{prefix}num_dropped": float(result.num_dropped)}
+        return found
 
     return Contender(
         trainer,

@@ -213,14 +213,16 @@ def _fit_and_test(config: Namespace, trainer: Trainer, samplers: dict[str, Any])
         f"{result.seconds:.0f} s ({result.num_tasks / result.seconds:.1f} tasks/s), "
         f"{result.num_dropped} dropped"
     )
-    if "test" in samplers:
-        name = trainer.restore("best") if result.best else f"step {result.num_steps}"
-        tested = trainer.test(samplers["test"], config.test_tasks)
-        print(f"test at {name}:")
-        print_evaluation(tested)
-        trainer.record("test", tested)
-        summary["test"] = {"checkpoint": name, **tested.to_json()}
-    write_json(f"{config.run_dir.rstrip('/')}/{RESULT}", summary)
+    try:
+        if "test" in samplers:
+            name = trainer.restore("best") if result.best else f"step {result.num_steps}"
+            tested = trainer.test(samplers["test"], config.test_tasks)
+            print(f"test at {name}:")
+            print_evaluation(tested)
+            trainer.record("test", tested)
+            summary["test"] = {"checkpoint": name, **tested.to_json()}
+    finally:  # the training has ended well, whatever the test finds
+        write_json(f"{config.run_dir.rstrip('/')}/{RESULT}", summary)
     print(f"run folder: {config.run_dir}")
     print(f"TensorBoard: tensorboard --logdir {config.run_dir}")
     return 0

@@ -24,6 +24,8 @@ LEVELS = {
     "server_recovered": logging.WARNING,
     "contribution_repeated": logging.WARNING,
     "task_dropped": logging.WARNING,
+    "validation_dropped": logging.WARNING,
+    "validation_failed": logging.WARNING,
     "checkpoint_skipped": logging.WARNING,
     "run_interrupted": logging.WARNING,
     "run_failed": logging.ERROR,
@@ -45,6 +47,8 @@ class EventLog:
         lease_reissued         leases
         contribution_repeated  leases, which were in x before and are not added again
         task_dropped           tasks, whose hypergradient was not finite
+        validation_dropped     metrics: which tasks are in no mean, or not in that of a metric
+        validation_failed      error; the losses were finite in less than two tasks
         checkpoint_written     checkpoint, score
         checkpoint_skipped     checkpoint, reason
 

@@ -129,6 +129,8 @@ class Monitor:
         for name, interval in result.metrics.items():
             self._writer.add_scalar(f"{split}/{name}", interval.mean, version)
             self._writer.add_scalar(f"{split}/{name}_half_width", interval.half_width, version)
+        if result.dropped:
+            self._writer.add_scalar(f"{split}/num_dropped", result.num_dropped, version)
         self._writer.flush()
 
     def flush(self) -> None:

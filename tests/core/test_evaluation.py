@@ -13,11 +13,12 @@ import torch
 
 from metadist import AutogradOracle, evaluate
 from metadist.algorithms import ITD, Reptile
-from metadist.compute import Compute
+from metadist.compute import AS_TORCH_IS_SET, Compute
 from metadist.evaluation import (
     EvaluationResult,
     Interval,
     describe_sampler,
+    evaluate_tasks,
     mean_interval,
     student_t,
     with_inner_steps,
@@ -187,23 +188,82 @@ def test_no_hypergradient_is_computed_and_no_graph_is_kept(monkeypatch, vectoriz
     assert seen and not any(seen)
 
 
-@pytest.mark.parametrize("vectorize", [True, False])
-def test_a_metric_that_is_not_finite_names_its_task(vectorize):
-    sampler = Spoiled(curves(), broken=(4,))
+def evaluate_curves(broken, compute=AS_TORCH_IS_SET):
     outer = regression().init_outer(generator(0))
+    sampler = Spoiled(curves(), broken=broken)
+    return evaluate(regression(), sampler, ITD(), outer, 6, compute=compute)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("broken", [(4,), (0, 5)])
+def test_tasks_that_diverge_are_in_no_mean_and_named(vectorize, broken):
+    compute = Compute(vectorize=vectorize, chunk_size=3)
+    result = evaluate_curves(broken, compute)
+    outer = regression().init_outer(generator(0))
+    all_values = evaluate_tasks(regression(), curves(), ITD(), outer, 6, compute=compute)
+    kept = {
+        name: [value for index, value in enumerate(column) if index not in broken]
+        for name, column in all_values.items()
+    }
+    assert result.metrics == {name: mean_interval(column) for name, column in kept.items()}
+    assert result.dropped == {name: list(broken) for name in kept}
+    assert result.num_dropped == len(broken)
+    assert (
+        f"query_loss is the mean of {6 - len(broken)} of 6 tasks, not finite in "
+        f"{', '.join(map(str, broken))}"
+    ) in result.protocol["dropped"]
+    # In the score each of them counts as the worst of the others.
+    losses = [*kept["query_loss"], *[max(kept["query_loss"])] * len(broken)]
+    assert result.score == pytest.approx(-math.fsum(losses) / 6)
+
+
+def test_nothing_dropped_says_nothing():
+    result = evaluate_curves(())
+    assert result.dropped == {} and result.num_dropped == 0 and result.penalty == 0.0
+    assert "dropped" not in result.protocol
+
+
+@pytest.mark.parametrize("broken", [range(6), range(1, 6)])
+def test_an_evaluation_without_two_finite_tasks_is_an_error(broken):
     with pytest.raises(
         FloatingPointError,
-        match=r"support_loss must be finite, got nan in task 4: adaptation diverges there; try a "
-        r"smaller inner_lr or fewer inner_steps",
+        match=rf"support_loss must be finite in at least 2 tasks, got nan in task {broken[0]} and "
+        rf"{len(broken)} of 6 tasks that are not: adaptation diverges there; try a smaller",
     ):
-        evaluate(
-            regression(),
-            sampler,
-            ITD(),
-            outer,
-            6,
-            compute=Compute(vectorize=vectorize, chunk_size=3),
-        )
+        evaluate_curves(broken)
+
+
+class Odd(Smooth):
+    """With a metric that is undefined in the tasks of a mean below `limit`."""
+
+    limit = 0.0
+
+    def metrics(self, context, inner, batch):
+        mean = batch.tensors[0].mean()
+        value = torch.where(mean < self.limit, torch.nan, 0.5 + 0 * mean)
+        return {**super().metrics(context, inner, batch), "accuracy": value}
+
+
+def test_an_undefined_metric_leaves_the_others_alone():
+    problem, outer = Odd(), smooth_outer()
+    result = evaluate(problem, SMOOTH, ITD(inner_steps=1), outer, 8)
+    means = [smooth_task(index).query.tensors[0].mean() for index in range(8)]
+    undefined = [index for index, mean in enumerate(means) if mean < 0]
+    assert 0 < len(undefined) < 7  # or this test says nothing
+    names = ["query_accuracy", "query_accuracy_before"]
+    assert result.dropped == dict.fromkeys(names, undefined)
+    assert result.metrics["query_accuracy"] == Interval(0.5, 0.0)
+    # An accuracy that is undefined counts as 0 where checkpoints are compared.
+    assert result.score == pytest.approx(0.5 * (8 - len(undefined)) / 8)
+    plain = evaluate(Smooth(), SMOOTH, ITD(inner_steps=1), outer, 8)
+    assert result.metrics["query_loss"] == plain.metrics["query_loss"]
+
+
+def test_an_accuracy_that_is_undefined_everywhere_gives_no_score(monkeypatch):
+    monkeypatch.setattr(Odd, "limit", math.inf)
+    result = evaluate(Odd(), SMOOTH, ITD(inner_steps=1), smooth_outer(), 4)
+    assert "query_accuracy" not in result.metrics and "query_loss" in result.metrics
+    assert result.score == -math.inf
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,31 @@ def test_the_best_checkpoint_is_that_of_the_best_validation(tmp_path):
     assert f"step-{trainer.version:08d}" == result.best
 
 
+@pytest.mark.parametrize(
+    ("broken", "scored"), [((13,), True), (range(8, 14), True), (range(14), False)]
+)
+def test_validation_tasks_that_diverge_do_not_end_the_run(tmp_path, capsys, broken, scored):
+    sampler = Spoiled(curves("val"), broken=())
+    trainer = make_trainer(
+        run_dir=tmp_path,
+        val_sampler=sampler,
+        val_every=2,
+        val_tasks=14,
+        quiet=False,
+    )
+    sampler.broken = broken  # those at the front have passed the checks
+    result = trainer.fit(3)
+    plain = make_trainer()
+    plain.fit(3)
+    assert exact_state(trainer) == exact_state(plain)
+    assert (result.best is not None) == scored
+    name = "validation_dropped" if scored else "validation_failed"
+    found = [event for event in read_events(Folder(tmp_path)) if event["event"] == name]
+    assert [event["step"] for event in found] == [2, 3]
+    said = "tasks where it is not finite" if scored else "validation without a score"
+    assert capsys.readouterr().err.count(said) == 2
+
+
 def test_without_validation_there_is_no_best(tmp_path):
     trainer = make_trainer(run_dir=tmp_path)
     assert trainer.fit(2).best is None
