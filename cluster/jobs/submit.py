@@ -27,6 +27,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from metadist.cluster.actors.errors import ConnectError
 from metadist.cluster.actors.runtime_env import metadist_runtime_env
+from metadist.run.uris import check_no_secret, check_no_secrets, tidy
 
 MAX_SHIPPED_BYTES = 100 * 2**20
 """The most that Ray's dashboard accepts."""
@@ -114,9 +115,12 @@ def submit(
             install what else it needs with pip (docs/cluster.md).
 
     Raises:
-        ValueError: The folder holds more than Ray accepts, or the run folder would be lost.
+        ValueError: The folder holds more than Ray accepts, the run folder would be lost, or a URI
+            holds a secret, which all who reach the dashboard could read.
         ConnectError: No cluster at `address` accepts the connection.
     """
+    check_no_secrets([address, *arguments])
+    check_no_secret(run_dir, "run_dir")
     if working_dir is None:
         run_dir = run_dir if "://" in run_dir else os.path.abspath(run_dir)
         entrypoint = ["cd", os.getcwd(), "&&", "exec", sys.executable]
@@ -140,9 +144,10 @@ def submit(
 
 
 def job_name(run_dir: str) -> str:
-    """The prefix of the ids of all jobs of a run folder."""
+    """The prefix of the ids of all jobs of a run folder, however it is written."""
+    run_dir = tidy(run_dir)
     digest = hashlib.sha256(run_dir.encode()).hexdigest()[:10]
-    last = re.sub(r"[^A-Za-z0-9]+", "-", run_dir.rstrip("/").rpartition("/")[2])
+    last = re.sub(r"[^A-Za-z0-9]+", "-", run_dir.rpartition("/")[2])
     return f"metadist-{last}-{digest}"
 
 

@@ -13,6 +13,7 @@ from types import FrameType
 
 from metadist import __version__
 from metadist.cli.suggestions import one_of
+from metadist.run.uris import check_no_secrets
 
 COMMANDS = {
     "train": "Train on tasks; write checkpoints and curves; test.",
@@ -46,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Users' modules beside their script or in the folder they are in, as with `python -m`.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    try:
+        check_no_secrets(rest)  # first of all, since many messages repeat arguments
+    except ValueError as error:
+        print(f"metadist {command}: error: {error}", file=sys.stderr)
+        return 2
     module = import_module(f"metadist.cli.{command.replace('-', '_')}")
     config = module.parser().parse_args(rest)
     return _exit_code(command, lambda: module.run(config))

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 from metadist.cli.help import class_help, command_help, shown
 from metadist.cli.mistakes import explain, options_of
 from metadist.cli.names import expand, expand_names, expand_tree, kind_of
+from metadist.run.uris import check_no_secrets
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -91,7 +92,10 @@ class Parser(ArgumentParser):
                 # It would stay where another class, with a default of its own, takes it too.
                 del first[option]
         pairs = [part for pair in first.items() for part in pair]
-        return super().parse_args([*pairs, *args], *rest, **options)
+        found = super().parse_args([*pairs, *args], *rest, **options)
+        # Also those of files: a run keeps its options, and prints some of them.
+        check_no_secrets([f"--{name}={value}" for name, value in found.items()])
+        return found
 
     def _file_in(self, args: Sequence[str]) -> str | None:
         """The file named by --config that is wrong; None if other arguments are."""
@@ -108,6 +112,8 @@ class Parser(ArgumentParser):
             self._parse(list(args))
         except ArgumentError as error:
             return "required: " not in str(error) or "class_path" in str(error)
+        except ValueError:  # refused for another reason than the one that is looked for
+            return False
         return False
 
     def _show_help(self, args: list[str]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jsonargparse import Namespace
 
 from metadist.cli.parsing import Parser
+from metadist.run.uris import check_no_secret
 
 
 def parser() -> Parser:
@@ -53,6 +54,7 @@ def run(config: Namespace) -> int:
     run_dir = train.parser().parse_args(config.flags).run_dir
     if not run_dir:
         raise ValueError("run_dir must name a folder on the cluster, got none: pass --run_dir")
+    check_no_secret(run_dir, "run_dir")
     if not any(flag.startswith("--if_exists") for flag in config.flags):
         config.flags = [*config.flags, "--if_exists", "continue"]
     job = submit(

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import fsspec
+
+from metadist.run.uris import check_no_secret, tidy
 
 log = logging.getLogger("metadist.run.storage")
 
@@ -29,16 +30,12 @@ class Folder:
         uri: a local path or any URI that fsspec knows.
 
     Raises:
-        ValueError: Fsspec does not know the URI or lacks a package for it, or it holds a password.
+        ValueError: Fsspec does not know the URI or lacks a package for it, or it holds a secret.
     """
 
     def __init__(self, uri: str | Path) -> None:
         self.uri = str(uri)
-        if urlsplit(self.uri).password:
-            raise ValueError(
-                "a URI must not hold a password, which would be stored and printed with it: give "
-                "it in the environment or in fsspec's configuration"
-            )
+        check_no_secret(self.uri)
         try:
             self.fs, root = fsspec.core.url_to_fs(self.uri)
         except (ValueError, ImportError) as error:
@@ -46,7 +43,7 @@ class Folder:
                 f"a folder must be a local path or a URI that fsspec can open, got {self.uri!r}: "
                 f"{error}"
             ) from error
-        self.root = root.rstrip("/")
+        self.root = tidy(root) if root.strip("/") else ""
         self.local = (
             Path(root) if isinstance(self.fs, fsspec.get_filesystem_class("file")) else None
         )
@@ -200,6 +197,7 @@ def _os_errors(what: str) -> Iterator[None]:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON to a path or URI so that the file is either the old one or the whole new one."""
+    check_no_secret(str(path))
     parent, slash, name = str(path).rpartition("/")
     Folder(parent or slash or ".").write(name, (json.dumps(value, indent=1) + "\n").encode())
 
