@@ -30,6 +30,10 @@ class Problem(Protocol):
     for the task: by default x itself.
     """
 
+    few_shot_classes: bool = False
+    """Whether the targets of a task are its classes, 0 .. N-1, with each in the support set; the
+    Trainer then checks that of its samplers. Targets are anything else otherwise."""
+
     @abstractmethod
     def init_outer(self, generator: torch.Generator) -> Params:
         """The outer variable to start from; all randomness comes from `generator`, on the CPU."""
@@ -92,6 +96,11 @@ class Problem(Protocol):
     def describe(self) -> dict[str, str]:
         """What one must know to reproduce a result, for example the batch-norm policy."""
         return {}
+
+
+def has_few_shot_classes(problem: Problem) -> bool:
+    """Whether targets are the classes of a task, see `Problem`."""
+    return bool(getattr(problem, "few_shot_classes", False))
 
 
 def is_nonsmooth(problem: Problem) -> bool:

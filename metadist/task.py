@@ -5,7 +5,7 @@ declared below, one protocol for each member; the code asks for it with `isinsta
 
     FixedSet       num_tasks         every step of the Trainer has these tasks and keeps states
     Shardable      shard             workers read their part of a task without the rest of it
-    Labelled       num_classes       the last tensor of a batch may be labels
+    Labelled       num_classes       the targets of a batch are the numbers of classes
     NamedClasses   class_names       two splits can be checked for a class that is in both
     Measured       solution_metrics  solutions are also judged on data that only the sampler has
 
@@ -14,7 +14,7 @@ Shape letters: S support examples, Q query examples, B tasks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -29,15 +29,24 @@ if TYPE_CHECKING:
 class Batch(NamedTuple):
     """Examples of one set of one task.
 
+    Two tensors without names are inputs and targets. What has more than these two is named,
+    `Batch.named(inputs=x, mask=m, targets=y)`, and a problem asks for what it takes by name:
+
+        inputs, mask, targets = batch.fields("inputs", "mask", "targets")
+
     Args:
         tensors: Inputs, targets, ...; the leading axis of each is the example.
         index: int64, shape (examples,): positions in the full support or query set, so that
             per-example outer variables (sample weights) and per-example context (features)
             can be sliced.
+        names: The names of the tensors as keys, in order; none: they have no names.
     """
 
     tensors: tuple[Tensor, ...]
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nothing here needs
+    # Keys of a dict, since torch.func takes a batch apart: a string would be a leaf without an
+    # axis of tasks, and an empty tuple has no leaves.
+    names: dict[str, tuple[()]] = {}  # noqa: RUF012  # a field of a tuple, which is never changed
 
     @classmethod
     def of(cls, *tensors: Tensor) -> Batch:
@@ -50,9 +59,54 @@ class Batch(NamedTuple):
             )
         return cls(tensors, torch.arange(sizes.pop(), device=tensors[0].device))
 
+    @classmethod
+    def named(cls, **tensors: Tensor) -> Batch:
+        """A whole set whose tensors have names; the targets are called `targets`."""
+        return cls.of(*tensors.values())._replace(names=dict.fromkeys(tensors, ()))
+
+    def fields(self, *names: str) -> tuple[Tensor, ...]:
+        """The tensors of these names; without names, the tensors in the order of this call.
+
+        Raises:
+            ValueError: The batch has other names, or another number of tensors without names:
+                it would be a guess which is which.
+        """
+        if not self.names and len(self.tensors) == len(names):
+            return self.tensors
+        by_name = dict(zip(self.names, self.tensors, strict=False))
+        if by_name.keys() == set(names):
+            return tuple(by_name[name] for name in names)
+        found = ", ".join(self.names) or f"{len(self.tensors)} without names"
+        example = "=..., ".join(names)
+        raise ValueError(
+            f"the tensors of a batch must be {', '.join(names)}, got {found}: build it with "
+            f"Batch.named({example}=...), or use a problem whose losses read the others"
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch of `function` of each tensor; its index stays."""
+        return self._replace(tensors=tuple(map(function, self.tensors)))
+
     def take(self, positions: Tensor) -> Batch:
         """The examples at `positions` (int64, shape (n,)) of this batch."""
-        return Batch(tuple(tensor[positions] for tensor in self.tensors), self.index[positions])
+        return self.map(lambda tensor: tensor[positions])._replace(index=self.index[positions])
+
+
+def targets_of(batch: Batch) -> Tensor | None:
+    """The targets: those named so, or the second of two tensors; None if there are none.
+
+    Raises:
+        ValueError: More than two tensors without names.
+    """
+    if batch.names:
+        return dict(zip(batch.names, batch.tensors, strict=True)).get("targets")
+    if len(batch.tensors) > 2:
+        raise ValueError(
+            "the targets must be named in a batch of more than two tensors, got "
+            f"{len(batch.tensors)} without names: build it with "
+            "Batch.named(inputs=..., ..., targets=...)"
+        )
+    return batch.tensors[1] if len(batch.tensors) == 2 else None
 
 
 class Task(NamedTuple):
@@ -102,7 +156,7 @@ class Shardable(TaskSampler, Protocol):
 
 @runtime_checkable
 class Labelled(Protocol):
-    """A sampler whose last tensor of a batch, where it is int64 of shape (n,), holds classes."""
+    """A sampler whose targets, where they are int64 of shape (n,), are the numbers of classes."""
 
     @property
     def num_classes(self) -> int:
@@ -138,7 +192,7 @@ def to_device(task: Task, device: torch.device | str, dtype: torch.dtype | None 
         return tensor.to(device=device)
 
     def move_batch(batch: Batch) -> Batch:
-        return Batch(tuple(map(move, batch.tensors)), batch.index.to(device))
+        return batch.map(move)._replace(index=batch.index.to(device))
 
     return Task(move_batch(task.support), move_batch(task.query), task.id)
 
@@ -151,6 +205,9 @@ def shape_signature(task: Task) -> tuple[tuple[int, ...], ...]:
 def stack_tasks(tasks: list[Task]) -> Task:
     """One Task whose tensors have a new leading axis B; all must have the same shapes."""
     signatures = {shape_signature(task) for task in tasks}
+    names = {(*task.support.names, *task.query.names) for task in tasks}
+    if len(names) != 1:
+        raise ValueError(f"tasks of one stack must have the same names, got {sorted(names)}")
     if len(signatures) != 1:
         raise ValueError(
             f"tasks of one stack must have equal shapes, got {sorted(signatures)}: "
@@ -162,6 +219,7 @@ def stack_tasks(tasks: list[Task]) -> Task:
         return Batch(
             tuple(torch.stack(column) for column in columns),
             torch.stack([batch.index for batch in batches]),
+            batches[0].names,
         )
 
     device = tasks[0].support.index.device

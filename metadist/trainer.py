@@ -21,7 +21,7 @@ from metadist.evaluation import EvaluationResult, describe_sampler, evaluate, wi
 from metadist.executor import Executor, LocalExecutor, StepReport
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterVariable, check_state
-from metadist.problem import Problem
+from metadist.problem import Problem, has_few_shot_classes
 from metadist.run.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -145,7 +145,13 @@ class Trainer:
         self._probe = self._executor.probe(sampler)
         for source in (self._probe, val_sampler):
             if source is not None:
-                check_sampler(source, 2, processes=False, allow_equal_examples=allow_equal_examples)
+                check_sampler(
+                    source,
+                    2,
+                    processes=False,
+                    allow_equal_examples=allow_equal_examples,
+                    few_shot_classes=has_few_shot_classes(problem),
+                )
         self.problem = problem
         self.algorithm = algorithm
         self.sampler = sampler

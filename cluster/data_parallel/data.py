@@ -22,7 +22,7 @@ from torch import Tensor
 from metadist.autograd import AutogradOracle
 from metadist.oracle import SOURCES, Draw, Source
 from metadist.problem import Problem, per_example_names
-from metadist.task import Batch, Labelled, Shardable, Task, TaskSampler
+from metadist.task import Batch, Labelled, Shardable, Task, TaskSampler, targets_of
 from metadist.trees import Params, gradients, leaves
 
 
@@ -65,9 +65,11 @@ class FirstShard:
     def sample(self, index: int) -> Task:
         """Shard 0 of the task, its examples numbered from 0."""
         task = self._sampler.shard(index, 0, self._num_parts)
-        return task._replace(
-            support=Batch.of(*task.support.tensors), query=Batch.of(*task.query.tensors)
-        )
+        return Task(_numbered(task.support), _numbered(task.query), task.id)
+
+
+def _numbered(batch: Batch) -> Batch:
+    return batch._replace(index=torch.arange(len(batch.index)))
 
 
 def check_partition(indices: Sequence[Tensor], source: Source) -> None:
@@ -88,9 +90,13 @@ def check_partition(indices: Sequence[Tensor], source: Source) -> None:
 
 
 def class_labels(sampler: TaskSampler, batch: Batch) -> set[int] | None:
-    """The labels of a batch; None unless the sampler has `num_classes` and they are last in it."""
-    labels = batch.tensors[-1]
-    if not isinstance(sampler, Labelled) or labels.ndim != 1 or labels.dtype != torch.int64:
+    """The labels of a batch; None unless the sampler has `num_classes` and its targets hold them.
+
+    Raises:
+        ValueError: It has, and the batch does not say which tensor holds the targets.
+    """
+    labels = targets_of(batch) if isinstance(sampler, Labelled) else None
+    if labels is None or labels.ndim != 1 or labels.dtype != torch.int64:
         return None
     return set(labels.unique().tolist())
 

@@ -61,7 +61,10 @@ class ShardWorker:
         self._data = sample_shard(sampler, part, num_parts)
         self._shard: Task | None = None
         form = tuple(
-            tuple(f"{tuple(tensor.shape[1:])} {tensor.dtype}" for tensor in batch.tensors)
+            (
+                *batch.names,
+                *(f"{tuple(tensor.shape[1:])} {tensor.dtype}" for tensor in batch.tensors),
+            )
             for batch in self._data[:2]
         )
         return ShardInfo(

@@ -130,14 +130,24 @@ def check_losses(
         ("outer_loss", problem.outer_loss, task.query),
     ):
         value = attempt(name, loss, context, start, batch)
-        if not isinstance(value, torch.Tensor) or value.shape != ():
-            got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ValueError(f"{name} must return a tensor of shape (), got {got}")
+        _require_scalar(name, value)
         if not bool(value.isfinite()):
             raise ValueError(
                 f"{name} must be finite on task 0 of {field} at the start, got {float(value)}: "
                 "look for NaN in the data or the initial weights"
             )
+    with torch.no_grad():
+        metrics = attempt("metrics", problem.metrics, context, start, task.query)
+    if not isinstance(metrics, dict):
+        raise ValueError(f"metrics must return a dict by name, got {type(metrics).__name__}")
+    for name, value in metrics.items():
+        _require_scalar(f"metrics[{name!r}]", value)
+
+
+def _require_scalar(name: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor) or value.shape != ():
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"{name} must return a tensor of shape (), got {got}")
 
 
 NOT_COMPUTABLE = (RuntimeError, IndexError, ValueError, TypeError)
@@ -191,7 +201,8 @@ def _takes_second_derivatives(workload: Workload, outer: Params, task: Task) -> 
 
 def _hypergradient(workload: Workload, outer: Params, tasks: list[Task]) -> HypergradientSum:
     try:
-        return workload.hypergradients(outer, tasks)
+        # With metrics where tasks go together, since they must run under vmap too.
+        return workload.hypergradients(outer, tasks, report=len(tasks) > 1)
     except RuntimeError as error:
         if len(tasks) > 1 or not any(phrase in str(error) for phrase in NO_DERIVATIVE):
             raise

@@ -19,7 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.task import Batch, NamedClasses, Task, shape_signature
+from metadist.checks.values import require_integer
+from metadist.task import Batch, NamedClasses, Task, shape_signature, targets_of
+
+OTHER_TARGETS = (
+    "; where targets are other numbers: few_shot_classes=False, in training a problem without it "
+    "(FewShotProblem with its loss as a function, such as torch.nn.functional.cross_entropy)"
+)
 
 
 class SamplerError(ValueError):
@@ -68,12 +74,13 @@ def check_sampler(
     processes: bool = True,
     other: Any = None,
     allow_equal_examples: bool = False,
+    few_shot_classes: bool | None = None,
 ) -> SamplerReport:
     """Facts about a sampler that keeps the contract of `metadist.task.TaskSampler`.
 
     Checked on the tasks 0 .. num_tasks-1: they are Tasks of Batches with equal lengths and
-    `index = 0, 1, ...`; `id` is the index; numbers are finite; integer labels, where the last
-    tensor holds such, are int64 and 0 .. N-1 with each of them in the support set; the same
+    `index = 0, 1, ...`; `id` is the index; numbers are finite; integer targets, where they are the
+    classes of a task, are int64 and 0 .. N-1 with each of them in the support set; the same
     index gives the same bytes again, in another order, from a pickled copy and, with `processes`,
     in a fresh process with another hash seed and another number of threads; the global random
     states are left alone; no example is in both sets.
@@ -91,12 +98,16 @@ def check_sampler(
             if both have `class_names`.
         allow_equal_examples: For data in which different examples may be equal (tables of small
             integers, blank images): skips the comparisons of examples.
+        few_shot_classes: Whether the targets are the classes of a task, 0 .. N-1; False: they
+            may be any numbers (-1 and 1, counts, ratings); None: whether the sampler has an
+            attribute `n_way`.
 
     Raises:
         SamplerError: At least one rule is broken; it lists all that are.
     """
-    if type(num_tasks) is not int or num_tasks < 2:
-        raise ValueError(f"num_tasks must be an integer >= 2, got {num_tasks!r}")
+    require_integer("num_tasks", num_tasks, 2)
+    if few_shot_classes is None:
+        few_shot_classes = hasattr(sampler, "n_way")
     name = type(sampler).__name__
     if not callable(getattr(sampler, "sample", None)):
         raise SamplerError(name, [f"it must have a method sample(index: int) -> Task, got {name}"])
@@ -119,6 +130,7 @@ def check_sampler(
         raise SamplerError(name, _first_of_each(violations + malformed))
     for index, task in enumerate(tasks):
         violations += _wrong_values(task, index)
+        violations += _wrong_classes(task, index) if few_shot_classes else ()
         if not allow_equal_examples:
             violations += _leaks(task, index)
     digests = [_digest(task) for task in tasks]
@@ -130,7 +142,7 @@ def check_sampler(
     return SamplerReport(
         name=name,
         num_tasks=num_tasks,
-        n_way=_n_way(tasks[0]),
+        n_way=_n_way(tasks[0]) if few_shot_classes else None,
         support_shapes=tuple(tuple(t.shape) for t in tasks[0].support.tensors),
         query_shapes=tuple(tuple(t.shape) for t in tasks[0].query.tensors),
         constant_shapes=len({shape_signature(task) for task in tasks}) == 1,
@@ -184,25 +196,35 @@ def _wrong_values(task: Task, index: int) -> Iterator[str]:
         for position, tensor in enumerate(batch.tensors):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 yield f"{name}.tensors[{position}] must be finite, got NaN or Inf (task {index})"
-    if not _is_classification(task):
+
+
+def _wrong_classes(task: Task, index: int) -> Iterator[str]:
+    try:
+        labels, asked = _classes_of(task.support), _classes_of(task.query)
+    except ValueError as error:
+        yield f"{error} (task {index})"
         return
-    labels, asked = task.support.tensors[-1], task.query.tensors[-1]
+    if labels is None or asked is None:
+        return
     for name, tensor in (("support", labels), ("query", asked)):
         if tensor.dtype != torch.int64:
             yield f"labels of {name} must be int64, got {tensor.dtype} (task {index})"
     present = labels.unique().tolist()
     if present != list(range(len(present))):
         yield (
-            f"labels of support must be 0 .. N-1 with each present, got {present} (task {index}): "
-            "number the classes of each task anew"
+            f"labels of support must be 0 .. N-1 with each present, got {_few(present)} (task "
+            f"{index}): number the classes of each task anew{OTHER_TARGETS}"
         )
     unseen = sorted(set(asked.unique().tolist()) - set(present))
     if unseen:
-        yield f"labels of query must occur in support, got {unseen} besides (task {index})"
+        yield (
+            f"labels of query must occur in support, got {_few(unseen)} besides (task {index})"
+            f"{OTHER_TARGETS}"
+        )
 
 
 def _leaks(task: Task, index: int) -> Iterator[str]:
-    support, query = set(_examples(task, task.support)), _examples(task, task.query)
+    support, query = set(_examples(task.support)), _examples(task.query)
     both = [position for position, example in enumerate(query) if example in support]
     if both:
         yield (
@@ -293,7 +315,8 @@ def _impure(
     theirs = [other.sample(index) for index in range(len(tasks))]
 
     def everything(tasks: list[Task]) -> set[bytes]:
-        return {e for task in tasks for batch in task[:2] for e in _examples(task, batch)}
+        batches = [batch for task in tasks for batch in (task.support, task.query)]
+        return {example for batch in batches for example in _examples(batch)}
 
     shared = everything(tasks) & everything(theirs)
     if shared:
@@ -327,9 +350,10 @@ def _differing(one: list[bytes], two: list[bytes]) -> int | None:
     return next((index for index, (a, b) in pairs if a != b), None)
 
 
-def _examples(task: Task, batch: Batch) -> list[bytes]:
-    """The bytes of each example: without its label in a classification."""
-    tensors = batch.tensors[:-1] if _is_classification(task) else batch.tensors
+def _examples(batch: Batch) -> list[bytes]:
+    """The bytes of each example, without an integer target: classes are numbered in each task."""
+    labels = _classes_of(batch) if batch.names or len(batch.tensors) <= 2 else None
+    tensors = [tensor for tensor in batch.tensors if tensor is not labels]
     columns = [[_bytes(example) for example in tensor] for tensor in tensors]
     return [b"".join(parts) for parts in zip(*columns, strict=True)]
 
@@ -338,14 +362,22 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _is_classification(task: Task) -> bool:
-    labels = task.support.tensors[-1]
-    counted = labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    return len(task.support.tensors) > 1 and labels.ndim == 1 and counted
+def _classes_of(batch: Batch) -> Tensor | None:
+    """The targets, where they are one integer an example."""
+    labels = targets_of(batch)
+    counted = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    is_class = labels is not None and labels.ndim == 1 and labels.dtype in counted
+    return labels if is_class else None
 
 
 def _n_way(task: Task) -> int | None:
-    return len(task.support.tensors[-1].unique()) if _is_classification(task) else None
+    labels = _classes_of(task.support)
+    return None if labels is None else len(labels.unique())
+
+
+def _few(values: list[int]) -> str:
+    shown = ", ".join(map(str, values[:10]))
+    return f"[{shown}]" if len(values) <= 10 else f"[{shown}, ...] ({len(values)} in all)"
 
 
 def _all_tensors(values: tuple[Any, ...]) -> bool:

@@ -18,6 +18,7 @@ from metadist.cli.parsing import MAX_CONFIG_BYTES, Parser, check_yaml
 from metadist.cli.workload import add_workload, instantiate
 from metadist.evaluation import EvaluationResult
 from metadist.optimizer import OuterOptimizer
+from metadist.problem import has_few_shot_classes
 from metadist.run.files import CONFIG, RESULT
 from metadist.run.storage import Folder, write_json
 from metadist.trainer import Trainer, headline
@@ -161,7 +162,11 @@ def build(config: Namespace) -> tuple[Trainer, dict[str, Any]]:
         if config.test_tasks < 2:
             raise ValueError(f"test_tasks must be >= 2 for an interval, got {config.test_tasks}")
         check_sampler(
-            samplers["test"], 2, processes=False, allow_equal_examples=config.allow_equal_examples
+            samplers["test"],
+            2,
+            processes=False,
+            allow_equal_examples=config.allow_equal_examples,
+            few_shot_classes=has_few_shot_classes(objects.problem),
         )
     options = {
         key: value for key, value in objects.items() if key in inspect.signature(Trainer).parameters

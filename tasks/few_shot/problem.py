@@ -56,12 +56,13 @@ LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": mean_squared_e
 
 SUPPORT, QUERY = "features.support", "features.query"
 INPUTS = "inputs.support"
+CLASS_AXIS, IGNORED = 1, -100  # of F.cross_entropy, also where each pixel has a class
 
 
 class FewShotProblem(Problem):
     """A model whose parameters are the outer variable, some of them adapted to each task.
 
-    Examples of a task are (input, target) pairs. `adapt` decides which method this is:
+    Examples of a task are pairs of `inputs` and `targets`. `adapt` decides which method this is:
 
     * "all": every parameter is adapted from a learned start (MAML, Reptile).
     * "head": the last module with parameters is adapted (ANIL). What comes before it runs once
@@ -106,6 +107,7 @@ class FewShotProblem(Problem):
         self.adapt = adapt
         self.batch_encode = batch_encode
         self._loss = LOSSES[loss] if isinstance(loss, str) else loss
+        self.few_shot_classes = loss == "cross_entropy"
         self._start = trainable(model)
         self._adapted = _adapted_names(model, list(self._start), adapt)
         modules = list(model.modules())
@@ -132,9 +134,9 @@ class FewShotProblem(Problem):
             if self._inductive:
                 # The statistics of the query set are those of the support set, so a query pass
                 # needs the support inputs too.
-                shared[INPUTS] = task.support.tensors[0]
+                shared[INPUTS] = _inputs(task.support)
             return shared
-        inputs = torch.cat([task.support.tensors[0], task.query.tensors[0]])
+        inputs = torch.cat([_inputs(task.support), _inputs(task.query)])
         self._check_split(inputs)
         sizes = (len(task.support.index), len(task.query.index))
         with rows(sets=sizes):
@@ -148,7 +150,7 @@ class FewShotProblem(Problem):
             contexts = [self.encode(outer, _task(tasks, b)) for b in range(num_tasks)]
             return {name: torch.stack([c[name] for c in contexts]) for name in contexts[0]}
         shared = self._shared(outer)
-        inputs_BRx = torch.cat([tasks.support.tensors[0], tasks.query.tensors[0]], dim=1)
+        inputs_BRx = torch.cat([_inputs(tasks.support), _inputs(tasks.query)], dim=1)
         sizes = (tasks.support.index.shape[1], tasks.query.index.shape[1])
         # Example-major, task-minor: each channel of each task is then a channel of batch norm.
         inputs = inputs_BRx.transpose(0, 1).flatten(0, 1)
@@ -167,17 +169,19 @@ class FewShotProblem(Problem):
         return {name: leaf for name, leaf in outer.items() if name not in self._adapted}
 
     def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
-        loss = self._loss(self.predict(context, inner, batch, SUPPORT), batch.tensors[1])
+        loss = self._loss(self.predict(context, inner, batch, SUPPORT), _targets(batch))
         return loss + self.weight_decay / 2 * dot(inner, inner) if self.weight_decay else loss
 
     def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
-        return self._loss(self.predict(context, inner, batch, QUERY), batch.tensors[1])
+        return self._loss(self.predict(context, inner, batch, QUERY), _targets(batch))
 
     def metrics(self, context: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
         if self.loss != "cross_entropy":
             return {}
-        hits = self.predict(context, inner, batch, QUERY).argmax(-1) == batch.tensors[1]
-        return {"accuracy": hits.double().mean()}
+        targets = _targets(batch)
+        hits = self.predict(context, inner, batch, QUERY).argmax(CLASS_AXIS) == targets
+        counted = targets != IGNORED
+        return {"accuracy": (hits & counted).double().sum() / counted.sum()}
 
     def predict(self, context: Params, inner: Params, batch: Batch, source: str = QUERY) -> Tensor:
         """The model's outputs on `batch` with adapted parameters `inner`, shape (examples, ...).
@@ -191,7 +195,7 @@ class FewShotProblem(Problem):
             return self._call(self._split.head, self._split.to_head({**shared, **inner}), features)
         context = dict(context)
         support = context.pop(INPUTS, None)
-        inputs = batch.tensors[0]
+        inputs = _inputs(batch)
         if support is None or source == SUPPORT:
             return self._call(self._model, {**context, **inner}, inputs)
         sizes = (len(support), len(inputs))
@@ -346,9 +350,17 @@ def _adapted_names(model: nn.Module, names: list[str], adapt: str | Sequence[str
     return adapted
 
 
+def _inputs(batch: Batch) -> Tensor:
+    return batch.fields("inputs", "targets")[0]
+
+
+def _targets(batch: Batch) -> Tensor:
+    return batch.fields("inputs", "targets")[1]
+
+
 def _task(tasks: Task, b: int) -> Task:
     def at(batch: Batch) -> Batch:
-        return Batch(tuple(tensor[b] for tensor in batch.tensors), batch.index[b])
+        return batch.map(lambda tensor: tensor[b])._replace(index=batch.index[b])
 
     return Task(at(tasks.support), at(tasks.query), cast(Tensor, tasks.id)[b])
 

@@ -84,7 +84,12 @@ class ExampleWeighting(Problem):
 
     def losses(self, inner: Params, batch: Batch) -> Tensor:
         """The cross entropy of each example, shape (examples,)."""
-        inputs, labels = batch.tensors
+        inputs, labels = batch.fields("inputs", "targets")
+        if labels.ndim != 1:
+            raise ValueError(
+                f"targets must be one class for each example, shape ({len(labels)},), got "
+                f"{tuple(labels.shape)}: a weight belongs to a whole example"
+            )
         return F.cross_entropy(self.logits(inner, inputs), labels, reduction="none")
 
     def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
@@ -95,7 +100,7 @@ class ExampleWeighting(Problem):
         return self.losses(inner, batch).mean()
 
     def metrics(self, context: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
-        inputs, labels = batch.tensors
+        inputs, labels = batch.fields("inputs", "targets")
         return {"accuracy": (self.logits(inner, inputs).argmax(-1) == labels).double().mean()}
 
     def describe(self) -> dict[str, str]:
@@ -183,7 +188,7 @@ class ClassWeights(ExampleWeighting):
         return {"log_weights": torch.zeros(self.num_classes)}
 
     def weights(self, context: Params, losses: Tensor, batch: Batch) -> Tensor:
-        return context["log_weights"].exp()[batch.tensors[1]]
+        return context["log_weights"].exp()[batch.fields("inputs", "targets")[1]]
 
 
 class LossWeighting(ExampleWeighting):

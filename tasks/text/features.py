@@ -104,7 +104,8 @@ class TextFeatures(OneTask):
         def batch(part: list[int]) -> Batch:
             matrix = vectorizer.transform([corpus.texts[i] for i in part])
             labels = torch.from_numpy(numbers[part].astype(np.int64))
-            return Batch.of(*_rows(matrix, max_terms), labels)
+            columns, values = _rows(matrix, max_terms)
+            return Batch.named(columns=columns, values=values, targets=labels)
 
         super().__init__(batch(train), batch(val))
         self.selection = batch(selection) if selection else None

@@ -17,14 +17,16 @@ from metadist.task import Batch, Task
 from metadist.tasks.text.sparse import sparse_matmul
 from metadist.trees import Params
 
+FIELDS = "columns", "values", "targets"
+
 
 class TextRegularisation(Problem):
     """Multinomial logistic regression whose L2 penalties are learned, one for each feature.
 
         g = mean CE(X y) + 1/2 sum_d exp(x_d) |y_d|^2,    f = mean validation CE(X y)
 
-    Examples are (columns (n, m), values (n, m), labels (n,)): sparse rows, see `sparse_matmul`;
-    y is (D, C), from 0.
+    Examples are `columns` (n, m), `values` (n, m) and `targets` (n,): sparse rows, see
+    `sparse_matmul`; y is (D, C), from 0.
 
         data = TextFeatures("news_articles")
         problem = TextRegularisation(data.num_features, data.num_classes)
@@ -79,7 +81,7 @@ class TextRegularisation(Problem):
 
     def logits(self, inner: Params, batch: Batch) -> Tensor:
         """(n, C)."""
-        columns, values, _ = batch.tensors
+        columns, values, _ = batch.fields(*FIELDS)
         return sparse_matmul(columns, values, inner["weight"])
 
     def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
@@ -91,8 +93,8 @@ class TextRegularisation(Problem):
         return 0.5 * (context["log_strengths"].exp() * squares_D).sum()
 
     def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
-        return F.cross_entropy(self.logits(inner, batch), batch.tensors[-1])
+        return F.cross_entropy(self.logits(inner, batch), batch.fields(*FIELDS)[-1])
 
     def metrics(self, context: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
-        hits = self.logits(inner, batch).argmax(1) == batch.tensors[-1]
+        hits = self.logits(inner, batch).argmax(1) == batch.fields(*FIELDS)[-1]
         return {"accuracy": hits.double().mean()}

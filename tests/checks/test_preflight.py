@@ -309,3 +309,40 @@ def test_the_initial_outer_variable_holds_the_algorithms_own():
     same = initial_outer(workload)
     other = initial_outer(replace(workload, compute=Compute(seed=1)))
     assert torch.equal(outer["a"], same["a"]) and not torch.equal(outer["a"], other["a"])
+
+
+class Judged(Smooth):
+    """A problem with metrics of one's own."""
+
+    def __init__(self, metrics):
+        super().__init__()
+        self._metrics = metrics
+
+    def metrics(self, context, inner, batch):
+        return self._metrics(batch.tensors[0])
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (lambda u: {"rank": u.sum(5)}, r"^metrics must be computable on task 0 of sampler, whose "),
+        (lambda u: {"rank": u.sum(0)}, r"^metrics\['rank'\] must return a tensor of shape \(\), "),
+        (
+            lambda u: {"rank": 0.5},
+            r"^metrics\['rank'\] must return a tensor of shape \(\), got flo",
+        ),
+        (lambda u: u.sum(), r"^metrics must return a dict by name, got Tensor$"),
+    ],
+)
+def test_metrics_are_computed_before_training(metrics, message):
+    with pytest.raises(ValueError, match=message):
+        check(problem=Judged(metrics))
+
+
+def test_metrics_run_under_vmap_too():
+    def of_numbers(u):
+        return {"rank": torch.tensor(float(u.sum()))}
+
+    check(problem=Judged(of_numbers), vectorize=False)
+    with pytest.raises(ValueError, match="vectorize must be False"):
+        check(problem=Judged(of_numbers), vectorize=True)

@@ -41,6 +41,7 @@ class Sampler:
 
     change: Callable[[Task, int], Any] | None = None
     shift: int = 0
+    n_way: int = 3
 
     def sample(self, index: int) -> Any:
         task = tables(index, shift=self.shift)
@@ -164,6 +165,51 @@ def test_all_violations_come_together():
     lines = str(caught.value).splitlines()
     assert lines[0] == "Sampler breaks the contract of a task sampler:"
     assert [line[:7] for line in lines[1:]] == ["  - id ", "  - sup", "  - lab", "  - a s"]
+
+
+def rebuilt(function: Callable[[torch.Tensor, torch.Tensor], Batch]) -> Callable[..., Task]:
+    """A change of both sets of a task."""
+
+    def change(task: Task, index: int) -> Task:
+        support, query = function(*task.support.tensors), function(*task.query.tensors)
+        return Task(support, query, index)
+
+    return change
+
+
+def anew(task: Task, index: int) -> Task:
+    return rebuilt(lambda x, y: Batch.of(x, 7 * y - 5))(task, index)
+
+
+def test_targets_that_are_no_classes_may_be_any_integers():
+    assert (
+        "number the classes of each task anew; where targets are other numbers"
+        in (violations(Sampler(anew))[0])
+    )
+    report = check_sampler(Sampler(anew), processes=False, few_shot_classes=False)
+    assert report.n_way is None
+    assert check_sampler(Unsaid(), processes=False).n_way is None
+
+
+class Unsaid:
+    """Labels of one's own, and nothing said about them."""
+
+    def sample(self, index: int) -> Task:
+        return anew(tables(index), index)
+
+
+def with_names(task: Task, index: int) -> Task:
+    return rebuilt(lambda x, y: Batch.named(targets=y, inputs=x, ids=y + 40))(task, index)
+
+
+def without_names(task: Task, index: int) -> Task:
+    return rebuilt(lambda x, y: Batch.of(x, y, y + 40))(task, index)
+
+
+def test_classes_are_found_by_name_and_never_guessed():
+    assert check_sampler(Sampler(with_names), processes=False).n_way == 3
+    found = violations(Sampler(without_names))
+    assert found[0].startswith("the targets must be named in a batch of more than two tensors, got")
 
 
 def test_leaks_of_regression_are_found_and_may_be_allowed():

@@ -1,9 +1,19 @@
 """Batches, tasks and stacks of tasks."""
 
+import pickle
+
 import pytest
 import torch
 
-from metadist.task import Batch, Task, TaskSampler, shape_signature, stack_tasks, to_device
+from metadist.task import (
+    Batch,
+    Task,
+    TaskSampler,
+    shape_signature,
+    stack_tasks,
+    targets_of,
+    to_device,
+)
 from tests.problems import QuadraticSampler, image_task, quadratic_task
 
 
@@ -24,6 +34,64 @@ def test_take_keeps_the_positions_in_the_full_set():
     assert part.tensors[1].tolist() == [400, 100, 200]
     assert part.index.tolist() == [4, 1, 2]
     assert part.take(torch.tensor([2, 0])).index.tolist() == [2, 4]
+
+
+def named(count: int = 4) -> Batch:
+    x, y = torch.arange(2.0 * count).reshape(count, 2), torch.arange(count)
+    return Batch.named(targets=y, mask=x > 1, inputs=x)
+
+
+def test_fields_come_by_name_whatever_their_order():
+    batch = named().take(torch.tensor([2, 1]))
+    inputs, targets, mask = batch.fields("inputs", "targets", "mask")
+    assert inputs.tolist() == [[4.0, 5.0], [2.0, 3.0]]
+    assert targets.tolist() == [2, 1]
+    assert mask.all() and batch.index.tolist() == [2, 1]
+    plain = Batch.of(torch.zeros(3), torch.ones(3))
+    assert [float(t[0]) for t in plain.fields("inputs", "targets")] == [0, 1]
+    assert [float(t[0]) for t in plain.fields("targets", "inputs")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "got"),
+    [
+        (named(), "got targets, mask, inputs"),
+        (Batch.of(*[torch.zeros(2)] * 3), "got 3 without names"),
+        (Batch.of(torch.zeros(2)), "got 1 without names"),
+        (Batch.named(x=torch.zeros(2), y=torch.zeros(2)), "got x, y"),
+    ],
+)
+def test_a_guess_which_tensor_is_which_is_refused(batch, got):
+    with pytest.raises(ValueError, match=rf"must be inputs, targets, {got}: build it with Batch"):
+        batch.fields("inputs", "targets")
+
+
+def test_targets_are_those_named_so_or_the_second_of_two():
+    zero, one = torch.zeros(3), torch.ones(3)
+    targets = targets_of(named())
+    assert targets is not None and targets.tolist() == [0, 1, 2, 3]
+    assert targets_of(Batch.of(zero, one)) is one
+    assert targets_of(Batch.named(inputs=zero, weights=one)) is None
+    assert targets_of(Batch.of(zero)) is None
+    with pytest.raises(ValueError, match="must be named in a batch of more than two tensors, got"):
+        targets_of(Batch.of(zero, one, one))
+
+
+def test_names_go_wherever_a_batch_goes():
+    task = to_device(Task(named(), named(3), 5), "cpu", torch.float64)
+    assert task.support.fields("inputs", "mask", "targets")[0].dtype == torch.float64
+    task = pickle.loads(pickle.dumps(task))
+    stacked = stack_tasks([task, task])
+    assert list(stacked.query.names) == ["targets", "mask", "inputs"]
+
+    def total(task: Task) -> torch.Tensor:
+        inputs, _, targets = task.support.fields("inputs", "mask", "targets")
+        return inputs.sum() + 100 * targets.sum()
+
+    assert torch.func.vmap(total)(stacked).tolist() == [628, 628]
+    other = Task(named(), named(3)._replace(names={}), 5)
+    with pytest.raises(ValueError, match="tasks of one stack must have the same names"):
+        stack_tasks([task, other])
 
 
 def test_a_stack_has_a_task_axis_in_front_of_every_tensor():

@@ -121,6 +121,12 @@ def test_labels_are_those_of_samplers_with_classes():
     assert class_labels(Labelled(), Batch.of(labels, inputs)) is None
     assert class_labels(Labelled(), Batch.of(inputs, labels.float())) is None
     assert class_labels(Unequal(), Batch.of(inputs, labels)) is None
+    batch = Batch.named(targets=labels, columns=labels, values=inputs)
+    assert class_labels(Labelled(), batch) == {0, 2}
+    with pytest.raises(
+        ValueError, match="must be named in a batch of more than two tensors, got 3"
+    ):
+        class_labels(Labelled(), Batch.of(*batch.tensors))
 
 
 def test_a_class_that_a_shard_lacks_is_told():

@@ -744,3 +744,49 @@ def test_describe_says_what_is_needed_to_repeat_a_result():
 def test_describe_says_the_policy_of_batch_norm(layer, policy):
     problem = FewShotProblem(Net(nn.Sequential(nn.Linear(3, 4), layer), 4))
     assert problem.describe()["batch norm"] == policy
+
+
+def dense_task(classes, width, ignored=False):
+    def batch(seed):
+        x = randn(seed, 4, 1, 3, width)
+        labels = (x[:, 0] * 50).long().abs() % classes
+        if ignored:
+            labels[:, 0] = -100
+        return Batch.of(x, labels)
+
+    return Task(batch(1), batch(2), 0)
+
+
+@pytest.mark.parametrize(("classes", "width"), [(3, 5), (5, 5)], ids=["other width", "same width"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_accuracy_of_dense_labels_is_that_of_the_classes(classes, width, ignored):
+    torch.manual_seed(0)
+    model = nn.Conv2d(1, classes, 1).double()
+    problem, task = FewShotProblem(model), dense_task(classes, width, ignored)
+    outer = problem.init_outer(generator(0))
+    inputs, labels = task.query.tensors
+    hits = model(inputs).argmax(1) == labels
+    expected = hits[labels != -100].double().mean()
+    assert 0 < expected < 1
+    found = problem.metrics(problem.encode(outer, task), outer, task.query)["accuracy"]
+    assert float(found) == pytest.approx(float(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize("adapt", ["all", "head"])
+def test_the_target_is_the_same_tensor_everywhere(adapt):
+    task = vector_task(3)
+    mask = torch.ones(len(task.support.index))
+    support, query = (Batch.named(targets=b.tensors[1], inputs=b.tensors[0]) for b in task[:2])
+    reordered = Task(support, query, task.id)
+    problem = FewShotProblem(mlp(5), adapt=adapt, loss="mse")
+    first, second = (hypergradient(problem, [t]) for t in (task, reordered))
+    assert_same_bytes(first, second)
+    for tensors in ({"mask": mask}, {"weights": mask, "ids": mask}):
+        x, y = task.support.tensors
+        three = task._replace(support=Batch.named(inputs=x, **tensors, targets=y))
+        with pytest.raises(
+            ValueError, match=r"must be inputs, targets, got inputs, .*targets: buil"
+        ):
+            hypergradient(problem, [three])
+    with pytest.raises(ValueError, match="must be inputs, targets, got 3 without names"):
+        hypergradient(problem, [task._replace(support=Batch.of(x, y, mask))])
