@@ -100,7 +100,9 @@ class Supervisor:
         try:
             self._set_up()
         except ServerGone as error:
-            raise ServerLostError(f"the parameter server could not start: {error}") from error
+            if error.__cause__ is None:  # it has not answered: another one would be no faster
+                raise ServerLostError(f"the parameter server could not start: {error}") from error
+            self.replace(error)
 
     def stop(self) -> None:
         """Kill the server."""

@@ -42,9 +42,9 @@ class Actor:
 def start():
     """Makes a supervisor with a server of version 7, whose answers, of all servers, are a list."""
 
-    def start(**failures: Any):
+    def start(answers: list[Any] | None = None, **failures: Any):
         clock = DummyRuntime()
-        answers: list[Any] = []
+        answers = [] if answers is None else answers
         supervisor = Supervisor(
             lambda _: Actor(clock, answers),
             Failures(**failures),
@@ -56,6 +56,19 @@ def start():
         return supervisor, answers, clock
 
     return start
+
+
+def test_a_server_that_is_lost_while_it_starts_is_replaced(start):
+    supervisor, _, clock = start(answers=[exceptions.ActorDiedError()])
+    assert len(clock.killed) == 1 and supervisor.server is not clock.killed[0]
+    assert supervisor.server.resumed_from == 7
+    with pytest.raises(ServerLostError, match="max_losses=2"):
+        start(answers=[FULL] * 9, max_losses=2)
+
+
+def test_a_server_that_does_not_answer_while_it_starts_ends_the_run(start):
+    with pytest.raises(ServerLostError, match=r"could not start: .* 60 s"):
+        start(answers=[None])
 
 
 LOSSES = [
@@ -149,6 +162,6 @@ def test_a_server_of_the_last_run_that_is_gone_is_no_loss(start, max_losses):
     answers.append(FULL)
     supervisor.start([state(9)], [None])
     assert supervisor.server.resumed_from == 9
-    answers += [FULL, FULL]
+    answers += [FULL] * (1 + max_losses)
     with pytest.raises(ServerLostError):
         supervisor.start([state(9)], [None])
