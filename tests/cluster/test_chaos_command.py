@@ -1,0 +1,100 @@
+"""`scripts/chaos`: kills a run at random, and compares what it ends with."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import CURVES, environment, finish, start, words
+
+FILE = Path(__file__).parents[2] / "scripts" / "reliability" / "chaos.py"
+
+
+@pytest.fixture(scope="module")
+def chaos():
+    spec = importlib.util.spec_from_file_location("chaos", FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("has_actors", "expected"),
+    [
+        (True, {"worker": 3, "server": 2, "driver": 2, "interrupt": 2, "terminate": 1}),
+        (False, {"driver": 7, "interrupt": 2, "terminate": 1}),
+    ],
+)
+def test_a_plan_has_as_many_of_each_kind(chaos, has_actors, expected):
+    deeds = chaos.plan(7, 3, 2.0, 5, has_actors)
+    assert Counter(deed.kind for deed in deeds) == expected
+    assert deeds == chaos.plan(7, 3, 2.0, 5, has_actors) != chaos.plan(7, 3, 2.0, 6, has_actors)
+
+
+def test_processes_are_told_apart_by_their_titles(chaos):
+    lines = {2: "ray::Worker.compute", 3: "ray::ParameterServer", 4: "ray::IDLE", 5: "raylet"}
+    assert chaos.victims_of("worker", lines) == [2]
+    assert chaos.victims_of("server", lines) == [3]
+
+
+def test_children_of_children_are_found(chaos):
+    source = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'], text=True)"
+    process = subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE)
+    try:
+        while not any("input()" in line for line in chaos.descendants(process.pid).values()):
+            assert process.poll() is None
+    finally:
+        process.communicate(b"\n")
+    assert chaos.descendants(process.pid) == {}
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """An undisturbed run in this folder, called `whole`."""
+    train = ["-m", "metadist", "train", *CURVES, *words("--num_steps 150 --checkpoint_every 10")]
+    assert finish(start([*train, "--run_dir", "whole"], tmp_path), 300).code == 0
+    return tmp_path / "whole"
+
+
+def call(whole: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, FILE, "whole", *flags],
+        cwd=whole.parent,
+        env=environment(whole.parent),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_run_is_killed_and_ends_with_the_same_bytes(whole):
+    found = call(whole, *words("--kills 3 --signals 1 --every 2 -- --executor ray"))
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "1 x worker, 1 x server, 1 x driver, 1 x interrupt" in found.stdout
+    assert "same bytes, no run lost" in found.stdout
+    assert [path.name for path in whole.parent.glob("whole-chaos*")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_another_result_is_found_and_kept(whole):
+    found = call(whole, *words("--kills 1 --signals 0 -- --outer_optimizer.lr 0.02"))
+    assert found.returncode == 1, found.stdout + found.stderr
+    assert "DIFFERENT: outer" in found.stdout
+    assert (whole.parent / "whole-chaos-1").is_dir()
+
+
+def test_a_run_that_is_not_finished_is_refused(tmp_path):
+    found = subprocess.run(
+        [sys.executable, FILE, tmp_path], capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 2
+    assert "must be the folder of a finished run" in found.stderr
