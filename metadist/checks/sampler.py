@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.checks.values import require_integer
+from metadist.checks.values import normal_form, require_integer
 from metadist.task import Batch, NamedClasses, Task, shape_signature, targets_of
 
 OTHER_TARGETS = (
@@ -304,7 +304,10 @@ def _impure(
 ) -> Iterator[str]:
     names: set[str] = set()
     if isinstance(sampler, NamedClasses) and isinstance(other, NamedClasses):
-        names = set(sampler.class_names) & set(other.class_names)
+        ours, theirs = (
+            {normal_form(name) for name in split.class_names} for split in (sampler, other)
+        )
+        names = ours & theirs
     if names:
         yield (
             f"splits must share no class, got {len(names)} in both, such as {min(names)!r}: "
@@ -312,13 +315,13 @@ def _impure(
         )
     if allow_equal_examples:
         return
-    theirs = [other.sample(index) for index in range(len(tasks))]
+    other_tasks = [other.sample(index) for index in range(len(tasks))]
 
     def everything(tasks: list[Task]) -> set[bytes]:
         batches = [batch for task in tasks for batch in (task.support, task.query)]
         return {example for batch in batches for example in _examples(batch)}
 
-    shared = everything(tasks) & everything(theirs)
+    shared = everything(tasks) & everything(other_tasks)
     if shared:
         yield (
             f"splits must share no example, got {len(shared)} in tasks 0 .. {len(tasks) - 1} of "

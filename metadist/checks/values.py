@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,11 @@ def check_fields(record: Any) -> None:
 def check(field: str, value: Any, **limits: Any) -> None:
     """Raise ValueError for a value that is no field of a dataclass; `limits` as of `Rule`."""
     Rule(**limits).check(field, value)
+
+
+def normal_form(name: str) -> str:
+    """The name in one Unicode form (NFC): what looks the same compares equal."""
+    return unicodedata.normalize("NFC", name)
 
 
 def require_integer(name: str, value: object, minimum: int) -> None:

@@ -8,13 +8,13 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from metadist.checks.values import require_word
+from metadist.checks.values import normal_form, require_word
 
 
 @lru_cache(maxsize=256)
 def split_number(split: str) -> int:
     """A 64-bit number for the name of a split, the same in every process and Python."""
-    return int.from_bytes(hashlib.sha256(split.encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(normal_form(split).encode()).digest()[:8], "little")
 
 
 class Random:

@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
+
+from metadist.checks.values import normal_form
+
 Splits = Mapping[str, Sequence[str | int]]
 
 
@@ -27,19 +31,28 @@ def read_splits(splits: str | Path | Splits) -> Splits:
         if not path.is_file():
             raise ValueError(f"splits must be a JSON file or a mapping, got {splits}: no such file")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{source} must be JSON: {error}") from error
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{source} must map split names to lists of classes, got {content!r:.80}")
     for name, classes in content.items():
         listed = isinstance(classes, Sequence) and not isinstance(classes, str)
-        if not listed or not classes or not all(type(c) in (str, int) for c in classes):
+        if not listed or not classes or not all(map(_is_name, classes)):
             raise ValueError(
                 f"{source}: split {name!r} must be a non-empty list of class names or integer "
                 f"labels, got {classes!r:.80}"
             )
     return content
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str | int | np.integer) and not isinstance(value, bool)
+
+
+def _plain(class_: str | int) -> str | int:
+    """A name in one Unicode form, a label as Python's integer."""
+    return normal_form(class_) if isinstance(class_, str) else int(class_)
 
 
 def packaged_splits(file_name: str) -> Splits:
@@ -69,6 +82,8 @@ def select_classes(splits: Splits, split: str, known: Mapping[str | int, int]) -
         ValueError: no such split, a class that does not exist, or a class that is in two splits.
     """
     require_split(split, list(splits))
+    known = {_plain(class_): label for class_, label in known.items()}
+    splits = {name: [_plain(class_) for class_ in classes] for name, classes in splits.items()}
     unknown = [c for classes in splits.values() for c in classes if c not in known]
     if unknown:
         raise ValueError(

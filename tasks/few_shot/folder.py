@@ -2,43 +2,66 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from metadist.tasks.data.images import image_files, read_images, require_format, subfolders
+from metadist.checks.values import normal_form
+from metadist.tasks.data.images import (
+    Found,
+    format_of,
+    look_into,
+    read_images,
+    require_format,
+)
 from metadist.tasks.few_shot.class_splits import read_splits, require_split, select_classes
 from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler, require_episode
 
+log = logging.getLogger("metadist.tasks")
+
 FIXED = ("train", "val", "test")
+SPELLINGS = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "validate", "dev", "devel", "development"),
+    "test": ("test", "testing", "tst"),
+}
+UNCLEAR = ("eval", "evaluation", "holdout", "heldout")  # val to some, test to others
 Files = dict[str, list[Path]]  # class name: its image files
 
 
 class ImageFolder(EpisodeSampler):
     """A sampler of N-way K-shot tasks over `<root>/<alphabet>/<character>/*.png`.
 
-    Also `<root>/<class>/*.png`; .jpg and .jpeg too. A class is called `alphabet/character`, or
-    `class`. Hidden files and folders are left out. Which classes belong to which split:
+    Also `<root>/<class>/*.png`, and every other kind of file that Pillow opens. A class is called
+    `alphabet/character`, or `class`. Other files are left out, hidden ones too; `left_out`, the
+    repr and a line in the log say how many. Which classes belong to which split:
 
     * `splits` given: a JSON file, `{"train": ["alphabet/character", ...], "val": ...}`.
-    * Every folder in `root` is called train, val or test: those are the splits.
+    * The folders in `root` are called train, val and test, in one of the usual spellings (Train,
+      training, meta_train, valid, validation, dev, testing, ...): those are the splits. One more
+      folder beside them is refused.
     * Otherwise by alphabet (by class where there are no alphabets), sorted by code point: the last
       20 % are test, the 16 % before them val, the rest train, each rounded and at least one.
     * `split="all"`: every class there is.
 
-    Images are squeezed to `image_size` squared, and kept in memory as one byte a pixel and
-    channel; they travel with a pickled sampler, because another machine may not have the files.
+    Images are kept in memory as one byte a pixel and channel; they travel with a pickled sampler,
+    because another machine may not have the files.
 
     Args:
         root: The folder.
         n_way, k_shot, k_query, seed: As for `EpisodeSampler`.
         split: One of train, val, test, all, or a name in the splits file.
         splits: Path of a JSON file; see above.
-        image_size: Pixels.
-        channels: 1 (grey) or 3 (RGB).
+        image_size: Pixels; images are squeezed to this square. None: they have one size already.
+        channels: 1 (grey) or 3 (RGB). None: as the files are, which must be all grey or all colour.
         invert: 255 - x, for black ink on white.
 
     Raises:
-        ValueError: bad sizes or splits, an empty folder, or an unreadable image; the path is named.
+        ValueError: bad sizes or splits, folders that may be splits or alphabets, images of several
+            sizes or kinds, an empty folder, or an unreadable image; the path is named.
     """
 
     def __init__(
@@ -49,38 +72,177 @@ class ImageFolder(EpisodeSampler):
         k_query: int = 15,
         split: str = "train",
         splits: str | Path | None = None,
-        image_size: int = 28,
-        channels: Literal[1, 3] = 1,
+        image_size: int | None = None,
+        channels: Literal[1, 3] | None = None,
         invert: bool = False,
         seed: int = 0,
     ) -> None:
         require_episode(n_way, k_shot, k_query, seed)
         require_format(image_size, channels)
-        files = _files_of_split(Path(root).expanduser(), split, splits)
-        classes = ClassImages.of(read_images(files, image_size, channels, invert))
-        super().__init__(classes, n_way, k_shot, k_query, split, seed)
+        root = Path(root).expanduser()
+        tree = _Tree()
+        files = tree.files_of_split(root, split, splits)
+        form = format_of(files, image_size, channels)
+        animated: list[Path] = []
+        images = read_images(files, form.image_size, form.channels, invert, animated)
+        tree.others += Counter({"files' frames after the first": len(animated)})
+        self.left_out: dict[str, int] = dict(sorted(tree.others.items()))
+        """How many files are no images, by kind: ".txt", "hidden", ..."""
+        super().__init__(ClassImages.of(images), n_way, k_shot, k_query, split, seed)
+        if tree.others.keys() - {"hidden"}:
+            _say(f"ImageFolder {root} leaves out {self._left_out()}")
+
+    def __repr__(self) -> str:
+        left_out = f"; left out {self._left_out()}" if self.left_out else ""
+        return super().__repr__().removesuffix(")") + left_out + ")"
+
+    def _left_out(self) -> str:
+        return ", ".join(f"{count} {kind}" for kind, count in self.left_out.items())
 
 
-def _files_of_split(root: Path, split: str, splits: str | Path | None) -> Files:
-    if not root.is_dir():
-        raise ValueError(f"root must be a folder, got {root}: no such folder")
-    folders = {folder.name: folder for folder in subfolders(root)}
-    if not folders:
-        raise ValueError(f"root must hold a folder of images for each class, got none in {root}")
-    if splits is None and set(folders) <= set(FIXED):
-        return _fixed(folders, split)
-    groups = {name: _classes_of(folder) for name, folder in folders.items()}
-    everything = {name: files for group in groups.values() for name, files in group.items()}
-    if splits is not None:
-        names = list(everything)
-        known: dict[str | int, int] = {name: i for i, name in enumerate(names)}
-        chosen = select_classes(read_splits(splits), split, known)
-        return {names[i]: everything[names[i]] for i in chosen}
-    require_split(split, [*FIXED, "all"])
-    if split == "all":
-        return everything
-    wanted = divide(list(groups))[split]
-    return {name: files for group in wanted for name, files in groups[group].items()}
+@cache
+def _say(message: str) -> None:
+    """Log a warning, once in a process: the splits of a folder have much in common."""
+    log.warning(message)
+
+
+class _Tree:
+    """Reads folders, and counts in `others` the files that are no images."""
+
+    def __init__(self) -> None:
+        self.others: Counter[str] = Counter()
+
+    def look_into(self, folder: Path) -> Found:
+        found = look_into(folder)
+        self.others += found.others
+        return found
+
+    def files_of_split(self, root: Path, split: str, splits: str | Path | None) -> Files:
+        if not root.is_dir():
+            raise ValueError(f"root must be a folder, got {root}: no such folder")
+        top = self.look_into(root)
+        if not top.folders:
+            raise ValueError(
+                f"root must hold a folder of images for each class, got none in {root}"
+            )
+        self.others += Counter({"images beside folders": len(top.images)})
+        folders = {normal_form(folder.name): folder for folder in top.folders}
+        if splits is None:
+            parts = understood(root, folders)
+            if parts:
+                return self._fixed({parts[name]: folders[name] for name in folders}, split)
+        groups = {name: self._classes_of(folder) for name, folder in folders.items()}
+        everything = {name: files for group in groups.values() for name, files in group.items()}
+        if splits is not None:
+            names = list(everything)
+            known: dict[str | int, int] = {name: i for i, name in enumerate(names)}
+            chosen = select_classes(read_splits(splits), split, known)
+            return {names[i]: everything[names[i]] for i in chosen}
+        require_split(split, [*FIXED, "all"])
+        if split == "all":
+            return everything
+        wanted = divide(list(groups))[split]
+        return {name: files for group in wanted for name, files in groups[group].items()}
+
+    def _fixed(self, parts: dict[str, Path], split: str) -> Files:
+        require_split(split, [*(name for name in FIXED if name in parts), "all"])
+        owner: dict[str, Path] = {}
+        files: Files = {}
+        for part, folder in parts.items():
+            inside = self.look_into(folder)
+            if inside.images and not inside.folders:
+                raise ValueError(
+                    f"a folder of a split must hold a folder for each class, got images in {folder}"
+                )
+            self.others += Counter({"images beside folders": len(inside.images)})
+            for top in inside.folders:
+                for name, images in self._classes_of(top).items():
+                    if name in owner:
+                        raise ValueError(
+                            f"splits must be disjoint, got class {name!r} in {owner[name].name}/ "
+                            f"and {folder.name}/: move or rename one of them"
+                        )
+                    owner[name] = folder
+                    if split in (part, "all"):
+                        files[name] = images
+        if not files:
+            where = parts.get(split, next(iter(parts.values())).parent)
+            raise ValueError(f"split {split!r} must hold classes, got none in {where}")
+        return files
+
+    def _classes_of(self, folder: Path) -> Files:
+        """The classes in a folder of the first level: itself, or the folders in it."""
+        found = self.look_into(folder)
+        if found.images:
+            return {normal_form(folder.name): self._images_of(folder, found)}
+        _require_no_splits(folder, found.folders)
+        files: Files = {}
+        for inner in found.folders:
+            name = normal_form(f"{folder.name}/{inner.name}")
+            files[name] = self._images_of(inner, self.look_into(inner))
+        return files or {normal_form(folder.name): self._images_of(folder, found)}
+
+    def _images_of(self, folder: Path, found: Found) -> list[Path]:
+        if found.images and found.folders:
+            raise ValueError(
+                f"a folder must hold images or folders of images, got both in {folder}: move one"
+            )
+        if not found.images:
+            raise ValueError(
+                f"a class must hold images, got none in {folder}: add some or remove the folder"
+            )
+        return found.images
+
+
+def role_of(name: str) -> str | None:
+    """The split that a folder of this name is, in one of the usual spellings; else None."""
+    bare = re.sub(r"[\W\d_]+", "", normal_form(name).casefold())
+    for split, spellings in SPELLINGS.items():
+        if re.fullmatch(f"(meta)?({'|'.join(spellings)})(set|data|images|split|classes)?", bare):
+            return split
+    return None
+
+
+def mentions_split(name: str) -> bool:
+    """Whether one of the words of a name is that of a split."""
+    known = {*UNCLEAR, *(word for spellings in SPELLINGS.values() for word in spellings)}
+    words = re.findall(r"[^\W\d_]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", normal_form(name)))
+    return role_of(name) is not None or any(word.casefold() in known for word in words)
+
+
+def understood(root: Path, folders: dict[str, Path]) -> dict[str, str]:
+    """The split of each folder in `root`; empty where they are alphabets or classes.
+
+    Raises:
+        ValueError: It is not clear what they are.
+    """
+    roles = {name: role_of(name) for name in folders}
+    splits = {name: role for name, role in roles.items() if role is not None}
+    if len(splits) == len(folders) == len(set(splits.values())):
+        return splits
+    suspects = []
+    for name, folder in folders.items():
+        # A class may be called anything, train or test_tube: it holds images and no folders.
+        if mentions_split(name) and (len(splits) > 1 or not look_into(folder).images):
+            suspects.append(name)
+    if not suspects:
+        return {}
+    said = ", ".join(f"{name} is {role or 'not understood'}" for name, role in roles.items())
+    raise ValueError(
+        f"the folders in {root} must be one for each of train, val and test, or alphabets "
+        f"(classes) of which none is called so, got {said}: rename or move folders, or say which "
+        "classes belong to which split in a splits file (splits=...)"
+    )
+
+
+def _require_no_splits(folder: Path, inner: list[Path]) -> None:
+    """Raise ValueError if a class is split by its images, <class>/train and <class>/test."""
+    roles = {role: path.name for path in inner if (role := role_of(path.name))}
+    if len(roles) > 1:
+        raise ValueError(
+            f"classes must be split and not the images of a class, got {folder} with the folders "
+            f"{', '.join(roles.values())}: put the images of a class into one folder"
+        )
 
 
 def divide(groups: list[str]) -> dict[str, list[str]]:
@@ -100,42 +262,3 @@ def divide(groups: list[str]) -> dict[str, list[str]]:
         "val": ordered[num_train : num_train + num_val],
         "test": ordered[num_train + num_val :],
     }
-
-
-def _fixed(folders: dict[str, Path], split: str) -> Files:
-    require_split(split, [*(name for name in FIXED if name in folders), "all"])
-    owner: dict[str, str] = {}
-    files: Files = {}
-    for part, folder in folders.items():
-        for top in subfolders(folder):
-            for name, images in _classes_of(top).items():
-                if name in owner:
-                    raise ValueError(
-                        f"splits must be disjoint, got class {name!r} in {owner[name]}/ and "
-                        f"{part}/: move or rename one of them"
-                    )
-                owner[name] = part
-                if split in (part, "all"):
-                    files[name] = images
-    if not files:
-        raise ValueError(f"split {split!r} must hold classes, got none in {folders[split]}")
-    return files
-
-
-def _classes_of(folder: Path) -> Files:
-    """The classes in a folder of the first level: itself, or the folders in it."""
-    images, inner = image_files(folder), subfolders(folder)
-    if images and inner:
-        raise ValueError(
-            f"a folder must hold images or folders of images, got both in {folder}: move one"
-        )
-    if images:
-        return {folder.name: images}
-    files = {f"{folder.name}/{sub.name}": image_files(sub) for sub in inner}
-    empty = [name for name, found in files.items() if not found]
-    if empty or not files:
-        raise ValueError(
-            f"a class must hold .png or .jpg images, got none in "
-            f"{folder.parent / empty[0] if empty else folder}: add some or remove the folder"
-        )
-    return files

@@ -168,9 +168,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path):
         "split='all', a splits file, or folders train/, val/, test/"
     )
     (tmp_path / "c").mkdir()
-    with pytest.raises(
-        ValueError, match=r"^a class must hold .png or .jpg images, got none in .*/c: "
-    ):
+    with pytest.raises(ValueError, match=r"^a class must hold images, got none in .*/c: "):
         folder(tmp_path)
     (tmp_path / "c" / "d").mkdir()
     with pytest.raises(ValueError, match=r"got none in .*/c/d: add some or remove the folder$"):
@@ -221,4 +219,162 @@ def test_it_is_built_from_the_command_line(tree: Path):
         ]
     )
     sampler = parser.instantiate(given).sampler
-    assert sampler.sample(0).support.tensors[0].shape == (2, 3, 28, 28)
+    assert sampler.sample(0).support.tensors[0].shape == (2, 3, 12, 12)
+
+
+def drawn_from(root: Path, split: str) -> set[str]:
+    """The beginnings of the names of the classes of a split, those `write_tree` got."""
+    return {
+        name.rpartition("/")[2].partition("-")[0] for name in folder(root, split=split).class_names
+    }
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("TRAIN", "Dev", "TEST"),
+        ("meta-training", "meta-validation", "meta-testing"),
+        ("trainset", "val_set", "TestSet"),
+        ("train2017", "valid", "test_images"),
+        ("TrainData", "ValData", "TestData"),
+    ],
+)
+@pytest.mark.parametrize("depth", ["{}-{}", "alphabet/{}-{}"])
+def test_the_usual_spellings_of_splits_are_understood(tmp_path: Path, parts, depth: str):
+    for number, part in enumerate(parts):
+        names = [depth.format(part, i) for i in range(3)]
+        write_tree(tmp_path / part, [name.replace("meta-", "meta") for name in names], seed=number)
+    (tmp_path / "__MACOSX").mkdir()
+    for split, part in zip(("train", "val", "test"), parts, strict=True):
+        assert drawn_from(tmp_path, split) == {part.replace("meta-", "meta").partition("-")[0]}
+    assert len(folder(tmp_path, split="all").class_names) == 9
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (("train", "val", "test", "unlabeled"), "train is train, unlabeled is not understood"),
+        (("train", "valid", "validation"), "valid is val, validation is val"),
+        (("train", "eval", "test"), "eval is not understood, test is test, train is train"),
+        (("train_clean", "train_noisy", "other"), "other is not understood, train_clean is not un"),
+        (("base", "val", "novel"), "base is not understood, novel is not understood, val is val"),
+        (("Latin", "Greek", "Testing", "Tamil"), "Testing is test"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "all"])
+def test_folders_that_may_be_splits_or_not_are_refused(tmp_path: Path, parts, said: str, split):
+    for part in parts:
+        write_tree(tmp_path / part, ["a", "b"])
+    found = refusal(lambda: folder(tmp_path, split=split))
+    assert said in found and found.endswith("belong to which split in a splits file (splits=...)")
+    path = tmp_path / "splits.json"
+    path.write_text(json.dumps({"train": [f"{parts[0]}/a", f"{parts[1]}/b"]}))
+    assert len(folder(tmp_path, splits=path).class_names) == 2
+
+
+def test_a_class_may_be_called_train(tmp_path: Path):
+    write_tree(tmp_path, ["bus", "train", "test_tube", "tank"])
+    assert folder(tmp_path).class_names == ("bus", "tank")
+    assert folder(tmp_path, split="all", n_way=4).class_names[3] == "train"
+
+
+def test_splits_within_classes_are_refused(tmp_path: Path):
+    write_tree(tmp_path, [f"{c}/{part}" for c in "abc" for part in ("Train", "test")])
+    assert "got " + str(tmp_path / "a") + " with the folders Train, test: put" in refusal(
+        lambda: folder(tmp_path)
+    )
+
+
+def test_images_without_classes_and_deeper_folders_are_refused(tmp_path: Path):
+    for part in ("train", "test"):
+        write_image(tmp_path / "flat" / part / "0.png", 0)
+    found = refusal(lambda: folder(tmp_path / "flat"))
+    assert found.startswith("a folder of a split must hold a folder for each class, got images in ")
+    write_tree(tmp_path / "deep", [f"{a}/{c}" for a in "abc" for c in "xy"])
+    write_image(tmp_path / "deep" / "a" / "x" / "more" / "0.png", 0)
+    found = refusal(lambda: folder(tmp_path / "deep"))
+    assert found.startswith("a folder must hold images or folders of images, got both in ")
+
+
+SUFFIXES = ("gif", "tiff", "JPEG", "ppm", "ico", "tga")
+
+
+def test_every_kind_of_image_counts_whatever_its_suffix(tmp_path: Path):
+    for c in range(3):
+        for i, suffix in enumerate(SUFFIXES):
+            write_image(tmp_path / f"c{c}" / f"{i}.{suffix}", 10 * c + i, side=16, mode="RGB")
+        write_image(tmp_path / "x.png", 99 + c, side=16, mode="RGB")
+        (tmp_path / "x.png").rename(tmp_path / f"c{c}" / "picture.dat")
+    sampler = folder(tmp_path, split="all")
+    assert sampler.classes.images.shape == (21, 3, 16, 16)
+    assert sampler.left_out == {} and "left out" not in repr(sampler)
+
+
+def test_what_is_left_out_is_said_once(tmp_path: Path, caplog):
+    write_tree(tmp_path, list("abc"))
+    for name in ("a/notes.txt", "b/notes.TXT", "c/Thumbs.db", "c/.DS_Store", "LICENSE", "b/x.csv"):
+        (tmp_path / name).write_text("no image")
+    frames = [Image.new("L", (12, 12), 40 * i) for i in range(3)]
+    frames[0].save(tmp_path / "a" / "move.gif", save_all=True, append_images=frames[1:])
+    samplers = [folder(tmp_path, split="all") for _ in range(2)]
+    said = "1 .csv, 2 .txt, 1 files without a suffix, 1 files' frames after the first, 2 hidden"
+    assert repr(samplers[0]).endswith(f"10 images; left out {said})")
+    assert caplog.messages == [f"ImageFolder {tmp_path} leaves out {said}"]
+
+
+def test_pictures_that_pillow_cannot_open_are_refused(tmp_path: Path):
+    write_tree(tmp_path, list("abc"))
+    (tmp_path / "b" / "photo.HEIC").write_bytes(b"ftypheic")
+    found = refusal(lambda: folder(tmp_path))
+    assert found.startswith("images must be of a kind that Pillow opens, got ")
+    assert found.endswith("photo.HEIC: convert it to .png, or move it out of the folder")
+
+
+def test_size_and_channels_are_those_of_the_files(tmp_path: Path):
+    write_tree(tmp_path, list("abc"), mode="RGB")
+    assert folder(tmp_path, split="all").classes.images.shape == (9, 3, 12, 12)
+    write_image(tmp_path / "b" / "other.png", 1, side=20, mode="RGB")
+    found = refusal(lambda: folder(tmp_path, split="all"))
+    assert found.startswith("image_size must be given for images of several sizes, got 12x12 (9 fi")
+    assert f"20x20 (1 files, such as {tmp_path / 'b' / 'other.png'}): pass image_size=N" in found
+    assert folder(tmp_path, split="all", image_size=9).classes.images.shape == (10, 3, 9, 9)
+    write_image(tmp_path / "b" / "other.png", 1, mode="L")
+    found = refusal(lambda: folder(tmp_path, split="all"))
+    assert found.startswith("channels must be given for images of several kinds, got colour (9 fi")
+    assert found.endswith("other.png): pass channels=1 (grey) or 3 (RGB)")
+    assert folder(tmp_path, split="all", channels=1).classes.images.shape == (10, 1, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels"), [("P", 3), ("L", 1), ("LA", 1), ("1", 1), ("RGBA", 3)]
+)
+def test_grey_and_colour_are_told_apart(tmp_path: Path, mode: str, channels: int):
+    write_tree(tmp_path, list("abc"), mode=mode)
+    assert folder(tmp_path, split="all").classes.images.shape[1] == channels
+
+
+def test_a_grey_palette_is_grey(tmp_path: Path):
+    write_tree(tmp_path, list("abc"))
+    path = next((tmp_path / "a").iterdir())
+    with Image.open(path) as image:
+        image.load()
+    image.putpalette([level for level in range(256) for _ in range(3)])
+    image.save(path)
+    assert folder(tmp_path, split="all").classes.images.shape == (9, 1, 12, 12)
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+def test_names_are_the_same_in_any_unicode_form(tmp_path: Path):
+    for form in (COMPOSED, DECOMPOSED):
+        write_tree(tmp_path / form.encode().hex(), ["cafz", form, "caf0", "cafg"])
+    roots = [tmp_path / form.encode().hex() for form in (COMPOSED, DECOMPOSED)]
+    one, two = (folder(root, split="all").class_names for root in roots)
+    assert one == two == ("caf0", "cafg", "cafz", COMPOSED)
+    path = tmp_path / "splits.json"
+    path.write_text("\ufeff" + json.dumps({"train": [DECOMPOSED, "cafz"]}), encoding="utf-8")
+    for root in roots:
+        assert folder(root, splits=path).class_names == (COMPOSED, "cafz")
+    write_tree(tmp_path / "both", [COMPOSED, DECOMPOSED])
+    assert "got 'caf" in refusal(lambda: folder(tmp_path / "both"))
