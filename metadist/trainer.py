@@ -76,8 +76,9 @@ class Trainer:
             `num_tasks`, 16 of any other.
         tasks_per_lease: Tasks that travel together, see `Workload`; None: a quarter of a
             meta-batch, or 1 where that is no divisor.
-        keep_state: Whether every outer step has the same tasks and continues from what the
-            algorithm keeps of each, see `Workload`; None: with a sampler that says `num_tasks`.
+        keep_state: True: every outer step has the same tasks and continues from what the algorithm
+            keeps of each, see `Workload`; False: every task is new; None: True with a sampler that
+            says `num_tasks`, else False.
         batch_size, seed: Short for `Compute(batch_size=..., seed=...)`.
         compute: How leases are computed, and on which device.
         executor: What computes the leases; None: this process.
