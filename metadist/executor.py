@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from metadist.compute import intra_op_threads, pick_device
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable, StepResult
+from metadist.signals import signals_held
 from metadist.task import TaskSampler
 from metadist.trees import Params
 from metadist.workload import Workload
@@ -79,6 +77,10 @@ class Executor(Protocol):
     def state(self) -> OuterState:
         """A copy of everything that must persist, on the CPU."""
         ...
+
+    def last_state(self) -> OuterState:
+        """The newest state that is known, for the end of a run; starts nothing that was lost."""
+        return self.state()
 
     def describe(self) -> dict[str, str]:
         """The policy, number of workers and device, for readers of a result."""
@@ -147,23 +149,3 @@ class LocalExecutor(Executor):
         if self._variable is None:
             raise RuntimeError("the executor must be started with start(...) before it is used")
         return self._variable
-
-
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM wait; they take effect at its end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are never handled here
-        return
-    held: list[tuple[Any, ...]] = []
-    before = {
-        number: signal.signal(number, lambda *arguments: held.append(arguments))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for late, _ in held:
-        signal.raise_signal(late)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections import Counter
@@ -32,9 +33,12 @@ from metadist.run.events import EventLog
 from metadist.run.files import CHECKPOINTS, CONFIG, EVENTS, TENSORBOARD
 from metadist.run.monitor import Monitor, TerminalProgress, calls_of, mean_metrics
 from metadist.run.storage import Folder, Mirror
+from metadist.signals import OneStop
 from metadist.task import TaskSampler, to_device
 from metadist.trees import Params
 from metadist.workload import Workload, tasks_of_steps
+
+log = logging.getLogger("metadist.trainer")
 
 
 class TrainingDiverged(RuntimeError):
@@ -286,7 +290,9 @@ class Trainer:
     ) -> TrainingResult:
         """Train until the outer variable has taken `num_steps` outer steps in all.
 
-        An interruption (Ctrl-C) is raised again after a checkpoint was written.
+        However it ends, a checkpoint of the newest known state is written first: after an error of
+        anybody's code, after Ctrl-C, which is raised again, and after SIGTERM, SIGHUP and SIGUSR1,
+        which then do what they would have done (SIGUSR1: what SIGTERM does).
 
         Args:
             num_steps: The outer step to end at.
@@ -298,13 +304,19 @@ class Trainer:
                 checkpoint is kept.
         """
         check("num_steps", num_steps, ge=1)
-        began = time.perf_counter()
         if self._folder is not None and self._is_new and self._folder.names():
             raise ValueError(
                 f"run_dir must be a new or empty folder, got {self._folder.uri!r}, which holds "
                 "files: choose another, or continue that run (metadist resume --run, "
                 "Trainer.restore)"
             )
+        with OneStop() as stop:
+            return self._fit(num_steps, on_step, stop)
+
+    def _fit(
+        self, num_steps: int, on_step: Callable[[StepReport], bool] | None, stop: OneStop
+    ) -> TrainingResult:
+        began = time.perf_counter()
         self.has_started = False
         is_new = self._is_new
         run = _Run(num_steps, self._log_every, self._quiet)
@@ -321,6 +333,7 @@ class Trainer:
                 if is_new:
                     self._save()  # for a run that dies before it gets to the next
                 for report in self._executor.run(num_steps):
+                    stop.check()
                     self._events.report(report)
                     means = monitor.step(report) if monitor else mean_metrics(report)
                     run.progress.step(report, means)
@@ -332,13 +345,10 @@ class Trainer:
                     self._periodically(version, version if ends else num_steps, monitor, run)
                     if ends and self.version >= version:
                         break
-        except KeyboardInterrupt:
-            if self.has_started:
-                self._state = self._executor.state()
-                saved = self._save()
-                run.progress.say(
-                    f"interrupted at step {self.version}" + (f", saved {saved}" if saved else "")
-                )
+        except BaseException as error:
+            # The parameters have diverged: the last checkpoint is worth more than the last state.
+            if self.has_started and not isinstance(error, TrainingDiverged):
+                self._leave(error, run)
             raise
         finally:
             self._executor.close()
@@ -442,6 +452,20 @@ class Trainer:
             monitor.evaluation("val", result, self.version)
         progress.say(f"step {self.version}: validation {headline(result)}")
         return result.score if math.isfinite(result.score) else None
+
+    def _leave(self, error: BaseException, run: _Run) -> None:
+        """Write a checkpoint of the newest state that is known, as `error` ends the run."""
+        how = "interrupted" if isinstance(error, KeyboardInterrupt) else "ended by an error"
+        try:
+            self._state = self._executor.last_state()
+            saved = self._save()
+        except Exception as failure:
+            if isinstance(error, KeyboardInterrupt):
+                raise  # an interrupted run has a checkpoint, or has failed
+            log.exception("no checkpoint of the last steps could be written")
+            run.progress.say(f"{how}, and no checkpoint could be written: {failure}")
+            return
+        run.progress.say(f"{how} at step {self.version}" + (f", saved {saved}" if saved else ""))
 
     def _open_run_dir(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)

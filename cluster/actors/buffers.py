@@ -151,9 +151,20 @@ def unpack_state(packed: PackedState, spec: OuterSpec) -> OuterState:
     )
 
 
+def versions_of(parts: Sequence[PackedState]) -> list[int]:
+    """The versions of x in the parts: one, unless a step has reached some shards only."""
+    return sorted({part.version for part in parts})
+
+
 def join_states(parts: Sequence[PackedState], spec: OuterSpec) -> OuterState:
-    """The state with these parts, in fresh memory."""
+    """The state with these parts, in fresh memory.
+
+    Raises:
+        ValueError: They are of more than one version of x.
+    """
     first = parts[0]
+    if any(part[2:5] != first[2:5] for part in parts):
+        raise ValueError(f"the parts of x must be of one version, got {versions_of(parts)}")
 
     def joined(field: str) -> dict[str, Tensor]:
         return {

@@ -34,11 +34,12 @@ from metadist.cluster.data_parallel.pending import Rounds, known
 from metadist.cluster.data_parallel.worker import ShardWorker
 from metadist.cluster.data_parallel.worker_pool import ShardPool
 from metadist.compute import intra_op_threads
-from metadist.executor import Executor, StepReport, signals_held
+from metadist.executor import Executor, StepReport
 from metadist.optimizer import OuterOptimizer
 from metadist.oracle import SOURCES, CountingOracle, MiniBatches
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable
 from metadist.problem import check_rows
+from metadist.signals import signals_held
 from metadist.task import Shardable, TaskSampler
 from metadist.trees import Params, flatten, zeros_like
 from metadist.workload import Lease, Workload

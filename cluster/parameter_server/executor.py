@@ -40,6 +40,9 @@ from metadist.workload import Workload
 
 log = logging.getLogger("metadist.cluster")
 
+LAST_STATE_S = 20.0
+"""How long the server may take to give its state when a run ends; schedulers grant 30 s."""
+
 
 class RayExecutor(Executor):
     """Computes leases on Ray workers; under BSP to the same bytes as `LocalExecutor`.
@@ -196,6 +199,11 @@ class RayExecutor(Executor):
 
     def state(self) -> OuterState:
         return join_states(self._started().state(), self._spec)
+
+    def last_state(self) -> OuterState:
+        if self._supervisor is None:
+            return self.state()
+        return join_states(self._supervisor.last_state(LAST_STATE_S), self._spec)
 
     def describe(self) -> dict[str, str]:
         infos = self._pool.infos if self._pool else []

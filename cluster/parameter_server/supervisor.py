@@ -10,12 +10,13 @@ from typing import Any
 
 from ray import ObjectRef, exceptions
 
-from metadist.cluster.actors.buffers import Array, OuterSpec, PackedState
+from metadist.cluster.actors.buffers import Array, OuterSpec, PackedState, versions_of
 from metadist.cluster.actors.errors import ServerLostError, message
 from metadist.cluster.actors.failure import SERVER, Event, Failures, History, Raise, Retry
 from metadist.cluster.actors.options import Server
 from metadist.cluster.actors.pool import RAY, Runtime
 from metadist.outer import LeaseResult, StepResult, norm_of_blocks
+from metadist.signals import signals_held
 
 log = logging.getLogger("metadist.cluster")
 
@@ -201,13 +202,46 @@ class Supervisor:
                 [server.prepare.remote(results, weights, *sums) for server, sums in pairs]
             )
             norm = norm_of_blocks(itertools.chain.from_iterable(squares))
-            calls = [server.commit.options(num_returns=2).remote(norm) for server in self.servers]
+            calls = self._commit(norm)
         steps = self.ask([step for step, _ in calls])
         return steps[0], tuple(outer for _, outer in calls)
 
+    def _commit(self, norm: float) -> list[Any]:
+        """The calls with which each shard takes the step; none is left out, whatever comes up."""
+        calls: list[Any] = []
+
+        def send() -> None:
+            while len(calls) < len(self.servers):
+                server = self.servers[len(calls)]
+                calls.append(server.commit.options(num_returns=2).remote(norm))
+
+        with signals_held():  # in between x is of two versions
+            try:
+                send()
+            except BaseException:
+                send()
+                raise
+        return calls
+
     def state(self) -> list[PackedState]:
         """Everything that must persist, by shard; another server would resume from here."""
-        self._keep(self.ask(self._states()))
+        parts = self.ask(self._states())
+        if len(versions_of(parts)) > 1:
+            raise self._failed(
+                exceptions.RaySystemError(f"its shards have versions {versions_of(parts)} of x")
+            )
+        self._keep(parts)
+        return self._snapshot
+
+    def last_state(self, limit_s: float) -> list[PackedState]:
+        """The state of the server if it gives it in time, or else the last snapshot.
+
+        Starts nothing, and raises nothing for a loss: with this a run ends, perhaps because the
+        cluster is gone.
+        """
+        with suppress(exceptions.RayError):
+            if self.servers:
+                self._keep(self._runtime.get(self._states(), limit_s))
         return self._snapshot
 
     def _states(self) -> list[ObjectRef[Any]]:
@@ -273,7 +307,7 @@ class Supervisor:
         self._fetching = []
 
     def _keep(self, parts: list[PackedState]) -> None:
-        if parts[0].version >= self._snapshot[0].version:
+        if len(versions_of(parts)) == 1 and parts[0].version >= self._snapshot[0].version:
             self._snapshot = parts
 
     def _all_ready(self, refs: list[ObjectRef[Any]]) -> bool:

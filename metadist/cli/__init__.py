@@ -7,7 +7,7 @@ A command's file has `parser()`, its options, and `run(config)`, which returns t
 the options need no torch or Ray, neither is imported before `run`: the help must come at once.
 
 Exit codes: 0 done; 1 the run or the check failed; 2 the input was refused, nothing was started;
-130 stopped by Ctrl-C and 143 by SIGTERM, with a checkpoint written.
+130 stopped by Ctrl-C, 143 by SIGTERM or SIGUSR1, 129 by SIGHUP, with a checkpoint written.
 """
 
 from metadist.cli.commands import COMMANDS, main

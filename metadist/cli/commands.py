@@ -80,6 +80,11 @@ def _exit_code(command: str, run: Callable[[], int]) -> int:
                 return run()
             except KeyboardInterrupt:
                 return 128 + stopped_by()
+            except SystemExit as error:
+                if error.code in (0, None):
+                    print(f"metadist {command}: failed: {_EXITED}", file=sys.stderr)
+                    return 1
+                raise
     except (ValueError, FileNotFoundError, PermissionError) as error:
         print(f"metadist {command}: error: {error}", file=sys.stderr)
         return 2
@@ -89,6 +94,9 @@ def _exit_code(command: str, run: Callable[[], int]) -> int:
         else:
             traceback.print_exc()
         return 1
+
+
+_EXITED = "somebody's code called sys.exit() before the work was done"
 
 
 def _is_failure(error: Exception) -> bool:
@@ -101,16 +109,22 @@ def _is_failure(error: Exception) -> bool:
 
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[Callable[[], int]]:
-    """SIGTERM stops a run as Ctrl-C does; gives the number of the signal that came."""
-    received = signal.SIGINT
+    """Other signals stop a run as Ctrl-C does; gives the number of the one that came."""
+    received: int = signal.SIGINT
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal received
-        received = signal.Signals(number)
+        # Schedulers send SIGUSR1 some time before they stop a job.
+        received = signal.SIGTERM if number == signal.SIGUSR1 else number
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {
+        number: signal.signal(number, interrupt)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as `nohup` has it for SIGHUP
+    }
     try:
         yield lambda: int(received)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -194,7 +194,7 @@ def set_split(config: Namespace, split: str) -> None:
 def fit(config: Namespace, trainer: Trainer, samplers: dict[str, Any]) -> int:
     try:
         return _fit_and_test(config, trainer, samplers)
-    except (ValueError, OSError):
+    except (ValueError, OSError, SystemExit):
         if not trainer.has_started:
             raise
         # Not about the input of the command: somebody's code failed while it ran.

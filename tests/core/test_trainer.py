@@ -119,12 +119,22 @@ def test_training_in_parts_gives_the_bytes_of_training_in_one_go(options, tmp_pa
     assert last_state(tmp_path / "run") == exact_state(whole)
 
 
-def test_a_run_that_dies_before_its_first_steps_are_saved_goes_on_from_the_start(tmp_path):
+class Dead(Recording):
+    """Fails after a step, and has lost what it knew."""
+
+    def last_state(self):
+        raise OSError("and the state is gone")
+
+
+def test_a_run_that_dies_before_its_first_steps_are_saved_goes_on_from_the_start(tmp_path, capsys):
     def die(report: StepReport) -> None:
         raise OSError(f"at step {report.step.version}")
 
     with pytest.raises(OSError, match="at step 1"):
-        make_trainer(run_dir=tmp_path, executor=Recording(die)).fit(4)
+        make_trainer(run_dir=tmp_path, executor=Dead(die), quiet=False).fit(4)
+    assert "error, and no checkpoint could be written: and the state is gone" in (
+        capsys.readouterr().err
+    )
     resumed = make_trainer(run_dir=tmp_path, keep_checkpoints=1)
     assert resumed.restore() == "step-00000000"
     assert exact_state(resumed) == exact_state(make_trainer())
@@ -515,6 +525,36 @@ def test_an_exception_of_the_users_code_comes_through_as_it_is(tmp_path):
         trainer.fit(5)
     assert trainer.has_started
     assert CheckpointStore(str(tmp_path / "checkpoints")).load()[0] == "step-00000002"
+
+
+class Stopped(BaseException):
+    """Not even an Exception."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), Stopped(), MemoryError(), KeyboardInterrupt()])
+@pytest.mark.parametrize("place", ["on_step", "validation"])
+def test_every_way_out_leaves_a_checkpoint_of_the_last_step(tmp_path, error, place):
+    class Validation:
+        def sample(self, index):
+            if index == 7:
+                raise error
+            return curves("val").sample(index)
+
+    def on_step(report):
+        if place == "on_step" and report.step.version == 3:
+            raise error
+        return True
+
+    options = {"val_sampler": Validation(), "val_every": 3, "val_tasks": 9}
+    trainer = make_trainer(run_dir=tmp_path, **(options if place == "validation" else {}))
+    with pytest.raises(type(error)):
+        trainer.fit(5, on_step)
+    resumed = make_trainer(run_dir=tmp_path)
+    assert (trainer.version, resumed.restore()) == (3, "step-00000003")
+    whole = make_trainer()
+    whole.fit(5)
+    resumed.fit(5)
+    assert exact_state(resumed) == exact_state(whole)
 
 
 def test_what_a_trainer_says_of_itself_runs():
