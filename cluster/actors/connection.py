@@ -77,6 +77,17 @@ def connected(address: str | None, num_cpus: float) -> Iterator[None]:
             ray.shutdown()
 
 
+def is_gone() -> bool:
+    """Whether the cluster of this connection does not answer any more; calls of it would hang."""
+    try:
+        _check_listening(ray.get_runtime_context().gcs_address)
+    except OSError:
+        return True
+    except Exception:  # noqa: BLE001  # a kind of connection that does not say: assume the best
+        return False
+    return False
+
+
 def _check_listening(address: str) -> None:
     """Raise OSError if nothing listens there: Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")

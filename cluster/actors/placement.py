@@ -14,7 +14,7 @@ import torch
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from metadist.cluster.actors.connection import connect, demand, reserve
+from metadist.cluster.actors.connection import connect, demand, is_gone, reserve
 from metadist.cluster.actors.options import Workers
 
 
@@ -85,10 +85,11 @@ class Placement:
 
     def close(self) -> None:
         """Return all resources, and close the connection if it was made here."""
-        for group in {group.id: group for group, _ in self._bundles}.values():
-            remove_placement_group(group)
         if self._is_connection_ours:
-            ray.shutdown()
+            ray.shutdown()  # reservations end with it; to end them first hangs if all are dead
+        elif not is_gone():
+            for group in {group.id: group for group, _ in self._bundles}.values():
+                remove_placement_group(group)
         self.forget()
 
     def forget(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray import ObjectRef, exceptions
 
+from metadist.cluster.actors.connection import is_gone
 from metadist.cluster.actors.errors import ResourcesError, WorkerLostError, message
 from metadist.cluster.actors.failure import Event, Failures, History, Kind, Raise, Retry
 from metadist.cluster.actors.placement import WorkerInfo
@@ -38,6 +39,9 @@ class Runtime:
 
     def kill(self, actor: Any) -> None:
         ray.kill(actor)
+
+    def is_gone(self) -> bool:
+        return is_gone()
 
     def ready(self, refs: Sequence[ObjectRef[Any]], limit_s: float = 0.0) -> list[ObjectRef[Any]]:
         """Those that are ready as soon as one is, or after `limit_s`, which may be infinite.

@@ -239,9 +239,16 @@ class Supervisor:
         Starts nothing, and raises nothing for a loss: with this a run ends, perhaps because the
         cluster is gone.
         """
+        refs = pending = self._states()
+        deadline = self._runtime.now() + limit_s
+        while pending:
+            left_s = deadline - self._runtime.now()
+            if left_s <= 0 or self._runtime.is_gone():
+                return self._snapshot
+            ready = set(self._runtime.ready(pending, min(1.0, left_s)))
+            pending = [ref for ref in pending if ref not in ready]
         with suppress(exceptions.RayError):
-            if self.servers:
-                self._keep(self._runtime.get(self._states(), limit_s))
+            self._keep(self._runtime.get(refs))
         return self._snapshot
 
     def _states(self) -> list[ObjectRef[Any]]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from metadist import CheckpointStore, __version__
+from metadist.cli import commands
 from tests.cli.helpers import saved
 from tests.helpers import (
     CURVES,
@@ -85,12 +86,13 @@ def stopped_at(process: subprocess.Popen[str], step: int, number: signal.Signals
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="metadist is not installed with its script")
 def test_a_stopped_run_leaves_a_checkpoint_and_is_resumed_to_the_same_bytes(cli, here):
-    """By Ctrl-C and by SIGTERM, by the module and by the console script, at the same time."""
+    """By Ctrl-C, SIGTERM and SIGHUP, by the module and by the console script, at the same time."""
     flags = [flag for flag in CURVES if flag not in ("--quiet", "true")]
     flags = ["train", *flags, *words("--log_every 1 --num_steps 60 --run_dir")]
     processes = {
         130: (start(["-m", "metadist", *flags, "130"], here), signal.SIGINT),
         143: (start([SCRIPT, *flags, "143"], here), signal.SIGTERM),
+        129: (start(["-m", "metadist", *flags, "129"], here), signal.SIGHUP),
     }
     with ThreadPoolExecutor() as pool:
         outcomes = {
@@ -111,6 +113,19 @@ def test_a_stopped_run_leaves_a_checkpoint_and_is_resumed_to_the_same_bytes(cli,
         assert f"continuing {run.name} from {stopped[2]}" in cli.good("resume", run.name)
         assert last_state(run) == last_state(here / "whole")
         assert saved(run.name)["num_steps"] == 60
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGUSR1, 143), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_has_its_exit_code(number, code):
+    assert commands._exit_code("train", lambda: signal.raise_signal(number) or 0) == code
+
+
+@pytest.mark.parametrize("code", [0, None])
+def test_code_that_exits_early_has_failed(code, capsys):
+    assert commands._exit_code("train", lambda: sys.exit(code)) == 1
+    assert "somebody's code called sys.exit() before the work was done" in capsys.readouterr().err
 
 
 def test_the_state_of_the_process_is_left_as_it_was(cli):

@@ -22,6 +22,7 @@ class DummyRuntime(Runtime):
     def __init__(self) -> None:
         self.time = 1000.0
         self.killed: list[object] = []
+        self.gone = False
 
     def now(self) -> float:
         return self.time
@@ -51,6 +52,9 @@ class DummyRuntime(Runtime):
         if isinstance(refs.answer, Exception):
             raise refs.answer
         return refs.answer
+
+    def is_gone(self) -> bool:
+        return self.gone
 
     def kill(self, actor: Any) -> None:
         self.killed.append(actor)

@@ -6,6 +6,7 @@ import inspect
 import re
 import signal
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -531,23 +532,32 @@ class Stopped(BaseException):
     """Not even an Exception."""
 
 
-@pytest.mark.parametrize("error", [SystemExit(0), Stopped(), MemoryError(), KeyboardInterrupt()])
-@pytest.mark.parametrize("place", ["on_step", "validation"])
-def test_every_way_out_leaves_a_checkpoint_of_the_last_step(tmp_path, error, place):
-    class Validation:
-        def sample(self, index):
-            if index == 7:
-                raise error
-            return curves("val").sample(index)
+WAYS_OUT = [SystemExit(0), Stopped(), MemoryError(), KeyboardInterrupt()]
 
+
+@dataclass(frozen=True)
+class Validation:
+    """Tasks of which one raises an error of `WAYS_OUT`."""
+
+    way: int
+
+    def sample(self, index):
+        if index == 7:
+            raise WAYS_OUT[self.way]
+        return curves("val").sample(index)
+
+
+@pytest.mark.parametrize("way", range(len(WAYS_OUT)))
+@pytest.mark.parametrize("place", ["on_step", "validation"])
+def test_every_way_out_leaves_a_checkpoint_of_the_last_step(tmp_path, way, place):
     def on_step(report):
         if place == "on_step" and report.step.version == 3:
-            raise error
+            raise WAYS_OUT[way]
         return True
 
-    options = {"val_sampler": Validation(), "val_every": 3, "val_tasks": 9}
+    options = {"val_sampler": Validation(way), "val_every": 3, "val_tasks": 9}
     trainer = make_trainer(run_dir=tmp_path, **(options if place == "validation" else {}))
-    with pytest.raises(type(error)):
+    with pytest.raises(type(WAYS_OUT[way])):
         trainer.fit(5, on_step)
     resumed = make_trainer(run_dir=tmp_path)
     assert (trainer.version, resumed.restore()) == (3, "step-00000003")

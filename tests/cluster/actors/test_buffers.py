@@ -71,6 +71,15 @@ def test_a_joined_state_has_memory_of_its_own():
     assert state_bytes(unpack_state(packed, OuterSpec.of(state.outer))) == state_bytes(state)
 
 
+@pytest.mark.parametrize(
+    "changed", [{"version": 2}, {"applied_below": 2}, {"applied": (4,)}], ids=str
+)
+def test_parts_of_two_versions_are_no_state(changed):
+    packed = pack_state(stepped_state(torch.float32))
+    with pytest.raises(ValueError, match="the parts of x must be of one version, got"):
+        join_states([packed, packed._replace(**changed)], OuterSpec({}, torch.float32))
+
+
 def test_a_dtype_that_numpy_lacks_is_refused():
     with pytest.raises(ValueError, match=r"outer must be float16, float32 or float64 .*bfloat16"):
         OuterSpec.of({"x": torch.zeros(2, dtype=torch.bfloat16)})

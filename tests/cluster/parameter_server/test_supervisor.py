@@ -165,3 +165,82 @@ def test_a_server_of_the_last_run_that_is_gone_is_no_loss(start, max_losses):
     answers += [FULL] * (1 + max_losses)
     with pytest.raises(ServerLostError):
         supervisor.start([state(9)], [None])
+
+
+@pytest.mark.parametrize("torn", ["state", "last_state"])
+def test_shards_of_two_versions_are_no_state(torn):
+    clock = DummyRuntime()
+    answers: list[Any] = []
+    supervisor = Supervisor(
+        lambda _: Actor(clock, answers), Failures(), Server(num_shards=2), 60.0, clock
+    )
+    supervisor.start([state(7)] * 2, [None] * 2)  # type: ignore[list-item]
+    answers += [state(9), state(8)]
+    if torn == "last_state":
+        assert [part.version for part in supervisor.last_state(5.0)] == [7, 7]
+        return
+    with pytest.raises(ServerGone, match=r"its shards have versions \[8, 9\] of x"):
+        supervisor.state()
+    answers += [state(9), state(9)]
+    assert [part.version for part in supervisor.last_state(5.0)] == [9, 9]
+
+
+def test_a_snapshot_in_two_versions_is_left_out():
+    clock = DummyRuntime()
+    answers: list[Any] = []
+    supervisor = Supervisor(
+        lambda _: Actor(clock, answers), Failures(), Server(num_shards=2), 60.0, clock
+    )
+    supervisor.start([state(7)] * 2, [None] * 2)  # type: ignore[list-item]
+    answers += [state(17), state(16)]
+    supervisor.stepped(17)
+    supervisor.stepped(18)
+    assert supervisor._snapshot[0].version == 7
+
+
+@pytest.mark.parametrize("lost", [FULL, None, "gone", "no server"])
+def test_the_last_state_of_a_lost_server_is_the_snapshot(start, lost):
+    supervisor, answers, clock = start()
+    began = clock.time
+    clock.gone = lost == "gone"
+    if lost == "no server":
+        supervisor.stop()
+    answers.append(None if clock.gone else lost)
+    assert supervisor.last_state(4.0)[0].version == 7
+    assert clock.time - began == (4.0 if lost is None else 0.0)
+    assert len(clock.killed) == (lost == "no server"), "it starts and stops nothing"
+
+
+class Pair:
+    """Two shards, the second of which is interrupted as it is sent its commit."""
+
+    def __init__(self) -> None:
+        self.committed: list[int] = []
+        self.interrupts = 1
+
+    def shard(self, number: int) -> Any:
+        pair = self
+
+        class Commit:
+            def options(self, **_: Any) -> Any:
+                return self
+
+            def remote(self, norm: float) -> Any:
+                if number == 1 and pair.interrupts:
+                    pair.interrupts -= 1
+                    raise KeyboardInterrupt
+                pair.committed.append(number)
+
+        class Shard:
+            commit = Commit()
+
+        return Shard()
+
+
+def test_an_interruption_between_commits_leaves_no_shard_behind(start):
+    supervisor, _, _ = start()
+    pair = Pair()
+    supervisor.servers = [pair.shard(0), pair.shard(1), pair.shard(2)]
+    with pytest.raises(KeyboardInterrupt):
+        supervisor._commit(1.0)
+    assert pair.committed == [0, 1, 2]
