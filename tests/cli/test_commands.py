@@ -119,7 +119,11 @@ def test_a_stopped_run_leaves_a_checkpoint_and_is_resumed_to_the_same_bytes(cli,
     ("number", "code"), [(signal.SIGUSR1, 143), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_a_signal_has_its_exit_code(number, code):
-    assert commands._exit_code("train", lambda: signal.raise_signal(number) or 0) == code
+    def run() -> int:
+        signal.raise_signal(number)
+        return 0
+
+    assert commands._exit_code("train", run) == code
 
 
 @pytest.mark.parametrize("code", [0, None])
