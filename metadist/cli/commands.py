@@ -13,6 +13,7 @@ from types import FrameType
 
 from metadist import __version__
 from metadist.cli.suggestions import one_of
+from metadist.run.text import printable
 from metadist.run.uris import check_no_secrets
 
 COMMANDS = {
@@ -86,11 +87,11 @@ def _exit_code(command: str, run: Callable[[], int]) -> int:
                     return 1
                 raise
     except (ValueError, FileNotFoundError, PermissionError) as error:
-        print(f"metadist {command}: error: {error}", file=sys.stderr)
+        print(f"metadist {command}: error: {printable(error, lines=True)}", file=sys.stderr)
         return 2
     except Exception as error:  # noqa: BLE001  # the last place; the user sees all of it
         if _is_failure(error):
-            print(f"metadist {command}: failed: {error}", file=sys.stderr)
+            print(f"metadist {command}: failed: {printable(error, lines=True)}", file=sys.stderr)
         else:
             traceback.print_exc()
         return 1

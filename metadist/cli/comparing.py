@@ -36,6 +36,7 @@ from metadist.compare.run import (
     run_on_budget,
 )
 from metadist.run.storage import Folder
+from metadist.run.text import printable
 
 CONFIG = "comparison.json"
 ERROR = "error.txt"
@@ -199,7 +200,7 @@ def _report(
     Console().print(to_console(comparison, table))
     for row in table:
         for error in row.errors:
-            print(f"failed: {error}")
+            print(f"failed: {printable(error)}")
     if plots:
         for name in _curves(flat(outcomes)):
             folder.write(f"{name.replace('/', '_')}.png", curves(name, outcomes))

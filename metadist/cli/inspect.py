@@ -20,6 +20,7 @@ def run(config: Namespace) -> int:
     from metadist.run.checkpoint import CheckpointError, CheckpointStore
     from metadist.run.files import CHECKPOINTS
     from metadist.run.storage import Folder
+    from metadist.run.text import shown
 
     store = CheckpointStore((Folder(config.run_dir) / CHECKPOINTS).uri)
     if not store.names():
@@ -27,13 +28,13 @@ def run(config: Namespace) -> int:
     if not store.names():
         raise CheckpointError(f"run_dir must be a folder with checkpoints, got {config.run_dir!r}")
     damaged = 0
-    table = Table("checkpoint", "score", "state", title=store.uri)
+    table = Table("checkpoint", "score", "state", title=shown(store.uri))
     for name in store.names():
         try:
             _, checkpoint = store.load(name)
         except CheckpointError as error:
             damaged += 1
-            table.add_row(name, "", str(error))
+            table.add_row(shown(name), "", shown(error))
         else:
             score = "" if checkpoint.score is None else f"{checkpoint.score:.4f}"
             table.add_row(name, score, "good" + (", best" if name == store.best() else ""))
@@ -43,11 +44,13 @@ def run(config: Namespace) -> int:
     state = checkpoint.state
     console.print(f"{name}: outer step {state.version}, next lease {state.applied_below}")
     for key, value in checkpoint.info.items():
-        console.print(f"  {key}: {value}", highlight=False)
+        console.print(shown(f"  {key}: {value}"))
     tensors = Table("tensor", "shape", "dtype", "numbers")
     for group, leaves in (("outer", state.outer), ("optimizer", state.optimizer)):
         for key, leaf in leaves.items():
             dtype = str(leaf.dtype).removeprefix("torch.")
-            tensors.add_row(f"{group}.{key}", str(tuple(leaf.shape)), dtype, f"{leaf.numel():,}")
+            tensors.add_row(
+                shown(f"{group}.{key}"), str(tuple(leaf.shape)), dtype, f"{leaf.numel():,}"
+            )
     console.print(tensors)
     return 1 if damaged else 0

@@ -13,8 +13,9 @@ def parser() -> Parser:
         prog="metadist status",
         positional="run_dir",
         description="Show a running or finished run at a glance. Only its folder is read, wherever "
-        "it runs. Exit codes: 0 it is running or finished; 1 it was interrupted, has failed, or "
-        "has been silent for too long; 2 there is no run.",
+        "it runs. Exit codes: 0 it is running, about to, or finished; 1 it was interrupted or "
+        "killed, has failed, or has been silent for too long; 2 there is no run; 3 files of it are "
+        "damaged, so that what is shown may be incomplete.",
     )
     parser.add_argument(
         "--run_dir", type=str, metavar="FOLDER", required=True, help="The folder of the run."
@@ -29,11 +30,13 @@ def parser() -> Parser:
 
 
 def run(config: Namespace) -> int:
-    """Run `metadist status`; exit code 1 if the run has stopped before its end."""
+    """Run `metadist status`; exit code 1 if the run has stopped before its end, 3 for damage."""
     from rich.console import Console
 
     from metadist.run.status import run_status
 
     status = run_status(config.run_dir, config.stale_s)
     Console().print(status)
+    if status.is_damaged:
+        return 3
     return 0 if status.is_well else 1

@@ -21,6 +21,7 @@ from metadist.optimizer import OuterOptimizer
 from metadist.problem import has_few_shot_classes
 from metadist.run.files import CONFIG, RESULT
 from metadist.run.storage import Folder, write_json
+from metadist.run.text import printable
 from metadist.trainer import Trainer, headline
 
 SECTIONS = {
@@ -243,7 +244,7 @@ def print_evaluation(result: EvaluationResult) -> None:
 
 def report_skipped(skipped: dict[str, str]) -> None:
     for reason in skipped.values():
-        print(f"skipped: {reason}", file=sys.stderr)
+        print(f"skipped: {printable(reason, lines=True)}", file=sys.stderr)
 
 
 def saved_config(run_dir: str) -> Namespace:

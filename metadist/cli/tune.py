@@ -105,13 +105,17 @@ def _print_trials(tuned: Tuned, space: list[str], metric: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from metadist.run.text import shown
+
     table = Table("", *space, "step", metric, "error")
     for trial in tuned.trials:
         cells: list[Any] = ["best" if trial == tuned.best else ""]
         cells += [trial.values.get(name, "") for name in space]
         cells += [trial.metrics.get(name, "") for name in ("step", metric)]
         cells += [trial.error or ""]
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
+        table.add_row(
+            *(shown(f"{cell:.4g}" if isinstance(cell, float) else cell) for cell in cells)
+        )
     Console().print(table)
 
 

@@ -163,6 +163,18 @@ class CheckpointStore:
         damaged = "".join(f"\n  {reason}" for reason in self.skipped.values())
         raise CheckpointError(f"no good checkpoint in {self.uri}{damaged or ': it holds none'}")
 
+    def is_whole(self, name: str) -> bool:
+        """Whether the files of a checkpoint fit its manifest; reads them in blocks."""
+        try:
+            files = self._manifest(name).files
+            return all(
+                self.folder.size_bytes(f"{name}/{file}") == size
+                and self.folder.sha256(f"{name}/{file}") == digest
+                for file, (size, digest) in files.items()
+            )
+        except (OSError, ValueError):
+            return False
+
     def _load(self, name: str) -> Checkpoint:
         manifest = self._manifest(name)
         rest = self._file(name, STATE, manifest)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from metadist.executor import StepReport
-from metadist.run.files import EVENTS
+from metadist.run.reading import find_events, this_process
 from metadist.run.storage import Folder
 
 log = logging.getLogger("metadist.run")
@@ -38,7 +38,8 @@ class EventLog:
 
     Each has `time` (UTC), `event`, `step` (outer steps taken) and what belongs to it:
 
-        run_started            until_step, and what `Executor.describe` returns
+        run_started            until_step, what `Executor.describe` returns, and of the process
+                               host, boot, pid and started
         run_finished
         run_interrupted        by Ctrl-C or SIGTERM
         run_failed             error
@@ -98,7 +99,7 @@ class EventLog:
     def run(self, step: int, **fields: Any) -> Iterator[None]:
         """Within the block a run continues from `step`; adds its start and how it ended."""
         self.step = step
-        self.write("run_started", **fields)
+        self.write("run_started", **fields, **this_process())
         try:
             yield
         except KeyboardInterrupt:
@@ -129,20 +130,5 @@ def _ends_line(stream: Any) -> bool:
 
 
 def read_events(folder: Folder) -> list[dict[str, Any]]:
-    """The events of a run folder, oldest first.
-
-    Half a line, as a process leaves it that is killed or still writes, is no event.
-    """
-    try:
-        lines = folder.read(EVENTS, at_most=1 << 30).splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    found = []
-    for line in lines:
-        try:
-            event = json.loads(line)
-            datetime.fromisoformat(event["time"])
-            found.append({**event, "event": str(event["event"]), "step": int(event["step"])})
-        except (ValueError, TypeError, KeyError):
-            continue
-    return found
+    """The events of a run folder, oldest first, see `find_events`."""
+    return find_events(folder)[0]

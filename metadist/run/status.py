@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import struct
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from rich.table import Table
-from rich.text import Text
 
-from metadist.run.checkpoint import CheckpointError, CheckpointStore
-from metadist.run.events import read_events
-from metadist.run.files import CHECKPOINTS, RESULT, TENSORBOARD
+from metadist.run.checkpoint import CheckpointStore
+from metadist.run.files import CHECKPOINTS, CONFIG, RESULT, TENSORBOARD
+from metadist.run.reading import (
+    MAX_STEP,
+    Scalar,
+    find_events,
+    find_json,
+    find_scalars,
+    is_gone,
+)
 from metadist.run.storage import Folder
+from metadist.run.text import shown
 
-State = Literal["running", "stale", "finished", "interrupted", "failed"]
+State = Literal["waiting", "running", "stale", "killed", "finished", "interrupted", "failed"]
 
-NUM_RECORDS = 100_000
-"""The number of TensorBoard records that are read, from the newest back."""
+BEGUN = (CONFIG, CHECKPOINTS, TENSORBOARD)
+"""What is in the folder of a run that waits for workers."""
 NUM_EVENTS = 6
 """The number of events shown, the newest ones."""
 NUM_WORKERS = 8
 """The number of workers shown one by one."""
-
-
-class Scalar(NamedTuple):
-    """The newest value of a TensorBoard scalar; `time` in seconds since 1970."""
-
-    value: float
-    step: int
-    time: float
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,10 @@ class RunStatus:
 
     Args:
         run: The folder.
-        state: "stale" is a run that has not ended and has written nothing for long: its process
-            was killed, its machine is gone, or one outer step takes longer than that.
+        state: "waiting" is a run that has not begun to train; "killed" one whose process is gone,
+            which can be seen on its own machine; "stale" one that has not ended and has written
+            nothing for long: its process was killed, its machine is gone, or one outer step takes
+            longer than that.
         age_s: Seconds since it last wrote something.
         step: Outer steps taken.
         until_step: The step it ends at; None if the folder does not say.
@@ -57,6 +56,8 @@ class RunStatus:
         best: The good one with the best validation.
         damaged: Checkpoints newer than `newest`, which are damaged or being written.
         result: What the command line wrote at the end of a finished run.
+        unreadable: What is wrong with the files that this was read from; what they would add is
+            missing.
     """
 
     run: str
@@ -72,11 +73,17 @@ class RunStatus:
     best: str | None
     damaged: Sequence[str]
     result: Mapping[str, Any]
+    unreadable: Sequence[str] = ()
 
     @property
     def is_well(self) -> bool:
-        """Whether it is running, or ended as planned."""
-        return self.state in ("running", "finished")
+        """Whether it is running or about to, or ended as planned."""
+        return self.state in ("waiting", "running", "finished")
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether files are damaged; those of a run that goes on may be half written instead."""
+        return bool(self.unreadable or (self.damaged and self.state == "finished"))
 
     def __rich__(self) -> Table:
         table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
@@ -84,13 +91,15 @@ class RunStatus:
         # A path or an error without spaces is folded, and nothing is cut off.
         table.add_column(overflow="fold")
         for name, text in self._rows():
-            table.add_row(name, Text(text))
+            table.add_row(name, shown(text))
         return table
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         last = f"last wrote {_duration(self.age_s)} ago"
         yield "run", self.run
-        yield "state", f"{self.state}, {last}"
+        yield "state", self.state if self.state == "waiting" else f"{self.state}, {last}"
+        for number, text in enumerate(self.unreadable):
+            yield ("damaged" if number == 0 else ""), text
         if error := self._last("run_failed").get("error"):
             yield "error", _short(str(error), 500)
         of = f" of {self.until_step}" if self.until_step else ""
@@ -102,7 +111,7 @@ class RunStatus:
             yield "executor", ", ".join(str(name) for name in names if name)
         if self.result:
             tasks, dropped = self.result.get("num_tasks"), self.result.get("num_dropped")
-            took = _duration(float(self.result.get("seconds", 0)))
+            took = _duration(float(self.result.get("seconds") or 0))
             yield "result", f"{tasks} tasks in {took}, {dropped} dropped"
         yield from self._metrics()
         yield from self._kept()
@@ -216,23 +225,30 @@ def run_status(run: str | Path, stale_s: float = 300.0, now: float | None = None
     folder = Folder(run)
     store = CheckpointStore((folder / CHECKPOINTS).uri)
     try:
-        events, names = read_events(folder), store.names()
-        scalars = latest_scalars(folder / TENSORBOARD)
+        names, there = store.names(), folder.names()
+        scalars, unreadable = find_scalars(folder / TENSORBOARD)
     except NotADirectoryError:
-        events, names, scalars = [], [], {}
-    if not (events or scalars or names):
+        names, there, scalars, unreadable = [], [], {}, []
+    events, wrong = find_events(folder)
+    unreadable += wrong
+    if not (events or scalars or names or unreadable or set(there) & set(BEGUN)):
         raise ValueError(
-            f"run must be the folder of a run that has begun to train, got {str(run)!r}: give the "
-            "run_dir of `metadist train`"
+            f"run_dir must be the folder of a run that has begun to train, got {str(run)!r}: give "
+            "the run_dir of `metadist train`; that of a job appears when the job starts"
         )
     newest, damaged = _newest(store)
-    result = _read_json(folder, RESULT)
+    result, wrong = find_json(folder, RESULT)
+    unreadable += wrong
     starts = [event for event in events if event["event"] == "run_started"]
     state = _state([event["event"] for event in events], bool(result))
     written = [_seconds(event) for event in events[-1:]]
     written += [scalar.time for scalar in scalars.values()]
     age_s = max(0.0, (time.time() if now is None else now) - max(written, default=0.0))
-    if state == "running" and age_s > stale_s:
+    if not (written or names or unreadable):
+        state = "waiting"
+    elif state == "running" and starts and is_gone(starts[-1]):
+        state = "killed"
+    elif state == "running" and age_s > stale_s:
         state = "stale"
     steps = [scalar.step for scalar in scalars.values()] + [event["step"] for event in events[-1:]]
     steps += [int(newest.rpartition("-")[2])] if newest else []
@@ -244,7 +260,7 @@ def run_status(run: str | Path, stale_s: float = 300.0, now: float | None = None
         left_s = (until - step) * took_s / taken if taken > 0 else None
     return RunStatus(
         str(run), state, age_s, step, until, left_s, scalars, events, names, newest, store.best(),
-        damaged, result if state == "finished" else {},
+        damaged, result if state == "finished" else {}, unreadable,
     )  # fmt: skip
 
 
@@ -263,68 +279,22 @@ def _state(names: Sequence[str], has_result: bool) -> State:
 
 
 def _newest(store: CheckpointStore) -> tuple[str | None, list[str]]:
-    """(the newest good checkpoint, newer ones that are not good)."""
-    try:
-        name: str | None = store.load()[0]
-    except CheckpointError:
-        name = None
+    """(the newest checkpoint that fits its manifest, newer ones that do not)."""
+    skipped: list[str] = []
+    newest = None
+    for name in reversed(store.names()):
+        if store.is_whole(name):
+            newest = name
+            break
+        skipped.append(name)
     # A running one may have removed some while they were read.
     there = set(store.names())
-    return name, [other for other in store.skipped if other in there]
+    return newest, [name for name in skipped if name in there]
 
 
 def latest_scalars(folder: Folder) -> dict[str, Scalar]:
-    """The newest value of every scalar in the TensorBoard events of a folder, by tag.
-
-    Values of steps that an interrupted run had taken and its continuation takes again are left
-    out, as TensorBoard does it.
-    """
-    # Late: it takes long to import, and no worker needs it.
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-    found: dict[str, Scalar] = {}
-    end: float = float("inf")
-    for number, data in enumerate(_records(folder)):
-        event = Event.FromString(data)
-        if event.HasField("session_log") and event.session_log.status == SessionLog.START:
-            end = min(end, event.step)
-        elif event.HasField("summary") and event.step < end:
-            for value in event.summary.value:
-                if value.WhichOneof("value") == "simple_value":
-                    scalar = Scalar(value.simple_value, event.step, event.wall_time)
-                    found.setdefault(value.tag, scalar)
-        if number >= NUM_RECORDS:
-            break
-    return found
-
-
-def _records(folder: Folder) -> Iterator[bytes]:
-    """The records of all event files, newest first; what is being written now is left out.
-
-    A record is its length (8 bytes), a checksum of that (4), the data and a checksum (4).
-    """
-    files = [name for name in folder.names() if name.startswith("events.out.tfevents.")]
-    for name in reversed(files):
-        data = folder.read(name, at_most=1 << 32)
-        places = []
-        begin = 12
-        while begin <= len(data):
-            (size,) = struct.unpack("<Q", data[begin - 12 : begin - 4])
-            if begin + size + 4 > len(data):
-                break
-            places.append((begin, begin + size))
-            begin += size + 16
-        for first, last in reversed(places):
-            yield data[first:last]
-
-
-def _read_json(folder: Folder, name: str) -> dict[str, Any]:
-    """The object in a file; empty if there is none."""
-    try:
-        found = json.loads(folder.read(name, at_most=1 << 24))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    """The newest value of every scalar in the TensorBoard events of a folder, by tag."""
+    return find_scalars(folder)[0]
 
 
 def _seconds(event: Mapping[str, Any]) -> float:
@@ -334,7 +304,9 @@ def _seconds(event: Mapping[str, Any]) -> float:
 def _size(event: Mapping[str, Any], field: str) -> int:
     """The number of things an event reports: a count, or the length of a list."""
     value = event.get(field, 0)
-    return len(value) if isinstance(value, list) else int(value)
+    if isinstance(value, list):
+        return len(value)
+    return int(value) if isinstance(value, (int, float)) and abs(value) <= MAX_STEP else 0
 
 
 def _by_name(item: tuple[str, float]) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -101,6 +102,22 @@ class Folder:
             raise ValueError(f"{self.path(name)} must have at most {at_most} bytes, got {size}")
         with _os_errors(f"{self.path(name)} cannot be read"):
             return bytes(self.fs.cat_file(self.path(name)))
+
+    def tail(self, name: str, at_most: int) -> tuple[bytes, int]:
+        """(the last bytes of a plain file, the number of those before them); raises as `read`."""
+        before = max(0, self.size_bytes(name) - at_most)
+        with _os_errors(f"{self.path(name)} cannot be read"):
+            return bytes(
+                self.fs.cat_file(self.path(name), start=before, end=before + at_most)
+            ), before
+
+    def sha256(self, name: str) -> str:
+        """The SHA-256 of a plain file, which is read in blocks."""
+        with _os_errors(f"{self.path(name)} cannot be read"), self.fs.open(self.path(name)) as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
 
     def write(self, name: str, data: bytes) -> None:
         """Make the file `data`; where this fails, it is what it was.

@@ -25,6 +25,6 @@ def test_status_shows_a_run_and_exits_with_0_while_it_is_well(cli, run):
 def test_status_refuses_what_is_no_run(cli, here):
     code, out, err = cli("status", "nothing")
     assert code == 2 and out == ""
-    assert "metadist status: error: run must be the folder of a run that has begun to" in err
+    assert "metadist status: error: run_dir must be the folder of a run that has begun to" in err
     code, _, err = cli("status", "nothing", "--stale_s", 0)
     assert code == 2 and "stale_s must be > 0, got 0.0" in err

@@ -16,11 +16,13 @@ from metadist.run.storage import Folder
 from tests.helpers import Recording, Spoiled, curves, exact, make_trainer
 from tests.run.test_monitor import report, result
 
+OF_PROCESS = ("time", "host", "boot", "pid", "started")
+
 
 def told(path) -> list[tuple[Any, ...]]:
     """(event, step, everything else) of each line."""
     return [
-        (e.pop("event"), e.pop("step"), {k: v for k, v in e.items() if k != "time"})
+        (e.pop("event"), e.pop("step"), {k: v for k, v in e.items() if k not in OF_PROCESS})
         for e in read_events(Folder(path.parent))
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import struct
@@ -233,7 +234,7 @@ def test_a_run_folder_may_be_at_any_uri(finished):
 def test_a_folder_without_a_run_is_refused(tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"run must be the folder of a run .*, got '.*" + name):
+    with pytest.raises(ValueError, match=r"run_dir must be the folder of a run .*, got '.*" + name):
         run_status(tmp_path / name)
 
 
@@ -270,5 +271,26 @@ def test_a_run_can_be_looked_at_while_it_writes(tmp_path):
     finally:
         process.kill()
         finish(process)
-    assert run_status(run).state == "running"
+    status = run_status(run)
+    assert (status.state, status.is_well) == ("killed", False)
+    path = run / "events.jsonl"
+    began = json.loads(path.read_text().splitlines()[0])
+    # Another process that has the number by now, one whose end cannot be told from here.
+    for there, state in (
+        ({"pid": os.getpid()}, "killed"),
+        ({"host": "elsewhere"}, "running"),
+        ({"boot": "before"}, "running"),
+        ({"pid": None}, "running"),
+        ({"pid": -1}, "running"),
+        ({"pid": 1 << 40}, "running"),
+    ):
+        path.write_text(json.dumps(began | there) + "\n")
+        assert run_status(run).state == state, there
     assert run_status(run, now=time.time() + 301).state == "stale"
+
+
+def test_a_run_that_waits_for_workers_is_one(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    status = run_status(tmp_path)
+    assert (status.state, status.is_well, status.step) == ("waiting", True, 0)
+    assert "state       waiting" in shown(status)

@@ -1,0 +1,270 @@
+"""Events and scalars of a run folder in whatever state it is, in bounded memory.
+
+A power failure leaves sectors of zeros, a full disk half a file, and anybody may have written the
+folder. What cannot be read is left out and said.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import socket
+import struct
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metadist.run.files import EVENTS
+from metadist.run.storage import Folder
+
+MAX_EVENT_BYTES = 4 << 20
+"""The most that is read of the events, from the newest back."""
+MAX_SCALAR_BYTES = 32 << 20
+"""The same of TensorBoard's files together."""
+MAX_LINE_BYTES = 1 << 16
+MAX_RECORD_BYTES = 1 << 16
+"""The size of the longest record that is looked into; a scalar takes a hundred bytes."""
+MAX_RECORDS = 100_000
+MAX_TAGS = 10_000
+MAX_NAME = 1000
+MAX_STEP = 10**12
+MAX_SECONDS = 1e11
+"""The latest time, in seconds since 1970, and more than any duration."""
+HEADER = 12
+"""A record is its length (8 bytes), a checksum of that (4), the data and a checksum (4)."""
+
+NUMBERS = (
+    *("until_step", "num_workers", "num_lost", "score", "num_steps", "num_tasks", "num_dropped"),
+    *("seconds", "pid"),
+)
+TEXTS = ("checkpoint", "error", "executor", "policy", "device", "host", "boot", "started")
+
+
+class Scalar(NamedTuple):
+    """The newest value of a TensorBoard scalar; `time` in seconds since 1970."""
+
+    value: float
+    step: int
+    time: float
+
+
+def find_events(folder: Folder) -> tuple[list[dict[str, Any]], list[str]]:
+    """(the events, oldest first; what is wrong with their file).
+
+    Half a line, as a process leaves it that is killed or still writes, is no event and not wrong.
+    """
+    try:
+        data, before = folder.tail(EVENTS, MAX_EVENT_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return [], []
+    except (OSError, ValueError) as error:
+        return [], [f"{EVENTS} cannot be read: {error}"]
+    found, bad = [], 0
+    lines = data.split(b"\n")
+    for line in lines[1:] if before else lines:
+        event = None if len(line) > MAX_LINE_BYTES else _event(line)
+        if event is not None:
+            found.append(event)
+        elif line.strip() and not (line.startswith(b"{") and _is_half(line)):
+            bad += 1
+    wrong = [f"{EVENTS} has {bad} lines that are no events"] if bad else []
+    return found, wrong
+
+
+def _is_half(line: bytes) -> bool:
+    return len(line) <= MAX_LINE_BYTES and not line.endswith(b"}") and b"\0" not in line
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+        moment = datetime.fromisoformat(event["time"]).timestamp()
+        step = event["step"]
+        is_event = isinstance(event["event"], str) and type(step) is int and 0 <= step <= MAX_STEP
+        if not (is_event and 0 <= moment <= MAX_SECONDS):
+            return None
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, OSError):
+        return None
+    return plain_fields(event)
+
+
+def plain_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of JSON data that are of the kind that their name promises, and not too deep."""
+    found = {}
+    for name, value in tree.items():
+        if name in NUMBERS and value is not None:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if is_number and abs(value) <= MAX_STEP:  # not NaN either
+                found[name] = value
+        elif name in TEXTS and value is not None:
+            if isinstance(value, str):
+                found[name] = value
+        elif isinstance(value, list):
+            found[name] = [item for item in value if not isinstance(item, (list, dict))]
+        elif not isinstance(value, dict):
+            found[name] = value
+    return found
+
+
+def find_json(folder: Folder, name: str) -> tuple[dict[str, Any], list[str]]:
+    """(the plain fields of the object in a file, what is wrong with it); nothing without a file."""
+    try:
+        data, before = folder.tail(name, 1 << 20)
+        found = json.loads(b"" if before else data)
+        return plain_fields(found), []
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, []
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}, [f"{name} is no JSON object of at most 1 MiB"]
+
+
+def find_scalars(folder: Folder) -> tuple[dict[str, Scalar], list[str]]:
+    """(the newest value of every scalar by tag, what is wrong with TensorBoard's files).
+
+    Values of steps that an interrupted run had taken and its continuation takes again are left
+    out, as TensorBoard does it.
+    """
+    # Late: it takes long to import, and no worker needs it.
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    found: dict[str, Scalar] = {}
+    wrong: dict[str, None] = {}
+    end = math.inf
+    for number, (file, record) in enumerate(_records(folder, wrong)):
+        if number >= MAX_RECORDS or len(found) >= MAX_TAGS:
+            break
+        damaged = f"{folder.path(file)} has a damaged record"
+        try:
+            event = Event.FromString(record[:-4])
+        except Exception:  # noqa: BLE001  # protobuf's own error has no public place
+            wrong[damaged] = None
+            continue
+        is_start = event.HasField("session_log") and event.session_log.status == SessionLog.START
+        is_known = 0 <= event.step <= MAX_STEP and 0 <= event.wall_time <= MAX_SECONDS
+        news = [
+            value
+            for value in event.summary.value
+            if value.WhichOneof("value") == "simple_value" and value.tag not in found
+        ]
+        if not is_start and not (news and event.step < end):
+            continue
+        # Only of what is used, as it is slow.
+        if not is_known or _checksum(record[:-4]) != struct.unpack("<I", record[-4:])[0]:
+            wrong[damaged] = None
+        elif is_start:
+            end = min(end, event.step)
+        else:
+            for value in news:
+                if len(value.tag) <= MAX_NAME:
+                    scalar = Scalar(value.simple_value, event.step, event.wall_time)
+                    found.setdefault(value.tag, scalar)
+    return found, list(wrong)
+
+
+def _records(folder: Folder, wrong: dict[str, None]) -> Iterator[tuple[str, bytes]]:
+    """(file, data and its checksum) of short records, newest first.
+
+    What is being written now is left out. Behind damage, the next header with a right checksum is
+    looked for.
+    """
+    left = MAX_SCALAR_BYTES
+    files = [name for name in folder.names() if name.startswith("events.out.tfevents.")]
+    for name in reversed(files):
+        if left <= 0:
+            return
+        try:
+            data, before = folder.tail(name, left)
+        except (OSError, ValueError) as error:
+            wrong[f"{folder.path(name)} cannot be read: {error}"] = None
+            continue
+        left -= len(data)
+        places: deque[tuple[int, int]] = deque(maxlen=MAX_RECORDS)
+        begin = _next_header(data, 0) if before else 0
+        while begin + HEADER <= len(data):
+            header = data[begin : begin + HEADER]
+            if not _is_header(header):
+                wrong[f"{folder.path(name)} is damaged"] = None
+                begin = _next_header(data, begin + 1)
+                continue
+            (size,) = struct.unpack("<Q", header[:8])
+            first = begin + HEADER
+            begin = first + size + 4
+            if begin > len(data):
+                break
+            if size <= MAX_RECORD_BYTES:
+                places.append((first, begin))
+        for first, last in reversed(places):
+            yield name, data[first:last]
+
+
+LENGTHS = re.compile(rb"(?=(?:[^\0]..|.[^\0].|..[^\0])\0{5})", re.DOTALL)
+"""Where a length below 16 MiB, and not 0, may begin."""
+MAX_TRIED = 200_000
+
+
+def _next_header(data: bytes, start: int) -> int:
+    """Where the next header begins; the end of the data if there is none."""
+    for number, found in enumerate(LENGTHS.finditer(data, start)):
+        if number >= MAX_TRIED:
+            break
+        if _is_header(data[found.start() : found.start() + HEADER]):
+            return found.start()
+    return len(data)
+
+
+@lru_cache(maxsize=1 << 12)
+def _is_header(header: bytes) -> bool:
+    return len(header) == HEADER and _checksum(header[:8]) == struct.unpack("<I", header[8:])[0]
+
+
+def _checksum(data: bytes) -> int:
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    return int(masked_crc32c(data))
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from others: its machine, number, and start."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _started(pid)}
+
+
+def is_gone(process: Mapping[str, Any]) -> bool:
+    """Whether the process is known to have ended; False where that cannot be told from here."""
+    pid = process.get("pid")
+    here = {"host": socket.gethostname(), "boot": _boot()}
+    if type(pid) is not int or not 0 < pid < 1 << 31 or not here.items() <= process.items():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    started = _started(pid)
+    # Another one may have the number by now; a dead one whose parent has not noticed has it still.
+    return bool(started) and started != process.get("started")
+
+
+def _boot() -> str:
+    """What tells where the number of a process counts; "" where it is unknown."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # Each container of a machine has numbers of its own.
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return ""
+
+
+def _started(pid: int) -> str:
+    """When it started, in clock ticks since boot; "dead" for a zombie; "" where it is unknown."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "dead" if fields[0] in "ZX" else fields[19]
