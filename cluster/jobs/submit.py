@@ -61,13 +61,17 @@ class Job:
         """
         try:
             asyncio.run(self._follow(write))
-            while not self._details().status.is_terminal():
+            while not self.is_over():
                 time.sleep(0.5)  # the log ends a moment before the job
         except (OSError, RuntimeError) as error:
             raise ConnectError(
                 f"the connection to job {self.id} was lost, the job goes on: submit the same again "
                 f"to follow it ({error})"
             ) from error
+
+    def is_over(self) -> bool:
+        """Whether the job has ended."""
+        return self._details().status.is_terminal()
 
     def exit_code(self) -> int:
         """The exit code of the job's process, if it has one; 0 only if the job succeeded."""
@@ -167,11 +171,7 @@ def _start_or_find(
 ) -> Job:
     deadline = time.monotonic() + START_S
     while True:
-        attempts: dict[int, JobDetails] = {}
-        for details in client.list_jobs():
-            start, _, number = (details.submission_id or "").rpartition("-")
-            if start == name and number.isdigit():
-                attempts[int(number)] = details
+        attempts = _attempts(client, name)
         for attempt, details in attempts.items():
             if not details.status.is_terminal():
                 return Job(client, f"{name}-{attempt}", is_new=False)
@@ -186,6 +186,30 @@ def _start_or_find(
             # Otherwise another submission came between our listing and our call.
         else:
             return Job(client, id, is_new=True)
+
+
+def _attempts(client: JobSubmissionClient, name: str) -> dict[int, JobDetails]:
+    """The jobs whose ids have this prefix, by number."""
+    found: dict[int, JobDetails] = {}
+    for details in client.list_jobs():
+        start, _, number = (details.submission_id or "").rpartition("-")
+        if start == name and number.isdigit():
+            found[int(number)] = details
+    return found
+
+
+def newest_job(run_dir: str, address: str) -> Job | None:
+    """The newest job of a run folder; None if there is none.
+
+    Raises:
+        ConnectError: No cluster at `address` accepts the connection.
+    """
+    client = _connect(address)
+    # As `submit` names it where nothing is shipped, and as it is.
+    for path in (run_dir, os.path.abspath(run_dir)):
+        if attempts := _attempts(client, job_name(path)):
+            return Job(client, f"{job_name(path)}-{max(attempts)}", is_new=False)
+    return None
 
 
 def pack(folder: Path, archive: Path, exclude: Sequence[str]) -> None:

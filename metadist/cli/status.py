@@ -26,6 +26,12 @@ def parser() -> Parser:
         default=300.0,
         help="Seconds without a sign of life after which a run that has not ended is stale.",
     )
+    parser.add_argument(
+        "--address",
+        type=str | None,
+        help="The address of Ray's dashboard. A job that waits there has no run folder yet: with "
+        "the address it is found.",
+    )
     return parser
 
 
@@ -34,8 +40,20 @@ def run(config: Namespace) -> int:
     from rich.console import Console
 
     from metadist.run.status import run_status
+    from metadist.run.text import printable
 
-    status = run_status(config.run_dir, config.stale_s)
+    try:
+        status = run_status(config.run_dir, config.stale_s)
+    except ValueError:
+        job = None
+        if config.address is not None:
+            from metadist.cluster.jobs.submit import newest_job
+
+            job = newest_job(config.run_dir, config.address)
+        if job is None:
+            raise
+        print(f"job {job.id}: {printable(job.ending())}; it has written nothing yet")
+        return 1 if job.is_over() else 0
     Console().print(status)
     if status.is_damaged:
         return 3

@@ -54,17 +54,17 @@ class Scalar(NamedTuple):
     time: float
 
 
-def find_events(folder: Folder) -> tuple[list[dict[str, Any]], list[str]]:
-    """(the events, oldest first; what is wrong with their file).
+def find_events(folder: Folder) -> tuple[list[dict[str, Any]], list[str], bool]:
+    """(the events, oldest first; what is wrong with their file; whether older ones are left out).
 
     Half a line, as a process leaves it that is killed or still writes, is no event and not wrong.
     """
     try:
         data, before = folder.tail(EVENTS, MAX_EVENT_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        return [], []
+        return [], [], False
     except (OSError, ValueError) as error:
-        return [], [f"{EVENTS} cannot be read: {error}"]
+        return [], [f"{EVENTS} cannot be read: {error}"], False
     found, bad = [], 0
     lines = data.split(b"\n")
     for line in lines[1:] if before else lines:
@@ -74,7 +74,7 @@ def find_events(folder: Folder) -> tuple[list[dict[str, Any]], list[str]]:
         elif line.strip() and not (line.startswith(b"{") and _is_half(line)):
             bad += 1
     wrong = [f"{EVENTS} has {bad} lines that are no events"] if bad else []
-    return found, wrong
+    return found, wrong, before > 0
 
 
 def _is_half(line: bytes) -> bool:

@@ -58,6 +58,7 @@ class RunStatus:
         result: What the command line wrote at the end of a finished run.
         unreadable: What is wrong with the files that this was read from; what they would add is
             missing.
+        is_partial: Whether the file of events is so long that only the newest were read.
     """
 
     run: str
@@ -74,6 +75,7 @@ class RunStatus:
     damaged: Sequence[str]
     result: Mapping[str, Any]
     unreadable: Sequence[str] = ()
+    is_partial: bool = False
 
     @property
     def is_well(self) -> bool:
@@ -128,7 +130,7 @@ class RunStatus:
             }
         )
         if losses := [f"{number} {label}" for label, number in counts.items() if number]:
-            yield "losses", ", ".join(losses)
+            yield "losses", ", ".join(losses) + (", not counting older events" * self.is_partial)
         shown = self.events[-NUM_EVENTS:]
         days = {event["time"][:10] for event in shown}
         for number, event in enumerate(shown):
@@ -229,12 +231,13 @@ def run_status(run: str | Path, stale_s: float = 300.0, now: float | None = None
         scalars, unreadable = find_scalars(folder / TENSORBOARD)
     except NotADirectoryError:
         names, there, scalars, unreadable = [], [], {}, []
-    events, wrong = find_events(folder)
+    events, wrong, is_partial = find_events(folder)
     unreadable += wrong
     if not (events or scalars or names or unreadable or set(there) & set(BEGUN)):
         raise ValueError(
             f"run_dir must be the folder of a run that has begun to train, got {str(run)!r}: give "
-            "the run_dir of `metadist train`; that of a job appears when the job starts"
+            "the run_dir of `metadist train`. That of a job appears when the job starts: "
+            "`metadist status --address` asks Ray"
         )
     newest, damaged = _newest(store)
     result, wrong = find_json(folder, RESULT)
@@ -260,7 +263,7 @@ def run_status(run: str | Path, stale_s: float = 300.0, now: float | None = None
         left_s = (until - step) * took_s / taken if taken > 0 else None
     return RunStatus(
         str(run), state, age_s, step, until, left_s, scalars, events, names, newest, store.best(),
-        damaged, result if state == "finished" else {}, unreadable,
+        damaged, result if state == "finished" else {}, unreadable, is_partial,
     )  # fmt: skip
 
 

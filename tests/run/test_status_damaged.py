@@ -16,7 +16,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from metadist.cli import main
-from metadist.run.reading import MAX_RECORDS, _checksum, find_scalars
+from metadist.run.reading import _checksum, find_scalars
 from metadist.run.status import latest_scalars, run_status
 from metadist.run.storage import Folder
 from tests.helpers import Recording, make_trainer
@@ -250,4 +250,5 @@ def test_huge_files_take_little_memory(run, capsys, kind):
         assert is_slow or tracemalloc.get_traced_memory()[1] < LIMIT_BYTES
     finally:
         tracemalloc.stop()
-    assert MAX_RECORDS <= 100_000
+    if kind == "many events":
+        assert run_status(run).is_partial
