@@ -17,7 +17,7 @@ from metadist.autograd import AutogradOracle
 from metadist.compute import AS_TORCH_IS_SET, Compute, intra_op_threads, pick_device
 from metadist.hypergradient import adaptation_metrics, vectorizes
 from metadist.problem import Problem
-from metadist.task import Task, TaskSampler, stack_tasks, to_device
+from metadist.task import Task, TaskSampler, require_sampler, stack_tasks, to_device
 from metadist.trees import Params, detach, select, tree_map
 
 TASKS_AT_A_TIME = 25
@@ -95,6 +95,7 @@ def evaluate(
     """
     if num_tasks < 2:
         raise ValueError(f"num_tasks must be >= 2 for an interval, got {num_tasks}")
+    require_sampler("sampler", sampler)
     if inner_steps is not None:
         algorithm = with_inner_steps(algorithm, inner_steps)
     values = evaluate_tasks(problem, sampler, algorithm, outer, num_tasks, compute=compute)

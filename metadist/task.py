@@ -15,7 +15,7 @@ Shape letters: S support examples, Q query examples, B tasks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,6 +51,15 @@ class Batch(NamedTuple):
     @classmethod
     def of(cls, *tensors: Tensor) -> Batch:
         """A whole set, with `index = 0 .. examples-1`."""
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor) or not tensor.ndim:
+                raise ValueError(
+                    "tensors of a batch must be torch tensors with an axis of examples, got "
+                    f"{'a scalar' if isinstance(tensor, Tensor) else type(tensor).__name__}: "
+                    "convert it with torch.as_tensor, and give a scalar an axis with [None]"
+                )
+        if not tensors:
+            raise ValueError("a batch must have at least one tensor, got none")
         sizes = {len(tensor) for tensor in tensors}
         if len(sizes) != 1:
             raise ValueError(
@@ -181,6 +190,17 @@ class Measured(Protocol):
     def solution_metrics(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
         """Metrics of the solution (outer, inner) by name."""
         ...
+
+
+def require_sampler(field: str, value: Any) -> None:
+    """Raise ValueError, with a way out, unless `value` has a method `sample`."""
+    if callable(getattr(value, "sample", None)):
+        return
+    raise ValueError(
+        f"{field} must have a method sample(index) -> Task, got {type(value).__name__} without "
+        "one: for few-shot tasks of a labelled data set use FewShotDataset(dataset, splits), for "
+        "one problem on all its data FixedTasks([Task(Batch.of(x, y), Batch.of(x_val, y_val), 0)])"
+    )
 
 
 def to_device(task: Task, device: torch.device | str, dtype: torch.dtype | None = None) -> Task:

@@ -22,7 +22,7 @@ from metadist.compute import Compute, intra_op_threads
 from metadist.hypergradient import HypergradientSum, task_hypergradients
 from metadist.outer import Contribution, LeaseResult, StepRules
 from metadist.problem import Problem, is_constrained
-from metadist.task import FixedSet, Task, TaskSampler, to_device
+from metadist.task import FixedSet, Task, TaskSampler, require_sampler, to_device
 from metadist.trees import Params, flatten
 
 
@@ -76,11 +76,7 @@ class Workload:
                 f"keep_state must be False with {type(self.algorithm).__name__}, got True: it "
                 "trains where adaptation starts, and a kept state starts where the last ended"
             )
-        if not callable(getattr(self.sampler, "sample", None)):
-            raise ValueError(
-                "sampler must have a method sample(index) -> Task, got "
-                f"{type(self.sampler).__name__} without one"
-            )
+        require_sampler("sampler", self.sampler)
 
     @property
     def leases_per_step(self) -> int:

@@ -23,9 +23,14 @@ class FixedTasks:
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        if not tasks:
+        self.tasks = [] if isinstance(tasks, Task) else list(tasks)
+        if isinstance(tasks, Task) or not all(isinstance(task, Task) for task in self.tasks):
+            raise ValueError(
+                f"tasks must be a list of tasks, got {type(tasks).__name__} of other things: "
+                "FixedTasks([Task(support, query, 0)])"
+            )
+        if not self.tasks:
             raise ValueError("tasks must hold at least one task, got none")
-        self.tasks = list(tasks)
 
     def sample(self, index: int) -> Task:
         """The task at `index`, modulo their number."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metadist.checks.values import normal_form, require_integer
-from metadist.task import Batch, NamedClasses, Task, shape_signature, targets_of
+from metadist.task import Batch, NamedClasses, Task, require_sampler, shape_signature, targets_of
 
 OTHER_TARGETS = (
     "; where targets are other numbers: few_shot_classes=False, in training a problem without it "
@@ -109,8 +109,10 @@ def check_sampler(
     if few_shot_classes is None:
         few_shot_classes = hasattr(sampler, "n_way")
     name = type(sampler).__name__
-    if not callable(getattr(sampler, "sample", None)):
-        raise SamplerError(name, [f"it must have a method sample(index: int) -> Task, got {name}"])
+    try:
+        require_sampler("it", sampler)
+    except ValueError as error:
+        raise SamplerError(name, [str(error)]) from None
     states = _random_states()
     start = time.perf_counter()
     try:
@@ -166,7 +168,7 @@ def _malformed(task: Any, index: int) -> Iterator[str]:
         tensors = batch.tensors
         if not isinstance(tensors, tuple) or not tensors or not _all_tensors(tensors):
             yield (
-                f"{name}.tensors must be a non-empty tuple of tensors, got {tensors!r:.60} "
+                f"{name}.tensors must be a non-empty tuple of tensors, got {_kinds(tensors)} "
                 f"(task {index})"
             )
             continue
@@ -187,6 +189,14 @@ def _malformed(task: Any, index: int) -> Iterator[str]:
                 f"{name}.index must be int64 0, 1, ... {len(expected) - 1}, got "
                 f"{given!r:.60} (task {index}): build the set with Batch.of(...)"
             )
+
+
+def _kinds(tensors: Any) -> str:
+    """The types of what should be tensors: no numbers in a message."""
+    if not isinstance(tensors, tuple | list):
+        return type(tensors).__name__
+    inside = ", ".join(type(tensor).__name__ for tensor in tensors[:8])
+    return f"({inside})" if isinstance(tensors, tuple) else f"[{inside}]"
 
 
 def _wrong_values(task: Task, index: int) -> Iterator[str]:

@@ -24,16 +24,18 @@ class FewShotDataset(EpisodeSampler):
     pickled sampler, because another machine may not have the files; the data set does not.
 
     Args:
-        dataset: `dataset[i]` is (PIL image | tensor (C, H, W) | array (H, W, C), label). Numbers
-            are uint8, or floating in [0, 1] and rounded to 1/255. Labels come from `.targets`,
+        dataset: `dataset[i]` is (PIL image | tensor (C, H, W) | array (H, W, C), label), also with
+            a path behind, or a mapping with "image" and "label". Numbers are uint8, or floating in
+            [0, 1] and rounded to 1/255. Labels are integers or one-hot; they come from `.targets`,
             `.labels`, `.samples` or `._flat_character_images` where it has one of them;
-            otherwise from one pass over it. Class names come from `.classes` or `._characters`.
+            otherwise from one pass over it. Class names come from `.classes`, `._characters` or
+            `.features`; a name of two classes gets the label behind it, "crane (134)".
         splits: A JSON file or a mapping, `{"train": [...], "val": [...], "test": [...]}`, with
             class names or integer labels; see `read_splits`.
         split: The one to draw from.
         n_way, k_shot, k_query, seed: As for `EpisodeSampler`.
         image_size: Pixels; pictures are squeezed to this square. None: they have one size already.
-        channels: 1 (grey) or 3 (RGB). None: as the first picture.
+        channels: 1 (grey) or 3 (RGB). None: as the first picture; colour beside grey is refused.
         transform: A pure function of float32 images (n, C, H, W) in [0, 1], applied to the support
             and the query images of every task (say, a normalisation). It must be picklable and
             draw no random numbers.
@@ -60,9 +62,9 @@ class FewShotDataset(EpisodeSampler):
         splits = read_splits(splits)
         labels = labels_of(dataset)
         present = sorted({int(label) for label in labels})
-        names = class_names(dataset)
+        names = class_names(dataset, labels)
         known: dict[str | int, int] = {label: label for label in present}
-        known |= {names[label]: label for label in present if 0 <= label < len(names)}
+        known |= {names[label]: label for label in present if label in names}
         chosen = select_classes(splits, split, known)
         decoded: dict[int, list[NDArray[np.uint8]]] = {label: [] for label in chosen}
         positions = np.flatnonzero(np.isin(labels, chosen)).tolist()

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from metadist.checks.sampler import SamplerError, check_sampler
 from metadist.task import Batch, Task
@@ -271,7 +272,13 @@ def test_what_fails_is_shown():
     assert violations(Sampler(change)) == (
         "sample(index) must give a task, got KeyError('no such row')",
     )
-    assert violations(object()) == ("it must have a method sample(index: int) -> Task, got object",)
+    for value in (object(), np.zeros((3, 2)), DataLoader(TensorDataset(TWO))):
+        expected = (
+            f"it must have a method sample(index) -> Task, got {type(value).__name__} without"
+        )
+        assert (
+            violations(value)[0].startswith(expected) and "FewShotDataset(" in violations(value)[0]
+        )
 
 
 def test_splits_that_share_examples_or_classes_are_found():

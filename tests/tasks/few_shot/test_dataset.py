@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from metadist.tasks import FewShotDataset, check_sampler, read_splits
 from tests.tasks.helpers import equal, refusal
@@ -259,3 +262,163 @@ def test_wrong_labels_are_named():
 
     with pytest.raises(ValueError, match=r"^labels must be integers, got 'ant' at position 0$"):
         few(Words())
+
+
+def item_as(convert: Any) -> Named:
+    """`Named` with other items: `convert(picture, label, position)`; labels from one pass."""
+
+    class Other(Plain):
+        classes = NAMES
+
+        def __getitem__(self, position: int) -> Any:
+            return convert(*super().__getitem__(position), position)
+
+    return Other()  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda image, label, i: {"img": image, "label": label, "id": i},
+        lambda image, label, i: {"picture": image, "target": torch.tensor(label)},
+        lambda image, label, i: (image, label, f"{i}.png", None),
+        lambda image, label, i: [image, np.array([label])],
+        lambda image, label, i: (image, F.one_hot(torch.tensor(label), 6)),
+        lambda image, label, i: (image, np.eye(6)[label]),
+        lambda image, label, i: (image, [int(k == label) for k in range(6)]),
+    ],
+)
+def test_items_whose_meaning_is_sure_are_taken(convert: Any):
+    got = few(item_as(convert))
+    assert got.class_names == ("ant", "bee", "cat")
+    assert equal(got.sample(1), few(Named()).sample(1))
+
+
+@pytest.mark.parametrize(
+    ("convert", "message"),
+    [
+        (
+            lambda image, label, i: {"img": image, "fine": label, "coarse": label // 2},
+            '"label": label}, got {img: Image, fine: 0, coarse: 0} at position 0: wrap',
+        ),
+        (
+            lambda image, label, i: {"image": image, "label": label, "target": label},
+            "got {image: Image, label: 0, target: 0} at position 0",
+        ),
+        (lambda image, label, i: (image, label, i), "got (Image, 0, 0) at position 0"),
+        (lambda image, label, i: (label, image), "got (0, Image) at position 0"),
+        (lambda image, label, i: (np.asarray(image),), "got (ndarray of shape (8, 8, 3)) at"),
+        (lambda image, label, i: np.asarray(image), "got ndarray of shape (8, 8, 3) at position 0"),
+        (
+            lambda image, label, i: (image, np.ones(4)),
+            "labels must be integers or one-hot vectors, got a ndarray of shape (4,) with 4 entr",
+        ),
+        (
+            lambda image, label, i: (image, label if i < 9 else np.eye(6)[label]),
+            "labels must all be integers, or one-hot vectors of one length, got integers and vect",
+        ),
+        (lambda image, label, i: (image, np.eye(6)), "labels must be integers, got ndarray of sha"),
+    ],
+)
+def test_items_that_leave_a_guess_are_shown_and_refused(convert: Any, message: str):
+    found = refusal(lambda: few(item_as(convert)))
+    assert message in found and len(found) < 300
+
+
+def numbered_from(first: int, names: Any) -> Plain:
+    dataset = Plain()
+    dataset.labels_given = [label + first for label in dataset.labels_given]
+    dataset.classes = names  # type: ignore[attr-defined]
+    return dataset
+
+
+@pytest.mark.parametrize(
+    ("first", "names"),
+    [
+        (1, NAMES),
+        (0, np.array(NAMES)),
+        (1, {name: label for label, name in enumerate(NAMES, 1)}),
+        (7, dict(enumerate(NAMES, 7))),
+    ],
+)
+def test_names_find_their_labels(first: int, names: Any):
+    dataset = numbered_from(first, names)
+    sampler = few(dataset, {"train": ["dog", "ant"]}, n_way=2)
+    assert sampler.class_names == ("dog", "ant")
+    images = sampler.classes.images.transpose(0, 2, 3, 1)
+    assert np.array_equal(images[0], picture(first + 3, 3))
+
+
+def test_names_that_may_belong_to_several_labels_are_refused():
+    found = refusal(lambda: few(numbered_from(3, NAMES), {"train": ["ant", "bee"]}, n_way=2))
+    assert found.startswith("labels must be 0 .. 5, the positions of the 6 names of classes of the")
+    assert "or 1 .. 6 each, got 3 .. 8: correct its list of names" in found
+
+
+def test_two_classes_of_one_name_stay_two():
+    dataset = Named()
+    dataset.classes = ["crane", "bee", "crane", "dog", "eel", "fox"]
+    found = refusal(lambda: few(dataset, {"train": ["crane", "bee"]}, n_way=2))
+    assert "got 'crane'; the classes are" in found
+    sampler = few(dataset, {"train": [0, 2, "bee"]})
+    assert sampler.class_names == ("crane (0)", "crane (2)", "bee")
+    assert len(sampler.classes.images) == 12
+
+
+def test_features_of_hub_data_sets_name_the_classes():
+    dataset = item_as(lambda image, label, i: {"image": image, "label": label})
+    dataset.features = {"image": None, "label": SimpleNamespace(names=NAMES)}  # type: ignore[attr-defined]
+    assert few(dataset).class_names == ("ant", "bee", "cat")
+
+
+@pytest.mark.parametrize(
+    ("stored", "value"),
+    [
+        ("samples", [{"path": "x", "label": 0}] * 24),
+        ("samples", [("x", 0, "train")] * 24),
+        ("targets", np.eye(6)[[0] * 24]),
+        ("targets", [[0]] * 23 + [[0, 1]]),
+        ("labels", dict.fromkeys(range(24), 0)),
+        ("labels", lambda: [0] * 24),
+    ],
+)
+def test_stored_labels_of_another_form_are_passed_over(stored: str, value: Any):
+    dataset = Plain()
+    setattr(dataset, stored, value)
+    assert equal(few(dataset, {"train": [0, 1, 2]}).sample(2), few(Named()).sample(2))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (DataLoader(Named()), "dataset must be a data set, got a DataLoader: pass its `.dataset`"),  # type: ignore[arg-type]
+        (np.zeros((24, 8, 8)), "got a ndarray of shape (24, 8, 8) without labels: EpisodeSampler("),
+        ({"train": Named(), "test": Named()}, "got a dict of train, test: pass one of them"),
+        (iter([]), "got a list_iterator without __len__, __getitem__: collect its items in a list"),
+    ],
+)
+def test_what_is_no_data_set_is_named(dataset: Any, message: str):
+    assert message in refusal(lambda: few(dataset))
+
+
+def test_colour_behind_grey_is_refused():
+    class Mixed(Named):
+        def convert(self, pixels: np.ndarray) -> Any:
+            return Image.fromarray(pixels).convert("L" if self.reads == 1 else "RGB")
+
+    assert refusal(lambda: few(Mixed())).startswith("picture 1 of the data set must be grey as tho")
+    assert few(Mixed(), channels=1).classes.images.shape == (12, 1, 8, 8)
+
+
+def test_names_compare_equal_in_any_unicode_form(tmp_path: Path):
+    dataset = Named()
+    dataset.classes = ["e\u0301", *NAMES[1:]]
+    path = tmp_path / "splits.json"
+    path.write_text("\ufeff" + json.dumps({"train": ["\u00e9", "bee"]}), encoding="utf-8")
+    assert few(dataset, path, n_way=2).class_names == ("\u00e9", "bee")
+
+
+def test_numpy_integers_are_labels_and_sizes():
+    splits = {"train": list(np.arange(3))}
+    sampler = few(Named(), splits, n_way=np.int64(3), image_size=np.int32(5), seed=np.uint8(2))
+    assert equal(sampler.sample(1), few(Named(), image_size=5, seed=2).sample(1))
