@@ -29,6 +29,7 @@ class StepReport(NamedTuple):
         lost_workers: The number of workers whose loss was noticed during this step.
         reissued: The ids of leases handed out again because they, or their worker, were lost.
         lost_servers: The number of times the parameter server was lost since the step before.
+        retried: The errors of user code, in words, after which the same lease was tried again.
     """
 
     step: StepResult
@@ -39,6 +40,7 @@ class StepReport(NamedTuple):
     lost_workers: int = 0
     reissued: tuple[int, ...] = ()
     lost_servers: int = 0
+    retried: tuple[str, ...] = ()
 
 
 class Executor(Protocol):

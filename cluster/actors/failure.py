@@ -80,12 +80,50 @@ class Event(NamedTuple):
     work: str | None
     error: exceptions.RayError
 
+    @property
+    def is_of_user(self) -> bool:
+        """Whether user code raised it in work that can be done again.
+
+        The server's state may be half changed by then, so its work cannot.
+        """
+        return (
+            isinstance(self.error, exceptions.RayTaskError)
+            and loss_of(self.error) is Loss.NOTHING
+            and self.work is not None
+            and self.kind is not SERVER
+        )
+
+    @property
+    def error_type(self) -> str:
+        """The name of the type that was raised there."""
+        kind = type(getattr(self.error, "cause", None) or self.error)
+        return f"{kind.__module__}.{kind.__qualname__}"
+
+
+_PERMANENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+
+
+def _may_pass(error: object) -> bool:
+    """Whether time alone may mend it, however often it comes: a disk or a network is away."""
+    cause = getattr(error, "cause", None)
+    return isinstance(cause, OSError) and not isinstance(cause, (*_PERMANENT, PermissionError))
+
 
 class History(NamedTuple):
-    """Losses in a row, this one included: of actors at this place, and over this work."""
+    """Losses in a row, this one included: of actors at this place, and over this work.
+
+    `errors` are the types of the errors that user code raised in this work before.
+    """
 
     of_actor: int
     of_work: int = 0
+    errors: tuple[str, ...] = ()
+
+
+class Repeat(NamedTuple):
+    """Do the same work again after a pause: user code raised, and nothing is lost."""
+
+    after_s: float
 
 
 class Retry(NamedTuple):
@@ -106,7 +144,7 @@ class Raise(NamedTuple):
     error: ClusterError
 
 
-Decision = Retry | Replace | Raise
+Decision = Repeat | Retry | Replace | Raise
 
 
 @dataclass(frozen=True)
@@ -115,6 +153,11 @@ class Failures:
 
     Args:
         max_losses: A worker, a lease or the server that is lost so often in a row ends the run.
+        max_user_errors: How often the same lease, or the answer of the same shard, is tried again
+            after your own code has raised an exception there, such as an OSError of a network disk.
+            An exception of a type that this lease has raised before ends the run at once, since it
+            would come for ever; an OSError does so only after all tries. 0: every exception ends
+            the run.
         timeout_s: A worker that computes one lease, or answers one round, for longer is replaced;
             None: never.
         backoff_s: The pause before another attempt; it doubles with every loss in a row.
@@ -123,6 +166,7 @@ class Failures:
     """
 
     max_losses: int = rule(5, ge=1)
+    max_user_errors: int = rule(3, ge=0)
     timeout_s: float | None = rule(None, gt=0, none="for no limit")
     backoff_s: float = rule(0.5, ge=0)
     max_backoff_s: float = rule(10.0, ge=0)
@@ -135,12 +179,19 @@ class Failures:
         """What to do about a call that failed; a pure function."""
         loss = loss_of(event.error)
         if loss is Loss.NOTHING:
-            return Raise(_fault(event))
-        if max(history) >= self.max_losses:
+            num_errors = len(history.errors)
+            again = event.error_type in history.errors and not _may_pass(event.error)
+            if not event.is_of_user or again or num_errors >= self.max_user_errors:
+                return Raise(_fault(event, num_errors + 1))
+            return Repeat(self._pause_s(num_errors))
+        if max(history.of_actor, history.of_work) >= self.max_losses:
             return Raise(self._too_many(event, history))
         # The pause is that of the actor: work that kills its workers goes to another one at once.
-        pause_s = min(self.max_backoff_s, self.backoff_s * 2.0 ** (history.of_actor - 1))
+        pause_s = self._pause_s(history.of_actor - 1)
         return Retry(pause_s) if loss is Loss.ARGUMENT else Replace(pause_s)
+
+    def _pause_s(self, num_before: int) -> float:
+        return min(self.max_backoff_s, self.backoff_s * 2.0**num_before)
 
     def _too_many(self, event: Event, history: History) -> ClusterError:
         what = f"{event.name} was lost {history.of_actor} times in a row without {event.kind.goal}"
@@ -155,12 +206,13 @@ class Failures:
         return error
 
 
-def _fault(event: Event) -> ClusterError:
+def _fault(event: Event, attempt: int) -> ClusterError:
     """The error of the user's own code with its traceback, or what else no attempt can mend."""
     text = message(event.error)
     if event.work is None or not isinstance(event.error, exceptions.RayTaskError):
         error = ClusterError(f"{event.name} failed: {text}")
     else:
-        error = LeaseError(f"{event.work} failed on {event.name}, with this error there:\n{text}")
+        there = "there" if attempt == 1 else f"there, attempt {attempt}"
+        error = LeaseError(f"{event.work} failed on {event.name}, with this error {there}:\n{text}")
     error.__cause__ = getattr(event.error, "cause", None)
     return error

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -16,7 +16,7 @@ from ray import ObjectRef, exceptions
 
 from metadist.cluster.actors.connection import is_gone
 from metadist.cluster.actors.errors import ResourcesError, WorkerLostError, message
-from metadist.cluster.actors.failure import Event, Failures, History, Kind, Raise, Retry
+from metadist.cluster.actors.failure import Event, Failures, History, Kind, Raise, Repeat, Retry
 from metadist.cluster.actors.placement import WorkerInfo
 
 log = logging.getLogger("metadist.cluster")
@@ -132,6 +132,9 @@ class ActorPool(ABC, Generic[S]):
         self._num_lost = 0
         self._losses: Counter[str | None] = Counter()
         """By work: losses in a row."""
+        self._errors: defaultdict[str | None, list[str]] = defaultdict(list)
+        """By work: the types of errors of user code in a row."""
+        self._retried: list[str] = []
 
     @abstractmethod
     def _setup_of(self, slot: S) -> tuple[Any, ...]:
@@ -146,8 +149,11 @@ class ActorPool(ABC, Generic[S]):
         """Take the answer to a call."""
 
     @abstractmethod
-    def _lost(self, slot: S, calls: list[Any], lost_data: bool) -> None:
-        """Note that these calls bring no answer; `lost_data`: because an argument was lost."""
+    def _lost(self, slot: S, calls: list[Any], lost_data: bool, after_s: float = 0.0) -> None:
+        """Note that these calls bring no answer; they may be asked again after that time.
+
+        `lost_data`: because an argument was lost.
+        """
 
     def _more_checks(self) -> list[float]:
         """Further times at which something must be looked at."""
@@ -173,6 +179,11 @@ class ActorPool(ABC, Generic[S]):
         lost, self._num_lost = self._num_lost, 0
         return lost
 
+    def take_retried(self) -> tuple[str, ...]:
+        """The errors of user code, in words, whose work is done again, since this was called."""
+        retried, self._retried = tuple(self._retried), []
+        return retried
+
     def _start(self, timeout_s: float, num_ready: int) -> None:
         """Set all actors up, creating those that lack; returns when `num_ready` are ready."""
         now = self._runtime.now()
@@ -181,7 +192,9 @@ class ActorPool(ABC, Generic[S]):
             slot.is_alive, slot.setup, slot.calls, slot.info = False, None, [], None
             slot.since, slot.num_losses, slot.resume_at = now, 0, 0.0
         self._num_lost = 0
+        self._retried = []
         self._losses.clear()
+        self._errors.clear()
         while self.num_alive < num_ready:
             self._wait(0.5)
             if self._runtime.now() > now + timeout_s:
@@ -245,6 +258,7 @@ class ActorPool(ABC, Generic[S]):
         slot.calls.remove(call)
         slot.num_losses = 0
         self._losses.pop(call.work, None)
+        self._errors.pop(call.work, None)
         self._answered(slot, call, answer)
 
     def _failed(self, slot: S, call: Any, error: exceptions.RayError) -> None:
@@ -253,16 +267,17 @@ class ActorPool(ABC, Generic[S]):
             # With an actor all its calls end, but it had begun with the first only.
             call = slot.calls[0]
         work = slot.work if call is None else call.work
-        slot.num_losses += 1
-        if call is not None and not call.is_redundant:
-            self._losses[work] += 1
-        decision = self._failures.decide(
-            Event(self._kind, slot.name, work, error), History(slot.num_losses, self._losses[work])
-        )
+        event = Event(self._kind, slot.name, work, error)
+        is_awaited = call is not None and not call.is_redundant
+        if not event.is_of_user:
+            slot.num_losses += 1
+            self._losses[work] += is_awaited
+        history = History(slot.num_losses, self._losses[work], tuple(self._errors[work]))
+        decision = self._failures.decide(event, history)
         if isinstance(decision, Raise):
             raise decision.error
         slot.resume_at = self._runtime.now() + decision.after_s
-        if isinstance(decision, Retry):
+        if isinstance(decision, (Repeat, Retry)):
             lost = [] if call is None else [call]
             if slot.calls[:1] in ([], [call]):
                 slot.since = self._runtime.now()
@@ -273,7 +288,14 @@ class ActorPool(ABC, Generic[S]):
             lost = slot.calls
             self._num_lost += 1
             self._discard(slot)
-        self._lost(slot, lost, lost_data=isinstance(decision, Retry))
+        if isinstance(decision, Repeat):
+            if is_awaited or call is None:
+                self._errors[work].append(event.error_type)
+            self._retried.append(f"{work} on {slot.name}: {_in_short(event.error)}")
+            log.warning("%s raised and is tried again: %s", work, message(error))
+            self._lost(slot, lost, lost_data=False, after_s=decision.after_s)
+        else:
+            self._lost(slot, lost, lost_data=isinstance(decision, Retry))
 
     def _discard(self, slot: S) -> None:
         """Kill the actor; it may be dead, or out of reach and still at work."""
@@ -305,3 +327,10 @@ class ActorPool(ABC, Generic[S]):
         if self.num_alive < self._num_needed:
             times.append(now + 1.0)
         return max(0.0, min(times, default=math.inf) - now)
+
+
+def _in_short(error: exceptions.RayError) -> str:
+    """The type and the text of what was raised there."""
+    cause = getattr(error, "cause", None) or error
+    text = " ".join(str(cause).split())
+    return f"{type(cause).__name__}: {text if len(text) <= 200 else text[:197] + '...'}"

@@ -186,6 +186,7 @@ class DataParallelExecutor(Executor):
                 waiting_s=max(0.0, self._workers.num_workers * seconds - computing_s),
                 num_workers=pool.num_alive,
                 lost_workers=pool.take_num_lost(),
+                retried=pool.take_retried(),
             )
 
     def _compute(self, lease: Lease, variable: OuterVariable, pool: ShardPool) -> Contribution:

@@ -187,7 +187,7 @@ class ShardPool(ActorPool[_Slot]):
             self.bytes_received += answer.flat.nbytes
             self.computing_s += answer.seconds
 
-    def _lost(self, slot: _Slot, calls: list[_Call], lost_data: bool) -> None:
+    def _lost(self, slot: _Slot, calls: list[_Call], lost_data: bool, after_s: float = 0.0) -> None:
         # It may have read none of the trees that it was sent: the next message has all again.
         slot.held = frozenset()
 

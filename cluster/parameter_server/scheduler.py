@@ -178,4 +178,5 @@ class Scheduler:
             lost_workers=self._pool.take_num_lost(),
             reissued=reissued,
             lost_servers=self._supervisor.take_num_lost(),
+            retried=self._pool.take_retried(),
         )

@@ -88,6 +88,8 @@ class WorkerPool(ActorPool[_Slot]):
         self._backup_factor = backup_factor
         self._setup: tuple[Any, ...] = ()
         self._events: list[Done | Lost] = []
+        self._paused: list[tuple[float, Lost]] = []
+        """Leases that are lost from that time on: until then nobody is to try them again."""
         self._lease_seconds: deque[float] = deque(maxlen=100)
         self._waiting_s = 0.0
 
@@ -145,13 +147,17 @@ class WorkerPool(ActorPool[_Slot]):
                 # An actor call cannot be taken back: the worker stays busy until it has answered.
                 call.is_redundant = True
         self._losses.clear()
-        self._events = []
+        self._errors.clear()
+        self._events, self._paused = [], []
 
     def wait(self, timeout_s: float | None = None) -> list[Done | Lost]:
         """What happened to leases; blocks until something did, or a worker has room again."""
         self._check_starved()
         self._wait(math.inf if timeout_s is None else timeout_s)
-        events, self._events = self._events, []
+        now = self._runtime.now()
+        due = [lost for at, lost in self._paused if at <= now]
+        self._paused = [(at, lost) for at, lost in self._paused if at > now]
+        events, self._events = [*self._events, *due], []
         return events
 
     def take_waiting_s(self) -> float:
@@ -202,10 +208,11 @@ class WorkerPool(ActorPool[_Slot]):
             other.is_redundant = True
         self._events.append(Done(answer._replace(worker=slot.name), call.totals))
 
-    def _lost(self, slot: _Slot, calls: list[_Call], lost_data: bool) -> None:
+    def _lost(self, slot: _Slot, calls: list[_Call], lost_data: bool, after_s: float = 0.0) -> None:
+        at = self._runtime.now() + after_s
         for call in calls:
             if not call.is_redundant and not self._others(call):
-                self._events.append(Lost(call.lease, lost_data))
+                self._paused.append((at, Lost(call.lease, lost_data)))
 
     def _others(self, call: _Call) -> list[_Call]:
         """The other calls for the same lease that are still awaited."""
@@ -239,5 +246,6 @@ class WorkerPool(ActorPool[_Slot]):
     def _more_checks(self) -> list[float]:
         now = self._runtime.now()
         times = [at for slot in self._slots if (at := self._room_at(slot)) > now]
+        times += [at for at, _ in self._paused]
         backup = self._next_backup()
         return times if backup is None else [*times, backup[0]]

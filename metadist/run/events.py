@@ -23,6 +23,7 @@ LEVELS = {
     "worker_lost": logging.WARNING,
     "server_recovered": logging.WARNING,
     "contribution_repeated": logging.WARNING,
+    "user_error": logging.WARNING,
     "task_dropped": logging.WARNING,
     "validation_dropped": logging.WARNING,
     "validation_failed": logging.WARNING,
@@ -47,6 +48,7 @@ class EventLog:
         server_recovered       num_lost; x went back to an earlier state where it had to
         lease_reissued         leases
         contribution_repeated  leases, which were in x before and are not added again
+        user_error             errors; the same lease was tried again after each
         task_dropped           tasks, whose hypergradient was not finite
         validation_dropped     metrics: which tasks are in no mean, or not in that of a metric
         validation_failed      error; the losses were finite in less than two tasks
@@ -90,6 +92,7 @@ class EventLog:
         for event, name, ids in (
             ("lease_reissued", "leases", report.reissued),
             ("contribution_repeated", "leases", report.step.repeated),
+            ("user_error", "errors", report.retried),
             ("task_dropped", "tasks", dropped),
         ):
             if ids:

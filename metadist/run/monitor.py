@@ -89,6 +89,8 @@ class Monitor:
             scalars["cluster/lost_servers"] = report.lost_servers
         if report.reissued:
             scalars["cluster/reissued_leases"] = len(report.reissued)
+        if report.retried:
+            scalars["cluster/user_errors"] = len(report.retried)
         scalars |= {f"train/{name}": value for name, value in means.items()}
         if means:
             scalars |= {f"oracle/{name}": count for name, count in calls_of(report).items()}

@@ -233,6 +233,21 @@ class Broken(Lines):
         return super().sample(index)
 
 
+@dataclass(frozen=True)
+class Flaky(Lines):
+    """Cannot reach its disk at the first two attempts at one task."""
+
+    folder: str = ""
+    index: int = 0
+
+    def sample(self, index: int) -> Task:
+        if index == self.index and any(
+            happens_first(self.folder, f"away-{attempt}") for attempt in range(2)
+        ):
+            raise ConnectionError("the share is away")
+        return super().sample(index)
+
+
 ADAM = OuterOptimizer("adam", lr=0.05, clip_norm=10.0)
 
 

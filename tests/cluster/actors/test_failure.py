@@ -20,6 +20,7 @@ from metadist.cluster.actors.failure import (
     Failures,
     History,
     Raise,
+    Repeat,
     Replace,
     Retry,
 )
@@ -107,7 +108,7 @@ def test_what_no_other_actor_can_mend_ends_the_run(name):
         (exceptions.RaySystemError(exceptions.OwnerDiedError("ab", None, ""), "at"), Replace(0.5)),
         (exceptions.RaySystemError(ImportError("no module"), "at line 1"), Raise),
         (raised_there(exceptions.OutOfMemoryError("the node is full")), Retry(0.5)),
-        (raised_there(torch.OutOfMemoryError("the GPU is full")), Raise),
+        (raised_there(torch.OutOfMemoryError("the GPU is full")), Repeat(0.5)),
         (exceptions.ActorDiedError(exceptions.RayTaskError("init", "", ImportError())), Raise),
     ],
     ids=lambda value: type(value).__name__,
@@ -117,8 +118,42 @@ def test_an_error_that_carries_another_is_what_that_one_is(error, expected):
     assert decision == expected or type(decision) is expected
 
 
-def test_an_error_of_user_code_ends_at_once_with_its_traceback():
-    decision = decide(raised_there(ZeroDivisionError("nothing left")), max_losses=100)
+BROKEN_PIPE, TIMEOUT, ZERO = "builtins.BrokenPipeError", "builtins.TimeoutError", "x.ZeroError"
+
+
+@pytest.mark.parametrize(
+    ("kind", "work", "error", "errors", "expected"),
+    [
+        (WORKER, LEASE, ZeroDivisionError("0"), (), Repeat(0.5)),
+        (WORKER, LEASE, ZeroDivisionError("0"), ("builtins.ZeroDivisionError",), Raise),
+        (WORKER, LEASE, ZeroDivisionError("0"), (ZERO,), Repeat(1.0)),
+        (WORKER, LEASE, TimeoutError("no answer"), (TIMEOUT, BROKEN_PIPE), Repeat(2.0)),
+        (WORKER, LEASE, TimeoutError("no answer"), (TIMEOUT,) * 3, Raise),
+        (WORKER, LEASE, OSError(116, "stale handle"), ("builtins.OSError",), Repeat(1.0)),
+        (WORKER, LEASE, FileNotFoundError("x.pt"), (), Repeat(0.5)),
+        (WORKER, LEASE, FileNotFoundError("x.pt"), ("builtins.FileNotFoundError",), Raise),
+        (WORKER, LEASE, PermissionError("x.pt"), ("builtins.PermissionError",), Raise),
+        (WORKER, None, OSError("the setup"), (), Raise),
+        (SHARD, "shard 2", BlockingIOError("busy"), (), Repeat(0.5)),
+        (SHARD, "shard 2", KeyError("a"), ("builtins.KeyError",), Raise),
+        (SERVER, "the step from version 3", OSError("x may be half stepped"), (), Raise),
+    ],
+)
+def test_an_error_of_user_code_is_repeated_until_it_comes_again(
+    kind, work, error, errors, expected
+):
+    event = Event(kind, "worker-1", work, raised_there(error))
+    # Losses of actors do not count here, nor the other way round.
+    decision = Failures().decide(event, History(5, 5, errors))
+    assert decision == expected or type(decision) is expected
+    if isinstance(decision, Raise) and work is not None:
+        attempt = f", attempt {len(errors) + 1}" if errors else ""
+        assert f"{work} failed on worker-1, with this error there{attempt}:" in str(decision.error)
+
+
+def test_an_error_without_tries_ends_at_once_with_its_traceback():
+    error = raised_there(ZeroDivisionError("nothing left"))
+    decision = decide(error, max_losses=100, max_user_errors=0)
     assert isinstance(decision, Raise) and type(decision.error) is LeaseError
     text = str(decision.error)
     assert text.startswith(f"{LEASE} failed on worker-1, with this error there:\n")

@@ -51,7 +51,7 @@ class Pool(ActorPool[Slot]):
     def _answered(self, slot: Slot, call: Any, answer: Any) -> None:
         pass
 
-    def _lost(self, slot: Slot, calls: list[Any], lost_data: bool) -> None:
+    def _lost(self, slot: Slot, calls: list[Any], lost_data: bool, after_s: float = 0.0) -> None:
         self.lost.append((slot.name, len(calls), lost_data))
 
     def send(self, number: int, answer: Any = None) -> None:

@@ -61,10 +61,38 @@ def test_replies_that_are_lost_again_and_again_end_the_run():
         list(executor.run(2))
 
 
-def test_an_error_of_user_code_ends_the_run():
+def raised(cause):
+    return exceptions.RayTaskError("compute", "in strike", cause)
+
+
+def test_an_error_of_user_code_that_passes_changes_no_byte_and_is_reported():
+    expected, _ = solve(InProcess(3), ALL["fsla"], 4, batch_size=8)
     executor, slot = started()
-    slot.actor.faults.append(exceptions.RayTaskError("compute", "in strike", ZeroDivisionError()))
-    with pytest.raises(
-        LeaseError, match="shard 1 failed on worker-1, with this error there:\nin s"
-    ):
+    first, began = slot.actor, executor.pool._runtime.now()
+    # With OSErrors in between, a type may not come twice.
+    first.faults += [raised(TimeoutError("disk")), raised(TimeoutError("disk")), raised(KeyError())]
+    reports = list(executor.run(4))
+    assert bytes_of(executor.state()) == bytes_of(expected)
+    assert slot.actor is first and all(report.lost_workers == 0 for report in reports)
+    assert executor.pool._runtime.now() == began + 0.5 + 1.0 + 2.0
+    error = "shard 1 on worker-1: TimeoutError: disk"
+    assert [report.retried for report in reports] == [
+        (error, error, "shard 1 on worker-1: KeyError: "),
+        (),
+        (),
+    ]
+
+
+def test_an_error_of_user_code_that_comes_again_ends_the_run():
+    executor, slot = started()
+    slot.actor.faults += [raised(ZeroDivisionError()), raised(ZeroDivisionError())]
+    message = "shard 1 failed on worker-1, with this error there, attempt 2:\nin s"
+    with pytest.raises(LeaseError, match=message):
         list(executor.run(2))
+
+
+def test_an_answer_forgives_the_errors_before_it():
+    executor, slot = started()
+    for step in (2, 3, 4):
+        slot.actor.faults.append(raised(ZeroDivisionError()))
+        list(executor.run(step))

@@ -30,6 +30,7 @@ from metadist.optimizer import OuterOptimizer
 from tests.cluster.toy import (
     ADAM,
     Broken,
+    Flaky,
     Lines,
     Regression,
     Slow,
@@ -144,6 +145,17 @@ def test_starting_again_keeps_the_processes(executor):
     list(running.run(2))
     assert state_bytes(running.state()) == state_bytes(local_run(2)[0])
     assert [info.pid for info in running._pool.infos] == pids
+
+
+def test_an_error_in_user_code_that_passes_changes_no_byte(executor, tmp_path):
+    running = executor(make_workload(Flaky(folder=str(tmp_path), index=9)))
+    reports = list(running.run(4))
+    assert state_bytes(running.state()) == state_bytes(local_run(4)[0])
+    retried = [error for report in reports for error in report.retried]
+    assert len(retried) == 2 and sum(report.lost_workers for report in reports) == 0
+    for error in retried:
+        assert error.startswith("lease 9 (tasks 9) on worker-")
+        assert error.endswith(": ConnectionError: the share is away")
 
 
 def test_an_error_in_user_code_ends_the_run_with_its_traceback(executor):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from ray import exceptions
 
+from metadist.cluster import LeaseError
 from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.placement import WorkerInfo
 from metadist.cluster.parameter_server.worker_pool import STUCK_FACTOR, Done, Lost, WorkerPool
@@ -300,3 +301,32 @@ def test_computing_that_nobody_saw_begin_is_not_waiting(start, clock):
     actors[0].answer(lease(12), compute_s=0.0)
     pool.wait(0.0)
     assert seen + pool.take_waiting_s() == pytest.approx(0.1 + 1.0)
+
+
+def test_a_lease_whose_code_raised_is_tried_again_after_a_pause_and_the_worker_stays(start, clock):
+    pool, actors = start(2, backoff_s=4.0)
+    pool.submit(LEASE, (object(),))
+    (number,) = holders(pool)
+    actor = actors[number]
+    actor.open[0].answer = exceptions.RayTaskError("compute", "there", ConnectionError("no share"))
+    began = clock.now()
+    assert pool.wait(0.0) == [] and pool.take_num_lost() == 0
+    other = lease(8)
+    pool.submit(other, (object(),))
+    assert holders(pool, other) == [1 - number], "it has a pause, the other one works"
+    assert pool.wait() == [Lost(LEASE, False)]
+    assert clock.now() == began + 4.0
+    assert pool.take_retried() == (
+        f"lease 7 (tasks 7) on worker-{number}: ConnectionError: no share",
+    )
+    pool.submit(LEASE, (object(),))
+    assert actors[number] is actor and holders(pool) == [number]
+    actor.open[0].answer = exceptions.RayTaskError("compute", "there", ValueError("a bug"))
+    assert pool.wait(0.0) == []
+    assert pool.wait(20.0) == [Lost(LEASE, False)]
+    assert clock.now() == began + 4.0 + 8.0
+    pool.submit(LEASE, (object(),))
+    (number,) = holders(pool)
+    actors[number].open[0].answer = exceptions.RayTaskError("compute", "there", ValueError("a bug"))
+    with pytest.raises(LeaseError, match="there, attempt 3:\nthere"):
+        pool.wait(0.0)
