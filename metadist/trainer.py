@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from metadist import __version__
 from metadist.algorithm import Algorithm, counters_of, split_own, unflatten_state
 from metadist.autograd import AutogradOracle
 from metadist.checks.preflight import check_losses, check_trainable, initial_outer, preflight
@@ -32,6 +32,7 @@ from metadist.run.checkpoint import (
 from metadist.run.events import EventLog
 from metadist.run.files import CHECKPOINTS, CONFIG, EVENTS, TENSORBOARD
 from metadist.run.monitor import Monitor, TerminalProgress, calls_of, mean_metrics
+from metadist.run.settings import as_text, difference, recorded
 from metadist.run.storage import Folder, Mirror
 from metadist.signals import OneStop
 from metadist.task import TaskSampler, to_device
@@ -199,18 +200,18 @@ class Trainer:
         preflight(probed, outer, is_whole=self._probe is sampler)
         if val_sampler is not None:
             check_losses(problem, val_sampler, outer, "val_sampler")
-        # What must not change between the parts of one run, as a checkpoint gives it back.
-        self._fixed: dict[str, Any] = json.loads(
-            json.dumps(
-                {
-                    "seed": compute.seed,
-                    "tasks_per_lease": self._workload.tasks_per_lease,
-                    "keep_state": keep_state,
-                    "algorithm": repr(algorithm),
-                    "outer_optimizer": asdict(self._optimizer),
-                }
-            )
-        )
+        # What must not change between the parts of one run.
+        self._fixed: dict[str, Any] = {
+            "seed": compute.seed,
+            "tasks_per_lease": self._workload.tasks_per_lease,
+            "keep_state": keep_state,
+            "algorithm": algorithm,
+            "outer_optimizer": self._optimizer,
+        }
+        self._info: dict[str, Any] = {}
+        if self._store is not None:
+            self._info = {name: recorded(value, name) for name, value in self._fixed.items()}
+            self._info["metadist"] = __version__
         rules = self._workload.stepping_rules()
         self._state = OuterVariable(outer, self._optimizer, rules).state()
         self._like = outer
@@ -269,11 +270,16 @@ class Trainer:
         for damaged, reason in self._store.skipped.items():
             self._events.write("checkpoint_skipped", checkpoint=damaged, reason=reason)
         check_same_model(checkpoint.state.outer, self._like, f"{self._store.uri}/{found}")
+        info = checkpoint.info
         for field, value in self._fixed.items():
-            if checkpoint.info.get(field) != value:
+            changed = difference(info[field], value, field) if field in info else None
+            if changed is not None:
+                name, then, now = changed
+                writer = info.get("metadist", __version__)
+                by = "" if writer == __version__ else f", which metadist {writer} wrote"
                 raise CheckpointError(
-                    f"{field} must be {checkpoint.info.get(field)!r} as in checkpoint "
-                    f"{self._store.uri}/{found}, got {value!r}: start a new run to change it"
+                    f"{name} must be {as_text(then)} as in checkpoint "
+                    f"{self._store.uri}/{found}{by}, got {now}: start a new run to change it"
                 )
         try:
             check_state(checkpoint.state, self._optimizer)
@@ -476,7 +482,7 @@ class Trainer:
     def _save(self, score: float | None = None) -> str | None:
         if self._store is None:
             return None
-        name = self._store.save(Checkpoint(self._state, self._fixed, score))
+        name = self._store.save(Checkpoint(self._state, self._info, score))
         self._events.step = self.version
         self._events.write("checkpoint_written", checkpoint=name, score=score)
         return name

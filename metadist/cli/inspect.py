@@ -19,6 +19,7 @@ def run(config: Namespace) -> int:
     """Run `metadist inspect`; exit code 1 if a checkpoint is damaged."""
     from metadist.run.checkpoint import CheckpointError, CheckpointStore
     from metadist.run.files import CHECKPOINTS
+    from metadist.run.settings import as_text
     from metadist.run.storage import Folder
     from metadist.run.text import shown
 
@@ -44,7 +45,7 @@ def run(config: Namespace) -> int:
     state = checkpoint.state
     console.print(f"{name}: outer step {state.version}, next lease {state.applied_below}")
     for key, value in checkpoint.info.items():
-        console.print(shown(f"  {key}: {value}"))
+        console.print(shown(f"  {key}: {as_text(value)}"))
     tensors = Table("tensor", "shape", "dtype", "numbers")
     for group, leaves in (("outer", state.outer), ("optimizer", state.optimizer)):
         for key, leaf in leaves.items():
