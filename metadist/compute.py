@@ -21,7 +21,8 @@ class Compute:
     Args:
         vectorize: Run tasks together under `torch.func.vmap` (they must have equal shapes), or
             one after another. "auto": together where the algorithm allows it and no inner
-            tensor is a convolution kernel on a CPU, where vmap is slower than a loop.
+            tensor is a convolution kernel on a CPU, where vmap is slower than a loop; what vmap
+            cannot run is run one after another, with a warning.
         chunk_size: The largest number of tasks under one vmap; bounds memory. None: in a
             training all on a GPU and 4 on a CPU, where memory for more costs time and saves
             none; in an evaluation 25.

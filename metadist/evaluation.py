@@ -15,7 +15,12 @@ import torch
 from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
 from metadist.compute import AS_TORCH_IS_SET, Compute, intra_op_threads, pick_device
-from metadist.hypergradient import adaptation_metrics, vectorizes
+from metadist.hypergradient import (
+    FAILS_UNDER_VMAP,
+    adaptation_metrics,
+    falls_back,
+    vectorizes,
+)
 from metadist.problem import Problem
 from metadist.task import Task, TaskSampler, require_sampler, stack_tasks, to_device
 from metadist.trees import Params, detach, select, tree_map
@@ -237,11 +242,17 @@ def _adapt_and_judge(
             found.append({k: float(v) for k, v in judge(detach(context), start, task).items()})
         return found
     stacked = stack_tasks(tasks)
-    with torch.no_grad():
-        context = problem.encode_tasks(problem_outer, stacked)
-        start = torch.func.vmap(problem.init_inner, in_dims=(None, 0))(problem_outer, stacked)
-    start = tree_map(torch.Tensor.contiguous, start)
-    columns = torch.func.vmap(judge)(context, start, stacked)
+    try:
+        with torch.no_grad():
+            context = problem.encode_tasks(problem_outer, stacked)
+            start = torch.func.vmap(problem.init_inner, in_dims=(None, 0))(problem_outer, stacked)
+        start = tree_map(torch.Tensor.contiguous, start)
+        columns = torch.func.vmap(judge)(context, start, stacked)
+    except FAILS_UNDER_VMAP as error:
+        if not falls_back(compute.vectorize, error):
+            raise
+        one_by_one = dataclasses.replace(compute, vectorize=False)
+        return _adapt_and_judge(problem, algorithm, outer, tasks, one_by_one)
     rows = [select(columns, b) for b in range(len(tasks))]
     return [{name: float(value) for name, value in row.items()} for row in rows]
 

@@ -9,9 +9,11 @@ lease, in this process or in a worker.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -116,8 +118,14 @@ def task_hypergradients(
         )
         # The fused attention kernels have no double backward, the plain one has.
         with intra_op_threads(compute.num_threads), sdpa_kernel(SDPBackend.MATH):
-            found = run.hypergradients(outer, group, report)
-            before = None if previous is None else run.hypergradients(previous, group, False)
+            try:
+                found = run.hypergradients(outer, group, report)
+                before = None if previous is None else run.hypergradients(previous, group, False)
+            except FAILS_UNDER_VMAP as error:
+                if len(group) == 1 or not falls_back(compute.vectorize, error):
+                    raise
+                groups[:0] = [[task] for task in group]
+                continue
         calls.update({name: count * len(group) for name, count in run.calls.items()})
         if not _is_finite(found.total) or (before and not _is_finite(before.total)):
             if len(group) == 1:
@@ -340,6 +348,32 @@ def vectorizes(
     with torch.no_grad():
         inner = problem.init_inner(split_own(outer)[0], tasks[0])
     return all(leaf.ndim < 3 for leaf in inner.values())
+
+
+FAILS_UNDER_VMAP = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
+"""The exceptions of torch, and of what is no torch, for tensors under vmap."""
+
+
+def falls_back(vectorize: Vectorize, error: Exception) -> bool:
+    """Whether tasks that failed together are to be computed one by one; warns once if so.
+
+    What fails for another reason fails again then. Memory that ran out is no such case: whether
+    it does would decide how results are rounded.
+    """
+    if vectorize != "auto" or isinstance(error, torch.OutOfMemoryError):
+        return False
+    reason = str(error).strip().partition("\n")[0]
+    warn_once(
+        "tasks are computed one by one, since vmap cannot run them together; vectorize=False "
+        f"says so from the start. Got {type(error).__name__}: {reason}"
+    )
+    return True
+
+
+@lru_cache
+def warn_once(message: str) -> None:
+    """Give this warning once in this process, whatever its filters say."""
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _is_finite(tree: Params) -> bool:

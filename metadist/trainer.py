@@ -197,9 +197,10 @@ class Trainer:
         self._events = EventLog(None if self.run_dir is None else self.run_dir / EVENTS)
         probed = replace(self._workload, sampler=self._probe)
         outer = initial_outer(probed)
-        preflight(probed, outer, is_whole=self._probe is sampler)
+        compute = preflight(probed, outer, is_whole=self._probe is sampler)
+        self._workload = replace(self._workload, compute=compute)
         if val_sampler is not None:
-            check_losses(problem, val_sampler, outer, "val_sampler")
+            check_losses(problem, val_sampler, outer, "val_sampler", compute)
         # What must not change between the parts of one run.
         self._fixed: dict[str, Any] = {
             "seed": compute.seed,

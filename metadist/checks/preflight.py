@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
-from metadist.compute import intra_op_threads
-from metadist.hypergradient import HypergradientSum, vectorizes
+from metadist.checks.purity import check_pure
+from metadist.compute import DEFAULT, Compute, intra_op_threads
+from metadist.hypergradient import (
+    FAILS_UNDER_VMAP,
+    HypergradientSum,
+    falls_back,
+    vectorizes,
+)
 from metadist.oracle import CountingOracle
 from metadist.problem import Problem, check_rows, context_depends_on, is_nonsmooth
 from metadist.task import Task, TaskSampler, to_device
-from metadist.trees import Params, check_flattenable
+from metadist.trees import (
+    Params,
+    add,
+    check_flattenable,
+    detach,
+    gradients,
+    leaves,
+    multiply,
+    tree_map,
+    zeros_like,
+)
 from metadist.workload import Workload
 
 
@@ -34,11 +51,15 @@ def initial_outer(workload: Workload) -> Params:
     return {name: leaf.detach().cpu() for name, leaf in outer.items()}
 
 
-def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> None:
+def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compute:
     """Raise ValueError if training cannot work; run one task through everything, on the CPU.
 
     And two tasks together where vmap is used, since what works alone may not work there.
     Warns (RuntimeWarning) of outer variables that get no hypergradient.
+
+    Returns:
+        How to compute the workload: its own `compute`, where vectorize="auto" has become False if
+        vmap cannot run the problem. All workers must agree on that, since it decides on rounding.
 
     Args:
         workload: What is to be trained.
@@ -46,7 +67,8 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> None:
         is_whole: Whether the sampler gives whole tasks; False: a part of each, see
             `Executor.probe`.
 
-    Cost: the hypergradient of one or three tasks, and one double backward pass of g.
+    Cost: the hypergradient of one or three tasks, one double backward pass of g, and that of
+    `check_pure`.
     """
     num_tasks = min(2, workload.meta_batch_size) if workload.keep_state else 2
     tasks = [_task(workload.sampler, outer, index) for index in range(num_tasks)]
@@ -54,7 +76,7 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> None:
     if is_whole:
         check_rows(workload.problem, problem_outer, len(tasks[0].support.index))
     with intra_op_threads(workload.compute.num_threads):
-        check_losses(workload.problem, workload.sampler, outer)
+        check_losses(workload.problem, workload.sampler, outer, compute=workload.compute)
         if is_nonsmooth(workload.problem) and not algorithm.takes_prox:
             raise ValueError(
                 f"algorithm must take a prox for a problem with prox_inner, got "
@@ -63,14 +85,18 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> None:
         algorithm.check(workload.problem, problem_outer, tasks[0])
         result = _hypergradient(workload, outer, tasks[:1])
         _check_twice_differentiable(workload, outer, tasks[0])
-        if num_tasks > 1:
-            _check_vectorizes(workload, outer, tasks)
+        compute = workload.compute
+        if num_tasks > 1 and not _vectorizes(workload, outer, tasks):
+            compute = replace(compute, vectorize=False)
+        dead = [name for name, leaf in result.total.items() if not leaf.any()]
+        is_random = False
+        if dead and 0 not in result.dropped:
+            dead, is_random = _without_hypergradient(workload, outer, tasks[0], dead)
     if 0 in result.dropped:
         raise ValueError(
             "the hypergradient of task 0 must be finite, got NaN or Inf: adaptation diverges; "
             f"try a smaller inner_lr, or look at the task ({algorithm})"
         )
-    dead = [name for name, leaf in result.total.items() if not leaf.any()]
     if algorithm.trains == "context":
         # From a start at v = 0 the first hypergradient may be zero, and the next is not.
         reached = context_depends_on(workload.problem, problem_outer, tasks[0])
@@ -82,10 +108,19 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> None:
                 "variable. Give the problem a context (FewShotProblem: adapt='head'), or use ITD"
             )
     if len(dead) == len(result.total):
-        raise ValueError(
-            f"the hypergradient of task 0 is zero in every outer variable ({_few(dead)}): neither "
-            "the context nor the start of adaptation depends on them"
-        )
+        reached = _enters(workload, problem_outer, tasks[0])
+        if not reached:
+            raise ValueError(
+                f"the hypergradient of task 0 is zero in every outer variable ({_few(dead)}): "
+                "neither the context nor the start of adaptation depends on them"
+            )
+        if not is_random:
+            raise ValueError(
+                f"the hypergradient of task 0 is zero in every outer variable ({_few(dead)}), "
+                f"though the losses or the start depend on {_few(sorted(reached))}: {algorithm} "
+                "leaves that out. Use a method that has second derivatives (ITD, AID), or look for "
+                "a vanishing gradient"
+            )
     if dead:
         warnings.warn(
             f"these outer variables got no hypergradient from task 0 and may never be trained: "
@@ -93,6 +128,73 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+    return compute
+
+
+OTHER_SEEDS = 20
+"""Further estimates of a random algorithm, where one was zero."""
+
+
+def _without_hypergradient(
+    workload: Workload, outer: Params, task: Task, dead: list[str]
+) -> tuple[list[str], bool]:
+    """(those of `dead` that get none from other draws either, whether the estimate is random)."""
+    compute = workload.compute
+    oracle = _Watched(workload.problem, task, compute.batch_size, compute.seed, eager=True)
+    problem_outer, own = split_own(outer)
+    x = {**workload.problem.encode(problem_outer, task), **own}
+    start = workload.problem.init_inner(problem_outer, task)
+    workload.algorithm.estimate(oracle, x, workload.algorithm.init(oracle, x, start))
+    for number in range(1, 1 + OTHER_SEEDS if oracle.varies or oracle.is_random else 1):
+        if not dead:
+            break
+        other = replace(workload, compute=replace(compute, seed=compute.seed + number))
+        found = other.hypergradients(outer, [task], step=number).total
+        dead = [name for name in dead if not found[name].any()]
+    return dead, oracle.is_random
+
+
+class _Watched(AutogradOracle):
+    """An oracle that knows whether it was asked for random numbers, or for the step."""
+
+    is_random = False
+    varies = False
+
+    @property
+    def step(self) -> int:
+        self.varies = True
+        return super().step
+
+    def uniform(self) -> float:
+        self.is_random = True
+        return super().uniform()
+
+    def random_like(self, tree: Params, kind: Literal["normal", "rademacher"]) -> Params:
+        self.is_random = True
+        return super().random_like(tree, kind)
+
+
+def _enters(workload: Workload, outer: Params, task: Task) -> set[str]:
+    """Names of the outer variables that the losses or, if it is trained, the start depend on."""
+    problem = workload.problem
+    random = torch.Generator().manual_seed(0)
+
+    def drawn(tree: Params) -> Params:
+        return tree_map(lambda leaf: torch.rand(leaf.shape, generator=random).to(leaf), tree)
+
+    x = leaves(outer)
+    with torch.enable_grad():
+        context, start = problem.encode(x, task), problem.init_inner(x, task)
+        # Beside the start, where a loss may happen to be flat: a weight decay is so at y = 0.
+        y = add(detach(start), drawn(start))
+        at = leaves(context)
+        losses = problem.inner_loss(at, y, task.support) + problem.outer_loss(at, y, task.query)
+    (along,) = gradients([losses], [None], at)
+    along = multiply(along, drawn(context))
+    back = zeros_like(start) if workload.algorithm.trains == "context" else drawn(start)
+    outputs, cotangents = [*context.values(), *start.values()], [*along.values(), *back.values()]
+    (gradient,) = gradients(outputs, cotangents, x)
+    return {name for name, leaf in gradient.items() if bool(leaf.any())}
 
 
 def _task(sampler: TaskSampler, outer: Params, index: int = 0) -> Task:
@@ -106,10 +208,15 @@ def _task(sampler: TaskSampler, outer: Params, index: int = 0) -> Task:
 
 
 def check_losses(
-    problem: Problem, sampler: TaskSampler, outer: Params, field: str = "sampler"
+    problem: Problem,
+    sampler: TaskSampler,
+    outer: Params,
+    field: str = "sampler",
+    compute: Compute = DEFAULT,
 ) -> None:
-    """Raise ValueError unless both losses are finite numbers on task 0 of `sampler`."""
+    """Raise ValueError unless the problem is pure and its losses finite on task 0 of `sampler`."""
     outer, _ = split_own(outer)
+    given, outer = outer, tree_map(torch.clone, outer)  # in case a loss changes it in place
     task = _task(sampler, outer)
     shapes = ", ".join(str(tuple(t.shape)) for batch in task[:2] for t in batch.tensors)
 
@@ -142,6 +249,7 @@ def check_losses(
         raise ValueError(f"metrics must return a dict by name, got {type(metrics).__name__}")
     for name, value in metrics.items():
         _require_scalar(f"metrics[{name!r}]", value)
+    check_pure(problem, given, task, compute)
 
 
 def _require_scalar(name: str, value: Any) -> None:
@@ -209,18 +317,26 @@ def _hypergradient(workload: Workload, outer: Params, tasks: list[Task]) -> Hype
         raise _no_second_derivative(workload, error) from error
 
 
-def _check_vectorizes(workload: Workload, outer: Params, tasks: list[Task]) -> None:
-    """Raise ValueError if tasks that worked alone do not work together under vmap."""
-    problem, algorithm = workload.problem, workload.algorithm
-    if not vectorizes(workload.compute.vectorize, problem, algorithm, outer, tasks):
-        return
+def _vectorizes(workload: Workload, outer: Params, tasks: list[Task]) -> bool:
+    """Whether tasks that worked alone work together under vmap, where that is left to us.
+
+    Raises:
+        ValueError: They do not, with vectorize=True.
+    """
+    problem, algorithm, compute = workload.problem, workload.algorithm, workload.compute
+    if not vectorizes(compute.vectorize, problem, algorithm, outer, tasks):
+        return True
+    together = replace(workload, compute=replace(compute, vectorize=True))
     try:
-        _hypergradient(workload, outer, tasks)
-    except RuntimeError as error:
+        _hypergradient(together, outer, tasks)
+    except FAILS_UNDER_VMAP as error:
+        if falls_back(compute.vectorize, error):
+            return False
         raise ValueError(
-            f"vectorize must be False for a problem that vmap cannot run, got "
-            f"{workload.compute.vectorize!r}: {_reason(error)}"
+            "vectorize must be False or 'auto' for a problem that vmap cannot run, got "
+            f"{compute.vectorize!r}: {_reason(error)}"
         ) from error
+    return True
 
 
 def _no_second_derivative(workload: Workload, error: RuntimeError) -> NoSecondDerivative:
@@ -232,7 +348,7 @@ def _no_second_derivative(workload: Workload, error: RuntimeError) -> NoSecondDe
     )
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 

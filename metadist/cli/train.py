@@ -177,7 +177,13 @@ def build(config: Namespace) -> tuple[Trainer, dict[str, Any]]:
     options["config"] = options_of.dump(config, skip_unset=False)
     trainer = Trainer(**options)
     if "test" in samplers:
-        check_losses(trainer.problem, samplers["test"], trainer.outer, "test_sampler")
+        check_losses(
+            trainer.problem,
+            samplers["test"],
+            trainer.outer,
+            "test_sampler",
+            trainer.workload.compute,
+        )
     return trainer, samplers
 
 

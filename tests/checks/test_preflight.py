@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +12,13 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from metadist.algorithms import ITD, Reptile
+from metadist.algorithms import ITD, UFOM, Reptile
 from metadist.checks.preflight import NoSecondDerivative, initial_outer, preflight
 from metadist.compute import Compute
+from metadist.evaluation import evaluate
+from metadist.hypergradient import warn_once
 from metadist.tasks import FewShotProblem
+from metadist.trees import tree_map
 from metadist.workload import Workload
 from tests.helpers import (
     Images,
@@ -190,8 +193,8 @@ REFUSED = [
         r"sampler.sample\(index\) must return a metadist.Task, got tuple from SimpleNamespace",
     ),
     (
-        {"problem": regression(Net(branch)), "sampler": curves()},
-        r"vectorize must be False for a problem that vmap cannot run, got 'auto': vmap: ",
+        {"problem": regression(Net(branch)), "sampler": curves(), "vectorize": True},
+        r"vectorize must be False or 'auto' for a problem that vmap cannot run, got True: vmap: ",
     ),
     (
         {"vectorize": True, "algorithm": ITD(engine="higher")},
@@ -346,3 +349,83 @@ def test_metrics_run_under_vmap_too():
     check(problem=Judged(of_numbers), vectorize=False)
     with pytest.raises(ValueError, match="vectorize must be False"):
         check(problem=Judged(of_numbers), vectorize=True)
+
+
+def test_what_vmap_cannot_run_is_run_one_by_one_with_a_warning():
+    workload = Workload(regression(Net(branch)), curves(), ITD(inner_steps=2))
+    warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"one by one, .* vectorize=False .* Runtime") as given:
+        compute = preflight(workload, initial_outer(workload))
+    assert len(given) == 1 and compute == replace(workload.compute, vectorize=False)
+
+
+def test_one_warning_is_enough_wherever_it_is_found_out(recwarn):
+    workload = Workload(regression(Net(branch)), curves(), ITD(inner_steps=2))
+    outer = initial_outer(workload)
+    warn_once.cache_clear()
+    evaluate(workload.problem, curves(), workload.algorithm, outer, 60)
+    tasks = [curves().sample(index) for index in range(2)]
+    assert workload.hypergradients(outer, tasks).num_tasks == 2
+    assert ["one by one" in str(warning.message) for warning in recwarn] == [True]
+
+
+def test_what_fails_for_another_reason_fails_as_it_does_alone():
+    def broken(x):
+        if (x > 9).any():
+            raise AttributeError("of the user")
+        return x
+
+    problem = regression(Net(broken))
+    outer = problem.init_outer(torch.Generator())
+    outer["first.bias"] += 100
+    with pytest.raises(AttributeError, match="of the user"):
+        evaluate(problem, curves(), ITD(inner_steps=1), outer, 2)
+
+
+class Decayed(Smooth):
+    """The outer variables are weight decays only."""
+
+    def encode(self, outer, task):
+        return {name: leaf.square() for name, leaf in outer.items()}
+
+    def init_inner(self, outer, task):
+        return {"w": torch.zeros(3, dtype=torch.float64)}
+
+    def outer_loss(self, context, inner, batch):
+        inputs, targets = batch.tensors
+        return (inputs @ inner["w"] - targets).square().mean()
+
+    def metrics(self, context, inner, batch):
+        return {}
+
+    def inner_loss(self, context, inner, batch):
+        decay = sum(leaf.sum() for leaf in context.values())
+        return self.outer_loss(context, inner, batch) + decay * inner["w"].square().sum()
+
+
+@dataclass(frozen=True)
+class Rarely(ITD):
+    """Has a hypergradient once in a thousand times."""
+
+    probability: float = 1e-3
+
+    def estimate(self, oracle, context, state):
+        found = super().estimate(oracle, context, state)
+        weight = float(oracle.uniform() < self.probability) / self.probability
+        return replace_hypergradient(found, weight)
+
+
+def replace_hypergradient(found, weight):
+    return found._replace(hypergradient=tree_map(lambda leaf: weight * leaf, found.hypergradient))
+
+
+def test_a_rare_hypergradient_is_no_reason_to_refuse():
+    for seed in range(4):
+        check(problem=Decayed(), algorithm=UFOM(inner_steps=2, inner_lr=0.01), seed=seed)
+    with pytest.warns(RuntimeWarning, match="these outer variables got no hypergradient"):
+        check(problem=Decayed(), algorithm=Rarely(inner_steps=2, inner_lr=0.01))
+
+
+def test_an_algorithm_that_never_trains_what_is_there_is_refused():
+    with pytest.raises(ValueError, match=r"zero in every .* though the losses or the start depend"):
+        check(problem=Decayed(), algorithm=ITD(inner_steps=2, inner_lr=0.01, first_order=True))

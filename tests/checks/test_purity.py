@@ -1,0 +1,233 @@
+"""Problems that are not functions of their arguments are refused, by what they do."""
+
+from __future__ import annotations
+
+import random
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.autograd import Function
+from torch.func import functional_call
+from torch.nn.utils import parametrizations
+
+from metadist import check_hypergradient
+from metadist.algorithms import ITD
+from metadist.checks.preflight import check_losses
+from metadist.checks.purity import Impure, check_pure
+from metadist.compute import Compute
+from metadist.tasks import FewShotProblem
+from tests.helpers import curves, make_trainer, regression
+from tests.problems import Smooth, smooth_task
+
+
+class Layers(nn.Module):
+    """A network with one more layer, and one more function, of choice."""
+
+    def __init__(self, layer=None, function=torch.tanh):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(1, 8), nn.Identity() if layer is None else layer)
+            self.head = nn.Linear(8, 1)
+        self.function = function
+
+    def forward(self, x):
+        return self.head(self.function(self.body(x)))
+
+
+class Counts(nn.Module):
+    """Scales by how often it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = count(1)
+
+    def forward(self, x):
+        return x / next(self.calls)
+
+
+class Centred(nn.Module):
+    """Keeps a mean under a name of its own, which is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.zeros(8)
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean
+
+
+class Rescaled(nn.Module):
+    """Writes to its own weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(2 * torch.ones(8))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.gain.clamp_(max=1)
+        return x * self.gain
+
+
+class NoisyBackward(Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient + 0.1 * torch.randn_like(gradient)
+
+
+def with_numpy(x):
+    return x + float(np.random.rand())  # noqa: NPY002  # it is refused
+
+
+def with_random(x):
+    return x * (1 + random.random())
+
+
+def rarely(x):
+    return 2 * x if torch.rand(()) < 0.15 else x
+
+
+RANDOM = [
+    (Layers(nn.RReLU()), r"layer 'body\.1' \(RReLU\) draws random numbers"),
+    (Layers(nn.Sequential(nn.Tanh(), nn.RReLU())), r"layer 'body\.1\.1'"),
+    (Layers(function=with_numpy), r"the model itself \(Layers\) draws random numbers"),
+    (Layers(function=with_random), r"the model itself \(Layers\) draws random numbers"),
+    (Layers(function=rarely), r"another global seed"),
+    (Layers(function=NoisyBackward.apply), r"another global seed"),
+]
+
+
+@pytest.mark.parametrize(("model", "message"), RANDOM)
+def test_random_numbers_in_a_loss_are_refused(model, message):
+    with pytest.raises(Impure, match=r"inner_loss must give the same bytes .*" + message):
+        check(regression(model))
+    with pytest.raises(Impure):
+        make_trainer(problem=regression(model), vectorize=False)
+
+
+def test_global_generators_are_left_where_they_were():
+    states = torch.get_rng_state(), random.getstate()
+    with pytest.raises(Impure):
+        check(regression(Layers(function=with_random)))
+    with pytest.raises(Impure):
+        check(regression(Layers(nn.RReLU())))
+    assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
+
+
+KEEPS = [
+    (Layers(Counts()), r"others at the second call: layer 'body\.1' \(Counts\) does"),
+    (Layers(Centred()), r"'mean' of layer 'body\.1' \(Centred\) changed by a call"),
+    (Layers(Rescaled()), r"inner_loss .* got 'body\.1\.gain' changed in place by layer 'body\.1'"),
+    (
+        Layers(parametrizations.spectral_norm(nn.Linear(8, 8))),
+        r"'_u' of layer 'body\.1\.parametrizations\.weight\.0' \(_SpectralNorm\) changed",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "message"), KEEPS)
+def test_what_is_kept_from_call_to_call_is_refused(model, message):
+    with pytest.raises(Impure, match=message):
+        make_trainer(problem=regression(model), vectorize=False)
+
+
+def test_the_same_layers_are_accepted_where_they_do_nothing_of_the_kind():
+    frozen = parametrizations.spectral_norm(nn.Linear(8, 8)).eval()
+    for layer in (nn.RReLU().eval(), frozen, nn.Dropout(0.5).eval(), nn.BatchNorm1d(8).eval()):
+        check(regression(Layers(layer)))
+
+
+class Other(Smooth):
+    """`Smooth` with one method that does something before."""
+
+    def __init__(self, method, act):
+        self.held = torch.zeros(3)
+        vars(self)[method] = lambda *arguments: self._after(method, act, arguments)
+
+    def _after(self, method, act, arguments):
+        found = getattr(Smooth, method)(self, *arguments)
+        return act(self, found, *arguments)
+
+
+def scaled(problem, found, *arguments):
+    return {name: leaf * (1 + torch.rand(())) for name, leaf in found.items()}
+
+
+def drops_a_name(problem, found, outer, *rest):
+    outer.pop(next(iter(outer)))
+    return found
+
+
+def centres(problem, found, context, inner, batch):
+    batch.tensors[0].sub_(1)
+    return found
+
+
+def remembers(problem, found, *arguments):
+    problem.held += 1
+    return found
+
+
+def measures(problem, found, *arguments):
+    return {"luck": torch.rand(())}
+
+
+OTHERS = [
+    ("encode", scaled, r"encode must give the same bytes"),
+    ("init_inner", scaled, r"init_inner must give the same bytes"),
+    ("metrics", measures, r"metrics must give the same bytes"),
+    ("inner_loss", drops_a_name, r"inner_loss .* got the names of a dictionary changed"),
+    ("outer_loss", centres, r"outer_loss must leave .* got a tensor of the task changed in place"),
+    ("outer_loss", remembers, r"got its tensor 'held' changed by a call"),
+]
+
+
+def check(problem):
+    sampler = curves() if isinstance(problem, FewShotProblem) else None
+    task = smooth_task(0) if sampler is None else sampler.sample(0)
+    outer = problem.init_outer(torch.Generator().manual_seed(0))
+    check_pure(problem, outer, task, Compute())
+
+
+@pytest.mark.parametrize(("method", "act", "message"), OTHERS)
+def test_every_method_is_looked_at(method, act, message):
+    check(Smooth())
+    with pytest.raises(Impure, match=message):
+        check(Other(method, act))
+
+
+def test_random_numbers_without_effect_are_said_and_accepted():
+    class Builds(Smooth):
+        """Makes a module whose weights it then replaces."""
+
+        def outer_loss(self, context, inner, batch):
+            unused = nn.Linear(1, 1, bias=False).double()
+            one = functional_call(
+                unused, {"weight": torch.ones(1, 1).double()}, torch.ones(1, 1).double()
+            )
+            return super().outer_loss(context, inner, batch) * one.sum()
+
+    with pytest.warns(RuntimeWarning, match=r"outer_loss draws random numbers .* in 15 calls"):
+        check(Builds())
+
+
+def test_x_is_left_as_it_was():
+    problem = regression(Layers(Rescaled()))
+    outer = problem.init_outer(torch.Generator())
+    with pytest.raises(Impure):
+        check_losses(problem, curves(), outer)
+    assert torch.equal(outer["body.1.gain"], 2 * torch.ones(8))
+
+
+def test_the_check_of_a_hypergradient_asks_too():
+    with pytest.raises(Impure, match="RReLU"):
+        check_hypergradient(regression(Layers(nn.RReLU())), curves(), ITD(inner_steps=1))
