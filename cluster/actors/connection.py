@@ -32,7 +32,7 @@ def connect(
     """
     if ray.is_initialized():
         return False
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = _resolved(address)
     # Calls that were dropped after a loss may fail, and Ray would print each of them.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     options: dict[str, Any] = {
@@ -40,10 +40,14 @@ def connect(
         "logging_level": logging.WARNING,
         "log_to_driver": show_worker_output,
     }
-    if address == "local":
+    if address == LOCAL:
         token = _token_path()
         is_new = not token.exists()
-        with _quiet("ray._private.authentication.authentication_token_setup"), _sigterm_kept():
+        with (
+            _quiet("ray._private.authentication.authentication_token_setup"),
+            _sigterm_kept(),
+            _start_explained(),
+        ):
             ray.init(
                 num_cpus=max(_num_cores(), math.ceil(num_cpus)),
                 include_dashboard=False,
@@ -64,6 +68,33 @@ def connect(
             "RAY_AUTH_MODE=token)?"
         ) from error
     return True
+
+
+LOCAL = "local"
+
+
+def is_of_this_machine(address: str | None) -> bool:
+    """Whether `connect` starts a cluster here for this address, which no other node joins."""
+    return _resolved(address) == LOCAL
+
+
+def _resolved(address: str | None) -> str:
+    return address or os.environ.get("RAY_ADDRESS") or LOCAL
+
+
+@contextmanager
+def _start_explained() -> Iterator[None]:
+    """Within the block Ray's own limit of a start, a bare Exception after 30 s, is explained."""
+    try:
+        yield
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        raise ConnectError(
+            "Ray must start on this machine within its own limit of 30 s, got no answer in time: "
+            "the machine is busy or short of memory. Wait until it has less to do, or start Ray "
+            "before the run (`ray start --head`) and give address='auto'"
+        ) from error
 
 
 @contextmanager
@@ -89,10 +120,13 @@ def is_gone() -> bool:
 
 
 def _check_listening(address: str) -> None:
-    """Raise OSError if nothing listens there: Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=5).close()
+    """Raise OSError if nothing listens there: Ray itself would try for minutes.
+
+    "ray://host:port" is Ray's client, of which the same holds.
+    """
+    host, _, port = address.removeprefix("ray://").rstrip("/").rpartition(":")
+    if host and port.isdigit() and "://" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
 
 
 @contextmanager
@@ -128,7 +162,10 @@ def _token_path() -> Path:
 
 
 def reserve(
-    bundles: Sequence[dict[str, float]], timeout_s: float, option: str = "num_workers"
+    bundles: Sequence[dict[str, float]],
+    timeout_s: float,
+    option: str = "num_workers",
+    can_grow: bool = True,
 ) -> PlacementGroup:
     """A reservation of `bundles`, each on one node; on few nodes where possible.
 
@@ -136,10 +173,18 @@ def reserve(
         bundles: The resources, one bundle for each worker.
         timeout_s: How long to wait for them.
         option: The option that says how many, for the error.
+        can_grow: Whether nodes may join; if not, nothing that all nodes lack is waited for.
 
     Raises:
         ResourcesError: They are not free within `timeout_s`; nothing is left reserved.
     """
+    if not can_grow and (lacking := _lacking(bundles)):
+        raise ResourcesError(
+            f"{option}={len(bundles)} must have room on this machine, which is the whole cluster, "
+            f"got {_shortage(bundles)}: lower {option}"
+            + (" or gpus_per_worker, or use device='cpu'" if "GPU" in lacking else "")
+            + ", or give the address of a cluster that has them"
+        )
     group = placement_group(list(bundles), strategy="PACK")
     try:
         if group.wait(min(2.0, timeout_s)):
@@ -161,6 +206,16 @@ def reserve(
 def demand(bundle: dict[str, float]) -> PlacementGroup:
     """A reservation that may come later; until then Ray's autoscaler sees it as demand."""
     return placement_group([bundle])
+
+
+def _lacking(bundles: Sequence[dict[str, float]]) -> list[str]:
+    """The resources of which the bundles need more than there is in the cluster."""
+    total = ray.cluster_resources()
+    return [
+        name
+        for name in bundles[0]
+        if math.fsum(bundle[name] for bundle in bundles) > total.get(name, 0) + 1e-6
+    ]
 
 
 def _shortage(bundles: Sequence[dict[str, float]]) -> str:

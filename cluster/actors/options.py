@@ -21,7 +21,8 @@ class Workers:
             the cluster has one for each of `min_workers` at the start, an equal share where it has
             fewer, none where it has none or with Compute(device="cpu"); give a number if nodes
             with GPUs join later. In runs side by side (tune, compare) None is 0.
-        start_timeout_s: How long to wait for free resources, and again for the workers.
+        start_timeout_s: How long to wait for free resources, and again for the workers. What a
+            cluster of our own on this machine does not have at all is not waited for.
         show_output: Whether to print what workers print, with Ray's own messages. Errors of user
             code come with their traceback in any case.
     """
@@ -30,7 +31,7 @@ class Workers:
     min_workers: int | None = rule(None, ge=1, none="for all of them")
     cpus_per_worker: float = rule(1.0, gt=0)
     gpus_per_worker: float | None = rule(None, ge=0, none="")
-    start_timeout_s: float = rule(60.0, gt=0)
+    start_timeout_s: float = rule(300.0, gt=0)
     show_output: bool = False
 
     def __post_init__(self) -> None:

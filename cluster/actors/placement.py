@@ -14,7 +14,7 @@ import torch
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from metadist.cluster.actors.connection import connect, demand, is_gone, reserve
+from metadist.cluster.actors.connection import connect, demand, is_gone, is_of_this_machine, reserve
 from metadist.cluster.actors.options import Workers
 
 
@@ -64,7 +64,8 @@ class Placement:
         num_at_start = workers.num_at_start
         is_elastic = num_at_start < workers.num_workers
         option = "min_workers" if is_elastic else "num_workers"
-        group = reserve([bundle] * num_at_start, workers.start_timeout_s, option)
+        can_grow = not (self._is_connection_ours and is_of_this_machine(self._address))
+        group = reserve([bundle] * num_at_start, workers.start_timeout_s, option, can_grow)
         self._bundles = [(group, index) for index in range(num_at_start)]
         for _ in range(workers.num_workers - num_at_start):
             self._bundles.append((demand(bundle), 0))

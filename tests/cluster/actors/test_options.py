@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import socket
 
-from metadist.cluster import Workers
+import pytest
+import ray
+
+from metadist.cluster import ConnectError, ResourcesError, Workers
+from metadist.cluster.actors import connection
 from metadist.cluster.actors.placement import Placement
 
 
@@ -23,3 +27,42 @@ def test_no_more_workers_are_waited_for_than_there_are():
 def test_a_device_that_ray_cannot_reserve_is_refused(device, message):
     with pytest.raises(ValueError, match=message):
         Placement(Workers(gpus_per_worker=0), None, None).open(device)
+
+
+@pytest.mark.parametrize("form", ["{}:{}", "ray://{}:{}", "ray://{}:{}/"])
+def test_an_address_in_each_of_rays_forms_is_looked_up(form):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        address = form.format("127.0.0.1", server.getsockname()[1])
+        connection._check_listening(address)
+    with pytest.raises(ConnectionRefusedError):
+        connection._check_listening(address)
+
+
+def test_an_address_of_another_scheme_is_left_to_ray():
+    connection._check_listening("anyscale://host:1")
+
+
+def test_what_this_machine_lacks_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 4.0})
+    bundle = {"CPU": 1.0, "GPU": 0.5}
+    message = (
+        r"num_workers=2 must have room on this machine, which is the whole cluster, got "
+        r"CPU: 2 needed .*; GPU: 1 needed \(0.5 each\), 0 in the cluster, 0 free: lower "
+        r"num_workers or gpus_per_worker, or use device='cpu', or give the address"
+    )
+    with pytest.raises(ResourcesError, match=message):
+        connection.reserve([bundle] * 2, 300.0, can_grow=False)
+    assert connection._lacking([{"CPU": 4 / 3}] * 3) == []
+
+
+def test_rays_own_limit_of_a_start_is_explained(monkeypatch):
+    def init(**options):
+        raise Exception("The current node timed out during startup. This could happen")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ConnectError, match=r"within its own limit of 30 s.*the machine is busy"):
+        connection.connect("local", 1, False, None)
