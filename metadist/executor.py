@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -56,6 +56,10 @@ class Executor(Protocol):
         that no machine needs to hold all data.
         """
         return sampler
+
+    def notify(self, event: str, **fields: Any) -> None:
+        """Called with what must be known before a step ends; a trainer puts its events here."""
+        return
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         """Make ready to continue from `state`; raises before any work if it cannot run."""

@@ -329,6 +329,7 @@ class Trainer:
         run = _Run(num_steps, self._log_every, self._quiet)
         monitor = None
         try:
+            self._executor.notify = self._events.write  # type: ignore[method-assign]
             self._executor.start(self._workload, self._optimizer, self._state)
             if self.run_dir is not None:
                 self._open_run_dir(self.run_dir)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -59,6 +60,14 @@ class Runtime:
 RAY = Runtime()
 
 
+SLOW_FACTOR = 10.0
+"""Work that takes this many times the median is reported as slow; it may hang."""
+MIN_SLOW_S = 30.0
+"""No work is reported as slow before it has taken so long."""
+FIRST_SLOW_S = 300.0
+"""The same while no work has ended yet."""
+
+
 @dataclass(eq=False)
 class Call:
     """Some `work`, in words, that an actor was sent; `is_redundant`: nobody awaits the answer."""
@@ -66,6 +75,7 @@ class Call:
     ref: ObjectRef[Any]
     work: str
     is_redundant: bool = False
+    is_slow: bool = False
 
 
 @dataclass(eq=False)
@@ -135,6 +145,9 @@ class ActorPool(ABC, Generic[S]):
         self._errors: defaultdict[str | None, list[str]] = defaultdict(list)
         """By work: the types of errors of user code in a row."""
         self._retried: list[str] = []
+        self._took_s: deque[float] = deque(maxlen=100)
+        self.notify: Callable[..., None] = ignore
+        """Called with an event that must be known before a step ends, see `Executor.notify`."""
 
     @abstractmethod
     def _setup_of(self, slot: S) -> tuple[Any, ...]:
@@ -193,6 +206,7 @@ class ActorPool(ABC, Generic[S]):
             slot.since, slot.num_losses, slot.resume_at = now, 0, 0.0
         self._num_lost = 0
         self._retried = []
+        self._took_s.clear()
         self._losses.clear()
         self._errors.clear()
         while self.num_alive < num_ready:
@@ -217,6 +231,7 @@ class ActorPool(ABC, Generic[S]):
             # A call may have been lost with its actor a moment ago.
             if ref in ready and (call is None or call in slot.calls):
                 self._settle(slot, ref, call)
+        self._report_slow()
         self._end_overdue()
 
     def _check_starved(self) -> None:
@@ -256,6 +271,7 @@ class ActorPool(ABC, Generic[S]):
             log.info("%s is ready: %s on %s", *slot.info[:3])
             return
         slot.calls.remove(call)
+        self._took_s.append(self._runtime.now() - slot.since)
         slot.num_losses = 0
         self._losses.pop(call.work, None)
         self._errors.pop(call.work, None)
@@ -304,6 +320,35 @@ class ActorPool(ABC, Generic[S]):
         slot.actor, slot.is_alive, slot.setup, slot.calls = None, False, None, []
         slot.since = self._runtime.now()
 
+    def _slow_s(self) -> float:
+        """How long work takes that is slow."""
+        if not self._took_s:
+            return FIRST_SLOW_S
+        return max(MIN_SLOW_S, SLOW_FACTOR * statistics.median(self._took_s))
+
+    def _report_slow(self) -> None:
+        """Warn once of each call that an actor has been at for very long."""
+        now, limit_s = self._runtime.now(), self._slow_s()
+        for slot in self._slots:
+            if not slot.calls or slot.calls[0].is_slow or now - slot.since < limit_s:
+                continue
+            slot.calls[0].is_slow = True
+            usual = statistics.median(self._took_s) if self._took_s else None
+            log.warning(
+                "%s takes %.0f s on %s%s: it may hang; Failures(timeout_s=...) would replace it",
+                slot.calls[0].work,
+                now - slot.since,
+                slot.name,
+                "" if usual is None else f", the median is {usual:.3g} s",
+            )
+            self.notify(
+                "lease_slow",
+                leases=[slot.calls[0].work],
+                worker=slot.name,
+                seconds=now - slot.since,
+                median_s=usual,
+            )
+
     def _end_overdue(self) -> None:
         """Replace actors that have been at one call for longer than `Failures.timeout_s`."""
         limit_s = self._failures.timeout_s
@@ -322,11 +367,17 @@ class ActorPool(ABC, Generic[S]):
         for slot in self._slots:
             if slot.setup is None and (slot.resume_at > now or not slot.is_alive):
                 times.append(slot.resume_at)
+            if slot.calls and not slot.calls[0].is_slow:
+                times.append(slot.since + self._slow_s())
             if slot.calls and self._failures.timeout_s is not None:
                 times.append(slot.since + self._failures.timeout_s)
         if self.num_alive < self._num_needed:
             times.append(now + 1.0)
         return max(0.0, min(times, default=math.inf) - now)
+
+
+def ignore(event: str, **fields: Any) -> None:
+    """An event that nobody waits for."""
 
 
 def _in_short(error: exceptions.RayError) -> str:

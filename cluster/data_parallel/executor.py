@@ -124,6 +124,7 @@ class DataParallelExecutor(Executor):
                 self._pool = ShardPool(
                     make_worker, self._workers.num_workers, self._failures, self._staleness
                 )
+            self._pool.notify = self.notify
             infos = self._pool.start(self._workers.start_timeout_s, ray.put(payload))
             self._open(self._pool, infos, workload, optimizer, state)
         except BaseException:

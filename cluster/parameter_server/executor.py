@@ -242,6 +242,7 @@ class RayExecutor(Executor):
                 self._prefetch,
                 self._backup_factor,
             )
+        self._pool.notify = self.notify
         # Put once, owned by the driver: workers that start later, anywhere, read it too.
         self._pool.start(
             self._workers.start_timeout_s,

@@ -23,6 +23,7 @@ LEVELS = {
     "worker_lost": logging.WARNING,
     "server_recovered": logging.WARNING,
     "contribution_repeated": logging.WARNING,
+    "lease_slow": logging.WARNING,
     "user_error": logging.WARNING,
     "task_dropped": logging.WARNING,
     "validation_dropped": logging.WARNING,
@@ -48,6 +49,7 @@ class EventLog:
         server_recovered       num_lost; x went back to an earlier state where it had to
         lease_reissued         leases
         contribution_repeated  leases, which were in x before and are not added again
+        lease_slow             leases, worker, seconds, median_s; it takes ten times the median
         user_error             errors; the same lease was tried again after each
         task_dropped           tasks, whose hypergradient was not finite
         validation_dropped     metrics: which tasks are in no mean, or not in that of a metric

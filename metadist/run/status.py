@@ -125,6 +125,7 @@ class RunStatus:
                     ("server_recovered", "num_lost", "servers lost"),
                     ("lease_reissued", "leases", "leases re-issued"),
                     ("contribution_repeated", "leases", "results repeated"),
+                    ("lease_slow", "leases", "leases very slow"),
                     ("user_error", "errors", "errors of your code tried again"),
                     ("task_dropped", "tasks", "tasks dropped"),
                 )

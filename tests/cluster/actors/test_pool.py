@@ -158,3 +158,42 @@ def test_a_start_ends_in_time():
     pool._make_actor = lambda number: NeverReady()
     with pytest.raises(ResourcesError, match="2 workers must be ready within start_timeout_s=3, g"):
         pool._start(3.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("took_s", "slow_s", "said"),
+    [
+        ((), 300.0, "the work takes 300 s on worker-1: it may hang"),
+        (
+            (0.5, 0.5, 0.5),
+            30.0,
+            "the work takes 30 s on worker-1, the median is 0.5 s: it may hang",
+        ),
+        ((2.0, 20.0, 200.0), 200.0, "takes 200 s on worker-1, the median is 20 s: it may hang"),
+    ],
+)
+def test_work_that_may_hang_is_reported_once_and_goes_on(caplog, took_s, slow_s, said):
+    pool = started(2)
+    events: list[tuple[str, dict[str, Any]]] = []
+    pool.notify = lambda event, **fields: events.append((event, fields))
+    for seconds in took_s:
+        pool.send(0, "answer")
+        pool.clock.time += seconds
+        pool._wait(0.0)
+    began = pool.clock.time
+    pool.send(1)
+    pool._wait(float("inf"))
+    assert pool.clock.time == pytest.approx(began + slow_s) and events == [
+        (
+            "lease_slow",
+            {
+                "leases": ["the work"],
+                "worker": "worker-1",
+                "seconds": pytest.approx(slow_s),
+                "median_s": sorted(took_s)[len(took_s) // 2] if took_s else None,
+            },
+        )
+    ]
+    assert said in caplog.text
+    pool._wait(1000.0)
+    assert len(events) == 1 and pool.lost == [] and pool.num_alive == 2
