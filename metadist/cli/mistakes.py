@@ -83,6 +83,11 @@ def explain(message: str, parser: Parser, args: Sequence[str] = ()) -> str:
     if found := re.search(r"argument (--\S+): expected one argument", text):
         return f"{found[1].removeprefix('--')} must have a value: pass {found[1]} VALUE"
     if found := re.search(r"argument (\w+): invalid choice: '(.*)' \(choose from (.*)\)", text):
+        # argparse takes the value of an unknown option for the argument that it misses.
+        for argument in args:
+            option = argument.partition("=")[0]
+            if option.startswith("--") and option not in parser._option_string_actions:
+                return _unknown_of_command(option.removeprefix("--"), parser, args)
         return one_of(found[1], found[2], found[3].replace("'", "").split(", "))
     kind = kind_of(field)
     if (found := re.search(r"Expected a dot import path string: (.+)", text)) and kind is not None:

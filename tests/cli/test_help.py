@@ -86,8 +86,8 @@ CORE = ["torch", "numpy"]
 NEEDS = {
     "train": CORE,
     "check-hypergradient": CORE,
-    "compare": [*CORE, "ray"],
-    "tune": [*CORE, "ray"],
+    "compare": ["numpy"],
+    "tune": ["numpy"],
 }
 LIST = """
 import sys
@@ -118,3 +118,9 @@ def test_a_help_imports_only_what_it_shows(command, width):
 def test_looking_at_a_run_needs_no_ray(width, tmp_path):
     for command in ("status", "inspect"):
         assert "ray" not in loaded(command, str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["algorithms", "problems", "models", "samplers"])
+def test_listing_what_runs_without_ray_needs_none(width, kind):
+    if width == 80:
+        assert "ray" not in loaded("list", kind)

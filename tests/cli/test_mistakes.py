@@ -156,6 +156,12 @@ def test_an_unknown_option_is_refused_without_pages_of_usage(cli, command):
     assert message.endswith(f"\n`metadist {command} --help` shows the options\n")
 
 
+@pytest.mark.parametrize("command", ["data", "list", "status"])
+@pytest.mark.parametrize("rest", [["--colour", "red"], ["--colour", "red", "list"], ["--colour"]])
+def test_the_value_of_an_unknown_option_is_no_argument(cli, command, rest):
+    assert f"colour is no option of metadist {command}" in refused(cli, command, *rest)
+
+
 def test_in_commands_and_their_arguments(cli):
     code, _, err = cli("trian")
     assert (
