@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ log = logging.getLogger("metadist.cluster")
 def connect(
     address: str | None, num_cpus: float, show_worker_output: bool, object_store_bytes: int | None
 ) -> bool:
-    """Whether this call made the connection, so that the caller must call `ray.shutdown`.
+    """Whether this call made the connection, so that the caller must call `disconnect`.
 
     An existing connection of this process is used as it is. Otherwise `address`, or the variable
     RAY_ADDRESS (set inside `ray job submit`), names a cluster; "local", or neither of them, starts
@@ -41,6 +43,8 @@ def connect(
         "log_to_driver": show_worker_output,
     }
     if address == LOCAL:
+        # Ray reports usage to its makers unless it is told not to.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         token = _token_path()
         is_new = not token.exists()
         with (
@@ -56,6 +60,8 @@ def connect(
             )
         if is_new and token.exists():
             token.chmod(0o600)  # Ray leaves it readable for everybody
+        with suppress(OSError):  # and its logs and sockets replaceable by everybody
+            _session().chmod(0o700)
         return True
     try:
         _check_listening(address)
@@ -105,7 +111,19 @@ def connected(address: str | None, num_cpus: float) -> Iterator[None]:
         yield
     finally:
         if is_ours:
-            ray.shutdown()
+            disconnect()
+
+
+def disconnect() -> None:
+    """Close a connection that `connect` made, with the cluster if it was started for it.
+
+    Ray's folder of that cluster is removed, but after an error, since its logs may tell the cause.
+    """
+    node: Any = ray._private.worker._global_node
+    session = _session() if node is not None and node.is_head() else None
+    ray.shutdown()
+    if session is not None and sys.exc_info()[0] is None:
+        shutil.rmtree(session, ignore_errors=True)
 
 
 def is_gone() -> bool:
@@ -155,6 +173,12 @@ def _num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _session() -> Path:
+    """Ray's folder of this cluster, with its logs and sockets."""
+    node: Any = ray._private.worker._global_node
+    return Path(node.get_session_dir_path())
 
 
 def _token_path() -> Path:

@@ -14,7 +14,14 @@ import torch
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from metadist.cluster.actors.connection import connect, demand, is_gone, is_of_this_machine, reserve
+from metadist.cluster.actors.connection import (
+    connect,
+    demand,
+    disconnect,
+    is_gone,
+    is_of_this_machine,
+    reserve,
+)
 from metadist.cluster.actors.options import Workers
 
 
@@ -87,7 +94,7 @@ class Placement:
     def close(self) -> None:
         """Return all resources, and close the connection if it was made here."""
         if self._is_connection_ours:
-            ray.shutdown()  # reservations end with it; to end them first hangs if all are dead
+            disconnect()  # reservations end with it; to end them first hangs if all are dead
         elif not is_gone():
             for group in {group.id: group for group, _ in self._bundles}.values():
                 remove_placement_group(group)

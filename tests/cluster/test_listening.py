@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
@@ -86,3 +87,41 @@ def test_no_cluster_file_opens_them(file):
     text = file.read_text()
     assert not re.search(r"dashboard[-_]host|bind_all|tensorboard.*--host", text)
     assert not re.search(r"LoadBalancer|NodePort", text)
+
+
+ALONE = """
+import os, stat
+from metadist.cluster.actors.connection import _session, connected
+
+for fails in (True, False):
+    try:
+        with connected("local", 1):
+            session = _session()
+            assert stat.S_IMODE(session.stat().st_mode) == 0o700
+            assert os.environ["RAY_USAGE_STATS_ENABLED"] == os.environ["EXPECTED"]
+            assert not fails, "somebody's error"
+    except AssertionError as error:
+        assert str(error) == "somebody's error"
+    assert session.exists() == fails
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_of_our_own_is_private_silent_and_leaves_nothing(tmp_path):
+    env = {name: value for name, value in os.environ.items() if "USAGE_STATS" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE],
+        env=env | {"EXPECTED": "0", "RAY_ADDRESS": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "cluster" / "launch").glob("*.yaml")))
+def test_the_launch_files_send_no_usage_statistics(file):
+    text = file.read_text()
+    heads = re.findall(r"ray start --head.*", text)
+    assert all("--disable-usage-stats" in head for head in heads)
+    assert heads or '{name: RAY_USAGE_STATS_ENABLED, value: "0"}' in text
