@@ -45,13 +45,36 @@ def pickle_by_value(value: Any) -> bytes:
     with _by_value(user_modules()):
         try:
             payload: bytes = cloudpickle.dumps(value)
-        except (TypeError, AttributeError, pickle.PicklingError, RuntimeError) as error:
+        except _UNPICKLABLE as error:
+            where, part = _culprit(value)
+            at = f" in {where}, a {type(part).__name__}" if where else ""
             raise ClusterError(
                 "problem, sampler and algorithm must be picklable to reach the workers, got: "
-                f"{error}. Open files, locks and the like inside their methods, and keep them "
+                f"{error}{at}. Open files, locks and the like inside their methods, and keep them "
                 "out of attributes and of the globals that the methods use"
             ) from error
     return payload
+
+
+_UNPICKLABLE = (TypeError, AttributeError, pickle.PicklingError, RuntimeError)
+
+
+def _culprit(value: Any, where: str = "", depth: int = 8) -> tuple[str, Any]:
+    """(name, part) of the innermost part of `value` that cannot be pickled; "": it is itself."""
+    parts: dict[str, Any] = {}
+    if isinstance(value, dict):
+        parts = {f"{where}[{key!r}]": item for key, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        parts = {f"{where}[{number}]": item for number, item in enumerate(value)}
+    elif not isinstance(value, type):
+        names = getattr(value, "__dict__", {})
+        parts = {f"{where}.{name}".lstrip("."): item for name, item in names.items()}
+    for name, part in parts.items() if depth else ():
+        try:
+            cloudpickle.dumps(part)
+        except _UNPICKLABLE:
+            return _culprit(part, name, depth - 1)
+    return where, value
 
 
 def metadist_runtime_env() -> dict[str, Any]:

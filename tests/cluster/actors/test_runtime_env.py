@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -17,7 +19,7 @@ import torch
 from ray import cloudpickle
 
 import metadist.cluster
-from metadist.cluster import metadist_runtime_env
+from metadist.cluster import ClusterError, metadist_runtime_env
 from metadist.cluster.actors.runtime_env import pickle_by_value, user_modules
 from metadist.optimizer import OuterOptimizer
 from tests.cluster.toy import local_run, make_workload, state_bytes
@@ -113,3 +115,19 @@ def test_what_ships_metadist_names_its_dependencies_but_the_heavy_ones():
 def test_objects_of_metadist_are_pickled_by_reference():
     assert b"metadist.outer" in pickle_by_value(OuterOptimizer())
     assert len(pickle_by_value(OuterOptimizer())) < 500
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (SimpleNamespace(a=1, lock=threading.Lock()), "in lock, a lock. Open files"),
+        (
+            SimpleNamespace(problem=SimpleNamespace(parts=[0, {"x": threading.Lock()}])),
+            r"in problem.parts\[1\]\['x'\], a lock. Open files",
+        ),
+        (threading.Lock(), r"object\. Open files"),
+    ],
+)
+def test_what_cannot_be_sent_is_named(value, said):
+    with pytest.raises(ClusterError, match=said):
+        pickle_by_value(value)
