@@ -22,7 +22,15 @@ from metadist.hypergradient import (
     vectorizes,
 )
 from metadist.problem import Problem
-from metadist.task import Task, TaskSampler, require_sampler, stack_tasks, to_device
+from metadist.task import (
+    Task,
+    TaskSampler,
+    num_tasks_of,
+    require_sampler,
+    sample_task,
+    stack_tasks,
+    to_device,
+)
 from metadist.trees import Params, detach, select, tree_map
 
 TASKS_AT_A_TIME = 25
@@ -88,7 +96,7 @@ def evaluate(
         algorithm: Adaptation is its `adapt`; no hypergradient is computed.
         sampler: The sampler of the split to judge on.
         outer: The outer variable, the algorithm's own variables included.
-        num_tasks: >= 2; 600 is the convention of the field.
+        num_tasks: >= 2; 600 is the convention of the field. No more than a fixed set has.
         inner_steps: Steps of adaptation; None: as in training.
         compute: On which device and how; its batch_size is that of the support set. By default
             with threads as torch is set.
@@ -101,6 +109,8 @@ def evaluate(
     if num_tasks < 2:
         raise ValueError(f"num_tasks must be >= 2 for an interval, got {num_tasks}")
     require_sampler("sampler", sampler)
+    if (size := num_tasks_of(sampler)) is not None:
+        num_tasks = min(num_tasks, max(2, size))  # tasks that come again would narrow the interval
     if inner_steps is not None:
         algorithm = with_inner_steps(algorithm, inner_steps)
     values = evaluate_tasks(problem, sampler, algorithm, outer, num_tasks, compute=compute)
@@ -189,7 +199,7 @@ def evaluate_tasks(
     with intra_op_threads(compute.num_threads):
         for first in range(0, num_tasks, size):
             indices = range(first, min(first + size, num_tasks))
-            tasks = [to_device(sampler.sample(i), where, leaf.dtype) for i in indices]
+            tasks = [to_device(sample_task(sampler, i), where, leaf.dtype) for i in indices]
             found = _adapt_and_judge(problem, algorithm, outer, tasks, compute)
             for of_task in found:
                 for name, value in of_task.items():

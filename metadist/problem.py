@@ -147,10 +147,23 @@ def context_depends_on(problem: Problem, outer: Params, task: Task) -> set[str]:
     x = leaves(outer)
     with torch.enable_grad():
         context = problem.encode(x, task)
+    return _reached(context, x)
+
+
+def start_depends_on(problem: Problem, outer: Params, task: Task) -> set[str]:
+    """Names of the outer variables that the start of adaptation of `task` depends on."""
+    x = leaves(outer)
+    with torch.enable_grad():
+        start = problem.init_inner(x, task)
+    return _reached(start, x)
+
+
+def _reached(tree: Params, x: Params) -> set[str]:
+    """Names of the leaves of `x` that have a gradient from `tree`."""
     # Random cotangents: along all ones, for example, a normalised context does not change.
     random = torch.Generator().manual_seed(0)
-    cotangents = [torch.rand(leaf.shape, generator=random).to(leaf) for leaf in context.values()]
-    (gradient,) = gradients(list(context.values()), cotangents, x)
+    cotangents = [torch.rand(leaf.shape, generator=random).to(leaf) for leaf in tree.values()]
+    (gradient,) = gradients(list(tree.values()), cotangents, x)
     return {name for name, leaf in gradient.items() if bool(leaf.any())}
 
 

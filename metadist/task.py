@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from metadist.checks.values import require_integer
 from metadist.trees import Params
 
 if TYPE_CHECKING:
@@ -190,6 +191,29 @@ class Measured(Protocol):
     def solution_metrics(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
         """Metrics of the solution (outer, inner) by name."""
         ...
+
+
+def num_tasks_of(sampler: TaskSampler) -> int | None:
+    """The number of tasks of a fixed set; None for any other sampler.
+
+    Raises:
+        ValueError: It is no integer >= 1.
+    """
+    if not isinstance(sampler, FixedSet):
+        return None
+    name = f"num_tasks of {type(sampler).__name__}"
+    if callable(sampler.num_tasks):
+        raise ValueError(f"{name} must be an integer >= 1, got a method: make it a property")
+    require_integer(name, sampler.num_tasks, 1)
+    return int(sampler.num_tasks)
+
+
+def sample_task(sampler: TaskSampler, index: int) -> Task:
+    """The task number `index`; those of a fixed set begin again after the last."""
+    num_tasks = num_tasks_of(sampler)
+    if num_tasks is not None and index >= num_tasks:
+        return sampler.sample(index % num_tasks)._replace(id=index)
+    return sampler.sample(index)
 
 
 def require_sampler(field: str, value: Any) -> None:

@@ -14,7 +14,13 @@ from typing import Any
 from metadist import __version__
 from metadist.algorithm import Algorithm, counters_of, split_own, unflatten_state
 from metadist.autograd import AutogradOracle
-from metadist.checks.preflight import check_losses, check_trainable, initial_outer, preflight
+from metadist.checks.preflight import (
+    check_losses,
+    check_trainable,
+    initial_outer,
+    learns_start,
+    preflight,
+)
 from metadist.checks.sampler import check_sampler
 from metadist.checks.values import check
 from metadist.compute import DEFAULT, Compute
@@ -83,7 +89,8 @@ class Trainer:
             meta-batch, or 1 where that is no divisor.
         keep_state: True: every outer step has the same tasks and continues from what the algorithm
             keeps of each, see `Workload`; False: every task is new; None: True with a sampler that
-            says `num_tasks`, else False.
+            says `num_tasks`, else False; and False where the start of adaptation is learned (MAML),
+            which a kept state would not train.
         batch_size, seed: Short for `Compute(batch_size=..., seed=...)`.
         compute: How leases are computed, and on which device.
         executor: What computes the leases; None: this process.
@@ -145,19 +152,26 @@ class Trainer:
         if eval_inner_steps is not None:
             with_inner_steps(algorithm, eval_inner_steps)
         self._executor = executor or LocalExecutor()
-        meta_batch_size, keep_state = tasks_of_steps(
-            sampler, algorithm, meta_batch_size, keep_state
-        )
         self._probe = self._executor.probe(sampler)
-        for source in (self._probe, val_sampler):
-            if source is not None:
-                check_sampler(
-                    source,
-                    2,
-                    processes=False,
-                    allow_equal_examples=allow_equal_examples,
-                    few_shot_classes=has_few_shot_classes(problem),
-                )
+        reports = [
+            check_sampler(
+                source,
+                2,
+                processes=False,
+                allow_equal_examples=allow_equal_examples,
+                few_shot_classes=has_few_shot_classes(problem),
+            )
+            for source in (self._probe, val_sampler)
+            if source is not None
+        ]
+        meta_batch_size, keep_state = tasks_of_steps(
+            sampler,
+            algorithm,
+            meta_batch_size,
+            keep_state,
+            learns_start=learns_start(problem, self._probe, compute.seed),
+            is_one_task=reports[0].distinct_tasks == 1,
+        )
         self.problem = problem
         self.algorithm = algorithm
         self.sampler = sampler

@@ -22,7 +22,14 @@ from metadist.compute import Compute, intra_op_threads
 from metadist.hypergradient import HypergradientSum, task_hypergradients
 from metadist.outer import Contribution, LeaseResult, StepRules
 from metadist.problem import Problem, is_constrained
-from metadist.task import FixedSet, Task, TaskSampler, require_sampler, to_device
+from metadist.task import (
+    Task,
+    TaskSampler,
+    num_tasks_of,
+    require_sampler,
+    sample_task,
+    to_device,
+)
 from metadist.trees import Params, flatten
 
 
@@ -161,7 +168,7 @@ class Workload:
         with intra_op_threads(self.compute.num_threads):
             began = time.perf_counter()
             tasks = [
-                to_device(self.sampler.sample(index), leaf.device, leaf.dtype)
+                to_device(sample_task(self.sampler, index), leaf.device, leaf.dtype)
                 for index in lease.indices
             ]
             sampled = time.perf_counter()
@@ -185,19 +192,44 @@ class Workload:
 
 
 def tasks_of_steps(
-    sampler: TaskSampler, algorithm: Algorithm, meta_batch_size: int | None, keep_state: bool | None
+    sampler: TaskSampler,
+    algorithm: Algorithm,
+    meta_batch_size: int | None,
+    keep_state: bool | None,
+    *,
+    learns_start: bool = False,
+    is_one_task: bool = False,
 ) -> tuple[int, bool]:
     """(`meta_batch_size`, `keep_state`) of a training; None is what the sampler says.
 
-    A sampler of a fixed set has all its tasks at every step, with kept states, unless the
-    algorithm trains nothing but the start of adaptation. Otherwise 16 tasks, new at every step.
+    A sampler of a fixed set has all its tasks at every step, with kept states, unless where
+    adaptation starts is learned: a kept state starts where the last ended. Otherwise 16 tasks, new
+    at every step.
+
+    Args:
+        sampler: The sampler.
+        algorithm: The algorithm.
+        meta_batch_size: That of the Trainer.
+        keep_state: That of the Trainer.
+        learns_start: Whether the start of adaptation depends on the outer variable.
+        is_one_task: Whether the tasks 0 and 1 have the same data.
 
     Raises:
-        ValueError: An argument contradicts the sampler.
+        ValueError: An argument contradicts the sampler, or nothing says whether to keep states.
     """
-    if not isinstance(sampler, FixedSet) or algorithm.trains == "start":
+    name = type(sampler).__name__
+    learns_start = algorithm.trains == "start" or (algorithm.trains == "both" and learns_start)
+    num_tasks = num_tasks_of(sampler)
+    if num_tasks is None:
+        if keep_state is None and is_one_task and not learns_start:
+            raise ValueError(
+                f"keep_state must be given for {name}, whose tasks 0 and 1 are the same, got None: "
+                "give the sampler num_tasks = 1, so that each outer step continues from the last "
+                "one, or pass keep_state=False if each must start from the beginning"
+            )
         return 16 if meta_batch_size is None else meta_batch_size, bool(keep_state)
-    name, num_tasks = type(sampler).__name__, sampler.num_tasks
+    if learns_start and not keep_state:
+        return num_tasks if meta_batch_size is None else meta_batch_size, False
     if keep_state is False:
         raise ValueError(
             f"keep_state must be True with {name}, whose num_tasks={num_tasks} are those of every "
@@ -207,7 +239,8 @@ def tasks_of_steps(
     if meta_batch_size not in (None, num_tasks):
         raise ValueError(
             f"meta_batch_size must be {num_tasks}, the num_tasks of {name}, with keep_state, got "
-            f"{meta_batch_size}: every outer step has all of them. Leave it out"
+            f"{meta_batch_size}: every outer step has all of them. Leave it out, or use a sampler "
+            "without num_tasks"
         )
     return num_tasks, True
 

@@ -21,8 +21,14 @@ from metadist.hypergradient import (
     vectorizes,
 )
 from metadist.oracle import CountingOracle
-from metadist.problem import Problem, check_rows, context_depends_on, is_nonsmooth
-from metadist.task import Task, TaskSampler, to_device
+from metadist.problem import (
+    Problem,
+    check_rows,
+    context_depends_on,
+    is_nonsmooth,
+    start_depends_on,
+)
+from metadist.task import Task, TaskSampler, sample_task, to_device
 from metadist.trees import (
     Params,
     add,
@@ -108,6 +114,11 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compu
                 "variable. Give the problem a context (FewShotProblem: adapt='head'), or use ITD"
             )
     if len(dead) == len(result.total):
+        if workload.keep_state and start_depends_on(workload.problem, problem_outer, tasks[0]):
+            raise ValueError(
+                "keep_state must be False for a problem that learns nothing but where adaptation "
+                "starts, got True: a kept state starts where the last one ended"
+            )
         reached = _enters(workload, problem_outer, tasks[0])
         if not reached:
             raise ValueError(
@@ -149,7 +160,7 @@ def _without_hypergradient(
         if not dead:
             break
         other = replace(workload, compute=replace(compute, seed=compute.seed + number))
-        found = other.hypergradients(outer, [task], step=number).total
+        found = other.hypergradients(outer, [task], step=number, states={}).total
         dead = [name for name in dead if not found[name].any()]
     return dead, oracle.is_random
 
@@ -197,8 +208,17 @@ def _enters(workload: Workload, outer: Params, task: Task) -> set[str]:
     return {name for name, leaf in gradient.items() if bool(leaf.any())}
 
 
+def learns_start(problem: Problem, sampler: TaskSampler, seed: int) -> bool:
+    """Whether the start of adaptation depends on the outer variable, as that of MAML does."""
+    outer = problem.init_outer(torch.Generator().manual_seed(seed))
+    try:
+        return bool(start_depends_on(problem, outer, _task(sampler, outer)))
+    except NOT_COMPUTABLE:
+        return False  # `check_losses` says what is wrong
+
+
 def _task(sampler: TaskSampler, outer: Params, index: int = 0) -> Task:
-    task = sampler.sample(index)
+    task = sample_task(sampler, index)
     if not isinstance(task, Task):
         raise ValueError(
             f"sampler.sample(index) must return a metadist.Task, got {type(task).__name__} "
@@ -309,8 +329,9 @@ def _takes_second_derivatives(workload: Workload, outer: Params, task: Task) -> 
 
 def _hypergradient(workload: Workload, outer: Params, tasks: list[Task]) -> HypergradientSum:
     try:
-        # With metrics where tasks go together, since they must run under vmap too.
-        return workload.hypergradients(outer, tasks, report=len(tasks) > 1)
+        # With metrics where tasks go together, since they must run under vmap too; with states
+        # that are kept, since those get no hypergradient from where they start.
+        return workload.hypergradients(outer, tasks, report=len(tasks) > 1, states={})
     except RuntimeError as error:
         if len(tasks) > 1 or not any(phrase in str(error) for phrase in NO_DERIVATIVE):
             raise

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 
 from metadist.checks.values import normal_form, require_integer
-from metadist.task import Batch, NamedClasses, Task, require_sampler, shape_signature, targets_of
+from metadist.task import (
+    Batch,
+    NamedClasses,
+    Task,
+    num_tasks_of,
+    require_sampler,
+    sample_task,
+    shape_signature,
+    targets_of,
+)
 
 OTHER_TARGETS = (
     "; where targets are other numbers: few_shot_classes=False, in training a problem without it "
@@ -111,12 +120,13 @@ def check_sampler(
     name = type(sampler).__name__
     try:
         require_sampler("it", sampler)
+        num_tasks_of(sampler)
     except ValueError as error:
         raise SamplerError(name, [str(error)]) from None
     states = _random_states()
     start = time.perf_counter()
     try:
-        tasks = [sampler.sample(index) for index in range(num_tasks)]
+        tasks = [sample_task(sampler, index) for index in range(num_tasks)]
     except Exception as error:
         raise SamplerError(name, [f"sample(index) must give a task, got {error!r}"]) from error
     seconds = time.perf_counter() - start
@@ -340,7 +350,7 @@ def _impure(
 
 
 def _digests(sampler: Any, indices: list[int]) -> list[bytes]:
-    return [_digest(sampler.sample(index)) for index in indices]
+    return [_digest(sample_task(sampler, index)) for index in indices]
 
 
 def _digests_there(pickled: bytes, indices: list[int], threads: int) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,11 +10,14 @@ from metadist import OuterOptimizer, Trainer
 from metadist.algorithm import Algorithm, InnerState, counters_of, flatten_state, unflatten_state
 from metadist.algorithms import AID, ITD, MRBO, Reptile
 from metadist.compute import Compute
+from metadist.evaluation import evaluate
 from metadist.executor import LocalExecutor
 from metadist.hypergradient import task_hypergradients
+from metadist.models import MLP
 from metadist.outer import OuterVariable, StepRules
 from metadist.problem import Problem
-from metadist.tasks import FixedTasks
+from metadist.task import Task
+from metadist.tasks import FewShotProblem, FixedTasks
 from metadist.trees import Params, add, flatten
 from metadist.workload import Workload, tasks_of_steps
 from tests.helpers import with_compute
@@ -29,6 +33,7 @@ from tests.problems import (
     oracle_of,
     quadratic_task,
     true_hypergradient,
+    vector_task,
 )
 
 SGD = OuterOptimizer("sgd", lr=0.1)
@@ -213,7 +218,7 @@ def test_a_single_problem_is_solved_through_the_trainer(tmp_path):
     [
         (fixed(3), AID(), (None, None), (3, True)),
         (fixed(3), AID(), (3, True), (3, True)),
-        (fixed(3), Reptile(), (None, None), (16, False)),  # nothing to keep: it trains the start
+        (fixed(3), Reptile(), (None, None), (3, False)),  # nothing to keep: it trains the start
         (fixed(3), Reptile(), (2, False), (2, False)),
         (QuadraticSampler(), AID(), (None, None), (16, False)),
         (QuadraticSampler(), AID(), (2, True), (2, True)),
@@ -230,6 +235,63 @@ def test_a_fixed_set_is_neither_forgotten_nor_cut():
         Trainer(Quadratic(2, 4), fixed(3), AID(), keep_state=False, quiet=True)
     with pytest.raises(ValueError, match=r"meta_batch_size must be 3, the num_tasks of FixedTasks"):
         Trainer(Quadratic(2, 4), fixed(3), AID(), meta_batch_size=2, quiet=True)
+
+
+def test_a_learned_start_is_trained_on_a_fixed_set():
+    tasks = FixedTasks([vector_task(index) for index in range(2)])
+    for adapt, keep_state in (("all", None), ("head", None), ("all", False)):
+        problem = FewShotProblem(MLP(3, 2, (4,)).double(), adapt=adapt, loss="mse")
+        trainer = Trainer(problem, tasks, ITD(inner_steps=1), keep_state=keep_state, quiet=True)
+        before = trainer.outer
+        trainer.fit(2)
+        assert (trainer.workload.meta_batch_size, trainer.workload.keep_state) == (2, False)
+        assert not any(torch.equal(before[name], trainer.outer[name]) for name in before)
+    with pytest.raises(
+        ValueError, match="keep_state must be False for a problem that learns nothing but"
+    ):
+        Trainer(
+            FewShotProblem(MLP(3, 2, (4,)), loss="mse"), tasks, ITD(), keep_state=True, quiet=True
+        )
+
+
+class Own:
+    """A user's single problem: `num_tasks` is said or not, and there is no task beyond it."""
+
+    def __init__(self, num_tasks: Any) -> None:
+        if num_tasks is not None:
+            self.num_tasks = num_tasks
+
+    def sample(self, index: int) -> Task:
+        if index >= getattr(self, "num_tasks", 2):
+            raise IndexError(index)
+        return quadratic_task(0)._replace(id=index)
+
+
+def test_a_sampler_of_ones_own_says_how_many_tasks_it_has():
+    def trainer(num_tasks: Any, **options: Any) -> Trainer:
+        return Trainer(Quadratic(2, 4), Own(num_tasks), AID(), quiet=True, **options)
+
+    told = trainer(np.int64(1))
+    before = told.outer["x"]
+    told.fit(2)
+    assert told.workload.keep_state and not torch.equal(before, told.outer["x"])
+    with pytest.raises(
+        ValueError, match=r"keep_state must be True with Own, whose num_tasks=1 are"
+    ):
+        trainer(1, keep_state=False)
+    with pytest.raises(
+        ValueError, match=r"keep_state must be given for Own, whose tasks 0 and 1 ar"
+    ):
+        trainer(None)
+    assert not trainer(None, keep_state=False).workload.keep_state
+    for wrong in (0, 1.5, lambda: 1):
+        with pytest.raises(ValueError, match=r"num_tasks of Own must be an integer >= 1, got"):
+            trainer(wrong)
+
+
+def test_a_fixed_set_is_evaluated_on_the_tasks_it_has():
+    result = evaluate(Quadratic(2, 4), fixed(3), AID(), {"x": torch.ones(2, dtype=DOUBLE)}, 50)
+    assert result.protocol["tasks"] == "3 (indices 0 .. 2)"
 
 
 def test_messages_about_kept_states(tmp_path):

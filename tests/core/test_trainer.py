@@ -434,7 +434,7 @@ REFUSED = [
         r"meta_batch_size must be a multiple of tasks_per_lease \(3\), got 4",
     ),
     ({"num_threads": 0}, "num_threads must be >= 1 or None, got 0"),
-    ({"sampler": object()}, r"it must have a method sample\(index: int\) -> Task, got object"),
+    ({"sampler": object()}, r"it must have a method sample\(index\) -> Task, got object"),
     ({"problem": object()}, "problem must have the methods init_outer, .* got object without"),
     (
         {"algorithm": object()},
