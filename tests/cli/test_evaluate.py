@@ -52,6 +52,30 @@ def test_evaluate_has_options_for_everything_that_is_judged(cli, run):
     assert metrics(cli, run, "--num_tasks", 2)["protocol"]["tasks"] == "2 (indices 0 .. 1)"
 
 
+def test_evaluate_computes_as_the_run_did(cli, run, monkeypatch):
+    import metadist.evaluation
+
+    seen = []
+
+    def watch(*arguments, compute, **options):
+        seen.append((compute.vectorize, compute.chunk_size, compute.num_threads))
+        return evaluate(*arguments, compute=compute, **options)
+
+    monkeypatch.setattr(metadist.evaluation, "evaluate", watch)
+    config = run / "config.yaml"
+    text = config.read_text()
+    try:
+        config.write_text(
+            text.replace("vectorize: auto", "vectorize: false").replace(
+                "chunk_size: null", "chunk_size: 3"
+            )
+        )
+        metrics(cli, run)
+    finally:
+        config.write_text(text)
+    assert seen == [(False, 3, None)]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
