@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -213,7 +214,10 @@ def sample_task(sampler: TaskSampler, index: int) -> Task:
     num_tasks = num_tasks_of(sampler)
     if num_tasks is not None and index >= num_tasks:
         return sampler.sample(index % num_tasks)._replace(id=index)
-    return sampler.sample(index)
+    task = sampler.sample(index)
+    # What is drawn for a task depends on its id, whose arithmetic must be that of Python.
+    is_counted = isinstance(task, Task) and isinstance(task.id, np.integer)
+    return task._replace(id=int(task.id)) if is_counted else task
 
 
 def require_sampler(field: str, value: Any) -> None:

@@ -141,12 +141,12 @@ class Trainer:
     ) -> None:
         check_trainable(problem, algorithm)
         compute = compute.given(batch_size=batch_size, seed=seed)
-        check("checkpoint_every", checkpoint_every, ge=1)
-        check("keep_checkpoints", keep_checkpoints, ge=1)
-        check("log_every", log_every, ge=1)
-        check("max_dropped", max_dropped, ge=1)
-        check("val_every", val_every, ge=1, none="")
-        check("val_tasks", val_tasks, ge=2)
+        checkpoint_every = check("checkpoint_every", checkpoint_every, is_integer=True, ge=1)
+        keep_checkpoints = check("keep_checkpoints", keep_checkpoints, is_integer=True, ge=1)
+        log_every = check("log_every", log_every, is_integer=True, ge=1)
+        max_dropped = check("max_dropped", max_dropped, is_integer=True, ge=1)
+        val_every = check("val_every", val_every, is_integer=True, ge=1, none="")
+        val_tasks = check("val_tasks", val_tasks, is_integer=True, ge=2)
         if val_every is not None and val_sampler is None:
             raise ValueError(f"val_every must be None without a val_sampler, got {val_every}")
         if eval_inner_steps is not None:
@@ -324,7 +324,7 @@ class Trainer:
             TrainingDiverged: `max_dropped` tasks in a row had no finite hypergradient; the last
                 checkpoint is kept.
         """
-        check("num_steps", num_steps, ge=1)
+        num_steps = check("num_steps", num_steps, is_integer=True, ge=1)
         if self._folder is not None and self._is_new and self._folder.names():
             raise ValueError(
                 f"run_dir must be a new or empty folder, got {self._folder.uri!r}, which holds "

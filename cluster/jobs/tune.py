@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from metadist.checks.values import require_integer
 from metadist.cluster.actors.connection import connected
 from metadist.cluster.actors.options import JOB_UNUSED, Workers, refuse_unused
 from metadist.cluster.actors.runtime_env import pickle_by_value
@@ -145,8 +146,7 @@ def plan(
         ("evaluate_every", evaluate_every),
         ("num_samples", num_samples),
     ):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        require_integer(name, value, 1)
     refuse_unused(workers, "tune", JOB_UNUSED)
     if mode not in ("min", "max"):
         raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")

@@ -210,7 +210,7 @@ def _kinds(tensors: Any) -> str:
 
 
 def _wrong_values(task: Task, index: int) -> Iterator[str]:
-    if isinstance(task.id, bool) or not isinstance(task.id, int) or task.id != index:
+    if isinstance(task.id, bool) or not isinstance(task.id, int | np.integer) or task.id != index:
         yield f"id must be the index, got {task.id!r} (task {index})"
     for name, batch in (("support", task.support), ("query", task.query)):
         for position, tensor in enumerate(batch.tensors):

@@ -86,18 +86,30 @@ def rule(default: Any, **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata={"rule": Rule(**limits)})
 
 
+def plain(value: Any) -> Any:
+    """A scalar of NumPy as Python's, which has the same repr and JSON everywhere."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def check_fields(record: Any) -> None:
-    """Raise ValueError for the first field of a dataclass whose rule its value breaks."""
+    """Raise ValueError for the first field of a dataclass whose rule its value breaks.
+
+    Scalars of NumPy become those of Python.
+    """
     for field in dataclasses.fields(record):
+        if isinstance(value := getattr(record, field.name), np.generic):
+            object.__setattr__(record, field.name, value.item())
         if "rule" in field.metadata:
             is_integer = field.type in (int, "int", "int | None")
             value = getattr(record, field.name)
             field.metadata["rule"].check(field.name, value, is_integer=is_integer)
 
 
-def check(field: str, value: Any, **limits: Any) -> None:
-    """Raise ValueError for a value that is no field of a dataclass; `limits` as of `Rule`."""
-    Rule(**limits).check(field, value)
+def check(field: str, value: Any, *, is_integer: bool = False, **limits: Any) -> Any:
+    """`value`, as a scalar of Python; ValueError if it breaks `limits`, which are as of `Rule`."""
+    value = plain(value)
+    Rule(**limits).check(field, value, is_integer=is_integer)
+    return value
 
 
 def normal_form(name: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+from metadist.checks.values import plain, require_integer
 from metadist.compare.run import Budget, Record
 
 GRID = "grid"
@@ -105,6 +106,8 @@ class Comparison:
             _check_entry(name, options)
         _check_options("a comparison", self.shared)
         seeds = self.seeds
+        if isinstance(seeds, (list, tuple)):
+            seeds = type(seeds)(plain(seed) for seed in seeds)
         if (
             not isinstance(seeds, (list, tuple))
             or not seeds
@@ -112,12 +115,13 @@ class Comparison:
             or len(set(seeds)) < len(seeds)
         ):
             raise ValueError(f"seeds must be a list of different integers >= 0, got {seeds!r}")
+        object.__setattr__(self, "seeds", seeds)
         if not isinstance(self.seeded, (list, tuple)) or not all(
             isinstance(name, str) for name in self.seeded
         ):
             raise ValueError(f"seeded must be a list of options, got {self.seeded!r}")
-        if type(self.evaluations) is not int or self.evaluations < 1:
-            raise ValueError(f"evaluations must be an integer >= 1, got {self.evaluations!r}")
+        require_integer("evaluations", self.evaluations, 1)
+        object.__setattr__(self, "evaluations", int(self.evaluations))
         if self.mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max', got {self.mode!r}")
         if not isinstance(self.metric, str) or self.metric.startswith("test"):

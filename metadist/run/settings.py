@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from metadist.checks.values import plain
+
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
@@ -26,6 +28,7 @@ def recorded(value: Any, where: str) -> Any:
     Raises:
         ValueError: It has no description that would be the same in another process.
     """
+    value = plain(value)
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, float)):

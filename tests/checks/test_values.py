@@ -8,9 +8,11 @@ import pkgutil
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 import metadist
+from metadist import OuterOptimizer, Trainer
 from metadist.algorithms import ITD
 from metadist.checks.values import Rule, check, check_fields, rule
 from metadist.workload import Workload
@@ -121,3 +123,48 @@ def test_what_is_just_inside_is_accepted():
     check("value", 1, ge=1, le=1)
     with pytest.raises(ValueError, match=r"^value must be in \[1, 2\], got 3$"):
         check("value", 3, ge=1, le=2)
+
+
+def numpy_of(value: Any) -> Any:
+    kinds: dict[type, type] = {bool: np.bool_, int: np.int64, float: np.float64}
+    kind = kinds.get(type(value))
+    return value if kind is None else kind(value)
+
+
+@pytest.mark.parametrize("owner", classes_with_rules(), ids=lambda owner: owner.__name__)
+def test_scalars_of_numpy_are_those_of_python(owner):
+    like = owner(**NEEDED.get(owner, {}))
+    values = {f.name: getattr(like, f.name) for f in dataclasses.fields(owner) if f.init}
+    made = owner(**{name: numpy_of(value) for name, value in values.items()})
+    assert made == like and repr(made) == repr(like)
+    for name in values:
+        assert type(getattr(made, name)) is type(getattr(like, name))
+
+
+def test_a_checked_value_is_a_scalar_of_python():
+    assert type(check("size", np.uint8(3), ge=1, is_integer=True)) is int
+    assert type(check("rate", np.float32(0.5), gt=0)) is float
+    with pytest.raises(ValueError, match=r"^size must be an integer >= 1, got 2\.5$"):
+        check("size", np.float64(2.5), ge=1, is_integer=True)
+
+
+def test_a_run_is_trained_and_resumed_with_scalars_of_numpy(tmp_path):
+    def trainer(one: Any, rate: Any) -> Trainer:
+        return Trainer(
+            Quadratic(2, 4),
+            QuadraticSampler(),
+            ITD(inner_steps=2 * one, inner_lr=rate),
+            outer_optimizer=OuterOptimizer("sgd", lr=rate, options={"momentum": rate}),
+            meta_batch_size=4 * one,
+            seed=3 * one,
+            checkpoint_every=2 * one,
+            run_dir=tmp_path / "run",
+            quiet=True,
+        )
+
+    first = trainer(np.int64(1), np.float64(0.25))
+    first.fit(np.int32(2))  # type: ignore[arg-type]
+    again = trainer(1, 0.25)
+    again.restore()
+    again.fit(4)
+    assert again.version == 4
