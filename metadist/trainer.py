@@ -328,7 +328,7 @@ class Trainer:
         if self._folder is not None and self._is_new and self._folder.names():
             raise ValueError(
                 f"run_dir must be a new or empty folder, got {self._folder.uri!r}, which holds "
-                "files: choose another, or continue that run (metadist resume --run, "
+                "files: choose another, or continue that run (metadist resume, "
                 "Trainer.restore)"
             )
         with OneStop() as stop:

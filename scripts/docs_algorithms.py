@@ -24,6 +24,12 @@ def page(text: str) -> str:
     head, mark, _ = text.partition(MARK)
     if not mark:
         raise ValueError(f"{PAGE} must contain the line {MARK!r}")
+    for cls in ALGORITHMS.values():
+        if brief(cls, "Family") not in FAMILIES:
+            raise ValueError(
+                f"Family of {cls.__name__} must be one of {', '.join(FAMILIES)}, "
+                f"got {brief(cls, 'Family')!r}"
+            )
     parts = [head + MARK, "# All at a glance\n", _wrap(LEGEND) + "\n", _table()]
     for family in FAMILIES:
         parts.append(f"# {family}\n")

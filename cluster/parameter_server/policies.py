@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 WeightName = Literal["constant", "inverse", "polynomial"]
 
@@ -78,7 +78,9 @@ CONSTANT = StalenessWeight()
 class Policy(ABC):
     """When to step and when to hand out; subclass it as a frozen dataclass."""
 
-    is_synchronous: ClassVar[bool] = False
+    # Without annotation: jsonargparse would evaluate it in the module of a subclass, which need not
+    # know ClassVar, and would lose the types of all fields there.
+    is_synchronous = False
     """Whether every step applies one whole meta-batch, all of it computed at the current x.
 
     Kept states and two-point methods need that.
@@ -105,7 +107,7 @@ class Policy(ABC):
 class BSP(Policy):
     """Bulk synchronous: a meta-batch at one version, applied together when all have arrived."""
 
-    is_synchronous: ClassVar[bool] = True
+    is_synchronous = True
 
     def leases_to_apply(self, view: View) -> tuple[int, ...]:
         return tuple(view.arrived) if len(view.arrived) == view.leases_per_step else ()

@@ -1,6 +1,6 @@
 """Whether a run ends with the same bytes whoever is killed: for your own run, on your own machine.
 
-    metadist train --config my.yaml --run_dir runs/whole
+    metadist train --config scripts/demo.yaml --run_dir runs/whole
     scripts/chaos runs/whole --kills 30 --signals 10 -- --executor ray
 
 The first command trains undisturbed. The second trains the same configuration again, in folders

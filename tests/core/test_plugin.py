@@ -91,3 +91,9 @@ def test_on_ray_it_gives_the_bytes_of_one_process_and_leaves_no_process(folder, 
     assert outcome.code == 0, outcome.err
     assert last_state(folder / "far") == state
     assert becomes(lambda: not processes_with(f"METADIST_TEST={mark}"))
+
+
+def test_options_of_a_policy_in_a_file_of_its_own_keep_their_types(folder, cli):
+    flags = words("--executor ray --executor.policy my_policies.Patient --executor.policy.size")
+    found = cli(*FLAGS, *flags, "abc", "--run_dir", "run")
+    assert found.code == 2 and "executor.policy.size must be an integer, got 'abc'" in found.err

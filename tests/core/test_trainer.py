@@ -466,7 +466,7 @@ def test_a_run_folder_that_holds_anything_is_not_written_to(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"run_dir must be a new or empty folder, got '.*', which holds files: choose "
-        r"another, or continue that run \(metadist resume --run, Trainer.restore\)",
+        r"another, or continue that run \(metadist resume, Trainer.restore\)",
     ):
         make_trainer(run_dir=tmp_path).fit(2)
     assert contents(tmp_path) == before

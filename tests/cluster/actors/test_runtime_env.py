@@ -113,7 +113,7 @@ def test_what_ships_metadist_names_its_dependencies_but_the_heavy_ones():
 
 
 def test_objects_of_metadist_are_pickled_by_reference():
-    assert b"metadist.outer" in pickle_by_value(OuterOptimizer())
+    assert b"metadist.optimizer" in pickle_by_value(OuterOptimizer())
     assert len(pickle_by_value(OuterOptimizer())) < 500
 
 

@@ -171,7 +171,7 @@ def test_what_cannot_be_searched_is_refused_before_ray_is_started(tmp_path, opti
         ({"space": {"algorithm.inner_lr": {"uniform": ["a", "b"]}}}, "space of algorithm.inner_lr"),
         ({"scheduler": {"name": "x"}}, "scheduler.name must be one of fifo"),
         ({"run_dir": "x"}, "config must not have run_dir: every trial has its own"),
-        ({"val_split": None}, "the config: val_split or val_sampler must be given, got neither"),
+        ({"val_split": None}, "tune.yaml: val_split or val_sampler must be given, got neither"),
         ({"executor": "ray"}, "executor must be local with num_workers=2"),
     ],
 )
