@@ -74,7 +74,9 @@ class Penalty(InnerLoop):
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> PenaltyState:
         leaf = next(iter(inner.values()))
-        return PenaltyState(inner, zeros_like(inner), leaf.new_zeros(()))
+        # A counter, so it must be exact: bfloat16 would end at 256.
+        dtype = torch.promote_types(leaf.dtype, torch.float32)
+        return PenaltyState(inner, zeros_like(inner), leaf.new_zeros((), dtype=dtype))
 
     def estimate(self, oracle: Oracle, context: Params, state: PenaltyState) -> Estimate:
         # The number of updates is a tensor, not a counter: whether the test is met depends on

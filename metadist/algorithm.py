@@ -8,6 +8,8 @@ and where the data is on many machines; `task_hypergradients` (hypergradient.py)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +75,9 @@ class Algorithm(ABC):
     or "both"."""
     takes_prox: bool = False
     """Whether it can handle a lower objective with a non-smooth part (`Problem.prox_inner`)."""
+    takes_differences: bool = False
+    """Whether h has differences between first derivatives, or inner variables, at points that are
+    near one another, over their distance: these drown in the rounding of less than float32."""
 
     @abstractmethod
     def init(self, oracle: Oracle, context: Params, inner: Params) -> State:
@@ -128,6 +133,11 @@ class Algorithm(ABC):
         return False
 
     @property
+    def needs_kept_state(self) -> str:
+        """Why `estimate` says nothing on a new task, and what to do; empty: it says something."""
+        return ""
+
+    @property
     def differentiates_values(self) -> bool:
         """Whether the algorithm differentiates `Oracle.inner_value` or `outer_value` itself."""
         return False
@@ -150,6 +160,10 @@ def split_own(outer: Params) -> tuple[Params, Params]:
 # [number of counters, the counters, all tensors in order].
 # No structure is stored beside it: `init` gives a state of the same structure. The counters are in
 # front, readable without it, since vmap needs them as Python ints before any task is computed.
+# They stay exact although the vector is one of floating numbers: as soon as one of them is too
+# large for the dtype, all are written byte by byte, and their number is negative.
+
+_BYTES = 8
 
 
 def flatten_state(state: Any) -> Tensor:
@@ -157,13 +171,63 @@ def flatten_state(state: Any) -> Tensor:
     counters: list[int] = []
     tensors: list[Tensor] = []
     _collect(state, counters, tensors)
-    head = torch.tensor([len(counters), *counters])
-    return torch.cat([head.to(tensors[0]), *(leaf.reshape(-1) for leaf in tensors)])
+    dtype = reduce(torch.promote_types, map(_exact_in, tensors))
+    head = torch.tensor(_head(counters, dtype), dtype=dtype, device=tensors[0].device)
+    return torch.cat([head, *(leaf.reshape(-1) for leaf in tensors)])
+
+
+def _exact_in(leaf: Tensor) -> torch.dtype:
+    is_integer = not leaf.is_floating_point() and leaf.dtype != torch.bool
+    return torch.float64 if is_integer else leaf.dtype
+
+
+def _head(counters: Sequence[int], dtype: torch.dtype) -> list[int]:
+    """The counters and their number, as numbers that `dtype` holds exactly."""
+    if all(abs(number) < _first_inexact(dtype) for number in counters):
+        return [len(counters), *counters]
+    head = [-len(counters)]
+    for number in counters:
+        head += number.to_bytes(_BYTES, "little", signed=True)
+    return head
+
+
+def _first_inexact(dtype: torch.dtype) -> int:
+    """The integer from which on they round: 256 in bfloat16, 2^24 in float32."""
+    return round(2 / torch.finfo(dtype).eps)
 
 
 def counters_of(flat: Tensor) -> tuple[int, ...]:
-    """The counters in a flat state (not for vmap)."""
-    return tuple(int(number) for number in flat[1 : 1 + int(flat[0])])
+    """The counters in a flat state (not for vmap).
+
+    Raises:
+        ValueError: An earlier version may have rounded one of them.
+    """
+    count = int(flat[0])
+    if count < 0:
+        pieces = flat[1 : 1 - count * _BYTES].reshape(-count, _BYTES).tolist()
+        return tuple(
+            int.from_bytes(bytes(map(int, piece)), "little", signed=True) for piece in pieces
+        )
+    counters = tuple(int(number) for number in flat[1 : 1 + count])
+    limit = _first_inexact(flat.dtype)
+    if any(abs(number) >= limit for number in counters):
+        raise ValueError(
+            f"counters of a state in {flat.dtype} must be below {limit}, got {counters}: an "
+            "earlier version of metadist saved it and may have rounded them. Start that run again"
+        )
+    return counters
+
+
+def same_form(flat: Tensor, other: Tensor) -> bool:
+    """Whether these are flat states of one algorithm and task; counters grow and need more room."""
+    if flat.ndim != 1 or other.ndim != 1 or flat.dtype != other.dtype:
+        return False
+    short, long = sorted((flat, other), key=Tensor.numel)
+    if short.shape == long.shape:
+        return True
+    count = float(short[0]) if short.numel() else 0.0
+    grown = long.numel() - short.numel() == count * (_BYTES - 1)
+    return grown and float(long[0]) == -count
 
 
 def unflatten_state(flat: Tensor, like: Any, counters: tuple[int, ...]) -> Any:
@@ -171,13 +235,14 @@ def unflatten_state(flat: Tensor, like: Any, counters: tuple[int, ...]) -> Any:
     shapes: list[Tensor] = []
     _collect(like, [], shapes)
     sizes = [leaf.numel() for leaf in shapes]
-    expected = 1 + len(counters) + sum(sizes)
+    head = len(_head(counters, flat.dtype))
+    expected = head + sum(sizes)
     if flat.shape != (expected,):
         raise ValueError(
             f"state must have shape ({expected},) for this algorithm and task, got "
             f"{tuple(flat.shape)}: it is of another algorithm, problem or task"
         )
-    pieces = flat[1 + len(counters) :].split(sizes)
+    pieces = flat[head:].split(sizes)
     tensors = iter(
         piece.reshape(leaf.shape).to(leaf.dtype) for piece, leaf in zip(pieces, shapes, strict=True)
     )

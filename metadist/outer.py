@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metadist.algorithm import same_form
 from metadist.optimizer import OuterOptimizer
 from metadist.trees import Params, check_flattenable, flatten, num_elements, unflatten
 
@@ -366,7 +367,7 @@ class OuterVariable:
         for index, state in item.states.items():
             _check_number("task index", index, item)
             like = self.states.get(index, state)
-            if state.shape != like.shape or state.ndim != 1 or state.dtype != like.dtype:
+            if not same_form(state, like):
                 raise ValueError(
                     f"{what} must have a state of task {index} of shape {tuple(like.shape)} and "
                     f"{like.dtype}, got {tuple(state.shape)} and {state.dtype}"

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from metadist import OuterOptimizer, Trainer
-from metadist.algorithm import Algorithm, InnerState, counters_of, flatten_state, unflatten_state
+from metadist.algorithm import (
+    Algorithm,
+    InnerState,
+    counters_of,
+    flatten_state,
+    same_form,
+    unflatten_state,
+)
 from metadist.algorithms import AID, ITD, MRBO, Reptile
 from metadist.compute import Compute
 from metadist.evaluation import evaluate
@@ -404,3 +411,98 @@ def test_a_problem_that_derives_from_nothing_is_neither_projected_nor_proximal()
     assert work.stepping_rules() == StepRules(None, None)
     oracle, x, y = oracle_of(work.problem, {"x": torch.ones(2, dtype=DOUBLE)}, quadratic_task(0))
     assert_same_bytes(oracle.prox_inner(x, y, 0.1), y)
+
+
+LARGE = [
+    (torch.float16, 2049),
+    (torch.float16, 70_000),
+    (torch.bfloat16, 255),
+    (torch.bfloat16, 1001),
+    (torch.bfloat16, 2**40 + 1),
+    (torch.float32, 2**24 - 1),
+    (torch.float32, 2**24 + 1),
+    (DOUBLE, 2**53 + 1),
+]
+
+
+@pytest.mark.parametrize(("dtype", "steps"), LARGE, ids=str)
+def test_counters_are_exact_in_every_dtype(dtype, steps):
+    inner = {"a": torch.randn(2, 3, dtype=dtype), "b": torch.randn((), dtype=dtype)}
+    state = Nested(inner, steps, InnerState({"c": torch.randn(4).to(dtype)}), torch.ones(1))
+    state = state._replace(weight=state.weight.to(dtype))
+    flat = flatten_state(state)
+    assert flat.dtype == dtype and counters_of(flat) == (steps,)
+    again = unflatten_state(flat.clone(), state._replace(steps=0), counters_of(flat))
+    assert again.steps == steps
+    assert_same_bytes(again.inner, state.inner)
+    assert_same_bytes(again.deeper.inner, state.deeper.inner)
+    assert torch.equal(again.weight, state.weight)
+    first = flatten_state(state._replace(steps=0))
+    assert same_form(flat, first) and same_form(first, flat)
+    assert not same_form(flat, torch.cat([first, first[-1:]]))
+
+
+class Counting(ITD):
+    """It keeps a counter, and takes part of its hypergradient from it."""
+
+    trains = "context"
+
+    def init(self, oracle, context, inner):
+        return Nested(inner, 2**24 - 1, InnerState({}), next(iter(inner.values())).new_ones(1))
+
+    def estimate(self, oracle, context, state):
+        found = super().estimate(oracle, context, InnerState(state.inner))
+        return found._replace(
+            start_gradient=None,
+            state=state._replace(inner=found.state.inner, steps=state.steps + 1),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_run_counts_on_where_the_dtype_of_its_states_ends(dtype, tmp_path):
+    class Rounded(Quadratic):
+        def init_inner(self, outer, task):
+            return {"y": self.start.to(dtype)}
+
+        def inner_loss(self, context, inner, batch):
+            return super().inner_loss(context, {"y": inner["y"].to(DOUBLE)}, batch)
+
+        def outer_loss(self, context, inner, batch):
+            return super().outer_loss(context, {"y": inner["y"].to(DOUBLE)}, batch)
+
+    def run():
+        return Trainer(
+            Rounded(2, 4),
+            QuadraticSampler(),
+            Counting(1, 0.01),
+            keep_state=True,
+            meta_batch_size=2,
+            run_dir=tmp_path / "run",
+            quiet=True,
+        )
+
+    whole = run()
+    whole.fit(3)
+    again = run()
+    again.restore()
+    again.fit(6)
+    for flat in again._state.states.values():
+        assert counters_of(flat) == (2**24 + 5,)
+
+
+def test_a_counter_that_was_rounded_is_refused():
+    """As saved before: 1001 was 1000, one number of the dtype each."""
+    old = torch.tensor([1.0, 1000.0, 0.5], dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"counters of a state in torch.bfloat16 must be below 256"
+    ):
+        counters_of(old)
+    assert counters_of(old.float()) == (1000,)  # exact there, and read as ever
+
+
+def test_integer_tensors_of_a_state_are_exact():
+    state = InnerState({"y": torch.ones(1), "n": torch.tensor(2**24 + 1)})
+    flat = flatten_state(state)
+    again = unflatten_state(flat, state, ())
+    assert_same_bytes(again.inner, state.inner)
+    assert again.inner["n"].dtype == torch.int64
