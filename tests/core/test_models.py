@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -285,3 +286,50 @@ def test_messages_of_the_models(make, message):
 
 def test_a_perceptron_without_hidden_layers():
     assert MLP(3, 2, ())(torch.zeros(4, 3)).shape == (4, 2)
+
+
+def error_of(model, images, labels, num_steps=5):
+    """The relative error of MAML's hypergradient in float32, against float64."""
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        x = images.to(dtype)
+        y = {n: p.detach().to(dtype).requires_grad_() for n, p in model.named_parameters()}
+        start = list(y.values())
+        for _ in range(num_steps):
+            loss = F.cross_entropy(functional_call(model, y, x), labels)
+            slopes = torch.autograd.grad(loss, list(y.values()), create_graph=True)
+            y = {n: p - 0.4 * g for (n, p), g in zip(y.items(), slopes, strict=True)}
+        loss = F.cross_entropy(functional_call(model, y, x.flip(0)), labels.flip(0))
+        found.append(torch.cat([g.flatten().double() for g in torch.autograd.grad(loss, start)]))
+    exact, rounded = found
+    return float((rounded - exact).norm() / exact.norm())
+
+
+def pooled(norm: nn.Module) -> nn.Module:
+    head = nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(3 * 16, 5)
+    return nn.Sequential(norm, nn.Tanh(), *head)
+
+
+@pytest.mark.parametrize(
+    ("make", "most"),
+    [
+        (lambda: pooled(TaskBatchNorm(3)), 1e-6),
+        (lambda: Conv4(width=8, in_channels=3, image_size=48), 3e-2),  # ReLUs switch
+    ],
+    ids=["one layer", "conv4"],
+)
+def test_channels_last_on_a_cpu_is_as_accurate_as_contiguous(make, most):
+    torch.manual_seed(0)
+    model, images, labels = make(), 1 + torch.randn(25, 3, 48, 48), torch.arange(25) % 5
+    plain = error_of(model, images, labels)
+    last = error_of(model, images.to(memory_format=torch.channels_last), labels)
+    assert last < 3 * plain < 3 * most, (last, plain)
+
+
+@pytest.mark.parametrize("policy", ["transductive", "inductive"])
+def test_tasks_in_one_call_may_be_channels_last(policy):
+    layer = TaskBatchNorm(2, policy).double()
+    x = torch.randn(12, 2, 5, 4, dtype=torch.float64)
+    with rows(3, (2, 2)):
+        out = layer(x.to(memory_format=torch.channels_last))
+        assert torch.equal(out, layer(x))
