@@ -18,7 +18,7 @@ class FG2U(GradientDescent):
     """Forward gradient unrolling with forward gradient, (FG)2U.
 
     No backward pass through the inner loop. For random directions (v, z_0) in the space of
-    context and start of adaptation:
+    context and start of adaptation, zero where x does not enter, as in a kept start:
 
         y_{t+1} = y_t - inner_lr g_y;   z_{t+1} = z_t - inner_lr (J' v + H z_t)
         s = <f_x, v> + <f_y, z_T>;      h = mean over directions of s (v, z_0)
@@ -37,10 +37,10 @@ class FG2U(GradientDescent):
     Memory: b vectors like (x, y), independent of T.
     Use: few outer variables, long inner loops, no room for iterates.
     Breaks: E|h - E h|^2 / |E h|^2 = (d - 1) / b, or (d + 1) / b with "normal", d being the size
-    of context and start together: for a large context (features) noise dominates.
+    of what x enters of context and start: for a large context (features) noise dominates.
     Source: Shen, Wang, Yang, Li, Wang, Zhang, Scarlett, Zhu, Kawaguchi, "Memory-Efficient Gradient
     Unrolling for Large-Scale Bi-level Optimization", NeurIPS 2024.
-    Differs: the start of adaptation is part of the direction, so that it can be learned, where the
+    Differs: a start that x enters is part of the direction, so that it can be learned, where the
     paper has x alone. The official code's black-box variant, by differences of the solver's
     output, is left out; PZOBO comes nearest to it.
     """

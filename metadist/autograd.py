@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metadist.oracle import DERIVATIVES, Derivative, Draw, MiniBatches, Oracle, Source
+from metadist.oracle import (
+    DERIVATIVES,
+    NO_CONSTANTS,
+    Constants,
+    Derivative,
+    Draw,
+    MiniBatches,
+    Oracle,
+    Source,
+)
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params, dot, gradients, leaves
@@ -37,6 +46,7 @@ class AutogradOracle(Oracle):
             no compiler works, a warning is given and the derivatives run uncompiled.
         eager: Use torch.autograd, which is faster; not under the transforms of torch.func.
         step: The outer step; other steps have other draws.
+        constants: What x does not enter.
     """
 
     def __init__(
@@ -48,9 +58,11 @@ class AutogradOracle(Oracle):
         compile: bool = False,
         eager: bool = False,
         step: int = 0,
+        constants: Constants = NO_CONSTANTS,
     ) -> None:
         num_examples = task.support.index.shape[0], task.query.index.shape[0]
-        super().__init__(problem, MiniBatches(num_examples, task.id, batch_size, seed, step))
+        mini_batches = MiniBatches(num_examples, task.id, batch_size, seed, step)
+        super().__init__(problem, mini_batches, constants)
         self._task = task
         self._functions: dict[str, Callable[..., tuple[Params, ...]]] = {}
         if compile or not eager:

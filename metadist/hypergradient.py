@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metadist.algorithm import Algorithm, counters_of, flatten_state, split_own, unflatten_state
 from metadist.autograd import AutogradOracle
 from metadist.compute import AS_TORCH_IS_SET, Compute, Vectorize, intra_op_threads
-from metadist.oracle import CountingOracle
+from metadist.oracle import Constants, CountingOracle
 from metadist.problem import Problem
 from metadist.task import Task, shape_signature, stack_tasks
 from metadist.trees import Params, add, detach, gradients, leaves, tree_map, zeros_like
@@ -224,9 +224,18 @@ class _Run(NamedTuple):
         x = leaves(problem_outer)
         with torch.enable_grad():
             contexts, starts = self._encode(x, task, together)
+        constants = Constants(
+            frozenset(name for name, leaf in contexts.items() if not leaf.requires_grad),
+            frozenset(
+                name
+                for name, leaf in starts.items()
+                if self.kept is not None or not leaf.requires_grad
+            ),
+        )
 
         def one(context: Params, start: Params, task: Task, flat: Tensor | None) -> _Estimated:
-            return self._one({**context, **own}, context, start, task, flat, together, report)
+            arguments = ({**context, **own}, context, start, task, flat)
+            return self._one(*arguments, constants, together, report)
 
         flats = [flat for flat, _ in self.kept or () if flat is not None]
         if together:
@@ -264,6 +273,7 @@ class _Run(NamedTuple):
         start: Params,
         task: Task,
         flat: Tensor | None,
+        constants: Constants,
         together: bool,
         report: bool,
     ) -> _Estimated:
@@ -277,6 +287,7 @@ class _Run(NamedTuple):
                 compile=self.algorithm.compiles,
                 eager=not together,
                 step=self.step,
+                constants=constants,
             )
         )
         state = self.algorithm.init(oracle, x, start)

@@ -158,6 +158,21 @@ class MiniBatches:
         return keys.topk(size, largest=False).indices
 
 
+class Constants(NamedTuple):
+    """The leaves that x does not enter, by name: nobody uses a derivative in them.
+
+    Args:
+        context: Those of the context.
+        start: Those of the start of adaptation: all of them where states are kept.
+    """
+
+    context: frozenset[str] = frozenset()
+    start: frozenset[str] = frozenset()
+
+
+NO_CONSTANTS = Constants()
+
+
 class Oracle(ABC):
     """Derivatives of g on draws of the support set and of f on draws of the query set.
 
@@ -166,11 +181,18 @@ class Oracle(ABC):
     Args:
         problem: The problem; only its non-smooth part is used here.
         mini_batches: The draws.
+        constants: What x does not enter.
     """
 
-    def __init__(self, problem: Problem, mini_batches: MiniBatches) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        mini_batches: MiniBatches,
+        constants: Constants = NO_CONSTANTS,
+    ) -> None:
         self._problem = problem
         self._mini_batches = mini_batches
+        self.constants = constants
 
     @abstractmethod
     def derive(self, name: str, draw: Draw, *trees: Params) -> tuple[Params, ...]:
@@ -268,7 +290,7 @@ class CountingOracle(Oracle):
     """
 
     def __init__(self, oracle: Oracle) -> None:
-        super().__init__(oracle._problem, oracle._mini_batches)
+        super().__init__(oracle._problem, oracle._mini_batches, oracle.constants)
         self._oracle = oracle
         self.counts: Counter[str] = Counter()
 

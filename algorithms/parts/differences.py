@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from metadist.oracle import Draw, Oracle
-from metadist.trees import Params, add, norm, scale, sub
+from metadist.trees import Params, add, norm, scale, sub, zeros_like
 
 
 def difference_product(
@@ -31,10 +31,17 @@ CONTEXT, START = "context.", "start."
 def random_pair(
     oracle: Oracle, context: Params, start: Params, kind: Literal["normal", "rademacher"]
 ) -> tuple[Params, Params]:
-    """Random directions, shaped like the context and like the start of adaptation."""
+    """Random directions, shaped like the context and like the start of adaptation.
+
+    They are 0 in `Oracle.constants`: directions there would add noise to all other derivatives and
+    buy nothing.
+    """
     # A context and a start may use the same names, hence the prefixes.
     both = {CONTEXT + name: leaf for name, leaf in context.items()}
     both |= {START + name: leaf for name, leaf in start.items()}
-    drawn = oracle.random_like(both, kind)
+    constant = {CONTEXT + name for name in oracle.constants.context}
+    constant |= {START + name for name in oracle.constants.start}
+    moving = {name: leaf for name, leaf in both.items() if name not in constant}
+    drawn = zeros_like(both) | (oracle.random_like(moving, kind) if moving else {})
     context_direction = {name: drawn[CONTEXT + name] for name in context}
     return context_direction, {name: drawn[START + name] for name in start}

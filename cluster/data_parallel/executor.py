@@ -36,7 +36,7 @@ from metadist.cluster.data_parallel.worker_pool import ShardPool
 from metadist.compute import intra_op_threads
 from metadist.executor import Executor, StepReport
 from metadist.optimizer import OuterOptimizer
-from metadist.oracle import SOURCES, CountingOracle, MiniBatches
+from metadist.oracle import SOURCES, Constants, CountingOracle, MiniBatches
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable
 from metadist.problem import check_rows
 from metadist.signals import signals_held
@@ -232,6 +232,8 @@ class DataParallelExecutor(Executor):
                     step=step,
                 ),
                 rounds,
+                # A kept start; the context is made of outer variables.
+                Constants(start=frozenset(self._start)),
             )
         )
         state = self._state(workload.algorithm.init(oracle, x, self._start), flat)

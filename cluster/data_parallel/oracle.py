@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from metadist.cluster.data_parallel.pending import Question, Rounds
-from metadist.oracle import DERIVATIVES, Draw, MiniBatches, Oracle
+from metadist.oracle import DERIVATIVES, NO_CONSTANTS, Constants, Draw, MiniBatches, Oracle
 from metadist.problem import Problem
 from metadist.trees import Params
 
@@ -28,10 +28,17 @@ class ClusterOracle(Oracle):
         problem: The problem; only its prox is used, which needs no data.
         mini_batches: The draws, those of an `AutogradOracle` on the whole task.
         rounds: How questions are asked.
+        constants: What x does not enter.
     """
 
-    def __init__(self, problem: Problem, mini_batches: MiniBatches, rounds: Rounds) -> None:
-        super().__init__(problem, mini_batches)
+    def __init__(
+        self,
+        problem: Problem,
+        mini_batches: MiniBatches,
+        rounds: Rounds,
+        constants: Constants = NO_CONSTANTS,
+    ) -> None:
+        super().__init__(problem, mini_batches, constants)
         self._rounds = rounds
 
     def derive(self, name: str, draw: Draw, *trees: Params) -> tuple[Params, ...]:

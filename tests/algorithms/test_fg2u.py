@@ -7,10 +7,11 @@ from metadist.algorithms.fg2u import FG2U
 from metadist.algorithms.itd import ITD
 from metadist.algorithms.parts.differences import random_pair
 from metadist.autograd import AutogradOracle
+from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP
 from metadist.tasks.few_shot.problem import FewShotProblem
-from metadist.trees import dot, flatten, scale
+from metadist.trees import Params, dot, flatten, scale
 from tests.algorithms.monte_carlo import assert_mean, by_draws, one_estimate
 from tests.problems import (
     Quadratic,
@@ -19,6 +20,7 @@ from tests.problems import (
     generator,
     golden_quadratic,
     quadratic_task,
+    quadratic_terms,
     smooth_task,
     vector_task,
 )
@@ -92,3 +94,62 @@ def test_an_empty_context_is_maml():
     result = task_hypergradients(problem, FG2U(2), outer, [vector_task(0), vector_task(1)])
     assert all(bool(leaf.isfinite().all()) for leaf in result.total.values())
     assert any(bool(leaf.any()) for leaf in result.total.values())
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("directions", ["rademacher", "normal"])
+def test_with_one_number_in_x_only_that_one_has_directions(directions, kept, vectorize):
+    """y_0 is a constant. With Rademacher v = +-1, v^2 = 1: h is exact, in closed form.
+
+    y_T = (I - R) A^-1 (Bx + c), dy_T/dx = (I - R) A^-1 B, R = (I - inner_lr A)^T;   h = dPhi/dx
+    """
+    problem, tasks = Quadratic(1, 6), [quadratic_task(i, 1, 6) for i in range(2)]
+    outer = problem.init_outer(generator(0))
+    algorithm = FG2U(3, 0.05, num_directions=2, directions=directions)
+    expected = torch.zeros(1, dtype=torch.float64)
+    for task in tasks:
+        a, b, c, t = quadratic_terms(task)
+        contraction = torch.linalg.matrix_power(torch.eye(6, dtype=a.dtype) - 0.05 * a, 3)
+        solved = torch.linalg.solve(a, torch.eye(6, dtype=a.dtype)) - contraction @ a.inverse()
+        y = solved @ (b @ outer["x"] + c)
+        expected += problem.rho * outer["x"] + (solved @ b).T @ (y - t)
+    result = task_hypergradients(
+        problem,
+        algorithm,
+        outer,
+        tasks,
+        compute=Compute(vectorize=vectorize),
+        states={} if kept else None,
+    )
+    ratio = float(result.total["x"] / expected)
+    if directions == "rademacher":
+        assert abs(ratio - 1) < 1e-9
+    else:
+        assert ratio > 0  # of each task the mean of v^2
+
+
+class HalfConstant(Smooth):
+    """One leaf of the context and one of the start do not depend on x."""
+
+    def encode(self, outer, task):
+        return {**super().encode(outer, task), "b": torch.ones(2, 3, dtype=torch.float64)}
+
+    def init_inner(self, outer, task):
+        return {**super().init_inner(outer, task), "w": torch.ones(3, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_x_does_not_enter_has_no_direction(kept):
+    class Seen(ITD):
+        def estimate(self, oracle, context, state):
+            found.append(random_pair(oracle, context, state.inner, "normal"))
+            return super().estimate(oracle, context, state)
+
+    found: list[tuple[Params, Params]] = []
+    problem, task = HalfConstant(), smooth_task(0)
+    outer = problem.init_outer(generator(0))
+    task_hypergradients(problem, Seen(2, 0.1), outer, [task], states={} if kept else None)
+    ((v, z),) = found
+    assert bool(v["c"].all()) and not bool(v["b"].any()) and not bool(z["w"].any())
+    assert bool(z["m"].any()) is not kept

@@ -1,5 +1,7 @@
 """PZOBO: its differences by hand, unbiased where the inner loop is affine, messages."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from metadist.algorithms.itd import ITD
 from metadist.algorithms.parts.differences import random_pair
 from metadist.algorithms.pzobo import PZOBO
 from metadist.autograd import AutogradOracle
+from metadist.hypergradient import task_hypergradients
 from metadist.trees import add, dot, scale, sub
 from tests.algorithms.monte_carlo import assert_mean, one_estimate
 from tests.algorithms.test_fg2u import exact, samples
@@ -101,3 +104,20 @@ def test_parts_of_the_estimate_have_shapes_of_their_own():
     found = one_estimate(PZOBO(), problem, problem.init_outer(generator(0)), task)
     assert found.hypergradient["x"].shape == torch.Size([3])
     assert found.start_gradient["y"].shape == torch.Size([4])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_with_one_number_in_x_the_error_does_not_grow_with_y(kept):
+    """h is f_x + s mean(u^2), s the exact slope of f through y, u the draws in x alone."""
+    for num_inner in (2, 40):
+        problem, task = Quadratic(1, num_inner, rho=0.0), quadratic_task(0, 1, num_inner)
+        outer = problem.init_outer(generator(0))
+        kwargs: dict[str, Any] = {"states": {} if kept else None}
+        (exact,) = task_hypergradients(problem, ITD(3, 0.05), outer, [task], **kwargs).total["x"]
+        errors = []
+        for step in range(40):
+            algorithm = PZOBO(3, 0.05, num_directions=8)
+            found = task_hypergradients(problem, algorithm, outer, [task], step=step, **kwargs)
+            errors.append(float(found.total["x"] / exact) - 1)
+        # The mean of 8 squares of normal numbers has a standard deviation of 1/2.
+        assert 0.3 < torch.tensor(errors).square().mean().sqrt() < 0.75
