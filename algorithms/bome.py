@@ -47,12 +47,15 @@ class BOME(InnerLoop):
     Use: no second derivatives, several lower solutions; tasks whose states are kept.
     Breaks: on a new task with rounds = 1: f_y has moved no y yet, so h can point away from
     the hypergradient; set more `rounds`, or keep states. A fixed y_lr leaves a gap q > 0 of
-    order y_lr^2. Refused where g is flat in y.
+    order y_lr^2. Refused where g is flat in y, and below float32, whose rounding is larger than
+    the differences.
     Source: Liu, Ye, Wright, Stone, Liu, "BOME! Bilevel Optimization Made Easy: A Simple
     First-Order Approach", NeurIPS 2022, algorithm 1.
     Differs: x is stepped by the outer optimiser, so its rate is separate; the official code has
     momentum on the step of y; `rounds` is an addition.
     """
+
+    takes_differences = True
 
     y_lr: float = rule(0.1, gt=0)
     eta: float = rule(0.5, gt=0)

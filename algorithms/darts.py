@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from metadist.algorithm import Estimate, InnerState
 from metadist.algorithms.parts.differences import difference_product
-from metadist.algorithms.parts.inner import InnerLoop
+from metadist.algorithms.parts.inner import InnerLoop, InnerOptimizer, decayed
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
-from metadist.trees import Params, sub
+from metadist.trees import Params, add
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,16 @@ class DARTS(InnerLoop):
     """DARTS.
 
         y_T = inner_steps of the inner optimiser on g;    v = f_y(x, y_T)
-        h = f_x - (g_x(x, y_T + e v) - g_x(x, y_T - e v)) / (2 e),    e = epsilon / |v|
+        h = f_x - xi (g_x(x, y + e v) - g_x(x, y - e v)) / (2 e),
+            y = y_{T-1},   e = epsilon / |v|,   xi = adjoint_lr
 
-    T1-T2 without second derivatives.
+    The derivative of f through the last inner step, the rate of which is xi: ITD with truncate=1,
+    without second derivatives.
 
     Args:
-        epsilon: How far y_T is moved for the difference, in Euclidean norm, > 0.
+        epsilon: How far y is moved for the difference, in Euclidean norm, > 0.
+        adjoint_lr: xi, > 0, what replaces H^-1. None: the rate of the inner step, as in the paper;
+            1: as in the library Betty.
 
     Family: Heuristic.
     For: well-conditioned; heuristic.
@@ -30,20 +34,33 @@ class DARTS(InnerLoop):
     State: y.
     Memory: two more y.
     Use: architecture search; no second derivatives.
-    Breaks: biased, as the identity replaces H: h need not vanish at the solution; rounding,
-    in float32, where epsilon is too small beside |y|; curvature, where it is too large.
+    Breaks: biased, as xi replaces H^-1: h need not vanish at the solution; with "adam" no number is
+    right for xi, see SAMA. Rounding, in float32, where epsilon is too small beside |y|; curvature,
+    where it is too large. Refused below float32, whose rounding is larger than the differences.
     Source: Liu, Simonyan, Yang, "DARTS: Differentiable Architecture Search", ICLR 2019, second
-    order.
-    Differs: the difference is at y_T (as in the library Betty) and v is not multiplied by the inner
-    rate; the paper has it at y_0, times inner_lr, with T = 1.
+    order, equations 7 and 8.
+    Differs: any number of inner steps, where the paper has T = 1, y_0 and xi = inner_lr. Betty has
+    the difference at y_T, as SAMA here, and xi = 1.
     """
 
+    takes_differences = True
+
     epsilon: float = rule(0.01, gt=0)
+    adjoint_lr: float | None = rule(None, gt=0, none="for the rate of the inner step")
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
-        y = self.descend(oracle, context, state.inner)
+        rate = decayed(self.inner_lr, self.inner_decay, oracle.step)
+        optimizer = InnerOptimizer(self, rate)
+        y = state.inner
+        for _ in range(self.inner_steps):
+            before = y
+            y = optimizer.step(y, oracle.inner_grad(context, y, oracle.draw_inner()))
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
-        j_v = difference_product(oracle, context, y, f_y, oracle.draw_inner(), self.epsilon)
+        j_v = difference_product(oracle, context, before, f_y, oracle.draw_inner(), self.epsilon)
+        xi = rate if self.adjoint_lr is None else self.adjoint_lr
         return Estimate(
-            hypergradient=sub(f_x, j_v), start_gradient=None, state=InnerState(y), metrics={}
+            hypergradient=add(f_x, j_v, -xi),
+            start_gradient=None,
+            state=InnerState(y),
+            metrics={},
         )

@@ -55,7 +55,8 @@ class F2SA(InnerLoop):
     Memory: two more y.
     Use: no second derivatives, a bias that lam controls.
     Breaks: noise of g_x is multiplied by lam. order=2 needs lam above L_f / mu, or y runs away;
-    where f is not smooth in that sense use order=1.
+    where f is not smooth in that sense use order=1. Refused below float32, whose rounding is larger
+    than the differences.
     Source: Kwon, Kwon, Wright, Nowak, "A Fully First-Order Method for Stochastic Bilevel
     Optimization", ICML 2023. The central difference is that of F2SA-p. The schedules of the paper
     were not checked.
@@ -63,6 +64,8 @@ class F2SA(InnerLoop):
     the step of y is scaled by 1/(1 + lam_k); no normalised outer steps for order=2. A public
     re-implementation evaluates the g_y of y at z; here it is at y.
     """
+
+    takes_differences = True
 
     y_lr: float | None = rule(None, gt=0, none="for inner_lr")
     lam: float = rule(10.0, gt=0)

@@ -54,6 +54,7 @@ class MEHA(SingleLoop):
     Breaks: on a new task with inner_steps = 1: f_y does not enter h yet, which can point away
     from the hypergradient; set inner_steps to 10 or more, or keep states. Where theta = y, as both
     are 0 under a large l1 weight, h has no lower part. The bias of the end point is O(1 / c_k).
+    Refused below float32, whose rounding is larger than the differences.
     Source: Liu, Liu, Yao, Zeng, Zhang, "Moreau Envelope for Nonconvex Bi-Level Optimization: A
     Single-loop and Hessian-free Solution Strategy", ICML 2024. Order and division by c_k are
     those of the same group's code for the non-smooth case.
@@ -63,6 +64,7 @@ class MEHA(SingleLoop):
     """
 
     takes_prox = True
+    takes_differences = True
 
     y_lr: float = rule(0.1, gt=0)
     gamma: float = rule(1.0, gt=0)

@@ -16,7 +16,8 @@ from metadist.trees import Params, add, dot, scale, sub, zeros_like
 class PZOBO(InnerLoop):
     """Partial zeroth-order bilevel optimiser (PZOBO).
 
-    With A(x, start) = y_T and (u, s) normal directions of context and start of adaptation:
+    With A(x, start) = y_T and (u, s) normal directions of context and start of adaptation, zero
+    where x does not enter, as in a kept start:
 
         delta_j = (A(x + mu u_j, start + mu s_j) - A(x, start)) / mu
         h = f_x + mean_j <delta_j, f_y> u_j;    start: mean_j <delta_j, f_y> s_j
@@ -35,8 +36,9 @@ class PZOBO(InnerLoop):
     State: y.
     Memory: b vectors like (x, y), independent of T.
     Use: few outer variables, no second derivatives, any inner optimiser.
-    Breaks: the variance grows like d / b, d being the size of context and start together; mu near
-    the rounding error of y_T over |y_T| (in float32, mu < 1e-3) gives noise, large mu bias.
+    Breaks: the variance grows like d / b, d being the size of what x enters of context and start;
+    mu near the rounding error of y_T over |y_T| (in float32, mu < 1e-3) gives noise, large mu bias.
+    Refused below float32, whose rounding is larger than the differences.
     Source: Sow, Ji, Liang, "On the Convergence Theory for Hessian-Free Bilevel Algorithms",
     NeurIPS 2022. The ES-based Jacobian estimate; with mini-batches its PZOBO-S.
     Differs: directions are plain normal, where the official code can normalise them tensor by
@@ -45,6 +47,7 @@ class PZOBO(InnerLoop):
     """
 
     trains = "both"
+    takes_differences = True
 
     mu: float = rule(0.01, gt=0)
     num_directions: int = rule(8, ge=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Algorithm, Estimate, InnerState
-from metadist.algorithms.parts.inner import sgd
+from metadist.algorithms.parts.inner import check_first_step, sgd
 from metadist.checks.values import check_fields, rule
 from metadist.oracle import Oracle
 from metadist.problem import Problem, context_depends_on
@@ -26,7 +26,7 @@ class Reptile(Algorithm):
     Args:
         inner_steps: T, >= 1; useful from 2 on.
         inner_lr: > 0.
-        momentum: The momentum of the inner SGD, in [0, 1).
+        momentum: The momentum of the inner SGD, in [0, 1); it needs inner_steps >= 2.
 
     Family: Heuristic.
     For: any smooth one, adapted from a learned start.
@@ -50,6 +50,7 @@ class Reptile(Algorithm):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_first_step(self.inner_steps, "sgd", self.momentum)
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> InnerState:
         return InnerState(inner)

@@ -45,7 +45,8 @@ class SAMA(InnerLoop):
         P = lr' ((1-b1) b2 s_old - b1 (1-b2) g m_old) / (sqrt(s) + e')^3
 
     with lr', e' of Adam's bias correction. As in the official code, "adam" has the factor inner_lr
-    in h and "sgd" has not: outer rates differ.
+    in h and "sgd" has not: outer rates differ. With "sgd" it is DARTS with adjoint_lr=1, but for
+    the point of the difference.
 
     Args:
         epsilon: How far y_T is moved for the difference, in Euclidean norm, > 0.
@@ -56,15 +57,28 @@ class SAMA(InnerLoop):
     State: y, Adam's moments.
     Memory: with "adam", four more y.
     Use: data weights of large models; no second derivatives.
-    Breaks: biased, as DARTS. The first step of Adam is the sign of the gradient, which has no
-    derivative: on a new task with inner_steps = 1, v is 0.
+    Breaks: biased, as DARTS, and refused below float32, as DARTS. The first step of Adam is the
+    sign of the gradient, which has no derivative: with inner_steps = 1 v would be 0 on new tasks,
+    which are refused; evaluation adapts by that one step, since it starts Adam anew.
     Source: Choe, Mehta, Ahn, Neiswanger, Xie, Strubell, Xing, "Making Scalable Meta Learning
     Practical", NeurIPS 2023. And its library Betty.
     Differs: Adam's bias correction is differentiated too; epsilon is 0.01, a step that is small
     beside y, where the official code has 1.
     """
 
+    keeps_moments = True
+    takes_differences = True
+
     epsilon: float = rule(0.01, gt=0)
+
+    @property
+    def needs_kept_state(self) -> str:
+        if self.inner_optimizer == "sgd" or self.inner_steps > 1:
+            return ""
+        return (
+            "the first step of Adam is the sign of the gradient, which has no derivative, so that "
+            "h is f_x alone. Set more inner_steps"
+        )
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> State:
         if self.inner_optimizer == "sgd":

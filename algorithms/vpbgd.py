@@ -47,11 +47,14 @@ class VPBGD(InnerLoop):
     Use: no second derivatives, several lower solutions.
     Breaks: on a new task with rounds = 1: f_y does not enter h yet, which can point away from
     the hypergradient; set more `rounds`, or keep states. The end point has a bias of
-    O(1/gamma_max); a rise too fast stalls x.
+    O(1/gamma_max); a rise too fast stalls x. Refused below float32, whose rounding is larger than
+    the differences.
     Source: Shen, Chen, "On Penalty-based Bilevel Gradient Descent Method", ICML 2023,
     algorithm 1. The scaled steps are those of its official code.
     Differs: x is stepped by the outer optimiser.
     """
+
+    takes_differences = True
 
     y_lr: float = rule(0.1, gt=0)
     gamma_init: float = rule(0.0, ge=0)

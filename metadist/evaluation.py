@@ -218,6 +218,8 @@ def with_inner_steps(algorithm: Algorithm, inner_steps: int) -> Algorithm:
     changes: dict[str, Any] = {"inner_steps": inner_steps}
     if "truncate" in fields:
         changes["truncate"] = None  # of no effect on adaptation
+    if "momentum" in fields and inner_steps == 1:
+        changes["momentum"] = 0.0  # of no effect on the first step
     return dataclasses.replace(algorithm, **changes)  # type: ignore[type-var]
 
 

@@ -82,6 +82,26 @@ def adam_step(y: Params, moments: Moments | None, g_y: Params, lr: float) -> tup
     return tree_map(move, y, first, second), Moments(first, second, count)
 
 
+def check_first_step(inner_steps: int, optimizer: str, momentum: float) -> None:
+    """Raise ValueError for an inner optimiser that ends before its memory has any effect.
+
+    The first step of "sgd" with momentum is that of "sgd"; the first step of an adaptive optimiser
+    is the sign of the gradient, times the rate.
+    """
+    if inner_steps > 1 or (optimizer == "sgd" and not momentum):
+        return
+    if optimizer == "sgd":
+        option, plain = f"momentum={momentum}", "momentum=0"
+        does = "its one step has no velocity yet, so that momentum does nothing"
+    else:
+        option, plain = f"inner_optimizer={optimizer!r}", "inner_optimizer='sgd'"
+        does = "its one step is the sign of the gradient alone"
+    raise ValueError(
+        f"inner_steps must be >= 2 with {option}, got {inner_steps}: the inner optimiser starts "
+        f"anew at every outer step, and {does}. Set more inner_steps, or {plain}"
+    )
+
+
 def decayed(rate: float, exponent: float, step: int) -> float:
     """rate * (step + 1)^-exponent: the schedule of a rate over outer steps."""
     return rate * (step + 1) ** -exponent
@@ -139,11 +159,12 @@ class InnerLoop(Algorithm):
         inner_decay: The rate at outer step k is inner_lr * (k+1)^-inner_decay, in [0, 1].
             Evaluation is at k = 0: it adapts with inner_lr.
         inner_optimizer: "sgd" or "adam" (with torch's defaults); as in torch.optim, started
-            anew at every outer step.
-        momentum: The momentum of "sgd", in [0, 1).
+            anew at every outer step and in evaluation, so "adam" needs inner_steps >= 2.
+        momentum: The momentum of "sgd", in [0, 1); it needs inner_steps >= 2.
     """
 
     trains = "context"
+    keeps_moments = False  # whether those of "adam" are part of the state
 
     inner_steps: int = rule(10, ge=1)
     inner_lr: float = rule(0.1, gt=0)
@@ -158,6 +179,8 @@ class InnerLoop(Algorithm):
                 f"momentum must be 0 with inner_optimizer='adam', got {self.momentum}: it is the "
                 "momentum of 'sgd'"
             )
+        if not (self.inner_optimizer == "adam" and self.keeps_moments):
+            check_first_step(self.inner_steps, self.inner_optimizer, self.momentum)
 
     def descend(
         self, oracle: Oracle, context: Params, y: Params, draws: Iterable[Draw] | None = None

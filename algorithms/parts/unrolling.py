@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import OWN, Algorithm, Estimate, InnerState, split_own
-from metadist.algorithms.parts.inner import sgd, sgd_step
+from metadist.algorithms.parts.inner import check_first_step, sgd, sgd_step
 from metadist.checks.values import check_fields, rule
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, multiply, scale, sub, tree_map, zeros_like
@@ -24,7 +24,7 @@ class Unrolling(Algorithm):
     Args:
         inner_steps: T, >= 1.
         inner_lr: The rate, > 0; the initial value if `learn_lr` is on.
-        momentum: The momentum of the inner SGD, in [0, 1).
+        momentum: The momentum of the inner SGD, in [0, 1); it needs inner_steps >= 2.
         learn_lr: Make the rates outer variables: one per inner tensor ("per_tensor") or one per
             element ("per_element", Meta-SGD). A learned rate may become negative.
         truncate: Differentiate twice through this many last steps only; None: all. Earlier
@@ -32,7 +32,8 @@ class Unrolling(Algorithm):
         first_order: Use no second derivatives at all (FOMAML), the limit truncate = 0.
         engine: "adjoint" keeps the iterates y_t and makes one second-order product per
             step; "unrolled" keeps the graph of all steps; "higher" does so with that library.
-        inner_optimizer: "sgd", or with engine="higher" a key of `HIGHER_OPTIMIZERS`.
+        inner_optimizer: "sgd", or with engine="higher" a key of `HIGHER_OPTIMIZERS`; all but
+            "sgd" need inner_steps >= 2.
         compile: Compile the derivatives with torch.compile (engine="adjoint", no vmap).
     """
 
@@ -78,6 +79,7 @@ class Unrolling(Algorithm):
                 f"inner_optimizer must be 'sgd' with engine={self.engine!r}, got "
                 f"{self.inner_optimizer!r}; engine='higher' has others"
             )
+        check_first_step(self.inner_steps, self.inner_optimizer, self.momentum)
 
     @property
     def second_order_steps(self) -> int:

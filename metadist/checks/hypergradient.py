@@ -34,7 +34,13 @@ from metadist.checks.exact import (
     lbfgs,
     newton,
 )
-from metadist.checks.preflight import check_losses, check_trainable, initial_outer, preflight
+from metadist.checks.preflight import (
+    check_losses,
+    check_precision,
+    check_trainable,
+    initial_outer,
+    preflight,
+)
 from metadist.checks.values import check
 from metadist.compute import DEFAULT, Compute
 from metadist.hypergradient import task_hypergradients
@@ -219,10 +225,14 @@ def check_hypergradient(
         )
     # The task goes alone, however many a training has go together.
     compute = replace(compute, vectorize=False)
-    workload = Workload(problem, sampler, algorithm, compute=compute)
+    # The report has a kept state beside new ones.
+    keep_state = bool(algorithm.needs_kept_state)
+    workload = Workload(problem, sampler, algorithm, keep_state=keep_state, compute=compute)
     if outer is None:
         outer = initial_outer(workload)
-    outer, notes = _in_double(workload, outer)
+    trained = outer
+    outer, notes = _in_double(workload, trained)
+    check_precision(workload, trained)
     preflight(workload, outer)
     # The fused attention kernels have no double backward, the plain one has.
     with sdpa_kernel(SDPBackend.MATH):

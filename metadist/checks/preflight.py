@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
@@ -79,6 +81,11 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compu
     num_tasks = min(2, workload.meta_batch_size) if workload.keep_state else 2
     tasks = [_task(workload.sampler, outer, index) for index in range(num_tasks)]
     algorithm, problem_outer = workload.algorithm, split_own(outer)[0]
+    if algorithm.needs_kept_state and not workload.keep_state:
+        raise ValueError(
+            f"keep_state must be True with {algorithm}, got False: {algorithm.needs_kept_state}, "
+            "or keep states"
+        )
     if is_whole:
         check_rows(workload.problem, problem_outer, len(tasks[0].support.index))
     with intra_op_threads(workload.compute.num_threads):
@@ -89,6 +96,7 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compu
                 f"{type(algorithm).__name__}, which would leave the non-smooth part out: use MEHA"
             )
         algorithm.check(workload.problem, problem_outer, tasks[0])
+        check_precision(workload, outer)
         result = _hypergradient(workload, outer, tasks[:1])
         _check_twice_differentiable(workload, outer, tasks[0])
         compute = workload.compute
@@ -276,6 +284,58 @@ def _require_scalar(name: str, value: Any) -> None:
     if not isinstance(value, torch.Tensor) or value.shape != ():
         got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"{name} must return a tensor of shape (), got {got}")
+
+
+def check_precision(workload: Workload, outer: Params) -> None:
+    """Raise ValueError for an algorithm of differences on a problem that computes too roughly.
+
+    Looks at what the inner loss computes with, not only at the dtype of x: a problem may keep y in
+    bfloat16, or run its model under autocast.
+    """
+    algorithm, problem = workload.algorithm, workload.problem
+    if not algorithm.takes_differences:
+        return
+    outer, _ = split_own(outer)
+    task = _task(workload.sampler, outer)
+    with torch.no_grad():
+        context, start = problem.encode(outer, task), problem.init_inner(outer, task)
+        with _Dtypes() as computed:
+            problem.inner_loss(context, start, task.support)
+    for where, dtypes in (
+        ("the context", _dtypes(context.values())),
+        ("the inner variable", _dtypes(start.values())),
+        ("inner_loss", computed.found),
+    ):
+        rough = {dtype for dtype in dtypes if _is_rough(dtype)}
+        if rough:
+            raise ValueError(
+                f"{where} must be in float32 or float64 with {type(algorithm).__name__}, got "
+                f"{', '.join(sorted(map(str, rough)))}: it takes differences between first "
+                "derivatives at near points, which are smaller than the rounding there. Cast the "
+                "model with model.float() (without autocast), or use an algorithm without "
+                "differences, as SOBA or ITD"
+            )
+
+
+class _Dtypes(TorchDispatchMode):
+    """The floating dtypes that operators return within the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.found |= _dtypes(tree_leaves(out))
+        return out
+
+
+def _dtypes(values: Iterable[Any]) -> set[torch.dtype]:
+    return {leaf.dtype for leaf in values if isinstance(leaf, torch.Tensor)}
+
+
+def _is_rough(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
 
 
 NOT_COMPUTABLE = (RuntimeError, IndexError, ValueError, TypeError)

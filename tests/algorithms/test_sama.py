@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from metadist import Trainer, check_hypergradient
 from metadist.algorithms.darts import DARTS
 from metadist.algorithms.parts.inner import InnerLoop, Moments, adam_step
 from metadist.algorithms.sama import SAMA, adam_slope
-from metadist.trees import add, multiply, scale
+from metadist.trees import add, multiply, norm, scale, sub
 from tests.algorithms.toys import assert_vmap_is_loop, counts_of, estimate, point
 from tests.problems import (
     Quadratic,
@@ -28,12 +29,12 @@ def test_golden_value_with_sgd():
     assert_close(result.hypergradient, {"x": point(1.2, -2.4)}, 1e-10)
 
 
-def test_with_sgd_it_is_darts():
-    problem, task = Smooth(), smooth_task(0)
+def test_with_sgd_it_is_darts_without_the_rate():
+    problem, task = Quadratic(2, 4), quadratic_task(0)  # J is the same everywhere
     outer = problem.init_outer(generator(0))
-    expected = estimate(DARTS(4, 0.1, momentum=0.5), problem, outer, task)
+    expected = estimate(DARTS(4, 0.1, momentum=0.5, adjoint_lr=1.0), problem, outer, task)
     result = estimate(SAMA(4, 0.1, momentum=0.5), problem, outer, task)
-    assert_close(result.hypergradient, expected.hypergradient, 1e-13)
+    assert_close(result.hypergradient, expected.hypergradient, 1e-11)
 
 
 def test_golden_slope_of_adam():
@@ -92,6 +93,28 @@ def test_adam_goes_on_from_one_estimate_to_the_next():
     oracle, context, start = oracle_of(problem, outer, task)
     expected = InnerLoop.adapt(SAMA(4, 0.05, inner_optimizer="adam"), oracle, context, start)
     assert_close(once.state.inner, expected, 1e-13)
+
+
+def test_one_step_of_adam_needs_a_kept_state():
+    problem, task = Smooth(), smooth_task(0)
+    outer = problem.init_outer(generator(0))
+    one_step = SAMA(1, 0.05, inner_optimizer="adam")
+    first = estimate(one_step, problem, outer, task)
+    second = estimate(one_step, problem, outer, task, first.state)
+    assert first.state.moments.num_steps == 1
+    assert norm(sub(second.hypergradient, first.hypergradient)) > 0
+    with pytest.raises(
+        ValueError, match=r"keep_state must be True with SAMA\(.* first step of Adam"
+    ):
+        Trainer(problem, FewTasks(), one_step, quiet=True)
+    check_hypergradient(problem, task, one_step)
+    for accepted in (one_step, SAMA(2, 0.05, inner_optimizer="adam")):
+        assert bool(accepted.needs_kept_state) == (accepted is one_step)
+
+
+class FewTasks:
+    def sample(self, index):
+        return smooth_task(index)
 
 
 def test_zero_gradients_give_zero():

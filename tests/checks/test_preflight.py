@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from metadist.algorithms import ITD, UFOM, Reptile
+from metadist import Trainer, check_hypergradient
+from metadist.algorithms import AID, ALGORITHMS, DARTS, ITD, UFOM, Reptile
 from metadist.checks.preflight import NoSecondDerivative, initial_outer, preflight
 from metadist.compute import Compute
 from metadist.evaluation import evaluate
 from metadist.hypergradient import warn_once
+from metadist.task import Batch, Task
 from metadist.tasks import FewShotProblem
-from metadist.trees import tree_map
+from metadist.trees import Params, tree_map
 from metadist.workload import Workload
 from tests.helpers import (
     Images,
@@ -29,7 +31,7 @@ from tests.helpers import (
     small_conv4,
     with_compute,
 )
-from tests.problems import Smooth, smooth_task
+from tests.problems import Quadratic, QuadraticSampler, Smooth, smooth_task
 
 
 class OnceNew(torch.autograd.Function):
@@ -429,3 +431,53 @@ def test_a_rare_hypergradient_is_no_reason_to_refuse():
 def test_an_algorithm_that_never_trains_what_is_there_is_refused():
     with pytest.raises(ValueError, match=r"zero in every .* though the losses or the start depend"):
         check(problem=Decayed(), algorithm=ITD(inner_steps=2, inner_lr=0.01, first_order=True))
+
+
+class Rough(Quadratic):
+    """It computes in another dtype than that of x: in the start, in the loss, or under autocast."""
+
+    def __init__(self, where: str, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__(2, 4)
+        self.where, self.dtype = where, dtype
+
+    def init_outer(self, generator: torch.Generator) -> Params:
+        return {"x": super().init_outer(generator)["x"].float()}
+
+    def init_inner(self, outer: Params, task: Task) -> Params:
+        return {"y": self.start.to(self.dtype if self.where == "start" else torch.float32)}
+
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        y = inner["y"].to(context["x"].dtype)
+        if self.where == "loss":
+            y = y.to(self.dtype).to(y.dtype)
+        with torch.autocast("cpu", self.dtype, enabled=self.where == "autocast"):
+            return super().inner_loss(context, {"y": y}, batch).to(context["x"].dtype)
+
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        return super().outer_loss(context, {"y": inner["y"].to(context["x"].dtype)}, batch)
+
+
+DIFFERENCES = ["bome", "darts", "f2sa", "meha", "pzobo", "sama", "vpbgd"]
+
+
+def test_which_algorithms_take_differences():
+    assert [name for name, cls in ALGORITHMS.items() if cls.takes_differences] == DIFFERENCES
+
+
+@pytest.mark.parametrize("where", ["start", "loss", "autocast"])
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_differences_below_float32_are_refused(name, where):
+    algorithm = ALGORITHMS[name](inner_steps=3)  # type: ignore[call-arg]
+    words = "the inner variable" if where == "start" else "inner_loss"
+    message = rf"{words} must be in float32 or float64 with .*, got torch.bfloat16: it takes diff"
+    with pytest.raises(ValueError, match=message):
+        Trainer(Rough(where), QuadraticSampler(), algorithm, quiet=True)
+    with pytest.raises(ValueError, match=message):
+        check_hypergradient(Rough(where), QuadraticSampler().sample(0), algorithm)
+
+
+@pytest.mark.parametrize("where", ["start", "loss", "nowhere"])
+def test_other_algorithms_and_other_dtypes_are_not(where):
+    Trainer(Rough(where), QuadraticSampler(), AID(inner_steps=3), quiet=True)
+    single = Rough(where, torch.float32)
+    Trainer(single, QuadraticSampler(), DARTS(inner_steps=3), quiet=True)

@@ -1,10 +1,14 @@
 """The inner optimisers step by step against torch.optim, decays, and what the loops refuse."""
 
+import inspect
+from typing import Any
+
 import pytest
 import torch
 from torch.func import vmap
 
 from metadist.algorithm import Estimate, InnerState
+from metadist.algorithms import AID, ALGORITHMS, ITD
 from metadist.algorithms.meha import MEHA
 from metadist.algorithms.parts.inner import (
     InnerLoop,
@@ -15,6 +19,7 @@ from metadist.algorithms.parts.inner import (
     sgd_step,
 )
 from metadist.algorithms.ufom import UFOM
+from metadist.evaluation import with_inner_steps
 from metadist.trees import select, stack, zeros_like
 from tests.problems import (
     Smooth,
@@ -196,3 +201,44 @@ COMMON = [
 def test_messages(kind, options, message):
     with pytest.raises(ValueError, match=message):
         kind(**options)
+
+
+WITH_MEMORY = {
+    name: cls for name, cls in ALGORITHMS.items() if "momentum" in inspect.signature(cls).parameters
+}
+
+
+@pytest.mark.parametrize("name", WITH_MEMORY)
+def test_an_optimizer_that_ends_at_its_first_step_is_refused(name):
+    make: Any = WITH_MEMORY[name]
+    options: dict[str, Any] = {"adjoint_lr": 0.1} if name in ("amigo", "subbio") else {}
+    with pytest.raises(
+        ValueError, match=r"inner_steps must be >= 2 with momentum=0\.3, got 1: the"
+    ):
+        make(inner_steps=1, momentum=0.3)
+    assert make(inner_steps=1).momentum == 0 and make(inner_steps=2, momentum=0.3).momentum == 0.3
+    if isinstance(make(), InnerLoop):
+        if name == "sama":  # whose state has the moments
+            make(inner_steps=1, inner_optimizer="adam")
+        else:
+            with pytest.raises(ValueError, match=r"with inner_optimizer='adam', got 1: .* sign of"):
+                make(inner_steps=1, inner_optimizer="adam", **options)
+        make(inner_steps=2, inner_optimizer="adam", **options)
+    elif name in ("itd", "metasgd"):
+        for optimizer in ("adagrad", "rmsprop", "adamax"):
+            with pytest.raises(
+                ValueError, match=rf"inner_optimizer='{optimizer}', got 1: .* sign of"
+            ):
+                make(inner_steps=1, engine="higher", inner_optimizer=optimizer)
+        make(inner_steps=1, engine="higher")
+    else:
+        assert name == "reptile"
+
+
+def test_evaluation_after_one_step_says_that_momentum_has_no_part_in_it():
+    assert with_inner_steps(ITD(3, 0.1, momentum=0.9), 1) == ITD(1, 0.1)
+    assert with_inner_steps(ITD(3, 0.1, momentum=0.9), 2) == ITD(2, 0.1, momentum=0.9)
+    with pytest.raises(
+        ValueError, match="inner_steps must be >= 2 with inner_optimizer='adam', got 1"
+    ):
+        with_inner_steps(AID(3, 0.1, inner_optimizer="adam"), 1)
