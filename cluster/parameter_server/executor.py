@@ -140,12 +140,19 @@ class RayExecutor(Executor):
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         """See `Executor`; started again, it keeps its processes and sets them up anew."""
         if self._policy.is_synchronous and self._workers.num_workers > workload.leases_per_step:
+            way_out = "lower tasks_per_lease"
+            if workload.tasks_per_lease == 1:
+                way_out = (
+                    "lower num_workers, or raise meta_batch_size"
+                    if workload.meta_batch_size > 1
+                    else "lower num_workers, or use DataParallelExecutor, which cuts one task up"
+                )
             raise ValueError(
                 f"num_workers must be <= {workload.leases_per_step} with policy="
                 f"{str(self._policy)!r}, as many as an outer step has leases "
                 f"(meta_batch_size={workload.meta_batch_size} / "
                 f"tasks_per_lease={workload.tasks_per_lease}), got {self._workers.num_workers}: "
-                "the others would never work; lower tasks_per_lease"
+                f"the others would never work; {way_out}"
             )
         if workload.must_be_synchronous and not self._policy.is_synchronous:
             why = (
