@@ -170,7 +170,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "more workers than leases": (
         train("--executor ray --executor.workers.num_workers 9"),
-        r"num_workers must be <= 4 with policy='bsp', .*, got 9: .* lower tasks_per_lease",
+        r"num_workers must be <= 4 with policy='bsp', .*, got 9: .* lower num_workers",
     ),
     "no run folder": (
         ["train", *CURVES],
