@@ -6,7 +6,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,11 @@ from metadist.run.checkpoint import (
     check_same_model,
 )
 from metadist.run.events import EventLog
-from metadist.run.files import CHECKPOINTS, CONFIG, EVENTS, TENSORBOARD
+from metadist.run.files import CHECKPOINTS, CONFIG, EVENTS, LOCK, TENSORBOARD
+from metadist.run.lock import RunLock
 from metadist.run.monitor import Monitor, TerminalProgress, calls_of, mean_metrics
 from metadist.run.settings import as_text, difference, recorded
-from metadist.run.storage import Folder, Mirror
+from metadist.run.storage import Folder, Mirror, is_part
 from metadist.signals import OneStop
 from metadist.task import TaskSampler, to_device
 from metadist.trees import Params
@@ -100,8 +102,11 @@ class Trainer:
         val_every: Outer steps between validations; None: only one at the end of `fit`.
         val_tasks: Tasks per validation.
         eval_inner_steps: Inner steps in validation and test; None: as in training.
-        checkpoint_every: Outer steps between checkpoints; the first is of the start.
+        checkpoint_every: Outer steps between checkpoints; the first is of the start. None: no
+            checkpoints by steps.
+        checkpoint_every_s: Seconds between checkpoints, beside those by steps; None: none by time.
         keep_checkpoints: How many of the newest checkpoints stay, beside the best.
+        keep_every: Checkpoints at multiples of so many outer steps stay for good; None: none.
         log_every: Outer steps between reports of losses and metrics.
         max_dropped: Tasks dropped in a row that end the run.
         quiet: Show no progress.
@@ -131,8 +136,10 @@ class Trainer:
         val_every: int | None = None,
         val_tasks: int = 100,
         eval_inner_steps: int | None = None,
-        checkpoint_every: int = 100,
+        checkpoint_every: int | None = 100,
+        checkpoint_every_s: float | None = None,
         keep_checkpoints: int = 3,
+        keep_every: int | None = None,
         log_every: int = 10,
         max_dropped: int = 64,
         quiet: bool = False,
@@ -141,7 +148,9 @@ class Trainer:
     ) -> None:
         check_trainable(problem, algorithm)
         compute = compute.given(batch_size=batch_size, seed=seed)
-        checkpoint_every = check("checkpoint_every", checkpoint_every, is_integer=True, ge=1)
+        checkpoint_every = check("checkpoint_every", checkpoint_every, is_integer=True, ge=1, none="")
+        checkpoint_every_s = check("checkpoint_every_s", checkpoint_every_s, gt=0, none="")
+        keep_every = check("keep_every", keep_every, is_integer=True, ge=1, none="")
         keep_checkpoints = check("keep_checkpoints", keep_checkpoints, is_integer=True, ge=1)
         log_every = check("log_every", log_every, is_integer=True, ge=1)
         max_dropped = check("max_dropped", max_dropped, is_integer=True, ge=1)
@@ -192,7 +201,8 @@ class Trainer:
         self._val_every = val_every
         self._val_tasks = val_tasks
         self._eval_inner_steps = eval_inner_steps
-        self._checkpoint_every = checkpoint_every
+        self._checkpoint_every = [every for every in (checkpoint_every, keep_every) if every]
+        self._checkpoint_every_s = math.inf if checkpoint_every_s is None else checkpoint_every_s
         self._log_every = log_every
         self._max_dropped = max_dropped
         self._quiet = quiet
@@ -203,7 +213,9 @@ class Trainer:
         self.run_dir: Path | None = None
         """The run folder; if that is not on this machine, the local copy of its events."""
         if self._folder is not None:
-            self._store = CheckpointStore((self._folder / CHECKPOINTS).uri, keep_checkpoints)
+            self._store = CheckpointStore(
+                (self._folder / CHECKPOINTS).uri, keep_checkpoints, keep_every=keep_every
+            )
             self._folder.check_writable()
             self._mirror = Mirror(self._folder)
             self._mirror.fetch(EVENTS)
@@ -231,6 +243,11 @@ class Trainer:
         self._state = OuterVariable(outer, self._optimizer, rules).state()
         self._like = outer
         self._is_new = True
+        self._goes_back = False
+        self._saved_at = 0.0
+        self._validated: int | None = None
+        """The step that was validated last."""
+        self._lock: RunLock | None = None
         self.has_started = False
         """Whether the last `fit` began to compute; errors before that are about the input."""
 
@@ -304,6 +321,8 @@ class Trainer:
             ) from error
         self._state = checkpoint.state
         self._is_new = False
+        self._goes_back = name is not None
+        self._validated = None if checkpoint.score is None else self.version
         return found
 
     def fit(
@@ -325,35 +344,41 @@ class Trainer:
                 checkpoint is kept.
         """
         num_steps = check("num_steps", num_steps, is_integer=True, ge=1)
-        if self._folder is not None and self._is_new and self._folder.names():
-            raise ValueError(
-                f"run_dir must be a new or empty folder, got {self._folder.uri!r}, which holds "
-                "files: choose another, or continue that run (metadist resume, "
-                "Trainer.restore)"
-            )
-        with OneStop() as stop:
-            return self._fit(num_steps, on_step, stop)
+        self.has_started = False
+        self._check_new()
+        run = _Run(num_steps, self._log_every, self._quiet, self._events)
+        try:
+            with OneStop() as stop, self._locked(run.progress):
+                return self._fit(num_steps, on_step, run, stop)
+        finally:
+            run.progress.close()
 
     def _fit(
-        self, num_steps: int, on_step: Callable[[StepReport], bool] | None, stop: OneStop
+        self,
+        num_steps: int,
+        on_step: Callable[[StepReport], bool] | None,
+        run: _Run,
+        stop: OneStop,
     ) -> TrainingResult:
         began = time.perf_counter()
-        self.has_started = False
         is_new = self._is_new
-        run = _Run(num_steps, self._log_every, self._quiet)
         monitor = None
         try:
             self._executor.notify = self._events.write  # type: ignore[method-assign]
             self._executor.start(self._workload, self._optimizer, self._state)
             if self.run_dir is not None:
                 self._open_run_dir(self.run_dir)
-                monitor = Monitor(self.run_dir / TENSORBOARD, self.version)
+                monitor = Monitor(self.run_dir / TENSORBOARD, self.version, run.curves_failed)
                 monitor.start(self.settings(), self._probe.sample(0))
             self.has_started = True
             about = {"until_step": num_steps, **self._executor.describe()}
             with self._events.run(self.version, **about):
                 if is_new:
                     self._save()  # for a run that dies before it gets to the next
+                else:
+                    self._abandon_newer(run.progress)
+                    self._make_up_validation(num_steps, monitor, run.progress)
+                self._saved_at = time.monotonic()
                 for report in self._executor.run(num_steps):
                     stop.check()
                     self._events.report(report)
@@ -374,7 +399,6 @@ class Trainer:
             raise
         finally:
             self._executor.close()
-            run.progress.close()
             if monitor is not None:
                 monitor.close()
             self._upload()
@@ -438,11 +462,10 @@ class Trainer:
     def _periodically(
         self, version: int, num_steps: int, monitor: Monitor | None, run: _Run
     ) -> None:
-        last = version >= num_steps
-        validates = self._val_sampler is not None and (
-            last or (self._val_every is not None and version % self._val_every == 0)
-        )
-        if not (last or validates or version % self._checkpoint_every == 0):
+        validates = self._validates(version, num_steps)
+        is_due = any(version % every == 0 for every in self._checkpoint_every)
+        is_due |= time.monotonic() - self._saved_at >= self._checkpoint_every_s
+        if not (is_due or validates or version >= num_steps):
             return
         self._state = self._executor.state()
         if self.version < version:
@@ -450,24 +473,38 @@ class Trainer:
         run.settle()
         score = None
         if validates:
-            assert self._val_sampler is not None
-            score = self._validate(self._val_sampler, monitor, run.progress)
+            score = self._validate(monitor, run.progress)
         self._save(score)
         if monitor is not None:
             monitor.flush()
             self._upload()
 
-    def _validate(
-        self, sampler: TaskSampler, monitor: Monitor | None, progress: TerminalProgress
-    ) -> float | None:
+    def _validates(self, version: int, num_steps: int) -> bool:
+        return self._val_sampler is not None and (
+            version >= num_steps or (self._val_every is not None and version % self._val_every == 0)
+        )
+
+    def _make_up_validation(
+        self, num_steps: int, monitor: Monitor | None, progress: TerminalProgress
+    ) -> None:
+        """Validate the step that the run continues from, if an interruption prevented that."""
+        is_missing = self.version > 0 and self._validated != self.version
+        if is_missing and self._validates(self.version, num_steps):
+            self._save(self._validate(monitor, progress))
+
+    def _validate(self, monitor: Monitor | None, progress: TerminalProgress) -> float | None:
         """The score of validation; None where it is not finite, which must not end the run."""
+        sampler = self._val_sampler
+        assert sampler is not None
         self._events.step = self.version
         try:
             result = self.test(sampler, self._val_tasks)
         except FloatingPointError as error:
+            self._validated = self.version
             progress.say(f"step {self.version}: validation without a score: {error}")
             self._events.write("validation_failed", error=str(error))
             return None
+        self._validated = self.version
         if result.dropped:
             self._events.write("validation_dropped", metrics=result.protocol["dropped"])
         if monitor is not None:
@@ -489,17 +526,79 @@ class Trainer:
             return
         run.progress.say(f"{how} at step {self.version}" + (f", saved {saved}" if saved else ""))
 
+    def _check_new(self) -> None:
+        """Raise ValueError if a run would begin in a folder that holds something else.
+
+        What a run has left that ended before its first checkpoint is nothing: it begins again.
+        """
+        if self._folder is None or self._store is None or not self._is_new:
+            return
+        names = {name for name in self._folder.names() if not is_part(name)}
+        if names <= {LOCK}:
+            return
+        is_ours = names <= {CONFIG, EVENTS, TENSORBOARD, CHECKPOINTS, LOCK}
+        if is_ours and (names != {CONFIG} or self._is_own_config()) and self._store.is_bare():
+            return
+        raise ValueError(
+            f"run_dir must be a new or empty folder, got {self._folder.uri!r}, which holds "
+            "files: choose another, or continue that run (metadist resume, "
+            "Trainer.restore)"
+        )
+
+    def _is_own_config(self) -> bool:
+        assert self._folder is not None
+        own = (self._config or "").encode()
+        return (
+            bool(own)
+            and self._folder.size_bytes(CONFIG) == len(own)
+            and (self._folder.read(CONFIG, len(own)) == own)
+        )
+
+    @contextmanager
+    def _locked(self, progress: TerminalProgress) -> Iterator[None]:
+        """Within the block the run folder is this trainer's."""
+        if self._folder is None:
+            yield
+            return
+        self._lock = RunLock(self._folder, progress.say)
+        self._lock.acquire()
+        try:
+            self._check_new()  # another run may have begun and ended in the meantime
+            if self._is_new and set(self._folder.names()) > {LOCK}:
+                progress.say(f"beginning {self._folder.uri} again, which holds no checkpoint")
+            yield
+        finally:
+            self._lock.release()
+
     def _open_run_dir(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._is_new = False
         if self._folder is not None and self._config is not None:
             self._folder.write(CONFIG, self._config.encode())
 
+    def _abandon_newer(self, progress: TerminalProgress) -> None:
+        """Move away the checkpoints after the one that the run was told to go back to."""
+        if self._store is not None and self._goes_back:
+            self._store.abandon(self.version)
+            self._report_abandoned(progress.say)
+        self._goes_back = False
+
+    def _report_abandoned(self, say: Callable[[str], None]) -> None:
+        assert self._store is not None
+        if moved := self._store.set_aside:
+            say(f"moved away, of a branch that is abandoned: {', '.join(moved)}")
+            self._events.write("branch_abandoned", checkpoints=[*moved])
+            moved.clear()
+
     def _save(self, score: float | None = None) -> str | None:
         if self._store is None:
             return None
+        if self._lock is not None:
+            self._lock.check()
         name = self._store.save(Checkpoint(self._state, self._info, score))
+        self._saved_at = time.monotonic()
         self._events.step = self.version
+        self._report_abandoned(log.warning)
         self._events.write("checkpoint_written", checkpoint=name, score=score)
         return name
 
@@ -514,11 +613,16 @@ TASKS, DROPPED = "tasks", "dropped"  # beside the names of oracle calls
 class _Run:
     """The counters of one call of `fit`."""
 
-    def __init__(self, num_steps: int, log_every: int, quiet: bool) -> None:
+    def __init__(self, num_steps: int, log_every: int, quiet: bool, events: EventLog) -> None:
         self.progress = TerminalProgress(num_steps, log_every, quiet)
         self._settled: Counter[str] = Counter()
         self._recent: dict[int, Counter[str]] = {}
         self._in_a_row: list[int] = []
+        self._events = events
+
+    def curves_failed(self, error: OSError) -> None:
+        self.progress.say(f"TensorBoard events are missing from here, training continues: {error}")
+        self._events.write("curves_failed", error=str(error))
 
     @property
     def num_tasks(self) -> int:

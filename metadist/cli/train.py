@@ -19,7 +19,8 @@ from metadist.cli.workload import add_workload, instantiate
 from metadist.evaluation import EvaluationResult
 from metadist.optimizer import OuterOptimizer
 from metadist.problem import has_few_shot_classes
-from metadist.run.files import CONFIG, RESULT
+from metadist.run.checkpoint import CheckpointStore
+from metadist.run.files import CHECKPOINTS, CONFIG, RESULT
 from metadist.run.storage import Folder, write_json
 from metadist.run.text import printable
 from metadist.trainer import Trainer, headline
@@ -36,7 +37,10 @@ SECTIONS = {
         *("executor", "tasks_per_lease", "compute", "batch_size", "vectorize", "chunk_size"),
         "num_threads",
     ),
-    "Checkpoints and logs": ("checkpoint_every", "keep_checkpoints", "log_every", "quiet"),
+    "Checkpoints and logs": (
+        *("checkpoint_every", "checkpoint_every_s", "keep_checkpoints", "keep_every"),
+        *("log_every", "quiet"),
+    ),
 }
 """The headings of the help, and the options below each."""
 
@@ -131,6 +135,9 @@ def run(config: Namespace) -> int:
 def continue_run(
     config: Namespace, trainer: Trainer, samplers: dict[str, Any], checkpoint: str | None = None
 ) -> int:
+    store = CheckpointStore((Folder(config.run_dir) / CHECKPOINTS).uri)
+    if checkpoint is None and store.is_bare():  # it was killed before it could write one
+        return fit(config, trainer, samplers)
     name = trainer.restore(checkpoint)
     report_skipped(trainer.skipped)
     print(f"continuing {config.run_dir} from {name}")

@@ -14,7 +14,7 @@ from metadist.executor import StepReport
 from metadist.oracle import in_gradients
 from metadist.run.checkpoint import CheckpointError, CheckpointStore
 from metadist.run.files import CHECKPOINTS, TENSORBOARD
-from metadist.run.monitor import calls_of
+from metadist.run.monitor import Curves, calls_of
 from metadist.run.storage import Folder
 from metadist.trainer import Trainer
 
@@ -166,7 +166,7 @@ def run_on_budget(
     records = _restore(trainer, folder, records)
     before = records[-1].spent if records else Spent()
     meter = _Meter(trainer, before)
-    writer: list[Any] = []  # made when the trainer has opened its folder
+    writer: list[Curves] = []  # made when the trainer has opened its folder
 
     def on_step(report: StepReport) -> bool:
         spent = meter.add(report)
@@ -190,7 +190,7 @@ def run_on_budget(
             _write_records(folder, records)
             writer[:] = writer or [_metric_writer(trainer, before.step)]
             for name, value in metrics.items():
-                writer[0].add_scalar(f"metrics/{name}", value, spent.step)
+                writer[0].write("add_scalar", f"metrics/{name}", value, spent.step)
             meter.forget_before(spent.step)
         meter.resume()
         return share < 1
@@ -233,17 +233,15 @@ def _restore(trainer: Trainer, folder: Folder, records: list[Record]) -> list[Re
                 trainer.restore(name)
             except CheckpointError:
                 continue
+            store.remove_newer(record.spent.step)  # steps that the run will take again
             return records[: number + 1]
     folder.remove(TRAINING)  # steps without an evaluation cannot be counted: start again
     return []
 
 
-def _metric_writer(trainer: Trainer, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # late, as in metadist.run.monitor
-
+def _metric_writer(trainer: Trainer, step: int) -> Curves:
     assert trainer.run_dir is not None
-    folder = trainer.run_dir / TENSORBOARD / "metrics"
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    return Curves(trainer.run_dir / TENSORBOARD / "metrics", step)
 
 
 class _Meter:

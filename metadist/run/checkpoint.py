@@ -77,16 +77,27 @@ class CheckpointStore:
         uri: The folder: a local path or any fsspec URI.
         keep_last: How many of the newest stay, >= 1.
         keep_best: Whether the one with the highest score stays too.
+        keep_every: The checkpoints whose step is a multiple of it stay for good; None: none.
     """
 
-    def __init__(self, uri: str, keep_last: int = 3, keep_best: bool = True) -> None:
+    def __init__(
+        self,
+        uri: str,
+        keep_last: int = 3,
+        keep_best: bool = True,
+        keep_every: int | None = None,
+    ) -> None:
         check("keep_last", keep_last, ge=1)
+        check("keep_every", keep_every, ge=1, none="")
         self.uri = uri
         self.folder = Folder(uri)
         self._keep_last = keep_last
         self._keep_best = keep_best
+        self._keep_every = keep_every
         self.skipped: dict[str, str] = {}
         """Damaged checkpoints that the last `load` passed over, and why."""
+        self.set_aside: list[str] = []
+        """Checkpoints of abandoned branches that this object moved away, as "folder/name"."""
 
     def names(self) -> list[str]:
         """The checkpoint folders, oldest first, damaged ones included.
@@ -104,16 +115,22 @@ class CheckpointStore:
     def save(self, checkpoint: Checkpoint) -> str:
         """The name of the checkpoint, which is complete when this returns.
 
-        A good checkpoint of the same step is left as it is. Older ones are removed only after
-        this one was read back.
+        A good checkpoint of the same state is left as it is, but for a score that it lacks; one
+        of another state at the same step is moved away, see `set_aside`. Older ones are removed
+        only after this one was read back.
 
         Raises:
             OSError: The storage failed; what was there before is there still.
             CheckpointError: What was read back is not what was written.
         """
         name = f"step-{checkpoint.state.version:08d}"
-        if self._is_good(name):
-            return name
+        found = self._if_good(name)
+        if found is not None:
+            if _same_state(found.state, checkpoint.state):
+                if checkpoint.score not in (None, found.score):
+                    self._score(name, checkpoint.score)
+                return name
+            self._move_aside([name])
         # First, so that at no time it stands beside files that it does not belong to.
         self.folder.remove(f"{name}/{MANIFEST}")
         rest = _json(_state(checkpoint))
@@ -123,8 +140,7 @@ class CheckpointStore:
                 self.folder.write(f"{name}/{file}", data)
                 listed[file] = {"size_bytes": len(data), "sha256": _sha256(data)}
             manifest = {"format": FORMAT, "score": checkpoint.score, "files": listed}
-            signed = _json({**manifest, "sha256": _digest(manifest)})
-            self.folder.write(f"{name}/{MANIFEST}", signed)
+            self._write_manifest(name, manifest)
         except BaseException:
             # Half a checkpoint is useless, and the disk may be full.
             with suppress(OSError):
@@ -186,11 +202,13 @@ class CheckpointStore:
                 raise TypeError(f"info is {state['info']!r}")
             if min([state["applied_below"], *state["applied"]]) < 0:
                 raise ValueError("a lease has a negative number")
-            parts = [
-                safetensors.torch.load(self._file(name, file, manifest))
-                for file in manifest.files
-                if file != STATE
-            ]
+            parts = []
+            for file in manifest.files:
+                if file != STATE:
+                    data = self._file(name, file, manifest)
+                    parts.append(safetensors.torch.load(data))
+                    if (step := _step_of_part(data)) not in (None, str(state["version"])):
+                        raise ValueError(f"{file} is of step {step}")
             shapes = state["outer"]
             if isinstance(shapes, list):  # format 2, in which no leaf is in pieces
                 shapes = dict.fromkeys(shapes, (-1,))
@@ -251,16 +269,53 @@ class CheckpointStore:
             )
         return data
 
-    def _is_good(self, name: str) -> bool:
-        """Whether a checkpoint is whole; raises OSError if the storage fails to say."""
+    def _if_good(self, name: str) -> Checkpoint | None:
+        """A checkpoint, if it is whole; raises OSError if the storage fails to say."""
         try:
-            self._load(name)
+            return self._load(name)
         except CheckpointError as error:
             cause = error.__cause__
             if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
                 raise cause from error
-            return False
-        return True
+            return None
+
+    def _score(self, name: str, score: float | None) -> None:
+        """Write the score into a manifest, which is replaced at once."""
+        manifest = json.loads(self._read(name, MANIFEST, MAX_MANIFEST_BYTES))
+        del manifest["sha256"]
+        self._write_manifest(name, {**manifest, "score": score})
+
+    def _write_manifest(self, name: str, manifest: dict[str, Any]) -> None:
+        signed = _json({**manifest, "sha256": _digest(manifest)})
+        self.folder.write(f"{name}/{MANIFEST}", signed)
+
+    def is_bare(self) -> bool:
+        """Whether no checkpoint was ever complete here; half of a first one does not count."""
+        return not any(MANIFEST in (self.folder / name).names() for name in self.folder.names())
+
+    def newer(self, step: int) -> list[str]:
+        """The checkpoints of later steps whose manifest is good, oldest first."""
+        manifests = self._manifests()
+        return [name for name, manifest in manifests.items() if manifest and _step(name) > step]
+
+    def abandon(self, step: int) -> None:
+        """Move the checkpoints of later steps to a folder of their own, see `set_aside`."""
+        self._move_aside(self.newer(step))
+
+    def remove_newer(self, step: int) -> None:
+        """Remove the checkpoints of later steps."""
+        for name in reversed(self.newer(step)):
+            self._remove(name)
+
+    def _move_aside(self, names: Sequence[str]) -> None:
+        if not names:
+            return
+        taken = [re.fullmatch(r"abandoned-(\d+)", name, re.ASCII) for name in self.folder.names()]
+        number = 1 + max((int(found[1]) for found in taken if found), default=0)
+        for name in reversed(names):  # the newest first: what stays is one branch at any time
+            target = f"abandoned-{number}/{name}"
+            self.folder.move(name, target, last=MANIFEST)
+            self.set_aside.append(target)
 
     def _manifests(self) -> dict[str, _Manifest | None]:
         """The good manifests by checkpoint, and None for checkpoints without any.
@@ -285,6 +340,8 @@ class CheckpointStore:
         oldest = min(map(_step, keep))
         if self._keep_best:
             keep.add(_best(manifests) or saved)
+        if self._keep_every is not None:
+            keep |= {n for n in whole if _step(n) and _step(n) % self._keep_every == 0}
         doomed = [
             name
             for name, manifest in manifests.items()
@@ -346,6 +403,24 @@ def check_same_model(found: Params, expected: Params, where: str) -> None:
             )
 
 
+def _same_state(first: OuterState, second: OuterState) -> bool:
+    """Whether two states are the same to the byte, by however many owners."""
+    groups = [(s.outer, s.optimizer, s.recursion, s.states) for s in (first, second)]
+    if first[2:5] != second[2:5]:
+        return False
+    return all(
+        here.keys() == there.keys() and all(_same(here[key], there[key]) for key in here)
+        for here, there in zip(*groups, strict=True)
+    )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    parts = [leaf.contiguous().reshape(-1).view(torch.uint8) for leaf in (first, second)]
+    return torch.equal(*parts)
+
+
 def _signature(leaf: Any) -> str:
     if leaf is None:
         return "absent"
@@ -374,7 +449,16 @@ def _parts(state: OuterState) -> Iterator[tuple[str, bytes]]:
         if number == 0:
             tensors |= {f"states.{index}": leaf for index, leaf in state.states.items()}
         contiguous = {name: leaf.contiguous() for name, leaf in tensors.items()}
-        yield _part_name(number), safetensors.torch.save(contiguous)
+        # Of a state in one file nothing could be of another step.
+        about = {"version": str(state.version)} if len(bounds) > 1 else None
+        yield _part_name(number), safetensors.torch.save(contiguous, about)
+
+
+def _step_of_part(data: bytes) -> str | None:
+    """The step that the file of a shard says it is of; None if it says none."""
+    length = int.from_bytes(data[:8], "little")
+    about = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    return about.get("version")
 
 
 def _cut(tree: Params, start: int, stop: int) -> Params:

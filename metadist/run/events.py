@@ -29,6 +29,8 @@ LEVELS = {
     "validation_dropped": logging.WARNING,
     "validation_failed": logging.WARNING,
     "checkpoint_skipped": logging.WARNING,
+    "branch_abandoned": logging.WARNING,
+    "curves_failed": logging.WARNING,
     "run_interrupted": logging.WARNING,
     "run_failed": logging.ERROR,
 }
@@ -56,6 +58,8 @@ class EventLog:
         validation_failed      error; the losses were finite in less than two tasks
         checkpoint_written     checkpoint, score
         checkpoint_skipped     checkpoint, reason
+        curves_failed          error; TensorBoard events are missing from here
+        branch_abandoned       checkpoints, where they are now
 
     Records of the logger carry the object as their attribute `run_event`.
 
@@ -65,6 +69,7 @@ class EventLog:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        self._has_failed = False
         self.step = 0
         """The outer steps taken, as the next event states them."""
 
@@ -79,9 +84,11 @@ class EventLog:
             return
         try:
             _append(self._path, text)
-        except OSError:
+        except OSError as error:
             # A full disk must not stop the training that the line is about.
-            log.exception("cannot write to %s", self._path)
+            if not self._has_failed:
+                log.warning("cannot write to %s, lines are missing: %s", self._path, error)
+            self._has_failed = True
 
     def report(self, report: StepReport) -> None:
         """Add what happened during an outer step."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,73 @@ from metadist.evaluation import EvaluationResult
 from metadist.executor import StepReport
 from metadist.task import Task
 
+log = logging.getLogger("metadist.run.monitor")
+
 MAX_IMAGES = 64
 """The largest number of images of a set that are shown."""
+
+
+class Curves:
+    """A TensorBoard writer whose failures do not end a run: they are reported once.
+
+    After a failure (a full disk, a removed folder) the events until the next `flush` are missing;
+    there a new file is begun.
+
+    Args:
+        folder: Where the event files go.
+        version: Events of later steps, left by an interrupted run, are hidden.
+        report: Called with the first failure.
+    """
+
+    def __init__(
+        self, folder: Path, version: int, report: Callable[[OSError], None] | None = None
+    ) -> None:
+        self._folder = folder
+        self._report = report or (lambda error: log.warning("curves are missing: %s", error))
+        self._has_failed = False
+        self._writer: Any = None
+        self._open(version)
+
+    def write(self, name: str, *arguments: Any) -> None:
+        """Call the method `name` of the SummaryWriter."""
+        if self._writer is not None:
+            with self._tolerant():
+                getattr(self._writer, name)(*arguments)
+
+    def event(self, name: str, *arguments: Any) -> None:
+        """Call the method `name` of the file writer."""
+        if self._writer is not None:
+            with self._tolerant():
+                getattr(self._writer._get_file_writer(), name)(*arguments)
+
+    def flush(self, version: int) -> None:
+        """Have everything so far in the event file; begin another after a failure."""
+        if self._writer is None:
+            self._open(version)
+        self.write("flush")
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self.write("close")
+
+    def _open(self, version: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # late: no worker needs it
+
+        with self._tolerant():
+            # Often enough to watch a running experiment; the default is two minutes.
+            self._writer = SummaryWriter(str(self._folder), purge_step=version + 1, flush_secs=5)
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            broken, self._writer = self._writer, None
+            with suppress(Exception):  # it writes what it has not written, in vain
+                broken.close()
+            if not self._has_failed:
+                self._has_failed = True
+                self._report(error)
 
 
 class Monitor:
@@ -29,13 +96,13 @@ class Monitor:
         folder: Where the event files go.
         version: Outer steps taken so far; events of later steps, left by an interrupted run, are
             hidden.
+        report: Called with the first failure to write, after which training continues.
     """
 
-    def __init__(self, folder: Path, version: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # late: no worker needs it
-
-        # Often enough to watch a running experiment; the default is two minutes.
-        self._writer = SummaryWriter(str(folder), purge_step=version + 1, flush_secs=5)
+    def __init__(
+        self, folder: Path, version: int, report: Callable[[OSError], None] | None = None
+    ) -> None:
+        self._curves = Curves(folder, version, report)
         self._version = version
         self._staleness: list[int] = []
         self._since: Counter[str] = Counter()
@@ -48,20 +115,20 @@ class Monitor:
         from torch.utils.tensorboard.summary import hparams
 
         rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-        self._writer.add_text("settings", f"| | |\n|---|---|\n{rows}", 0)
+        self._curves.write("add_text", "settings", f"| | |\n|---|---|\n{rows}", 0)
         simple = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}
         # As add_hparams does it, but in this run's own folder rather than in a new one below.
         for summary in hparams(simple, {"test/query_accuracy": 0.0, "val/query_accuracy": 0.0}):
-            self._writer._get_file_writer().add_summary(summary)
+            self._curves.event("add_summary", summary)
         self.task(task)
-        self._writer.flush()
+        self._curves.flush(self._version)
 
     def task(self, task: Task) -> None:
         """Write the support and the query set of a task as pictures, if they are images."""
         for name, batch in (("support", task.support), ("query", task.query)):
             images = batch.tensors[0]
             if images.ndim == 4 and images.shape[1] in (1, 3):
-                self._writer.add_image(f"task/{name}", _grid(images), 0)
+                self._curves.write("add_image", f"task/{name}", _grid(images), 0)
 
     def step(self, report: StepReport) -> dict[str, float]:
         """Write one outer step; returns the means of its reported metrics (may be empty).
@@ -96,11 +163,11 @@ class Monitor:
             scalars |= {f"oracle/{name}": count for name, count in calls_of(report).items()}
             scalars |= self._rates(report.num_workers)
             staleness = torch.tensor(self._staleness or [0])
-            self._writer.add_histogram("cluster/staleness", staleness, step.version)
+            self._curves.write("add_histogram", "cluster/staleness", staleness, step.version)
             scalars["cluster/staleness_mean"] = float(staleness.double().mean())
             self._staleness.clear()
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step.version)
+            self._curves.write("add_scalar", name, value, step.version)
         return means
 
     def _hide_from(self, version: int) -> None:
@@ -108,7 +175,7 @@ class Monitor:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         start = SessionLog(status=SessionLog.START)
-        self._writer._get_file_writer().add_event(Event(session_log=start), version)
+        self._curves.event("add_event", Event(session_log=start), version)
         self._staleness.clear()
 
     def _rates(self, num_workers: int) -> dict[str, float]:
@@ -129,19 +196,21 @@ class Monitor:
     def evaluation(self, split: str, result: EvaluationResult, version: int) -> None:
         """Write the means and interval half widths of an evaluation."""
         for name, interval in result.metrics.items():
-            self._writer.add_scalar(f"{split}/{name}", interval.mean, version)
-            self._writer.add_scalar(f"{split}/{name}_half_width", interval.half_width, version)
+            self._curves.write("add_scalar", f"{split}/{name}", interval.mean, version)
+            self._curves.write(
+                "add_scalar", f"{split}/{name}_half_width", interval.half_width, version
+            )
         if result.dropped:
-            self._writer.add_scalar(f"{split}/num_dropped", result.num_dropped, version)
-        self._writer.flush()
+            self._curves.write("add_scalar", f"{split}/num_dropped", result.num_dropped, version)
+        self._curves.flush(self._version)
 
     def flush(self) -> None:
         """Have everything so far in the event file."""
-        self._writer.flush()
+        self._curves.flush(self._version)
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self._writer.close()
+        self._curves.close()
 
 
 class TerminalProgress:

@@ -142,6 +142,24 @@ class Folder:
             self.fs.invalidate_cache()
             self.fs.rm(self.path(name), recursive=True)
 
+    def move(self, source: str, target: str, last: str) -> None:
+        """Move a folder of files to a place that does not exist.
+
+        Where this takes several steps, the file `last` is written last and removed first.
+        """
+        if self.local is not None:
+            with _os_errors(f"{self.path(source)} cannot be moved"):
+                _make_local((self.local / target).parent)
+                os.rename(self.local / source, self.local / target)
+                _sync_local((self.local / source).parent)
+            return
+        names = sorted((self / source).names(), key=lambda name: (name == last, name))
+        for name in names:
+            data = self.read(f"{source}/{name}", self.size_bytes(f"{source}/{name}"))
+            self.write(f"{target}/{name}", data)
+        self.remove(f"{source}/{last}")
+        self.remove(source)
+
     def check_writable(self) -> None:
         """Raise ValueError unless files can be made here; leaves none."""
         try:
@@ -190,10 +208,10 @@ class Mirror:
             return
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
-            stat = path.stat()
-            if not path.is_file() or self._sent.get(name) == (stat.st_size, stat.st_mtime_ns):
-                continue
             try:
+                stat = path.stat()
+                if not path.is_file() or self._sent.get(name) == (stat.st_size, stat.st_mtime_ns):
+                    continue
                 self._folder.write(name, path.read_bytes())
             except Exception:  # a failed upload must not stop training
                 log.exception("cannot copy %s to %s", name, self._folder.uri)
@@ -234,6 +252,11 @@ def _write_local(path: Path, data: bytes) -> None:
             os.unlink(part)
         raise
     _sync_local(path.parent)
+
+
+def is_part(name: str) -> bool:
+    """Whether a file of that name is half of one, left by a process that was killed."""
+    return name.startswith(".") and name.endswith(".part")
 
 
 def _make_local(folder: Path) -> None:

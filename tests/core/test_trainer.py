@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import re
+import shutil
 import signal
 import textwrap
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 import metadist
 from metadist import (
@@ -27,6 +32,7 @@ from metadist import (
 from metadist.algorithms import ITD, Reptile
 from metadist.compute import Compute
 from metadist.executor import StepReport
+from metadist.run import lock
 from metadist.run.events import read_events
 from metadist.run.storage import Folder
 from metadist.tasks import FewShotProblem
@@ -419,7 +425,9 @@ def test_what_may_change_within_a_run_is_accepted(tmp_path):
 
 
 REFUSED = [
-    ({"checkpoint_every": 0}, "checkpoint_every must be >= 1, got 0"),
+    ({"checkpoint_every": 0}, "checkpoint_every must be >= 1 or None, got 0"),
+    ({"checkpoint_every_s": 0.0}, "checkpoint_every_s must be > 0 and finite or None, got 0.0"),
+    ({"keep_every": 0}, "keep_every must be >= 1 or None, got 0"),
     ({"keep_checkpoints": 0}, "keep_checkpoints must be >= 1, got 0"),
     ({"log_every": 0}, "log_every must be >= 1, got 0"),
     ({"max_dropped": 0}, "max_dropped must be >= 1, got 0"),
@@ -470,6 +478,162 @@ def test_a_run_folder_that_holds_anything_is_not_written_to(tmp_path):
     ):
         make_trainer(run_dir=tmp_path).fit(2)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"lock.json": ""},
+        {"lock.json": "", ".config.yaml.17.part": "par"},
+        {"config.yaml": "a: 1\n"},
+        {"config.yaml": "other", "events.jsonl": "", "tensorboard/events": ""},
+        {"config.yaml": "a: 1\n", "checkpoints/step-00000000/tensors.safetensors": "half"},
+    ],
+    ids=lambda left: " ".join(left),
+)
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(
+    tmp_path, left, monkeypatch
+):
+    monkeypatch.setattr(lock, "SILENT_S", 0.1)
+    for name, text in left.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    trainer = make_trainer(run_dir=tmp_path, config="a: 1\n")
+    trainer.fit(2)
+    assert CheckpointStore(str(tmp_path / "checkpoints")).load()[0] == "step-00000002"
+    assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"config.yaml": "mine"},
+        {"config.yaml": "a: 1\n", "notes.txt": ""},
+        {"checkpoints/step-00000000/manifest.json": "damaged"},
+        {"result.json": ""},
+    ],
+    ids=lambda left: " ".join(left),
+)
+def test_anything_else_is_kept_from_a_new_run(tmp_path, left):
+    for name, text in left.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="run_dir must be a new or empty folder"):
+        make_trainer(run_dir=tmp_path, config="a: 1\n").fit(2)
+    assert contents(tmp_path) == before
+
+
+def test_going_back_moves_the_abandoned_branch_aside_and_names_it(tmp_path, capsys):
+    def trainer(**options: Any) -> Trainer:
+        return make_trainer(
+            run_dir=tmp_path, checkpoint_every=2, keep_checkpoints=9, tasks_per_lease=1, **options
+        )
+
+    old = trainer()
+    old.fit(8)
+    new = trainer(meta_batch_size=8, quiet=False)
+    new.restore("step-00000004")
+    with pytest.raises(KeyboardInterrupt):
+        new.fit(8, interrupt_at(5))
+    store = CheckpointStore(str(tmp_path / "checkpoints"))
+    moved = ["abandoned-1/step-00000008", "abandoned-1/step-00000006"]
+    assert f"of a branch that is abandoned: {', '.join(moved)}" in capsys.readouterr().err
+    events = read_events(Folder(tmp_path))
+    assert [e["checkpoints"] for e in events if e["event"] == "branch_abandoned"] == [moved]
+    assert store.load()[0] == "step-00000005", "and not the newest of the old branch"
+    aside = CheckpointStore(str(tmp_path / "checkpoints" / "abandoned-1"))
+    assert exact(aside.load()[1].state.outer) == exact(old.outer)
+
+    again = trainer(meta_batch_size=8)
+    again.restore()
+    again.fit(8)
+    assert aside.names() == ["step-00000006", "step-00000008"], "nothing is abandoned twice"
+    assert exact(store.load("step-00000008")[1].state.outer) == exact(again.outer)
+    assert exact(again.outer) != exact(old.outer)
+
+
+@pytest.mark.parametrize("val_every", [None, 2, 3])
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path, val_every, step, monkeypatch):
+    def trainer(name: str) -> Trainer:
+        return make_trainer(
+            run_dir=tmp_path / name,
+            val_sampler=curves("val"),
+            val_every=val_every,
+            val_tasks=2,
+            keep_checkpoints=9,
+            checkpoint_every=1,
+        )
+
+    whole = trainer("whole").fit(4)
+    broken = trainer("broken")
+    test = broken.test
+
+    def interrupted(*arguments: Any) -> Any:
+        if broken.version == step:
+            raise KeyboardInterrupt
+        return test(*arguments)
+
+    monkeypatch.setattr(broken, "test", interrupted)
+    with suppress(KeyboardInterrupt):
+        broken.fit(4)
+    resumed = trainer("broken")
+    resumed.restore()
+    assert resumed.fit(4).best == whole.best
+    scores = []
+    for name in ("whole", "broken"):
+        store = CheckpointStore(str(tmp_path / name / "checkpoints"))
+        scores.append({each: store.load(each)[1].score for each in store.names()})
+    assert scores[0] == scores[1]
+
+
+def test_checkpoints_by_time_and_those_that_stay_for_good(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def on_step(report: StepReport) -> bool:
+        nonlocal now
+        now += 1.0
+        return True
+
+    make_trainer(
+        run_dir=tmp_path,
+        checkpoint_every=None,
+        checkpoint_every_s=2.5,
+        keep_checkpoints=1,
+        keep_every=4,
+    ).fit(13, on_step)
+    written = [e["step"] for e in read_events(Folder(tmp_path)) if e["event"].endswith("written")]
+    assert written == [0, 3, 4, 7, 8, 11, 12, 13]
+    assert CheckpointStore(str(tmp_path / "checkpoints")).names() == [
+        f"step-{step:08d}" for step in (4, 8, 12, 13)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("gone", ["folder", "full disk"])
+def test_training_continues_without_curves(tmp_path, gone, capsys, monkeypatch):
+    trainer = make_trainer(run_dir=tmp_path, checkpoint_every=2, log_every=1, quiet=False)
+
+    def on_step(report: StepReport) -> bool:
+        if report.step.version == 2 and gone == "folder":
+            shutil.rmtree(tmp_path / "tensorboard")
+            (tmp_path / "tensorboard").write_text("in the way")
+        return True
+
+    if gone == "full disk":
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+        monkeypatch.setattr("metadist.run.events._append", full)
+    assert trainer.fit(8, on_step).num_steps == 8
+    assert capsys.readouterr().err.count("TensorBoard events are missing from here") == 1
+    whole = make_trainer()
+    whole.fit(8)
+    assert exact_state(trainer) == exact_state(whole)
 
 
 @pytest.mark.parametrize("below", ["", "deeper/still"])
