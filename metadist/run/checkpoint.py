@@ -127,7 +127,7 @@ class CheckpointStore:
         found = self._if_good(name)
         if found is not None:
             if _same_state(found.state, checkpoint.state):
-                if checkpoint.score not in (None, found.score):
+                if found.score is None and checkpoint.score is not None:
                     self._score(name, checkpoint.score)
                 return name
             self._move_aside([name])

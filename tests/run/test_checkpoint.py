@@ -403,6 +403,81 @@ def test_a_good_checkpoint_of_the_same_step_is_left_as_it_is(place):
     assert everything(store.load()[1]) == everything(first)
 
 
+def test_a_score_is_added_to_a_checkpoint_that_lacks_it(place):
+    store = CheckpointStore(place)
+    store.save(checkpoint(1))
+    store.save(checkpoint(2, 0.1))
+    assert store.save(checkpoint(1, 0.7)) == store.best() == "step-00000001"
+    assert everything(store.load("best")[1]) == everything(checkpoint(1, 0.7))
+    assert store.set_aside == []
+
+
+def test_a_checkpoint_of_another_state_at_the_same_step_is_moved_aside(place):
+    store = CheckpointStore(place)
+    first = checkpoint(1, 0.5)
+    changed = [
+        first.state._replace(applied=()),
+        first.state._replace(outer={**first.state.outer, "b": fresh((2,), 9)}),
+        first.state._replace(optimizer={}),
+    ]
+    store.save(first)
+    for state in changed:
+        store.save(Checkpoint(state))
+        assert everything(store.load()[1]) == everything(Checkpoint(state))
+    assert store.set_aside == [f"abandoned-{number}/step-00000001" for number in (1, 2, 3)]
+    aside = CheckpointStore(f"{place}/abandoned-1")
+    assert everything(aside.load()[1]) == everything(first)
+    assert store.names() == ["step-00000001"]
+
+
+def test_later_checkpoints_are_abandoned_together_but_for_damaged_ones(place):
+    store = CheckpointStore(place, keep_last=9)
+    for number in range(1, 6):
+        store.save(checkpoint(number))
+    write(store, "step-00000004", MANIFEST, b"{")
+    store.abandon(2)
+    assert store.set_aside == ["abandoned-1/step-00000005", "abandoned-1/step-00000003"]
+    assert store.names() == ["step-00000001", "step-00000002", "step-00000004"]
+    store.abandon(2)
+    assert len(store.set_aside) == 2
+    store.remove_newer(1)
+    assert store.names() == ["step-00000001", "step-00000004"]
+
+
+def test_a_folder_is_bare_until_a_checkpoint_was_complete(place):
+    store = CheckpointStore(place)
+    assert store.is_bare()
+    write(store, "step-00000000", TENSORS, b"half of it")
+    assert store.is_bare()
+    store.save(checkpoint(0))
+    assert not store.is_bare()
+    write(store, "step-00000000", MANIFEST, b"damaged")
+    assert not store.is_bare()
+
+
+def test_multiples_of_a_step_stay_for_good(place):
+    store = CheckpointStore(place, keep_last=1, keep_every=3)
+    for number in range(9):
+        store.save(checkpoint(number))
+    assert store.names() == [f"step-{number:08d}" for number in (3, 6, 8)]
+
+
+def test_parts_of_two_steps_are_no_checkpoint(place):
+    store = CheckpointStore(place)
+    for version in (1, 2):
+        store.save(Checkpoint(long_state(2, steps=version)))
+    first, second = store.names()
+    part = store.folder.read(f"{first}/tensors-1.safetensors", 1 << 30)
+    write(store, second, "tensors-1.safetensors", part)
+    manifest = json.loads(store.folder.read(f"{second}/{MANIFEST}", 1 << 16))
+    del manifest["sha256"]
+    digest = hashlib.sha256(part).hexdigest()
+    manifest["files"]["tensors-1.safetensors"] = {"size_bytes": len(part), "sha256": digest}
+    store._write_manifest(second, manifest)
+    with pytest.raises(CheckpointError, match=r"tensors-1.safetensors is of step 1"):
+        store.load(second)
+
+
 def test_at_least_one_is_kept():
     with pytest.raises(ValueError, match="keep_last must be >= 1, got 0"):
         CheckpointStore("memory://x", keep_last=0)
@@ -527,9 +602,9 @@ def test_a_part_is_made_when_the_one_before_it_is_written(monkeypatch):
     order: list[str] = []
     make, write_file = safetensors.torch.save, store.folder.write
 
-    def note_making(tensors: dict[str, torch.Tensor]) -> bytes:
+    def note_making(tensors: dict[str, torch.Tensor], about: dict[str, str]) -> bytes:
         order.append("made")
-        return make(tensors)
+        return make(tensors, about)
 
     def note_writing(name: str, data: bytes) -> None:
         order.append("written")
