@@ -148,7 +148,9 @@ class Trainer:
     ) -> None:
         check_trainable(problem, algorithm)
         compute = compute.given(batch_size=batch_size, seed=seed)
-        checkpoint_every = check("checkpoint_every", checkpoint_every, is_integer=True, ge=1, none="")
+        checkpoint_every = check(
+            "checkpoint_every", checkpoint_every, is_integer=True, ge=1, none=""
+        )
         checkpoint_every_s = check("checkpoint_every_s", checkpoint_every_s, gt=0, none="")
         keep_every = check("keep_every", keep_every, is_integer=True, ge=1, none="")
         keep_checkpoints = check("keep_checkpoints", keep_checkpoints, is_integer=True, ge=1)
