@@ -1,12 +1,15 @@
-"""An nn.Module as a function of its parameters: which layers are refused, and its constants."""
+"""An nn.Module as a function of its parameters: which are refused, names, and constants."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from metadist.trees import Params
 
@@ -34,15 +37,185 @@ def move_constants(module: nn.Module, device: torch.device) -> None:
                 child._parameters[name] = nn.Parameter(leaf.to(device), requires_grad=False)
 
 
+def names_of(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The trainable parameters, as `trainable` calls them, for each name that a user may know.
+
+    A parameter that several layers share, or whose layer is registered twice, has several names
+    and counts once. A weight that is computed (torch.nn.utils.parametrize) stands for the
+    parameters that it is computed from.
+    """
+    first = {id(leaf): name for name, leaf in module.named_parameters() if leaf.requires_grad}
+    known: dict[str, tuple[str, ...]] = {name: (name,) for name in first.values()}
+    for name, leaf in module.named_parameters(remove_duplicate=False):
+        if id(leaf) in first:
+            known[name] = (first[id(leaf)],)
+            layer, is_computed, rest = name.partition("parametrizations.")
+            if is_computed:
+                computed = layer + rest.partition(".")[0]
+                known[computed] = (*known.get(computed, ()), first[id(leaf)])
+    return known
+
+
+def call(module: nn.Module, params: Params, inputs: Tensor) -> Tensor:
+    """The outputs of `module` with `params`, named as by `trainable`, in place of its own."""
+    move_constants(module, inputs.device)
+    places: dict[int, list[str]] = {}
+    for layer, child in module.named_modules():
+        for name, leaf in child.named_parameters(recurse=False):
+            places.setdefault(id(leaf), []).append(f"{layer}.{name}" if layer else name)
+    # Each place once. With tie_weights=True torch also fills the second names of a layer, and then
+    # restores the two in the wrong order, so that the tensors of this call stay in the module.
+    given = {}
+    for shared in places.values():
+        if shared[0] in params:
+            given.update(dict.fromkeys(shared, params[shared[0]]))
+    output: Tensor = functional_call(module, given, (inputs,), tie_weights=False)
+    return output
+
+
 def without_parameters(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose trainable parameters have a shape but no memory."""
+    """A copy of `model` whose trainable parameters have a shape but no memory; can be pickled."""
     # A memo of `deepcopy` holds the copies to use: so the weights are never copied.
-    memo = {
+    memo: dict[int, Any] = {
         id(leaf): nn.Parameter(torch.empty_like(leaf, device="meta"))
         for leaf in model.parameters()
         if leaf.requires_grad
     }
-    return copy.deepcopy(model, memo)
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a user's class raises
+        raise ValueError(
+            f"model must be a module that copy.deepcopy can copy, got {type(model).__name__}, "
+            f"with which it ends in {type(error).__name__}: {error}{_computed(model)}"
+        ) from error
+    for layer in copied.modules():
+        if parametrize.is_parametrized(layer):
+            _make_picklable(layer, type(layer).__bases__[0])
+    return copied
+
+
+def _computed(model: nn.Module) -> str:
+    for name, layer in model.named_modules():
+        for field, value in vars(layer).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                return (
+                    f". Layer {name!r} keeps a tensor that it has computed, {field!r}: compute it "
+                    "in forward; in place of torch.nn.utils.weight_norm and spectral_norm use "
+                    "those of torch.nn.utils.parametrizations"
+                )
+    return ""
+
+
+def _make_picklable(layer: nn.Module, plain: type[nn.Module]) -> None:
+    """Let a parametrized layer be pickled, which torch refuses since it makes its class itself."""
+
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        return _parametrized, (plain, vars(self))
+
+    made = type(layer)
+    layer.__class__ = type(made.__name__, (made,), {"__reduce_ex__": reduce})
+
+
+def _parametrized(plain: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    layer = plain.__new__(plain)
+    vars(layer).update(state)
+    parametrize._inject_new_class(layer)
+    for name in state["_modules"]["parametrizations"]:
+        parametrize._inject_property(layer, name)
+    _make_picklable(layer, plain)
+    return layer
+
+
+class Head:
+    """The last layer of a model, and the model without it.
+
+    Args:
+        model: As of `without_parameters`.
+        name: The name of the layer.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.name = name
+        self.head = model.get_submodule(name)
+        whole = {id(leaf): name for name, leaf in model.named_parameters()}
+        self._names = {whole[id(leaf)]: local for local, leaf in self.head.named_parameters()}
+        memo: dict[int, Any] = {id(leaf): leaf for leaf in model.parameters()}
+        memo |= {id(leaf): leaf for leaf in model.buffers()}
+        memo[id(self.head)] = nn.Identity()  # in all places where the model has it
+        self.body = copy.deepcopy(model, memo)
+        for shared, leaf in self.body.named_parameters():
+            if leaf.requires_grad and whole[id(leaf)] in self._names:
+                raise ValueError(
+                    f"adapt must not be 'head' for a model whose last layer {name!r} shares a "
+                    f"parameter with what comes before it ({shared!r}), got 'head': it would be "
+                    f"adapted there too. Use 'all', or name it, adapt='{name}.*'"
+                )
+
+    def of_body(self, params: Params) -> Params:
+        return {name: leaf for name, leaf in params.items() if name not in self._names}
+
+    def of_head(self, params: Params) -> Params:
+        return {name: leaf for name, leaf in params.items() if name in self._names}
+
+    def to_head(self, params: Params) -> Params:
+        """The head's own parameters, by the names the head itself has for them."""
+        return {self._names[name]: leaf for name, leaf in self.of_head(params).items()}
+
+
+def last_registered(model: nn.Module) -> str:
+    """The name of the module that owns the last trainable parameter."""
+    registered = [name for name, leaf in model.named_parameters() if leaf.requires_grad]
+    if not registered:
+        raise ValueError("model must have a trainable parameter, got none with requires_grad=True")
+    # The parameters of a parametrized layer are in a child of it.
+    layer = ("." + registered[-1]).rpartition(".")[0].partition(".parametrizations.")[0]
+    if not layer:
+        raise ValueError(
+            "adapt must be 'all' or names of parameters for a model whose last parameter "
+            f"{registered[-1]!r} is in no submodule, got 'head'"
+        )
+    return layer.removeprefix(".")
+
+
+def last_executed(model: nn.Module, run: Callable[[], Tensor]) -> str:
+    """The name of the layer with trainable parameters whose output is that of `run`.
+
+    Args:
+        model: The model.
+        run: Calls the model once.
+
+    Raises:
+        ValueError: There is no such layer, or it runs more than once.
+    """
+    ran: list[tuple[str, bool, Any]] = []
+    hooks = []
+    for name, layer in model.named_modules():
+        if any(leaf.requires_grad for leaf in layer.parameters()) and name:
+
+            def note(layer: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                ran.append((name, not any(True for _ in layer.children()), output))
+
+            hooks.append(layer.register_forward_hook(note))
+    try:
+        output = run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # A layer returns before the modules that it is in.
+    heads = [name for name, _, found in ran if found is output]
+    if not heads:
+        last = ran[-1][0] if ran else last_registered(model)
+        raise ValueError(
+            f"adapt must not be 'head' for a model that returns something else than the output of "
+            f"its last layer {last!r}, got 'head': name the parameters instead, adapt='{last}.*'"
+        )
+    times = sum(name == heads[0] for name, *_ in ran)
+    if times > 1:
+        raise ValueError(
+            f"adapt must not be 'head' for a model whose last layer {heads[0]!r} runs {times} "
+            f"times in a forward pass, got 'head': use 'all', or adapt='{heads[0]}.*'"
+        )
+    return heads[0]
 
 
 def _dropout(module: nn.Module) -> float:
@@ -57,6 +230,24 @@ def _dropout(module: nn.Module) -> float:
 def check_model(model: nn.Module) -> None:
     """Raise ValueError for layers whose inner loop could not be replayed or differentiated."""
     for name, module in model.named_modules():
+        whose = f"layer {name!r}" if name else "the model"
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"model must not be compiled by torch.compile, {whose} is: compiled code has no "
+                "second derivative. Pass the module that was compiled (._orig_mod); algorithms "
+                "with compile=True compile its derivatives"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"model must be a plain nn.Module, {whose} is a {type(module).__name__}, whose "
+                "parameters cannot be exchanged: pass the module that was scripted"
+            )
+        if getattr(module, "max_norm", None) is not None:
+            raise ValueError(
+                f"max_norm must be None in the inner loop, {whose} has {module.max_norm}: it "
+                "writes to the weight while a gradient is computed; clip weights in a problem's "
+                "project_outer, or leave it out"
+            )
         if _dropout(module) > 0:
             raise ValueError(
                 f"dropout must be off in the inner loop, layer {name!r} has p={_dropout(module)}: "

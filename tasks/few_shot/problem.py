@@ -5,7 +5,6 @@ Shape letters: B tasks, S support examples, Q query examples, C channels, F feat
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,15 +14,19 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vjp
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.func import vjp
 
 from metadist.models import TaskBatchNorm, rows
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.tasks.network import (
+    Head,
+    call,
     check_model,
-    constants,
-    move_constants,
+    last_executed,
+    last_registered,
+    names_of,
     trainable,
     without_parameters,
 )
@@ -65,10 +68,12 @@ class FewShotProblem(Problem):
     Examples of a task are pairs of `inputs` and `targets`. `adapt` decides which method this is:
 
     * "all": every parameter is adapted from a learned start (MAML, Reptile).
-    * "head": the last module with parameters is adapted (ANIL). What comes before it runs once
-      forward and once backward per outer step; the inner loop sees its features only.
+    * "head": the layer whose output is the model's is adapted (ANIL). What comes before it runs
+      once forward and once backward per outer step; the inner loop sees its features only.
     * a pattern such as "features.*" or a list of names and patterns (BOIL, layer by layer):
-      matching parameters are adapted, the others are learned and shared by the tasks.
+      matching parameters are adapted, the others are learned and shared by the tasks. A
+      parameter that layers share is found by each of its names, and adapted in all of them; a
+      parametrized weight stands for the parameters it is computed from.
 
     Parameters with `requires_grad=False` are constants, and so are running statistics of batch
     norm in a module that is in eval mode. Parameters that the loss does not depend on get a zero
@@ -86,7 +91,7 @@ class FewShotProblem(Problem):
 
     Raises:
         ValueError: a pattern that matches nothing; a layer that the inner loop cannot replay
-            (dropout, batch norm that updates running statistics).
+            (dropout, batch norm that updates running statistics); a compiled model.
     """
 
     def __init__(
@@ -109,15 +114,22 @@ class FewShotProblem(Problem):
         self._loss = LOSSES[loss] if isinstance(loss, str) else loss
         self.few_shot_classes = loss == "cross_entropy"
         self._start = trainable(model)
-        self._adapted = _adapted_names(model, list(self._start), adapt)
         modules = list(model.modules())
         self._inductive = any(
             isinstance(module, TaskBatchNorm) and module.policy == "inductive" for module in modules
         )
         self._has_rnn = any(isinstance(module, nn.RNNBase) for module in modules)
         self._model = without_parameters(model)
-        self._split = _Split(self._model, head_name(model)) if adapt == "head" else None
+        self._split: Head | None = None
         self._split_is_checked = False
+        self._head_is_found = False
+        self._runs_once = True
+        if adapt == "head":
+            # What comes last is known for sure when the first inputs are there.
+            self._split = Head(self._model, last_registered(model))
+            self._adapted = list(self._split.of_head(self._start))
+        else:
+            self._adapted = _adapted_names(model, list(self._start), adapt)
         if batch_encode is True:
             self._check_batch_encode()
 
@@ -126,9 +138,13 @@ class FewShotProblem(Problem):
         return {name: leaf.clone() for name, leaf in self._start.items()}
 
     def init_inner(self, outer: Params, task: Task) -> Params:
+        if self._split is not None:
+            self._find_head(_inputs(task.support))
         return {name: outer[name] for name in self._adapted}
 
     def encode(self, outer: Params, task: Task) -> Params:
+        if self._split is not None:
+            self._find_head(_inputs(task.support))
         shared = self._shared(outer)
         if self._split is None:
             if self._inductive:
@@ -136,17 +152,35 @@ class FewShotProblem(Problem):
                 # needs the support inputs too.
                 shared[INPUTS] = _inputs(task.support)
             return shared
-        inputs = torch.cat([_inputs(task.support), _inputs(task.query)])
-        self._check_split(inputs)
-        sizes = (len(task.support.index), len(task.query.index))
-        with rows(sets=sizes):
-            features = self._call(self._split.body, self._split.of_body(shared), inputs)
-        support, query = features.split(sizes)
-        return {**self._split.of_head(shared), SUPPORT: support, QUERY: query}
+        support, query = _inputs(task.support), _inputs(task.query)
+        self._check_split(support, query)
+        features = self._features(self._split, shared, support, query)
+        return {**self._split.of_head(shared), SUPPORT: features[0], QUERY: features[1]}
+
+    def _features(
+        self, split: Head, shared: Params, support: Tensor, query: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the body makes of both sets: in one pass, or in two where that is not the same."""
+        params, sizes = split.of_body(shared), (len(support), len(query))
+        if self._runs_once and support.shape[1:] == query.shape[1:]:
+            with rows(sets=sizes):
+                found = self._call(split.body, params, torch.cat([support, query]))
+            first, second = found.split(sizes)
+            return first, second
+        if self._inductive:
+            raise ValueError(
+                "inputs of support and query must have one shape where batch norm is 'inductive', "
+                f"got {tuple(support.shape)} and {tuple(query.shape)}: the query set needs the "
+                "statistics of the support set; pad both to one length"
+            )
+        return self._call(split.body, params, support), self._call(split.body, params, query)
 
     def encode_tasks(self, outer: Params, tasks: Task) -> Params:
         num_tasks = len(cast(Tensor, tasks.id))
-        if self._split is None or not self._encodes_together(outer):
+        if self._split is not None:
+            self._find_head(_inputs(tasks.support)[0])
+            self._check_split(_inputs(tasks.support)[0], _inputs(tasks.query)[0])
+        if self._split is None or not self._encodes_together(outer, tasks):
             contexts = [self.encode(outer, _task(tasks, b)) for b in range(num_tasks)]
             return {name: torch.stack([c[name] for c in contexts]) for name in contexts[0]}
         shared = self._shared(outer)
@@ -154,7 +188,6 @@ class FewShotProblem(Problem):
         sizes = (tasks.support.index.shape[1], tasks.query.index.shape[1])
         # Example-major, task-minor: each channel of each task is then a channel of batch norm.
         inputs = inputs_BRx.transpose(0, 1).flatten(0, 1)
-        self._check_split(inputs_BRx[0])
         with rows(num_tasks, sizes):
             features = self._call(self._split.body, self._split.of_body(shared), inputs)
         features_BRx = features.unflatten(0, (-1, num_tasks)).transpose(0, 1)
@@ -224,38 +257,95 @@ class FewShotProblem(Problem):
         return described
 
     def _call(self, module: nn.Module, params: Params, inputs: Tensor) -> Tensor:
-        if any(True for _ in constants(module)):
-            move_constants(module, inputs.device)
         if not self._has_rnn:
-            return functional_call(module, params, (inputs,))
+            return call(module, params, inputs)
         # The fused RNN kernels have no double backward, the plain ones have. vmap has no rule for
-        # an RNN as a whole; inside vjp it falls into parts that vmap has rules for.
+        # an RNN as a whole; inside vjp it falls into parts that vmap has rules for. Elsewhere vjp
+        # is left out, since packed sequences do not run inside.
         with torch.backends.cudnn.flags(enabled=False), _without_mkldnn():
-            return vjp(lambda p: functional_call(module, p, (inputs,)), params)[0]
+            if not any(map(is_functorch_wrapped_tensor, (inputs, *params.values()))):
+                return call(module, params, inputs)
+            return vjp(lambda p: call(module, p, inputs), params)[0]
 
-    def _check_split(self, inputs: Tensor) -> None:
-        """Raise ValueError, once, if the model is not its head after its body."""
+    def _start_at(self, inputs: Tensor) -> Params:
+        dtype = inputs.dtype if inputs.is_floating_point() else None
+        return {name: leaf.to(inputs.device, dtype) for name, leaf in self._start.items()}
+
+    def _find_head(self, inputs: Tensor) -> None:
+        """Find, once, the layer that is the head by a pass through the model."""
+        if self._split is None or self._head_is_found:
+            return
+        # Of ones, since inputs may be those of all tasks under vmap; the order of layers is asked.
+        probe = torch.ones(inputs[:8].shape, dtype=inputs.dtype, device=inputs.device)
+        with torch.no_grad():
+            name = last_executed(
+                self._model, lambda: call(self._model, self._start_at(probe), probe)
+            )
+        if name != self._split.name:
+            self._split = Head(self._model, name)
+            self._adapted = list(self._split.of_head(self._start))
+        self._head_is_found = True
+
+    def _check_split(self, support: Tensor, query: Tensor) -> None:
+        """Raise ValueError, once, if the model is not its head after its body.
+
+        Also finds out whether the body may run once for both sets.
+        """
         if self._split is None or self._split_is_checked:
             return
-        inputs = inputs[:8]
-        dtype = inputs.dtype if inputs.is_floating_point() else None
-        start = {n: leaf.to(inputs.device, dtype) for n, leaf in self._start.items()}
+        split, start = self._split, self._start_at(support)
+        inputs = support[:8]
         with torch.no_grad():
             whole = self._call(self._model, start, inputs)
-            features = self._call(self._split.body, self._split.of_body(start), inputs)
-            parts = self._call(self._split.head, self._split.to_head(start), features)
+            features = self._call(split.body, split.of_body(start), inputs)
+            if not isinstance(features, Tensor) or len(features) != len(inputs):
+                got = tuple(features.shape) if isinstance(features, Tensor) else type(features)
+                raise ValueError(
+                    f"adapt must not be 'head' where the last layer {split.name!r} is not given a "
+                    f"tensor with a row for each of {len(inputs)} examples, got {got}: name the "
+                    f"parameters instead, adapt='{split.name}.*'"
+                )
+            parts = self._call(split.head, split.to_head(start), features)
         # NaN is equal to NaN: a task with broken data says nothing against the model.
         if not torch.allclose(whole, parts, rtol=0, atol=0, equal_nan=True):
             raise ValueError(
-                f"adapt must not be 'head' for a model that computes further after its last "
-                f"layer {self._split.name!r}, got 'head': name the parameters instead, "
-                f"adapt='{self._split.name}.*'"
+                f"adapt must not be 'head' for a model that is not its last layer {split.name!r} "
+                "after everything else, got 'head' (the outputs differ): name the parameters "
+                f"instead, adapt='{split.name}.*'"
             )
+        self._runs_once = self._inductive or self._rows_stand_alone(split, start, support, query)
         self._split_is_checked = True
 
-    def _encodes_together(self, outer: Params) -> bool:
-        if self.batch_encode != "auto":
-            return self.batch_encode
+    def _rows_stand_alone(self, split: Head, start: Params, support: Tensor, query: Tensor) -> bool:
+        """Whether the body gives the same for both sets together as for each alone.
+
+        It does not where it looks at other rows, or at the longest of them.
+        """
+        if support.shape[1:] != query.shape[1:]:
+            return True  # asked for sets of one shape only, of other tasks
+        inputs = torch.cat([support, query])
+        sizes = (len(support), len(query))
+        if not any(_is_norm(module) for module in split.body.modules()):
+            inputs = inputs[:16]
+            sizes = (2,) * (len(inputs) // 2) + (1,) * (len(inputs) % 2)
+        params = split.of_body(start)
+        with torch.no_grad():
+            with rows(sets=sizes):
+                together = self._call(split.body, params, inputs)
+            alone = [self._call(split.body, params, part) for part in inputs.split(sizes)]
+        if any(part.shape[1:] != together.shape[1:] for part in alone):
+            return False
+        difference = torch.cat(alone) - together
+        # By far more than rounding, which batch norm may magnify.
+        return bool(difference.norm() <= 1e-2 * together.norm()) or not together.isfinite().all()
+
+    def _encodes_together(self, outer: Params, tasks: Task) -> bool:
+        if self.batch_encode is False or not self._runs_once:
+            return False
+        if _inputs(tasks.support).shape[2:] != _inputs(tasks.query).shape[2:]:
+            return False
+        if self.batch_encode is True:
+            return True
         return next(iter(outer.values())).device.type != "cpu" and not self._foreign_norms()
 
     def _foreign_norms(self) -> list[str]:
@@ -281,73 +371,32 @@ class FewShotProblem(Problem):
             )
 
 
-class _Split:
-    """A model cut into the body before the head, and the head."""
-
-    def __init__(self, model: nn.Module, head_name: str) -> None:
-        self.name = head_name
-        self.head = model.get_submodule(head_name)
-        memo = {id(leaf): leaf for leaf in constants(model)}
-        self.body = copy.deepcopy(model, memo)
-        parent, _, child = head_name.rpartition(".")
-        setattr(self.body.get_submodule(parent), child, nn.Identity())
-        self._prefix = head_name + "."
-
-    def of_body(self, params: Params) -> Params:
-        return {name: leaf for name, leaf in params.items() if not name.startswith(self._prefix)}
-
-    def of_head(self, params: Params) -> Params:
-        return {name: leaf for name, leaf in params.items() if name.startswith(self._prefix)}
-
-    def to_head(self, params: Params) -> Params:
-        """The head's own parameters, by the names the head itself has for them."""
-        return {
-            name.removeprefix(self._prefix): leaf for name, leaf in self.of_head(params).items()
-        }
-
-
-def head_name(model: nn.Module) -> str:
-    """The name of the module that owns the last trainable parameter."""
-    names = [name for name, leaf in model.named_parameters() if leaf.requires_grad]
-    if not names:
-        raise ValueError("model must have a trainable parameter, got none with requires_grad=True")
-    head = names[-1].rpartition(".")[0]
-    if not head:
-        raise ValueError(
-            "adapt must be 'all' or names of parameters for a model whose last parameter "
-            f"{names[-1]!r} is in no submodule, got 'head'"
-        )
-    return head
-
-
 def _adapted_names(model: nn.Module, names: list[str], adapt: str | Sequence[str]) -> list[str]:
     if not names:
         raise ValueError("model must have a trainable parameter, got none with requires_grad=True")
     if adapt == "all":
         return names
-    if adapt == "head":
-        return [name for name in names if name.startswith(head_name(model) + ".")]
     patterns = [adapt] if isinstance(adapt, str) else list(adapt)
     if not patterns:
         raise ValueError("adapt must name at least one parameter, got an empty list")
+    known = names_of(model)
     frozen = [name for name, leaf in model.named_parameters() if not leaf.requires_grad]
+    adapted: set[str] = set()
     for pattern in patterns:
-        if any(fnmatchcase(name, pattern) for name in names):
-            continue
-        if any(fnmatchcase(name, pattern) for name in frozen):
+        matched = [name for name in known if fnmatchcase(name, pattern)]
+        if not matched and any(fnmatchcase(name, pattern) for name in frozen):
             raise ValueError(
                 f"adapt must match trainable parameters, {pattern!r} matches frozen ones only: "
                 "set requires_grad_(True) on them"
             )
-        raise ValueError(
-            f"adapt must be 'all', 'head' or patterns of parameter names, {pattern!r} matches "
-            f"none of {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-        )
-    adapted = []
-    for name in names:
-        if any(fnmatchcase(name, pattern) for pattern in patterns):
-            adapted.append(name)
-    return adapted
+        if not matched:
+            raise ValueError(
+                f"adapt must be 'all', 'head' or patterns of parameter names, {pattern!r} matches "
+                f"none of {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+            )
+        for name in matched:
+            adapted.update(known[name])
+    return [name for name in names if name in adapted]
 
 
 def _inputs(batch: Batch) -> Tensor:
@@ -363,6 +412,10 @@ def _task(tasks: Task, b: int) -> Task:
         return batch.map(lambda tensor: tensor[b])._replace(index=batch.index[b])
 
     return Task(at(tasks.support), at(tasks.query), cast(Tensor, tasks.id)[b])
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, TaskBatchNorm | nn.modules.batchnorm._BatchNorm)
 
 
 @contextmanager

@@ -14,12 +14,11 @@ from abc import abstractmethod
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from metadist.checks.values import require_integer
 from metadist.problem import Problem
 from metadist.task import Batch, Task
-from metadist.tasks.network import check_model, move_constants, trainable, without_parameters
+from metadist.tasks.network import call, check_model, trainable, without_parameters
 from metadist.trees import Params, dot
 
 
@@ -79,8 +78,7 @@ class ExampleWeighting(Problem):
 
     def logits(self, inner: Params, inputs: Tensor) -> Tensor:
         """The outputs of the model for `inputs`, shape (examples, classes)."""
-        move_constants(self._model, inputs.device)
-        return functional_call(self._model, inner, (inputs,))
+        return call(self._model, inner, inputs)
 
     def losses(self, inner: Params, batch: Batch) -> Tensor:
         """The cross entropy of each example, shape (examples,)."""

@@ -12,7 +12,8 @@ from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP, Conv4, ResNet12, TaskBatchNorm, with_task_batch_norm
 from metadist.task import Batch, Task, stack_tasks, to_device
-from metadist.tasks.few_shot.problem import LOSSES, FewShotProblem, head_name
+from metadist.tasks.few_shot.problem import LOSSES, FewShotProblem
+from metadist.tasks.network import last_registered
 from metadist.trees import add, select
 from tests.helpers import with_compute
 from tests.problems import (
@@ -273,9 +274,9 @@ def test_frozen_parameters_are_constants(adapt, vectorize):
 
 def test_a_frozen_head_moves_the_head_to_the_last_trainable_module():
     model = mlp(5, 4)
-    assert head_name(model) == "head"
+    assert last_registered(model) == "head"
     model.head.requires_grad_(False)
-    assert head_name(model) == "features.2"
+    assert last_registered(model) == "features.2"
 
 
 @pytest.mark.parametrize("vectorize", [LOOP, VMAP])
@@ -551,8 +552,8 @@ def test_a_model_that_computes_after_its_head_is_refused_with_adapt_head():
         problem = FewShotProblem(After().double(), adapt="head", loss="mse")
         with pytest.raises(
             ValueError,
-            match=r"adapt must not be 'head' for a model that computes further after its last "
-            r"layer 'head', got 'head': name the parameters instead, adapt='head\.\*'",
+            match=r"adapt must not be 'head' for a model that returns something else than the "
+            r"output of its last layer .head., got .head.: name .*, adapt=.head\.\*.",
         ):
             hypergradient(problem, tasks, vectorize=vectorize)
     # The way out that the message names.
