@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
-from metadist.checks.purity import check_pure
+from metadist.checks.purity import check_pure, told
 from metadist.compute import DEFAULT, Compute, intra_op_threads
 from metadist.hypergradient import (
     FAILS_UNDER_VMAP,
@@ -30,7 +31,7 @@ from metadist.problem import (
     is_nonsmooth,
     start_depends_on,
 )
-from metadist.task import Task, TaskSampler, sample_task, to_device
+from metadist.task import Task, TaskSampler, sample_task, targets_of, to_device
 from metadist.trees import (
     Params,
     add,
@@ -53,7 +54,8 @@ def initial_outer(workload: Workload) -> Params:
     """The outer variable at the start of training, the algorithm's own variables included."""
     problem = workload.problem
     outer = problem.init_outer(torch.Generator().manual_seed(workload.compute.seed))
-    start = problem.init_inner(outer, _task(workload.sampler, outer))
+    task = _task(workload.sampler, outer)
+    start = _attempt(problem, "sampler", task, "init_inner", problem.init_inner, outer, task)
     outer = {**outer, **workload.algorithm.init_own(start)}
     check_flattenable(outer, "outer")
     return {name: leaf.detach().cpu() for name, leaf in outer.items()}
@@ -246,17 +248,9 @@ def check_losses(
     outer, _ = split_own(outer)
     given, outer = outer, tree_map(torch.clone, outer)  # in case a loss changes it in place
     task = _task(sampler, outer)
-    shapes = ", ".join(str(tuple(t.shape)) for batch in task[:2] for t in batch.tensors)
 
     def attempt(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except NOT_COMPUTABLE as error:
-            raise ValueError(
-                f"{name} must be computable on task 0 of {field}, whose tensors have shapes "
-                f"{shapes}, got {type(error).__name__}: {error}. Do the model's inputs and "
-                "outputs fit the sampler (n_way, channels, image size, labels 0..N-1)?"
-            ) from error
+        return _attempt(problem, field, task, name, function, *arguments)
 
     context = attempt("encode", problem.encode, outer, task)
     start = attempt("init_inner", problem.init_inner, outer, task)
@@ -338,8 +332,93 @@ def _is_rough(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and torch.finfo(dtype).eps > torch.finfo(torch.float32).eps
 
 
-NOT_COMPUTABLE = (RuntimeError, IndexError, ValueError, TypeError)
-"""The exceptions of torch for inputs that do not fit."""
+def _attempt(
+    problem: Problem,
+    field: str,
+    task: Task,
+    name: str,
+    function: Callable[..., Any],
+    *arguments: Any,
+) -> Any:
+    """`function(*arguments)`; a ValueError says on which task, in which layer, and why it fails."""
+    entered: list[tuple[nn.Module, Any]] = []
+    outputs: list[Any] = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        entered.append((module, inputs[0] if inputs else None))
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        while entered and entered.pop()[0] is not module:
+            pass  # a module whose exception was caught
+        if not entered:
+            outputs[:] = [output]
+
+    hooks = (
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave),
+    )
+    try:
+        return function(*arguments)
+    except NOT_COMPUTABLE as error:
+        shapes = ", ".join(str(tuple(t.shape)) for batch in task[:2] for t in batch.tensors)
+        reason = str(error).strip().rstrip(".")
+        if entered:
+            module, given = entered[-1]
+            reason += f", in {told(problem, module)}{_misfit(module, given)}"
+        elif outputs:
+            reason += _too_few_outputs(outputs[0], task)
+        raise ValueError(
+            f"{name} must be computable on task 0 of {field}, whose tensors have shapes {shapes}, "
+            f"got {type(error).__name__}: {reason}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _misfit(module: nn.Module, given: Any) -> str:
+    """What `module` takes and is not given, where that is so."""
+    if not isinstance(given, torch.Tensor) or given.ndim == 0:
+        return ""
+    size = getattr(module, "in_features", None)
+    if isinstance(size, int) and given.shape[-1] != size:
+        return (
+            f", which takes {size} features and is given {given.shape[-1]}: does the size of the "
+            "sampler's inputs fit the model?"
+        )
+    for field in ("in_channels", "num_features"):
+        size = getattr(module, field, None)
+        if isinstance(size, int) and given.ndim > 1 and given.shape[1] != size:
+            return (
+                f", which takes {size} channels and is given {given.shape[1]}: do the channels of "
+                "the sampler's inputs fit the model?"
+            )
+    size = getattr(module, "num_embeddings", None)
+    if isinstance(size, int) and not given.is_floating_point() and given.numel():
+        low, high = int(given.min()), int(given.max())
+        if low < 0 or high >= size:
+            return f", which takes indices 0 .. {size - 1} and is given {low} .. {high}"
+    return ""
+
+
+def _too_few_outputs(output: Any, task: Task) -> str:
+    """How many outputs the labels want, where the model has fewer."""
+    if not isinstance(output, torch.Tensor) or output.ndim < 2:
+        return ""
+    for batch in (task.support, task.query):
+        labels = targets_of(batch)
+        if labels is None or labels.is_floating_point() or not labels.numel():
+            continue
+        if int(labels.max()) >= output.shape[1]:
+            return (
+                f": the model has {output.shape[1]} outputs, and there are labels up to "
+                f"{int(labels.max())}. Give it one for each class (n_way)"
+            )
+    return ""
+
+
+NOT_COMPUTABLE = (RuntimeError, LookupError, ValueError, TypeError, AttributeError)
+"""The exceptions of torch, and of code around it, for inputs that do not fit."""
 
 
 def _check_twice_differentiable(workload: Workload, outer: Params, task: Task) -> None:

@@ -345,7 +345,8 @@ def _layer_names(problem: Problem) -> dict[int, str]:
     return names
 
 
-def _told(problem: Problem, module: nn.Module) -> str:
+def told(problem: Problem, module: nn.Module) -> str:
+    """A module in words, by its name in the model that the problem holds."""
     name = _layer_names(problem).get(id(module))
     kind = type(module).__name__
     return f"the model itself ({kind})" if name is None else f"layer {name!r} ({kind})"
@@ -391,7 +392,7 @@ def _layer_that_differs(problem: Problem, call: _Call, seeds: tuple[int, int]) -
     )
     for (module, given, output), (_, given_again, output_again) in zip(one, two, strict=False):
         if given == given_again and output != output_again:
-            return _told(problem, module)
+            return told(problem, module)
     return None
 
 
@@ -409,7 +410,7 @@ def _layer_that_writes(
         return ""
     for module, before, after in records:
         if after and not before:
-            return f" by {_told(problem, module)}"
+            return f" by {told(problem, module)}"
     return ""
 
 
@@ -459,7 +460,7 @@ def _require_unchanged(
             is_owner = isinstance(value, nn.Module) and path.startswith(where + ".")
             if is_owner and len(where) > len(owner):
                 owner = where
-                whose = f"{path.removeprefix(where + '.')!r} of {_told(problem, value)}"
+                whose = f"{path.removeprefix(where + '.')!r} of {told(problem, value)}"
         raise Impure(
             f"a problem must leave what it holds as it is, got {whose} changed by a call: each "
             "worker would hold another value, and no inner loop could be replayed. Freeze it "

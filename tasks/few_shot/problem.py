@@ -324,7 +324,7 @@ class FewShotProblem(Problem):
         if support.shape[1:] != query.shape[1:]:
             return True  # asked for sets of one shape only, of other tasks
         inputs = torch.cat([support, query])
-        sizes = (len(support), len(query))
+        sizes: tuple[int, ...] = (len(support), len(query))
         if not any(_is_norm(module) for module in split.body.modules()):
             inputs = inputs[:16]
             sizes = (2,) * (len(inputs) // 2) + (1,) * (len(inputs) % 2)

@@ -147,19 +147,33 @@ REFUSED = [
     (
         {"problem": FewShotProblem(small_conv4()), "sampler": Images(n_way=5)},
         r"inner_loss must be computable on task 0 of sampler, whose tensors have shapes "
-        r"\(10, 1, 16, 16\), \(10,\), .*, got IndexError: .*n_way, channels, image size",
+        r"\(10, 1, 16, 16\), \(10,\), .*, got IndexError: .*: the model has 3 outputs, and there "
+        r"are labels up to 4\. Give it one for each class \(n_way\)$",
     ),
     (
         {"problem": FewShotProblem(small_conv4()), "sampler": Images(channels=3)},
-        r"inner_loss must be computable on task 0 .* got RuntimeError: .*channels",
+        r"inner_loss must be computable on task 0 .* got RuntimeError: .*, in layer "
+        r"'features\.0\.0' \(Conv2d\), which takes 1 channels and is given 3: do the channels",
     ),
     (
         {"problem": FewShotProblem(small_conv4(), adapt="head"), "sampler": Images(channels=3)},
-        r"encode must be computable on task 0 .* got RuntimeError: .*channels",
+        r"init_inner must be computable on task 0 .* got RuntimeError: .*channels",
     ),
     (
         {"problem": FewShotProblem(small_conv4()), "sampler": curves()},
-        r"inner_loss must be computable on task 0",
+        r"inner_loss must be computable on task 0.* in layer 'features\.0\.0' \(Conv2d\)",
+    ),
+    (
+        {"problem": regression(Net(lambda x: x[:, :2])), "sampler": curves()},
+        r"in layer 'head' \(Linear\), which takes 4 features and is given 2: does the size of",
+    ),
+    (
+        {"problem": regression(Net(lambda x: x.reshape(7, 7))), "sampler": curves()},
+        r"got RuntimeError: shape '\[7, 7\]' is invalid .*, in the model itself \(Net\)$",
+    ),
+    (
+        {"problem": Lossy(lambda loss: {}["scale"])},
+        r"inner_loss must be computable on task 0 .*, got KeyError: 'scale'$",
     ),
     (
         {

@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "labels beyond the outputs": (
         words(f"{CLASSES[:-1]}1 --sampler mine.Labelled {RUN}"),
         r"inner_loss must be computable on task 0 of sampler, whose tensors have shapes .*, got "
-        r"IndexError: Target 1 is out of bounds\.. Do the model's inputs and outputs fit the sam",
+        r"IndexError: Target 1 is out of bounds: the model has 1 outputs, and there are labels up ",
     ),
     "more ways than classes": (
         words(f"{PICTURES} --sampler.n_way 7 --sampler.k_query 1 {RUN}"),
