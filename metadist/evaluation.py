@@ -14,6 +14,7 @@ import torch
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
+from metadist.checks.purity import check_pure
 from metadist.compute import AS_TORCH_IS_SET, Compute, intra_op_threads, pick_device
 from metadist.hypergradient import (
     FAILS_UNDER_VMAP,
@@ -102,7 +103,8 @@ def evaluate(
             with threads as torch is set.
 
     Raises:
-        ValueError: num_tasks < 2, or inner_steps with an algorithm that has none.
+        ValueError: num_tasks < 2, inner_steps with an algorithm that has none, or a problem that
+            is not pure (on a CPU, see `check_pure`).
         FloatingPointError: the losses are NaN or infinite in all tasks but one, or in all. Fewer
             such tasks are left out of the means, and `EvaluationResult` says which.
     """
@@ -111,6 +113,10 @@ def evaluate(
     require_sampler("sampler", sampler)
     if (size := num_tasks_of(sampler)) is not None:
         num_tasks = min(num_tasks, max(2, size))  # tasks that come again would narrow the interval
+    if pick_device(compute.device).type == "cpu":  # elsewhere equal sums may differ in bytes
+        on_cpu = {name: leaf.detach().cpu() for name, leaf in outer.items()}
+        task = to_device(sample_task(sampler, 0), "cpu", next(iter(on_cpu.values())).dtype)
+        check_pure(problem, split_own(on_cpu)[0], task, compute)
     if inner_steps is not None:
         algorithm = with_inner_steps(algorithm, inner_steps)
     values = evaluate_tasks(problem, sampler, algorithm, outer, num_tasks, compute=compute)

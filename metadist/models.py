@@ -8,6 +8,8 @@ Shape letters: R rows (examples), B tasks, C channels, H height, W width, N ways
 
 from __future__ import annotations
 
+import copy
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,23 +131,109 @@ def norm_layer(num_features: int, policy: BatchNormPolicy) -> nn.Module:
     return TaskBatchNorm(num_features, policy)
 
 
+REPLACED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 def with_task_batch_norm(
-    model: nn.Module, policy: Literal["transductive", "inductive"] = "transductive"
+    model: nn.Module,
+    policy: Literal["transductive", "inductive"] = "transductive",
+    example: Tensor | None = None,
 ) -> nn.Module:
-    """`model` itself, each batch norm in it replaced by a `TaskBatchNorm` of the same weights."""
-    for name, child in model.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            norm = TaskBatchNorm(child.num_features, policy, child.eps)
-            if child.affine:
-                norm.weight, norm.bias = child.weight, child.bias
-            else:
-                norm.requires_grad_(False)
-                if child.running_mean is not None:
-                    norm.to(child.running_mean)
-            setattr(model, name, norm)
-        else:
-            with_task_batch_norm(child, policy)
-    return model
+    """`model` itself, each batch norm in it replaced by a `TaskBatchNorm` of the same weights.
+
+    Args:
+        model: The model. Only torch's own classes are replaced; each of its layers is compared
+            with what replaces it on random numbers.
+        policy: That of the new layers.
+        example: Inputs on which the whole model is compared with what it was, its batch norm in
+            training mode; None: its layers alone are.
+
+    Raises:
+        ValueError: A layer does more than normalise, or the new model computes something else;
+            `model` is then as it was.
+    """
+    made: dict[int, TaskBatchNorm] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            made[id(layer)] = _task_batch_norm(name, layer, policy)
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if id(child) in made
+    ]
+    expected = None if example is None else _in_training_mode(model, example)
+    for parent, name, child in places:
+        setattr(parent, name, made[id(child)])
+    converted = made.get(id(model), model)
+    if example is not None and expected is not None:
+        with torch.no_grad():
+            difference = _difference(converted(example), expected)
+        if difference > TOLERANCE:
+            for parent, name, child in places:
+                setattr(parent, name, child)
+            raise ValueError(
+                "model must compute the same with TaskBatchNorm, got outputs that differ by "
+                f"{difference:.0%} on the example: it uses its batch norm in another way than by "
+                "calling it (its running statistics, say). Replace those layers by hand"
+            )
+    return converted
+
+
+TOLERANCE = 1e-2
+"""Of relative differences; batch norm in float32 has some, where a channel is almost constant."""
+
+
+def _task_batch_norm(
+    name: str, layer: nn.Module, policy: Literal["transductive", "inductive"]
+) -> TaskBatchNorm:
+    """The layer that replaces `layer`; ValueError if that does more, or another thing."""
+    if type(layer) not in REPLACED:
+        raise ValueError(
+            f"model must have batch norm of torch's own classes, layer {name!r} is a "
+            f"{type(layer).__name__}: what such a class does besides would be lost. Replace that "
+            "layer by a TaskBatchNorm and what it does besides, or freeze it with .eval()"
+        )
+    assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    norm = TaskBatchNorm(layer.num_features, policy, layer.eps)
+    if layer.affine:
+        norm.weight, norm.bias = layer.weight, layer.bias
+    else:
+        norm.requires_grad_(False)
+        if layer.running_mean is not None:
+            norm.to(layer.running_mean)
+    sizes = {nn.BatchNorm1d: (), nn.BatchNorm3d: (2, 2, 2)}.get(type(layer), (2, 2))
+    # Where numbers are drawn matters to nobody else, and neither does what is drawn.
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn(8, layer.num_features, *sizes, generator=random).to(norm.weight)
+    if type(layer) is nn.SyncBatchNorm:
+        return norm  # which runs between processes only
+    difference = _difference(norm(inputs), _in_training_mode(layer, inputs))
+    if difference > TOLERANCE:
+        raise ValueError(
+            f"batch norm must do nothing besides, layer {name!r} does (a hook, or a forward of its "
+            f"own): its outputs are {difference:.0%} from those of a TaskBatchNorm. Take that out "
+            "first, or replace the layer by hand"
+        )
+    return norm
+
+
+@torch.no_grad()
+def _in_training_mode(model: nn.Module, inputs: Tensor) -> Tensor:
+    """The outputs of a copy of `model` whose batch norm is in training mode."""
+    copied = copy.deepcopy(model)
+    for layer in copied.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.train()
+    output: Tensor = copied(inputs)
+    return output
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|; infinite for tensors of other shapes."""
+    if found.shape != expected.shape:
+        return math.inf
+    return float((found - expected).detach().norm() / expected.norm().clamp_min(1e-12))
 
 
 class Conv4(nn.Module):

@@ -172,7 +172,7 @@ REFUSED = [
         r"got RuntimeError: shape '\[7, 7\]' is invalid .*, in the model itself \(Net\)$",
     ),
     (
-        {"problem": Lossy(lambda loss: {}["scale"])},
+        {"problem": Lossy(lambda loss: {"one": loss}["scale"])},
         r"inner_loss must be computable on task 0 .*, got KeyError: 'scale'$",
     ),
     (

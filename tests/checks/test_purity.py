@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
-from metadist import check_hypergradient
+from metadist import check_hypergradient, evaluate
 from metadist.algorithms import ITD
 from metadist.checks.preflight import check_losses
 from metadist.checks.purity import Impure, check_pure
@@ -231,3 +231,9 @@ def test_x_is_left_as_it_was():
 def test_the_check_of_a_hypergradient_asks_too():
     with pytest.raises(Impure, match="RReLU"):
         check_hypergradient(regression(Layers(nn.RReLU())), curves(), ITD(inner_steps=1))
+
+
+def test_an_evaluation_asks_too():
+    problem = regression(Layers(nn.RReLU()))
+    with pytest.raises(Impure, match="RReLU"):
+        evaluate(problem, curves(), ITD(inner_steps=1), problem.init_outer(torch.Generator()), 2)

@@ -258,6 +258,60 @@ def test_conversion_of_a_layer_without_weights_gives_it_constant_ones():
     )
 
 
+class Doubled(nn.BatchNorm1d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked():
+    layer = nn.BatchNorm1d(3)
+    layer.register_forward_hook(lambda layer, args, output: output.relu())
+    return layer
+
+
+def test_a_batch_norm_that_does_more_is_not_replaced():
+    for layer, message in (
+        (Doubled(3), r"torch's own classes, layer '1' is a Doubled: "),
+        (hooked(), r"must do nothing besides, layer '1' does \(a hook, .* outputs are \d+% from"),
+    ):
+        model = nn.Sequential(nn.BatchNorm1d(3), layer)
+        with pytest.raises(ValueError, match=message):
+            with_task_batch_norm(model)
+        assert type(model[0]) is nn.BatchNorm1d and model[1] is layer
+
+
+def test_a_layer_is_replaced_under_each_of_its_names_and_a_model_may_be_one():
+    model = nn.Module()
+    model.first = model.again = nn.BatchNorm1d(3)
+    model.more = nn.ModuleList([model.first])
+    with_task_batch_norm(model)
+    assert model.first is model.again is model.more[0] and type(model.first) is TaskBatchNorm
+    assert type(with_task_batch_norm(nn.BatchNorm2d(2))) is TaskBatchNorm
+
+
+class Reads(nn.Module):
+    """Uses more of its batch norm than what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        scale = 1 if isinstance(self.norm, nn.BatchNorm1d) else 3
+        return scale * self.norm(x)
+
+
+def test_the_whole_model_is_compared_on_an_example():
+    x = randn(0, 8, 3).float()
+    model = Reads()
+    with pytest.raises(ValueError, match=r"compute the same with TaskBatchNorm, .* by 200% on the"):
+        with_task_batch_norm(model, example=x)
+    assert type(model.norm) is nn.BatchNorm1d and not model.norm.running_mean.any()
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
+    converted = with_task_batch_norm(model, example=x)
+    assert type(converted[1]) is TaskBatchNorm
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
