@@ -281,11 +281,15 @@ def test_a_batch_norm_that_does_more_is_not_replaced():
 
 
 def test_a_layer_is_replaced_under_each_of_its_names_and_a_model_may_be_one():
-    model = nn.Module()
-    model.first = model.again = nn.BatchNorm1d(3)
-    model.more = nn.ModuleList([model.first])
+    layer = nn.BatchNorm1d(3)
+    model = nn.ModuleDict({"first": layer, "again": layer, "more": nn.ModuleList([layer])})
     with_task_batch_norm(model)
-    assert model.first is model.again is model.more[0] and type(model.first) is TaskBatchNorm
+    assert [type(module) for module in model.modules()] == [
+        nn.ModuleDict,
+        TaskBatchNorm,
+        nn.ModuleList,
+    ]
+    assert model["first"] is model["again"]
     assert type(with_task_batch_norm(nn.BatchNorm2d(2))) is TaskBatchNorm
 
 
@@ -306,10 +310,11 @@ def test_the_whole_model_is_compared_on_an_example():
     model = Reads()
     with pytest.raises(ValueError, match=r"compute the same with TaskBatchNorm, .* by 200% on the"):
         with_task_batch_norm(model, example=x)
-    assert type(model.norm) is nn.BatchNorm1d and not model.norm.running_mean.any()
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
-    converted = with_task_batch_norm(model, example=x)
-    assert type(converted[1]) is TaskBatchNorm
+    assert type(model.norm) is nn.BatchNorm1d
+    assert not dict(model.named_buffers())["norm.running_mean"].any()
+    plain = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
+    with_task_batch_norm(plain, example=x)
+    assert type(plain[1]) is TaskBatchNorm
 
 
 @pytest.mark.parametrize(
