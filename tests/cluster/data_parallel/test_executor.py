@@ -450,8 +450,9 @@ class SortedArticles(FixedTasks):
     def __init__(self) -> None:
         task = sparse_task()[0]
         support, query = (
-            Batch.of(*batch.take(batch.tensors[-1].argsort()).tensors)
-            for batch in (task.support, task.query)
+            Batch.named(columns=columns[order], values=values[order], targets=labels[order])
+            for columns, values, labels in (task.support.tensors, task.query.tensors)
+            for order in [labels.argsort()]
         )
         super().__init__([Task(support, query, 0)])
 
