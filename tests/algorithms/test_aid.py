@@ -117,7 +117,7 @@ def test_it_is_exact_at_the_lower_solution_of_a_problem_that_is_no_quadratic(opt
 
     rates = {name: torch.tensor(0.2, dtype=DOUBLE) for name in start}
     solution = solve(context, sgd(oracle, context, start, 100, rates), 8)
-    algorithm = AID(1, 1e-3, inner_optimizer=optimizer, adjoint_steps=8)
+    algorithm = AID(2, 1e-9, inner_optimizer=optimizer, adjoint_steps=8)
     result = algorithm.estimate(oracle, context, algorithm.init(oracle, context, solution))
     expected = central_difference(
         lambda x: problem.outer_loss(x, solve(x, solution), task.query), context

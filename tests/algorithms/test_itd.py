@@ -266,7 +266,8 @@ def test_adaptation_is_torch_sgd_step_by_step(momentum):
         problem.inner_loss(context, leaves, task.support).backward()  # type: ignore[arg-type]
         reference.step()
         expected = {name: leaf.detach() for name, leaf in leaves.items()}
-        for engine in ENGINES:
+        # One step with momentum is refused, since momentum would do nothing.
+        for engine in ENGINES if num_steps > 1 or not momentum else ():
             algorithm = ITD(num_steps, 0.1, momentum=momentum, engine=engine)
             assert_close(algorithm.adapt(oracle, context, start), expected, 1e-13)
             assert_close(

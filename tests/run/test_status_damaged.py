@@ -103,7 +103,8 @@ def test_damage_is_said_and_has_an_exit_code(run, capsys):
     data[start : start + 512] = bytes(512)
     path.write_bytes(data)
     code, out = look(run, capsys)
-    assert code == 3 and f"{path.name} is damaged" in out.replace("\n", "").replace(" " * 12, "")
+    # Rich breaks lines anywhere.
+    assert code == 3 and f"{path.name} is damaged".replace(" ", "") in "".join(out.split())
     # What is behind the damage is still found.
     assert latest_scalars(Folder(run / "tensorboard")) == newest
     path.unlink()
