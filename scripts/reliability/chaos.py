@@ -33,7 +33,7 @@ import torch
 
 from metadist import CheckpointError, CheckpointStore
 from metadist.outer import OuterState
-from metadist.run.files import CHECKPOINTS, CONFIG, RESULT
+from metadist.run.files import CHECKPOINTS, CONFIG, EVENTS, RESULT
 
 TITLES = {
     "worker": ("ray::Worker", "ray::ShardWorker"),
@@ -143,7 +143,7 @@ class Disturbed:
         self._log = run.with_name(f"{run.name}.log")
         self._process: subprocess.Popen[bytes] | None = None
         self._step_at_start = -1
-        self._starts_in_vain = 0
+        self._starts_in_vain = self._begun_before = 0
         self._expected: set[int] = set()
         self.done: Counter[str] = Counter()
         self.num_starts = 0
@@ -185,6 +185,7 @@ class Disturbed:
         self._starts_in_vain = self._starts_in_vain + 1 if step == self._step_at_start else 0
         self._step_at_start = step
         self._expected = set()
+        self._begun_before = self._num_begun()
         self.num_starts += 1
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
@@ -218,12 +219,21 @@ class Disturbed:
             self._process.kill()
             self._expected = {-signal.SIGKILL}
             return True
-        if not (self._run / CONFIG).exists():
-            return False  # Python starts: nobody has said yet what a signal means
         number = SIGNALS[kind]
+        # While Python imports, a signal means what the system says; 0: it came when all was done.
+        self._expected = {128 + number, 0} | (set() if self._has_begun() else {-number, 1})
         self._process.send_signal(number)
-        self._expected = {128 + number, 0}  # 0: it came when all was done
         return True
+
+    def _has_begun(self) -> bool:
+        """Whether the run has reported since its last start that it trains."""
+        return self._num_begun() > self._begun_before
+
+    def _num_begun(self) -> int:
+        try:
+            return (self._run / EVENTS).read_bytes().count(b'"run_started"')
+        except FileNotFoundError:
+            return 0
 
     def _tail(self) -> str:
         return " | ".join(self._log.read_text(errors="replace").splitlines()[-5:])
