@@ -266,8 +266,8 @@ def _bytes(tensor: Tensor) -> Tensor:
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
     flat = tensor.detach().cpu().reshape(-1)
-    # One element may have any stride, and then cannot be seen as bytes.
-    flat = flat.as_strided((1,), (1,)) if len(flat) == 1 else flat.contiguous()
+    # Fewer than two elements may have any stride, and then cannot be seen as bytes.
+    flat = flat.new_empty(len(flat)).copy_(flat) if len(flat) < 2 else flat.contiguous()
     return flat.view(torch.uint8)
 
 

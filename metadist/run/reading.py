@@ -40,7 +40,7 @@ HEADER = 12
 """A record is its length (8 bytes), a checksum of that (4), the data and a checksum (4)."""
 
 NUMBERS = (
-    *("until_step", "num_workers", "num_lost", "score", "num_steps", "num_tasks", "num_dropped"),
+    *("until_step", "num_lost", "score", "num_steps", "num_tasks", "num_dropped"),
     *("seconds", "pid"),
 )
 TEXTS = ("checkpoint", "error", "executor", "policy", "device", "host", "boot", "started")
@@ -102,6 +102,8 @@ def plain_fields(tree: Mapping[str, Any]) -> dict[str, Any]:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if is_number and abs(value) <= MAX_STEP:  # not NaN either
                 found[name] = value
+        elif name == "num_workers" and isinstance(value, (int, str)):
+            found[name] = value  # a text where a run starts: "1 to 4"
         elif name in TEXTS and value is not None:
             if isinstance(value, str):
                 found[name] = value

@@ -125,8 +125,8 @@ def test_train_begins_continues_and_says_when_there_is_nothing_to_do(train, caps
     assert "trained" not in out
 
 
-def test_a_run_without_a_checkpoint_is_not_continued(train, capsys):
+def test_the_folder_of_something_else_is_not_continued(train, capsys):
     Path("run").mkdir()
     Path("run", "config.yaml").touch()
     assert train(4) == 2
-    assert "no good checkpoint in run/checkpoints: it holds none" in capsys.readouterr().err
+    assert "run_dir must be a new or empty folder, got 'run'" in capsys.readouterr().err
