@@ -233,11 +233,12 @@ class OuterVariable:
         if num_tasks:
             if len(self._mean) != expected:
                 self._mean = self._flat.new_empty(expected)
-            self._add_up(fresh, num_tasks)
+            found = self._add_up(fresh, num_tasks)
+            mean = self._mean[: len(self._flat)]
             if weight is not None:
                 recursion = self._recur(weight)
-            mean = self._mean[: len(self._flat)]
-            squares = _squares_of_blocks(mean)
+                found = [_square(block) for block in mean.split(BLOCK)]
+            squares = _exact_where_needed(found, mean.split(BLOCK))
             # The squares of huge but finite elements may overflow, and that is no error.
             if not all(map(math.isfinite, squares)) and not bool(mean.isfinite().all()):
                 raise ValueError(
@@ -304,16 +305,22 @@ class OuterVariable:
         halves = vector.split(len(self._flat))
         return [block for half in halves for block in half.split(BLOCK)]
 
-    def _add_up(self, fresh: Sequence[Contribution], num_tasks: int) -> None:
-        """Set the mean."""
+    def _add_up(self, fresh: Sequence[Contribution], num_tasks: int) -> list[Tensor]:
+        """Set the mean; returns the `_square` of each block, while the block is in the cache."""
         totals = zip(*(self._pieces(item.total) for item in fresh), strict=True)
+        squares = []
         for block, pieces in zip(self._pieces(self._mean), totals, strict=True):
-            block.copy_(pieces[0])
-            if fresh[0].weight != 1:
-                block.mul_(fresh[0].weight)
-            for piece, item in zip(pieces[1:], fresh[1:], strict=True):
-                block.add_(piece, alpha=item.weight)
-            block.div_(num_tasks)
+            if len(fresh) == 1 and fresh[0].weight == 1 and pieces[0].dtype == block.dtype:
+                torch.div(pieces[0], num_tasks, out=block)  # the same, in one pass
+            else:
+                block.copy_(pieces[0])
+                if fresh[0].weight != 1:
+                    block.mul_(fresh[0].weight)
+                for piece, item in zip(pieces[1:], fresh[1:], strict=True):
+                    block.add_(piece, alpha=item.weight)
+                block.div_(num_tasks)
+            squares.append(_square(block))
+        return squares
 
     def _step(self, blocks: slice) -> None:
         """Step these blocks of x along what is left of their mean."""
@@ -454,13 +461,26 @@ def norm_of_blocks(squares: Iterable[float]) -> float:
     return math.sqrt(total)
 
 
-def _squares_of_blocks(vector: Tensor) -> list[float]:
-    # In float64, and block by block: the sum of each is the same whoever owns the block.
-    squares = []
-    for block in vector.split(BLOCK):
-        double = block.double()
-        squares.append(torch.dot(double, double))
-    return torch.stack(squares).tolist()
+def _square(block: Tensor) -> Tensor:
+    """The squared norm of a block: the same whoever owns it."""
+    wide = block if block.dtype == torch.float32 else block.double()
+    return torch.dot(wide, wide)
+
+
+MIN_SQUARE = 1e-24
+"""A squared norm in float32 that is smaller may lack squares that are zero in float32."""
+
+
+def _exact_where_needed(squares: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[float]:
+    """The squared norms as numbers, in float64 where float32 overflows or underflows.
+
+    In float32 they are exact to about the seventh digit, for a quarter of the time.
+    """
+    found = [float(square) for square in torch.stack(list(squares)).tolist()]
+    for number, (square, block) in enumerate(zip(found, blocks, strict=True)):
+        if not MIN_SQUARE <= square < math.inf and block.dtype == torch.float32:
+            found[number] = float(_square(block.double()))
+    return found
 
 
 def check_state(state: OuterState, optimizer: OuterOptimizer) -> None:

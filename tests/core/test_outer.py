@@ -413,6 +413,17 @@ def test_what_was_prepared_changes_nothing_until_it_is_committed():
         variable.commit(norm)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e-18, 1e-30, 1e12, 1e19, 1e30, 0.0])
+def test_the_norm_is_exact_where_squares_leave_the_range_of_float32(scale):
+    total = torch.randn(2 * BLOCK + 3, generator=generator(0)) * scale
+    total[:BLOCK] *= 1e-3
+    variable = OuterVariable({"x": torch.zeros_like(total)}, OuterOptimizer("sgd", 1.0))
+    expected = float(total.double().norm())
+    step = variable.apply([computed_lease(0, 0, total, 1)])
+    assert step.hypergradient_norm == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(variable.flat, -total)
+
+
 @pytest.mark.parametrize("at", [3, LENGTH - 1])
 def test_what_is_not_finite_in_one_shard_is_refused_there_and_committed_nowhere(at):
     outer = torch.zeros(LENGTH)
