@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MLP", "Conv4", "ResNet12"]  # whole models; those of a command line come from here
+__all__ = ["MLP", "Conv4", "ResNet12", "TaskBatchNorm", "with_task_batch_norm"]
 
 BatchNormPolicy = Literal["transductive", "inductive", "none"]
 

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import textwrap
 from pathlib import Path
 
-from metadist.algorithm import Algorithm
-from metadist.algorithms import ALGORITHMS
 from metadist.cli.catalogue import FACTS, FAMILIES, LEGEND, brief, facts, title
+from metadist.cli.classes import PublicClass
+from metadist.cli.names import named
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "algorithms.md"
 MARK = "<!-- From here on written by scripts/docs_algorithms.py from the docstrings. -->\n"
@@ -24,11 +23,11 @@ def page(text: str) -> str:
     head, mark, _ = text.partition(MARK)
     if not mark:
         raise ValueError(f"{PAGE} must contain the line {MARK!r}")
-    for cls in ALGORITHMS.values():
-        if brief(cls, "Family") not in FAMILIES:
+    for cls in named("algorithms").values():
+        if brief(cls.doc, "Family") not in FAMILIES:
             raise ValueError(
-                f"Family of {cls.__name__} must be one of {', '.join(FAMILIES)}, "
-                f"got {brief(cls, 'Family')!r}"
+                f"Family of {cls.name} must be one of {', '.join(FAMILIES)}, "
+                f"got {brief(cls.doc, 'Family')!r}"
             )
     parts = [head + MARK, "# All at a glance\n", _wrap(LEGEND) + "\n", _table()]
     for family in FAMILIES:
@@ -37,8 +36,8 @@ def page(text: str) -> str:
     return "\n".join(parts)
 
 
-def _members(family: str) -> list[type[Algorithm]]:
-    return [cls for cls in ALGORITHMS.values() if brief(cls, "Family") == family]
+def _members(family: str) -> list[PublicClass]:
+    return [cls for cls in named("algorithms").values() if brief(cls.doc, "Family") == family]
 
 
 def _table() -> str:
@@ -46,24 +45,24 @@ def _table() -> str:
     rows = [columns, ["---"] * len(columns)]
     for family in FAMILIES:
         for cls in _members(family):
-            name = cls.__name__.lower()
-            cells = (brief(cls, fact) for fact in TABLE.values())
-            rows.append([f"[{name}](#{name})", title(cls), *cells])
+            name = cls.name.lower()
+            cells = (brief(cls.doc, fact) for fact in TABLE.values())
+            rows.append([f"[{name}](#{name})", title(cls.doc), *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _section(cls: type[Algorithm]) -> str:
+def _section(cls: PublicClass) -> str:
     bullets = []
-    for fact, text in facts(cls).items():
+    for fact, text in facts(cls.doc).items():
         if fact not in ("Family", "For", "Use"):  # these are in headings and in the table
             bullets.append(_wrap(f"* **{fact}:** {text}", indent="  "))
-    paragraphs = [f"## {cls.__name__}", f"**{title(cls)}.**", _body(cls), "\n".join(bullets)]
+    paragraphs = [f"## {cls.name}", f"**{title(cls.doc)}.**", _body(cls), "\n".join(bullets)]
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
-def _body(cls: type[Algorithm]) -> str:
+def _body(cls: PublicClass) -> str:
     """Formulas and prose: the docstring without its first line, Args and facts."""
-    paragraphs = (inspect.getdoc(cls) or "").split("\n\n")[1:]
+    paragraphs = cls.doc.split("\n\n")[1:]
     kept = []
     for paragraph in paragraphs:
         first = paragraph.partition(":")[0]

@@ -17,85 +17,52 @@ No family imports another.
 if __name__ != "metadist.tasks":
     raise ImportError("import metadist.tasks, not tasks: a bare name may be any module")
 
-from metadist.checks.sampler import SamplerError, SamplerReport, check_sampler
-from metadist.tasks.data.random import Random
-from metadist.tasks.data.sources import FetchError, fetch
-from metadist.tasks.few_shot.cifar import CIFARFS, FC100
-from metadist.tasks.few_shot.class_splits import read_splits
-from metadist.tasks.few_shot.dataset import FewShotDataset
-from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler
-from metadist.tasks.few_shot.folder import ImageFolder
-from metadist.tasks.few_shot.glyphs import Glyphs
-from metadist.tasks.few_shot.omniglot import Omniglot
-from metadist.tasks.few_shot.problem import FewShotProblem
-from metadist.tasks.few_shot.sinusoid import Sinusoid
-from metadist.tasks.fixed import FixedTasks
-from metadist.tasks.reweighting.corrupted_images import CorruptedImages
-from metadist.tasks.reweighting.long_tail import LongTail
-from metadist.tasks.reweighting.problem import (
-    ClassWeights,
-    ExampleWeighting,
-    HyperCleaning,
-    LinearClassifier,
-    LossWeighting,
-)
-from metadist.tasks.synthetic.lancbio import LancBiOData, LancBiOSynthetic
-from metadist.tasks.synthetic.quadratics import QuadraticData, Quadratics
-from metadist.tasks.synthetic.toys import (
-    AmigoToy,
-    Coreset,
-    Degenerate,
-    Lasso,
-    MerelyConvex,
-    Minimax,
-    NoData,
-    PBGDToy,
-    PenaltyToy,
-    Sine,
-)
-from metadist.tasks.text.features import TextFeatures
-from metadist.tasks.text.regularisation import TextRegularisation
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "CIFARFS",
-    "FC100",
-    "AmigoToy",
-    "ClassImages",
-    "ClassWeights",
-    "Coreset",
-    "CorruptedImages",
-    "Degenerate",
-    "EpisodeSampler",
-    "ExampleWeighting",
-    "FetchError",
-    "FewShotDataset",
-    "FewShotProblem",
-    "FixedTasks",
-    "Glyphs",
-    "HyperCleaning",
-    "ImageFolder",
-    "LancBiOData",
-    "LancBiOSynthetic",
-    "Lasso",
-    "LinearClassifier",
-    "LongTail",
-    "LossWeighting",
-    "MerelyConvex",
-    "Minimax",
-    "NoData",
-    "Omniglot",
-    "PBGDToy",
-    "PenaltyToy",
-    "QuadraticData",
-    "Quadratics",
-    "Random",
-    "SamplerError",
-    "SamplerReport",
-    "Sine",
-    "Sinusoid",
-    "TextFeatures",
-    "TextRegularisation",
-    "check_sampler",
-    "fetch",
-    "read_splits",
-]
+from metadist.exports import lazy
+
+if TYPE_CHECKING:
+    from metadist.checks.sampler import SamplerError as SamplerError
+    from metadist.checks.sampler import SamplerReport as SamplerReport
+    from metadist.checks.sampler import check_sampler as check_sampler
+    from metadist.tasks.data.random import Random as Random
+    from metadist.tasks.data.sources import FetchError as FetchError
+    from metadist.tasks.data.sources import fetch as fetch
+    from metadist.tasks.few_shot.cifar import CIFARFS as CIFARFS
+    from metadist.tasks.few_shot.cifar import FC100 as FC100
+    from metadist.tasks.few_shot.class_splits import read_splits as read_splits
+    from metadist.tasks.few_shot.dataset import FewShotDataset as FewShotDataset
+    from metadist.tasks.few_shot.episodes import ClassImages as ClassImages
+    from metadist.tasks.few_shot.episodes import EpisodeSampler as EpisodeSampler
+    from metadist.tasks.few_shot.folder import ImageFolder as ImageFolder
+    from metadist.tasks.few_shot.glyphs import Glyphs as Glyphs
+    from metadist.tasks.few_shot.omniglot import Omniglot as Omniglot
+    from metadist.tasks.few_shot.problem import FewShotProblem as FewShotProblem
+    from metadist.tasks.few_shot.sinusoid import Sinusoid as Sinusoid
+    from metadist.tasks.fixed import FixedTasks as FixedTasks
+    from metadist.tasks.reweighting.corrupted_images import CorruptedImages as CorruptedImages
+    from metadist.tasks.reweighting.long_tail import LongTail as LongTail
+    from metadist.tasks.reweighting.problem import ClassWeights as ClassWeights
+    from metadist.tasks.reweighting.problem import ExampleWeighting as ExampleWeighting
+    from metadist.tasks.reweighting.problem import HyperCleaning as HyperCleaning
+    from metadist.tasks.reweighting.problem import LinearClassifier as LinearClassifier
+    from metadist.tasks.reweighting.problem import LossWeighting as LossWeighting
+    from metadist.tasks.synthetic.lancbio import LancBiOData as LancBiOData
+    from metadist.tasks.synthetic.lancbio import LancBiOSynthetic as LancBiOSynthetic
+    from metadist.tasks.synthetic.quadratics import QuadraticData as QuadraticData
+    from metadist.tasks.synthetic.quadratics import Quadratics as Quadratics
+    from metadist.tasks.synthetic.toys import AmigoToy as AmigoToy
+    from metadist.tasks.synthetic.toys import Coreset as Coreset
+    from metadist.tasks.synthetic.toys import Degenerate as Degenerate
+    from metadist.tasks.synthetic.toys import Lasso as Lasso
+    from metadist.tasks.synthetic.toys import MerelyConvex as MerelyConvex
+    from metadist.tasks.synthetic.toys import Minimax as Minimax
+    from metadist.tasks.synthetic.toys import NoData as NoData
+    from metadist.tasks.synthetic.toys import PBGDToy as PBGDToy
+    from metadist.tasks.synthetic.toys import PenaltyToy as PenaltyToy
+    from metadist.tasks.synthetic.toys import Sine as Sine
+    from metadist.tasks.text.features import TextFeatures as TextFeatures
+    from metadist.tasks.text.regularisation import TextRegularisation as TextRegularisation
+
+if not TYPE_CHECKING:  # so that type checkers believe in no other names
+    __all__, __getattr__, __dir__ = lazy(__name__)

@@ -4,6 +4,9 @@ To add, rename or remove one on purpose, edit its line there.
 """
 
 import importlib
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,32 @@ def test_the_public_names_are_the_pinned_ones():
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_every_public_name_is_there(module):
-    module = importlib.import_module(module)
-    for name in module.__all__:
-        assert getattr(module, name) is not None
+def test_every_public_name_is_there_and_travels_by_reference(module):
+    package = importlib.import_module(module)
+    assert set(package.__all__) <= set(dir(package))
+    for name in package.__all__:
+        found = getattr(package, name)
+        if isinstance(found, type):
+            assert pickle.loads(pickle.dumps(found)) is found
+        scope: dict[str, object] = {}
+        exec(f"from {module} import {name}", scope)
+        assert scope[name] is found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_other_names_are_refused(module):
+    with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'Trainr'"):
+        _ = importlib.import_module(module).Trainr
+    with pytest.raises(ImportError, match="cannot import name 'Trainr'"):
+        exec(f"from {module} import Trainr")
+
+
+@pytest.mark.parametrize("module", ["metadist", "metadist.tasks", "metadist.cluster"])
+def test_importing_a_package_imports_no_torch_until_a_name_is_used(module):
+    code = (
+        f"import sys, {module} as package; assert not {{'torch', 'ray'}} & set(sys.modules); "
+        f"from {module} import *; "
+        "assert 'torch' in sys.modules and View is package.View"
+    )
+    code = code.replace("View", importlib.import_module(module).__all__[0])
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from metadist.algorithm import Algorithm
-from metadist.cli.help import summary
+from metadist.cli.classes import PublicClass
 
 LEGEND = (
     "Cost is per outer step and task: G = grad_y g, Gx = grad_x g, F = both gradients of f, "
@@ -20,7 +18,7 @@ LEGEND = (
 )
 
 FACTS = ("Family", "For", "Cost", "State", "Memory", "Use", "Breaks", "Source", "Differs")
-"""The paragraphs of an algorithm's docstring that are read, see `Algorithm`."""
+"""The paragraphs of an algorithm's docstring that are read, see `metadist.Algorithm`."""
 
 FAMILIES = (
     "Through the inner loop",
@@ -35,11 +33,11 @@ WIDE = 150
 """Columns from which on the cards are one table."""
 
 
-def cards(algorithms: Mapping[str, type[Algorithm]], width: int) -> RenderableType:
+def cards(algorithms: Mapping[str, PublicClass], width: int) -> RenderableType:
     """The algorithms at a glance, by short name, for a terminal of `width` columns."""
     legend = Text(LEGEND, style="dim")
     if width < WIDE:
-        return Group(*(_block(name, cls) for name, cls in algorithms.items()), legend)
+        return Group(*(_block(name, cls.doc) for name, cls in algorithms.items()), legend)
     table = Table(show_lines=True, expand=True)
     table.add_column("algorithm", no_wrap=True)
     table.add_column("method", ratio=5)
@@ -48,31 +46,31 @@ def cards(algorithms: Mapping[str, type[Algorithm]], width: int) -> RenderableTy
     table.add_column("state", ratio=2)
     table.add_column("when", ratio=5)
     for name, cls in algorithms.items():
-        method = Text(title(cls)).append(f"\n{brief(cls, 'Source')}", style="dim")
-        columns = (Text(brief(cls, fact)) for fact in ("For", "Cost", "State", "Use"))
+        method = Text(title(cls.doc)).append(f"\n{brief(cls.doc, 'Source')}", style="dim")
+        columns = (Text(brief(cls.doc, fact)) for fact in ("For", "Cost", "State", "Use"))
         table.add_row(Text(name, style="bold"), method, *columns)
     return Group(table, legend)
 
 
-def classes(named: Mapping[str, type]) -> Table:
+def classes(named: Mapping[str, PublicClass]) -> Table:
     """Short names with the first line of each class's docstring."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     for name, cls in named.items():
-        table.add_row(Text(name, style="bold"), Text(summary(cls)))
+        table.add_row(Text(name, style="bold"), Text(cls.summary))
     return table
 
 
-def title(algorithm: type[Algorithm]) -> str:
-    """The first line of its docstring, without the period."""
-    return summary(algorithm).removesuffix(".")
+def title(doc: str) -> str:
+    """The first line of a docstring, without the period."""
+    return doc.partition("\n")[0].removesuffix(".")
 
 
-def facts(algorithm: type[Algorithm]) -> dict[str, str]:
-    """The paragraphs of its docstring that start with one of `FACTS`, each as one line."""
+def facts(doc: str) -> dict[str, str]:
+    """The paragraphs of a docstring that start with one of `FACTS`, each as one line."""
     found: dict[str, str] = {}
     current = None
-    for line in (inspect.getdoc(algorithm) or "").splitlines():
+    for line in doc.splitlines():
         name, _, text = line.partition(": ")
         if name in FACTS and text:
             current = name
@@ -84,17 +82,17 @@ def facts(algorithm: type[Algorithm]) -> dict[str, str]:
     return found
 
 
-def brief(algorithm: type[Algorithm], fact: str) -> str:
+def brief(doc: str, fact: str) -> str:
     """The first sentence of a fact, without the period; empty where the docstring has none."""
-    return facts(algorithm).get(fact, "").partition(". ")[0].removesuffix(".")
+    return facts(doc).get(fact, "").partition(". ")[0].removesuffix(".")
 
 
-def _block(name: str, algorithm: type[Algorithm]) -> RenderableType:
-    head = Text(name, style="bold").append(f"  {title(algorithm)}", style="not bold")
+def _block(name: str, doc: str) -> RenderableType:
+    head = Text(name, style="bold").append(f"  {title(doc)}", style="not bold")
     table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
     table.add_column(width=7, justify="right", style="dim", no_wrap=True)
     labels = {"paper": "Source", "when": "Use", "for": "For", "cost": "Cost", "state": "State"}
     for label, fact in labels.items():
-        if text := brief(algorithm, fact):
+        if text := brief(doc, fact):
             table.add_row(label, Text(text))
     return Group(head, table, "")

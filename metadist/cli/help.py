@@ -89,7 +89,7 @@ def class_help(parser: Parser, option: str, args: list[str]) -> str:
     if name is None:
         lines = [f"--{option} NAME, one of:", ""]
         for short, cls in named(kind).items():
-            lines += _block([Entry(short, summary(cls))], width)
+            lines += _block([Entry(short, cls.summary)], width)
         lines += ["", f"`--{option}.help NAME` shows the options of one."]
         return "\n".join(lines) + "\n"
     path = expand(option, name)
@@ -125,11 +125,6 @@ def _reflowed(text: str, width: int) -> Iterator[str]:
 def shown(parser: Parser) -> list[Any]:
     """The options of a parser, as argparse keeps them."""
     return [action for action in parser._actions if _is_shown(action)]
-
-
-def summary(cls: type) -> str:
-    """The first line of a class's docstring."""
-    return (inspect.getdoc(cls) or "").partition("\n")[0]
 
 
 def _group_help(parser: Parser, option: str, width: int) -> str:

@@ -6,6 +6,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
+from metadist.cli.catalogue import cards, classes
 from metadist.cli.names import KINDS, named
 from metadist.cli.parsing import Parser
 
@@ -23,8 +24,6 @@ def parser() -> Parser:
 
 def run(config: Namespace) -> int:
     """Run `metadist list`."""
-    from metadist.cli.catalogue import cards, classes
-
     console = Console()
     if config.kind == "algorithms":
         console.print(cards(named(config.kind), console.width))

@@ -134,7 +134,9 @@ def _unknown_of_class(option: str, report: Report) -> str:
     names = options_of(report.cls)
     found = nearest(option, names)
     others = named(kind_of(report.field) or "") if found is None else {}
-    having = [short for short, cls in others.items() if option in inspect.signature(cls).parameters]
+    having = [
+        short for short, cls in others.items() if option in (p.name for p in cls.parameters())
+    ]
     rest = f", but of {' and '.join(having)}" if having else _meant(found, names)
     return f"{report.field}.{option} is no option of {name}{rest}"
 

@@ -1,20 +1,19 @@
 """Short names of classes: what the public packages export, by one rule.
 
-There is no table: a class has a short name as soon as its package exports it. Its methods or base
-class tell its kind, and its own name becomes the short one: `HyperCleaning` is `hyper_cleaning`,
+There is no table: a class has a short name as soon as its package exports it. Its methods tell its
+kind, and its own name becomes the short one: `HyperCleaning` is `hyper_cleaning`,
 `FewShotProblem` is `few_shot`, `LancBiOData` is `lancbio_data`, `CIFARFS` is `cifarfs`.
 Case, underscores and hyphens do not matter in what users write.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 from abc import ABC
 from functools import cache
-from importlib import import_module
 from typing import Any, NamedTuple
 
+from metadist.cli.classes import Parameter, PublicClass, public_classes
 from metadist.cli.suggestions import plain
 
 
@@ -31,60 +30,42 @@ def _any_with(title: str, *methods: str) -> Any:
     return Base
 
 
-SamplerBase = _any_with("Tasks", "sample")
-ProblemBase = _any_with("Problem", "init_outer", "init_inner", "inner_loss", "outer_loss")
-ExecutorBase = _any_with("Executor", "start", "run", "state", "close")
-PolicyBase = _any_with("Policy", "leases_to_apply", "may_issue")
-
-
 class Kind(NamedTuple):
     """Classes that stand for one another.
 
     Args:
         options: The options that name one, the shortest way to it first.
-        modules: Where the classes are exported, in the order in which they are searched: Ray is
-            imported only for what is found nowhere else.
-        base: Their base class, or its path where importing it takes long.
+        modules: Where the classes are exported.
+        methods: What each of them has.
         suffix: The end of a class name that the short name leaves out.
     """
 
     options: tuple[str, ...]
     modules: tuple[str, ...]
-    base: Any
-    suffix: str
+    methods: tuple[str, ...]
+    suffix: str = ""
 
+
+ALGORITHM = ("init", "estimate", "adapt")
+PROBLEM = ("init_outer", "init_inner", "inner_loss", "outer_loss")
+EXECUTOR = ("start", "run", "state", "close")
+POLICY = ("leases_to_apply", "may_issue")
+
+SamplerBase = _any_with("Tasks", "sample")
+ProblemBase = _any_with("Problem", *PROBLEM)
+ExecutorBase = _any_with("Executor", *EXECUTOR)
 
 KINDS = {
-    "algorithms": Kind(
-        options=("algorithm",),
-        modules=("metadist.algorithms",),
-        base="metadist.algorithm.Algorithm",
-        suffix="",
-    ),
-    "problems": Kind(
-        options=("problem",), modules=("metadist.tasks",), base=ProblemBase, suffix="Problem"
-    ),
+    "algorithms": Kind(("algorithm",), ("metadist.algorithms",), ALGORITHM),
+    "problems": Kind(("problem",), ("metadist.tasks",), PROBLEM, "Problem"),
     "models": Kind(
-        options=("problem.model",),
-        modules=("metadist.models", "metadist.tasks"),
-        base="torch.nn.Module",
-        suffix="Classifier",
+        ("problem.model",), ("metadist.models", "metadist.tasks"), ("forward",), "Classifier"
     ),
     "samplers": Kind(
-        options=("sampler", "val_sampler", "test_sampler"),
-        modules=("metadist.tasks",),
-        base=SamplerBase,
-        suffix="Sampler",
+        ("sampler", "val_sampler", "test_sampler"), ("metadist.tasks",), ("sample",), "Sampler"
     ),
-    "executors": Kind(
-        options=("executor",),
-        modules=("metadist", "metadist.cluster"),
-        base=ExecutorBase,
-        suffix="Executor",
-    ),
-    "policies": Kind(
-        options=("executor.policy",), modules=("metadist.cluster",), base=PolicyBase, suffix=""
-    ),
+    "executors": Kind(("executor",), ("metadist", "metadist.cluster"), EXECUTOR, "Executor"),
+    "policies": Kind(("executor.policy",), ("metadist.cluster",), POLICY),
 }
 
 
@@ -103,9 +84,9 @@ def short_name(cls_name: str, suffix: str = "") -> str:
     return re.sub(r"(?<=.)(?=[A-Z][a-z]{2,}([A-Z][a-z]{2}|$))", "_", bare).lower()
 
 
-def named(kind: str) -> dict[str, type]:
+def named(kind: str) -> dict[str, PublicClass]:
     """The classes of a kind by short name."""
-    found: dict[str, type] = {}
+    found: dict[str, PublicClass] = {}
     for module in KINDS[kind].modules:
         found |= _named_in(module, kind)
     return dict(sorted(found.items()))
@@ -115,40 +96,27 @@ def class_path(kind: str, name: str) -> str | None:
     """The class path of a short name, or of a bare class name; None if no class has it."""
     for module in KINDS[kind].modules:
         for short, cls in _named_in(module, kind).items():
-            if plain(name) in (plain(short), plain(cls.__name__)):
-                return f"{module}.{cls.__name__}"
+            if plain(name) in (plain(short), plain(cls.name)):
+                return f"{module}.{cls.name}"
     return None
 
 
 @cache
-def _named_in(module: str, kind: str) -> dict[str, type]:
-    _, _, base, suffix = KINDS[kind]
-    if isinstance(base, str):
-        where, _, name = base.rpartition(".")
-        base = getattr(import_module(where), name)
-    package = import_module(module)
-    exported = [getattr(package, name) for name in package.__all__]
-    return {
-        short_name(cls.__name__, suffix): cls
-        for cls in exported
-        if inspect.isclass(cls) and issubclass(cls, base) and _can_be_named(cls)
-    }
+def _named_in(module: str, kind: str) -> dict[str, PublicClass]:
+    """The classes of a kind that text can describe: they require no object."""
+    found = {}
+    for cls in public_classes(module).values():
+        required = [parameter for parameter in cls.parameters() if parameter.is_required]
+        # What models need follows from the tasks; a layer, which has sizes, is no model.
+        is_describable = all(map(_can_be_written, required)) and (kind != "models" or not required)
+        if cls.has(KINDS[kind].methods) and is_describable:
+            found[short_name(cls.name, KINDS[kind].suffix)] = cls
+    return found
 
 
-def _can_be_named(cls: type) -> bool:
-    """Whether text can describe one: it is not abstract, and requires no object."""
-    if inspect.isabstract(cls) or getattr(cls, "_is_protocol", False):
-        return False
-    return all(map(_can_be_written, inspect.signature(cls).parameters.values()))
-
-
-def _can_be_written(parameter: inspect.Parameter) -> bool:
-    is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    if is_variadic or parameter.default is not parameter.empty or kind_of(parameter.name):
-        return True
-    # As text: a generated __init__ may have annotations of names that its module lacks.
-    hints = inspect.formatannotation(parameter.annotation).strip("'").split(" | ")
-    return not {"bool", "int", "float", "str", "Path"}.isdisjoint(hints)
+def _can_be_written(parameter: Parameter) -> bool:
+    is_text = not parameter.types.isdisjoint({"bool", "int", "float", "str", "Path"})
+    return is_text or kind_of(parameter.name) is not None
 
 
 def expand(option: str, name: str) -> str:

@@ -120,7 +120,7 @@ def test_looking_at_a_run_needs_no_ray(width, tmp_path):
         assert "ray" not in loaded(command, str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["algorithms", "problems", "models", "samplers"])
-def test_listing_what_runs_without_ray_needs_none(width, kind):
+@pytest.mark.parametrize("command", ["list", "list algorithms", "list executors", "data list"])
+def test_a_list_needs_neither_torch_nor_ray(width, command):
     if width == 80:
-        assert "ray" not in loaded("list", kind)
+        assert not {"torch", "ray"} & set(loaded(*command.split()))

@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from metadist.algorithms import ALGORITHMS
 from metadist.cli.catalogue import brief, title
 from metadist.cli.names import KINDS, named
 from tests.cli.helpers import flat
@@ -31,10 +30,10 @@ def test_list_algorithms_shows_all_facts_at_any_width(cli, monkeypatch, width):
     assert "G = grad_y g" in out
     # Every word of every fact; in a table the lines of a cell are not one after another.
     found = set(flat(out).split())
-    for name, cls in ALGORITHMS.items():
+    for name, cls in named("algorithms").items():
         assert name in found
-        shown = [brief(cls, fact) for fact in ("Source", "Use", "For", "Cost", "State")]
-        assert all(shown) and set(" ".join([title(cls), *shown]).split()) <= found, name
+        shown = [brief(cls.doc, fact) for fact in ("Source", "Use", "For", "Cost", "State")]
+        assert all(shown) and set(" ".join([title(cls.doc), *shown]).split()) <= found, name
 
 
 def test_an_unknown_kind_is_refused(cli):

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import metadist.tasks
-from metadist.cli.names import class_path
+from metadist.cli.names import class_path, named
 from metadist.tasks.data.sources import SOURCES
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "problems.md").read_text()
@@ -22,12 +21,7 @@ def test_examples_run(example, capsys):
 
 
 def test_every_problem_is_described_and_has_a_short_name():
-    problems = [
-        name
-        for name in metadist.tasks.__all__
-        if hasattr(getattr(metadist.tasks, name), "inner_loss")
-        and name not in ("FewShotProblem", "ExampleWeighting")
-    ]
+    problems = {cls.name for cls in named("problems").values()} - {"FewShotProblem"}
     for name in (*problems, *NEW.split()):
         assert f"`{name}`" in TEXT or f"{name}(" in TEXT, name
         kind = "problems" if name in problems else "samplers"
