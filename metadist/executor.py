@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from metadist.checks.values import check
 from metadist.compute import intra_op_threads, pick_device
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable, StepResult
+from metadist.retry import Watchdog, in_short, is_worth_a_try, pause_after, type_name
 from metadist.signals import signals_held
 from metadist.task import TaskSampler
 from metadist.trees import Params
-from metadist.workload import Workload
+from metadist.workload import Lease, Workload
+
+log = logging.getLogger("metadist.executor")
+
+MAX_BACKOFF_S = 10.0
+"""The longest pause before a lease is tried again."""
 
 
 class StepReport(NamedTuple):
@@ -98,45 +106,83 @@ class Executor(Protocol):
 
 
 class LocalExecutor(Executor):
-    """Computes the leases one after another in this process, synchronously."""
+    """Computes the leases one after another in this process, synchronously.
 
-    def __init__(self) -> None:
+    Args:
+        max_user_errors: How often the same lease is tried again after your own code has raised an
+            exception there, such as an OSError of a network disk. An exception of a type that this
+            lease has raised before ends the run at once, since it would come for ever; an OSError
+            does so only after all tries. 0: every exception ends the run.
+        backoff_s: The pause before another try; it doubles with each, to 10 s at the most.
+    """
+
+    def __init__(self, max_user_errors: int = 3, backoff_s: float = 0.5) -> None:
+        self._max_user_errors = check("max_user_errors", max_user_errors, is_integer=True, ge=0)
+        self._backoff_s = check("backoff_s", backoff_s, ge=0)
+        self._retried: list[str] = []
         self._variable: OuterVariable | None = None
         self._device: torch.device | None = None
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         self._device = pick_device(workload.compute.device)
         self._workload = workload
+        self._retried = []
         self._variable = OuterVariable.from_state(state, optimizer, workload.stepping_rules())
 
     def run(self, until_version: int) -> Iterator[StepReport]:
         variable = self._started()
-        while variable.version < until_version:
-            began = time.perf_counter()
-            outer = variable.unflatten(variable.flat.to(self._device, copy=True))
-            before = variable.previous
-            previous = None if before is None else variable.unflatten(before.to(self._device))
-            contributions: list[Contribution] = []
-            for lease_id in variable.next_leases(self._workload.leases_per_step):
-                lease = self._workload.lease(lease_id, variable.version)
-                states = {
-                    index: variable.states[index].to(self._device)
-                    for index in lease.indices
-                    if index in variable.states
-                }
-                computed = self._workload.compute_lease(lease, outer, previous, states)
-                left = {index: state.cpu() for index, state in computed.states.items()}
-                contributions.append(computed._replace(total=computed.total.cpu(), states=left))
-            # The last bits of a norm depend on the threads. And a signal may not stop a step half
-            # done, since what is saved afterwards would be neither this version of x nor the next.
-            with intra_op_threads(self._workload.compute.num_threads), signals_held():
-                step = variable.apply(contributions)
-            seconds = time.perf_counter() - began
-            results = tuple(computed.result for computed in contributions)
-            computing_s = sum(result.sampling_s + result.compute_s for result in results)
-            yield StepReport(
-                step=step, results=results, seconds=seconds, waiting_s=seconds - computing_s
-            )
+        with Watchdog(self.notify) as watchdog:
+            while variable.version < until_version:
+                yield self._step(variable, watchdog)
+
+    def _step(self, variable: OuterVariable, watchdog: Watchdog) -> StepReport:
+        began = time.perf_counter()
+        outer = variable.unflatten(variable.flat.to(self._device, copy=True))
+        before = variable.previous
+        previous = None if before is None else variable.unflatten(before.to(self._device))
+        contributions: list[Contribution] = []
+        for lease_id in variable.next_leases(self._workload.leases_per_step):
+            lease = self._workload.lease(lease_id, variable.version)
+            states = {
+                index: variable.states[index].to(self._device)
+                for index in lease.indices
+                if index in variable.states
+            }
+            computed = self._compute(watchdog, lease, outer, previous, states)
+            left = {index: state.cpu() for index, state in computed.states.items()}
+            contributions.append(computed._replace(total=computed.total.cpu(), states=left))
+        # The last bits of a norm depend on the threads. And a signal may not stop a step half
+        # done, since what is saved afterwards would be neither this version of x nor the next.
+        with intra_op_threads(self._workload.compute.num_threads), signals_held():
+            step = variable.apply(contributions)
+        seconds = time.perf_counter() - began
+        results = tuple(computed.result for computed in contributions)
+        computing_s = sum(result.sampling_s + result.compute_s for result in results)
+        retried, self._retried = tuple(self._retried), []
+        return StepReport(
+            step=step,
+            results=results,
+            seconds=seconds,
+            waiting_s=seconds - computing_s,
+            retried=retried,
+        )
+
+    def _compute(self, watchdog: Watchdog, lease: Lease, *inputs: Any) -> Contribution:
+        """The computed lease, which is tried again after errors that may pass."""
+        work = lease.in_words
+        before: list[str] = []
+        while True:
+            try:
+                with watchdog.watch(work):
+                    return self._workload.compute_lease(lease, *inputs)
+            except Exception as error:
+                if not is_worth_a_try(error, before, self._max_user_errors):
+                    raise
+                log.warning("%s raised and is tried again", work, exc_info=True)
+                self._retried.append(f"{work}: {in_short(error)}")
+                after_s = pause_after(len(before), self._backoff_s, MAX_BACKOFF_S)
+                before.append(type_name(error))
+            time.sleep(after_s)
 
     def outer(self) -> Params:
         return self._started().params

@@ -41,6 +41,11 @@ class Lease(NamedTuple):
     indices: tuple[int, ...]
     report: bool
 
+    @property
+    def in_words(self) -> str:
+        """Which lease it is, for messages."""
+        return f"lease {self.id} (tasks {', '.join(map(str, self.indices))})"
+
 
 @dataclass(frozen=True)
 class Workload:

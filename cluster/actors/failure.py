@@ -16,6 +16,7 @@ from metadist.cluster.actors.errors import (
     WorkerLostError,
     message,
 )
+from metadist.retry import is_worth_a_try, pause_after
 
 
 class Loss(Enum):
@@ -94,19 +95,9 @@ class Event(NamedTuple):
         )
 
     @property
-    def error_type(self) -> str:
-        """The name of the type that was raised there."""
-        kind = type(getattr(self.error, "cause", None) or self.error)
-        return f"{kind.__module__}.{kind.__qualname__}"
-
-
-_PERMANENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-
-
-def _may_pass(error: object) -> bool:
-    """Whether time alone may mend it, however often it comes: a disk or a network is away."""
-    cause = getattr(error, "cause", None)
-    return isinstance(cause, OSError) and not isinstance(cause, (*_PERMANENT, PermissionError))
+    def cause(self) -> object:
+        """What was raised there."""
+        return getattr(self.error, "cause", None) or self.error
 
 
 class History(NamedTuple):
@@ -180,8 +171,9 @@ class Failures:
         loss = loss_of(event.error)
         if loss is Loss.NOTHING:
             num_errors = len(history.errors)
-            again = event.error_type in history.errors and not _may_pass(event.error)
-            if not event.is_of_user or again or num_errors >= self.max_user_errors:
+            if not event.is_of_user or not is_worth_a_try(
+                event.cause, history.errors, self.max_user_errors
+            ):
                 return Raise(_fault(event, num_errors + 1))
             return Repeat(self._pause_s(num_errors))
         if max(history.of_actor, history.of_work) >= self.max_losses:
@@ -191,7 +183,7 @@ class Failures:
         return Retry(pause_s) if loss is Loss.ARGUMENT else Replace(pause_s)
 
     def _pause_s(self, num_before: int) -> float:
-        return min(self.max_backoff_s, self.backoff_s * 2.0**num_before)
+        return pause_after(num_before, self.backoff_s, self.max_backoff_s)
 
     def _too_many(self, event: Event, history: History) -> ClusterError:
         what = f"{event.name} was lost {history.of_actor} times in a row without {event.kind.goal}"

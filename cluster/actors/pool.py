@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -19,6 +18,7 @@ from metadist.cluster.actors.connection import is_gone
 from metadist.cluster.actors.errors import ResourcesError, WorkerLostError, message
 from metadist.cluster.actors.failure import Event, Failures, History, Kind, Raise, Repeat, Retry
 from metadist.cluster.actors.placement import WorkerInfo
+from metadist.retry import Pace, in_short, type_name
 
 log = logging.getLogger("metadist.cluster")
 
@@ -58,14 +58,6 @@ class Runtime:
 
 
 RAY = Runtime()
-
-
-SLOW_FACTOR = 10.0
-"""Work that takes this many times the median is reported as slow; it may hang."""
-MIN_SLOW_S = 30.0
-"""No work is reported as slow before it has taken so long."""
-FIRST_SLOW_S = 300.0
-"""The same while no work has ended yet."""
 
 
 @dataclass(eq=False)
@@ -145,7 +137,7 @@ class ActorPool(ABC, Generic[S]):
         self._errors: defaultdict[str | None, list[str]] = defaultdict(list)
         """By work: the types of errors of user code in a row."""
         self._retried: list[str] = []
-        self._took_s: deque[float] = deque(maxlen=100)
+        self._pace = Pace()
         self.notify: Callable[..., None] = ignore
         """Called with an event that must be known before a step ends, see `Executor.notify`."""
 
@@ -206,7 +198,7 @@ class ActorPool(ABC, Generic[S]):
             slot.since, slot.num_losses, slot.resume_at = now, 0, 0.0
         self._num_lost = 0
         self._retried = []
-        self._took_s.clear()
+        self._pace.clear()
         self._losses.clear()
         self._errors.clear()
         while self.num_alive < num_ready:
@@ -271,7 +263,7 @@ class ActorPool(ABC, Generic[S]):
             log.info("%s is ready: %s on %s", *slot.info[:3])
             return
         slot.calls.remove(call)
-        self._took_s.append(self._runtime.now() - slot.since)
+        self._pace.add(self._runtime.now() - slot.since)
         slot.num_losses = 0
         self._losses.pop(call.work, None)
         self._errors.pop(call.work, None)
@@ -306,8 +298,8 @@ class ActorPool(ABC, Generic[S]):
             self._discard(slot)
         if isinstance(decision, Repeat):
             if is_awaited or call is None:
-                self._errors[work].append(event.error_type)
-            self._retried.append(f"{work} on {slot.name}: {_in_short(event.error)}")
+                self._errors[work].append(type_name(event.cause))
+            self._retried.append(f"{work} on {slot.name}: {in_short(event.cause)}")
             log.warning("%s raised and is tried again: %s", work, message(error))
             self._lost(slot, lost, lost_data=False, after_s=decision.after_s)
         else:
@@ -320,34 +312,15 @@ class ActorPool(ABC, Generic[S]):
         slot.actor, slot.is_alive, slot.setup, slot.calls = None, False, None, []
         slot.since = self._runtime.now()
 
-    def _slow_s(self) -> float:
-        """How long work takes that is slow."""
-        if not self._took_s:
-            return FIRST_SLOW_S
-        return max(MIN_SLOW_S, SLOW_FACTOR * statistics.median(self._took_s))
-
     def _report_slow(self) -> None:
         """Warn once of each call that an actor has been at for very long."""
-        now, limit_s = self._runtime.now(), self._slow_s()
+        now, limit_s = self._runtime.now(), self._pace.slow_s
         for slot in self._slots:
             if not slot.calls or slot.calls[0].is_slow or now - slot.since < limit_s:
                 continue
             slot.calls[0].is_slow = True
-            usual = statistics.median(self._took_s) if self._took_s else None
-            log.warning(
-                "%s takes %.0f s on %s%s: it may hang; Failures(timeout_s=...) would replace it",
-                slot.calls[0].work,
-                now - slot.since,
-                slot.name,
-                "" if usual is None else f", the median is {usual:.3g} s",
-            )
-            self.notify(
-                "lease_slow",
-                leases=[slot.calls[0].work],
-                worker=slot.name,
-                seconds=now - slot.since,
-                median_s=usual,
-            )
+            way_out = "Failures(timeout_s=...) would replace it"
+            self._pace.report(self.notify, slot.calls[0].work, slot.name, now - slot.since, way_out)
 
     def _end_overdue(self) -> None:
         """Replace actors that have been at one call for longer than `Failures.timeout_s`."""
@@ -368,7 +341,7 @@ class ActorPool(ABC, Generic[S]):
             if slot.setup is None and (slot.resume_at > now or not slot.is_alive):
                 times.append(slot.resume_at)
             if slot.calls and not slot.calls[0].is_slow:
-                times.append(slot.since + self._slow_s())
+                times.append(slot.since + self._pace.slow_s)
             if slot.calls and self._failures.timeout_s is not None:
                 times.append(slot.since + self._failures.timeout_s)
         if self.num_alive < self._num_needed:
@@ -378,10 +351,3 @@ class ActorPool(ABC, Generic[S]):
 
 def ignore(event: str, **fields: Any) -> None:
     """An event that nobody waits for."""
-
-
-def _in_short(error: exceptions.RayError) -> str:
-    """The type and the text of what was raised there."""
-    cause = getattr(error, "cause", None) or error
-    text = " ".join(str(cause).split())
-    return f"{type(cause).__name__}: {text if len(text) <= 200 else text[:197] + '...'}"

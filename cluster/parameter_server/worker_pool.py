@@ -129,8 +129,7 @@ class WorkerPool(ActorPool[_Slot]):
             self._rest(slot)
         compute = slot.actor.compute.options(num_returns=1 + len(outer))
         ref, *totals = compute.remote(lease, kept, *outer)
-        work = f"lease {lease.id} (tasks {', '.join(map(str, lease.indices))})"
-        call = _Call(ref, work, lease=lease, outer=outer, kept=kept, totals=tuple(totals))
+        call = _Call(ref, lease.in_words, lease=lease, outer=outer, kept=kept, totals=tuple(totals))
         slot.calls.append(call)
 
     def back_up(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -70,6 +71,7 @@ class EventLog:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._has_failed = False
+        self._alone = threading.Lock()  # threads write too: of the watchdog, of checkpoints
         self.step = 0
         """The outer steps taken, as the next event states them."""
 
@@ -83,7 +85,8 @@ class EventLog:
         if self._path is None:
             return
         try:
-            _append(self._path, text)
+            with self._alone:
+                _append(self._path, text)
         except OSError as error:
             # A full disk must not stop the training that the line is about.
             if not self._has_failed:

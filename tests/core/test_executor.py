@@ -1,8 +1,14 @@
 """`LocalExecutor`: plain training, the same every time, and exact after an interruption."""
 
+import math
+import threading
+import time
+from dataclasses import replace
+
 import pytest
 import torch
 
+from metadist import retry
 from metadist.algorithms import ITD
 from metadist.compute import Compute
 from metadist.executor import LocalExecutor
@@ -30,8 +36,8 @@ def workload(**options):
     return Workload(Quadratic(2, 4), sampler, ITD(inner_steps=3), **with_compute(options))
 
 
-def started(work, optimizer=ADAM, state=None):
-    executor = LocalExecutor()
+def started(work, optimizer=ADAM, state=None, **options):
+    executor = LocalExecutor(**options)
     if state is None:
         outer = work.problem.init_outer(generator(0))
         state = OuterVariable(outer, optimizer).state()
@@ -135,3 +141,98 @@ def test_an_executor_must_be_started(use):
 def test_an_executor_on_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="device must be 'cpu' or 'auto' where torch sees no GPU"):
         started(workload(compute=Compute(device="cuda")))
+
+
+class Flaky(QuadraticSampler):
+    """Raises `errors` one after another when task 5 is drawn, and then no more."""
+
+    def __init__(self, *errors):
+        super().__init__(broken=(2, 9))
+        self.errors = list(errors)
+
+    def sample(self, index):
+        if index == 5 and self.errors:
+            raise self.errors.pop(0)
+        return super().sample(index)
+
+
+def away():
+    return TimeoutError("the share is away")
+
+
+@pytest.mark.parametrize("errors", [(away(), away(), away()), (away(), KeyError("k"), away())])
+def test_an_error_of_user_code_that_passes_changes_no_byte(errors, caplog):
+    executor = started(replace(workload(), sampler=Flaky(*errors)), backoff_s=0.0)
+    reports = list(executor.run(3))
+    whole = started(workload())
+    list(whole.run(3))
+    assert_same_bytes(executor.outer(), whole.outer())
+    assert [len(report.retried) for report in reports] == [0, 3, 0]
+    assert reports[1].retried[0] == "lease 5 (tasks 5): TimeoutError: the share is away"
+    assert "lease 5 (tasks 5) raised and is tried again" in caplog.text
+    assert "in sample" in caplog.text  # with its traceback
+
+
+@pytest.mark.parametrize(
+    ("errors", "num_tries", "options"),
+    [
+        ([KeyError("k")] * 9, 2, {}),
+        ([FileNotFoundError("f")] * 9, 2, {}),
+        ([TimeoutError("t")] * 9, 4, {}),
+        ([TimeoutError("t")] * 9, 1, {"max_user_errors": 0}),
+        ([SystemExit(0)] * 9, 1, {}),
+        ([KeyboardInterrupt()] * 9, 1, {}),
+    ],
+)
+def test_an_error_of_user_code_that_stays_is_raised_as_it_is(errors, num_tries, options):
+    sampler = Flaky(*errors)
+    executor = started(replace(workload(), sampler=sampler), backoff_s=0.0, **options)
+    with pytest.raises(type(errors[0])) as caught:
+        list(executor.run(3))
+    assert caught.value is errors[0] and len(sampler.errors) == 9 - num_tries
+    assert executor.state().version == 1
+
+
+@pytest.mark.parametrize("field", ["max_user_errors", "backoff_s"])
+def test_options_of_the_local_executor_are_checked(field):
+    with pytest.raises(ValueError, match=f"{field} must be >= 0, got -1"):
+        LocalExecutor(**{field: -1})
+
+
+def test_a_lease_that_may_hang_is_reported_once_while_it_runs(monkeypatch, caplog):
+    monkeypatch.setattr(retry, "LOOK_S", 0.001)
+    monkeypatch.setattr(retry, "FIRST_SLOW_S", math.inf)
+    monkeypatch.setattr(retry, "MIN_SLOW_S", 0.0)
+    was_reported = threading.Event()
+
+    class Hanging(QuadraticSampler):
+        def sample(self, index):
+            task = super().sample(index)
+            if index == 5:
+                assert was_reported.wait(60)
+                time.sleep(0.05)
+            return task
+
+    events = []
+
+    def notify(event, **fields):
+        events.append((event, fields))
+        if fields["leases"] == ["lease 5 (tasks 5)"]:
+            was_reported.set()
+
+    executor = started(replace(workload(), sampler=Hanging()))
+    executor.notify = notify
+    list(executor.run(2))
+    (slow,) = [fields for _, fields in events if "lease 5 (tasks 5)" in fields["leases"]]
+    assert slow["worker"] == "local" and slow["seconds"] >= 10 * slow["median_s"] > 0
+    assert {event for event, _ in events} == {"lease_slow"}
+    assert "lease 5 (tasks 5) takes" in caplog.text and "it may hang" in caplog.text
+
+
+def test_the_watchdog_ends_with_the_run():
+    reports = started(workload()).run(3)
+    next(reports)
+    (watchdog,) = [t for t in threading.enumerate() if t.name == "metadist-watchdog"]
+    reports.close()
+    watchdog.join(60)
+    assert not watchdog.is_alive()
