@@ -1,38 +1,35 @@
-"""Speed and memory, as ratios against a named alternative within one run.
+"""Speed and memory, as ratios against named alternatives within one run.
 
-    scripts/bench                  everything, about ten minutes on two quiet cores
-    scripts/bench --only maml      one of: maml anil ray sampling
-    scripts/bench --repeats 9      more repetitions; the alternatives take turns
+    scripts/bench                          everything, about half an hour on two quiet cores
+    scripts/bench --only aid-cg soba       one or several of --list
+    scripts/bench --repeats 9              more repetitions
 
-Times are medians of repetitions that take turns, in CPU seconds where one process computes, so
-that load on the machine hardly changes the ratios; peak memory is measured in a process of its own,
-above what it used before.
+The ways of a contest start from the same numbers, and their results must agree before they are
+timed. They take turns; times are medians in CPU seconds, so that load on the machine hardly changes
+the ratios. Peak memory is that of a second call in a fresh process, above what the first call left.
+Libraries to compare with are installed by scripts/bench into .venv/peers where they can be.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
+import cleaning
+import maml
+import overhead
 import torch
+from contest import Contest, Job, print_peak_memory, run_contest, seconds_in_turns
 from rich.console import Console
 from rich.table import Table
 
-from metadist import (
-    LocalExecutor,
-    OuterOptimizer,
-    Task,
-    TaskSampler,
-    task_hypergradients,
-)
+from metadist import LocalExecutor, OuterOptimizer, TaskSampler
 from metadist.algorithms import ITD
 from metadist.cluster import Workers
 from metadist.compute import Compute
@@ -41,147 +38,15 @@ from metadist.outer import OuterVariable
 from metadist.tasks import FewShotProblem, Glyphs, Sinusoid
 from metadist.workload import Workload
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "higher": {"engine": "higher"},
-    "unrolled": {"engine": "unrolled"},
-    "adjoint": {"engine": "adjoint"},
-    "adjoint, compiled": {"engine": "adjoint", "compile": True},
-}
-console = Console(soft_wrap=True)
+console = Console(width=120)
 
 
-@cache  # what is compiled for a problem is compiled once
-def problem_and_tasks(adapt: str, num_tasks: int, width: int) -> tuple[FewShotProblem, list[Task]]:
-    """Conv4 on Glyphs, 5-way 5-shot with 15 query examples a class."""
-    torch.manual_seed(0)
-    sampler = Glyphs(n_way=5, k_shot=5, k_query=15)
-    problem = FewShotProblem(Conv4(width=width), adapt=adapt)
-    return problem, [sampler.sample(i) for i in range(num_tasks)]
-
-
-def seconds_in_turns(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each job, after one warm-up run of each."""
-    for job in jobs.values():
-        job()
-    taken: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(repeats):
-        for name, job in jobs.items():
-            began = time.process_time()
-            job()
-            taken[name].append(time.process_time() - began)
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def meta_batch(
-    adapt: str, engine: str, inner_steps: int, num_tasks: int, width: int
-) -> Callable[[], object]:
-    """One evaluation of the hypergradient of a meta-batch."""
-    problem, tasks = problem_and_tasks(adapt, num_tasks, width)
-    outer = problem.init_outer(torch.Generator())
-    algorithm = ITD(inner_steps=inner_steps, inner_lr=0.1, **ENGINES[engine])
-    return lambda: task_hypergradients(problem, algorithm, outer, tasks)
-
-
-def peak_memory_mb(
-    adapt: str, engine: str, inner_steps: int, num_tasks: int, width: int, threads: int
-) -> float:
-    """Peak memory of a meta-batch, measured in a process of its own."""
-    setting = json.dumps([adapt, engine, inner_steps, num_tasks, width, threads])
-    run = subprocess.run(
-        [sys.executable, __file__, "--memory-of", setting],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(run.stdout)
-
-
-def print_peak_memory(setting: str) -> None:
-    """Print the megabytes above those before the meta-batch; `peak_memory_mb` runs this."""
-    adapt, engine, inner_steps, num_tasks, width, threads = json.loads(setting)
-    torch.set_num_threads(threads)
-    # One step on a tiny model pays for what torch loads late.
-    meta_batch(adapt, engine, 1, 1, 4)()
-    job = meta_batch(adapt, engine, inner_steps, num_tasks, width)
-    if "compiled" in engine:
-        job()  # the compiler's own memory is not what is asked
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
-    before = memory_kb("VmRSS")
-    job()
-    print((memory_kb("VmHWM") - before) / 1024)
-
-
-def memory_kb(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
-
-
-def bench_maml(repeats: int, threads: int) -> None:
-    """MAML, engines against `higher`."""
-    table = Table(title=f"MAML, Conv4-64, 2 tasks, 5-way 5-shot, 15 query; {threads} thread(s)")
-    for column in (
-        "inner steps",
-        "engine",
-        "seconds",
-        "time / higher",
-        "peak MB",
-        "memory / higher",
-    ):
-        table.add_column(column)
-    for inner_steps in (5, 20):
-        jobs = {name: meta_batch("all", name, inner_steps, 2, 64) for name in ENGINES}
-        seconds = seconds_in_turns(jobs, repeats)
-        memory = {n: peak_memory_mb("all", n, inner_steps, 2, 64, threads) for n in ENGINES}
-        for name in ENGINES:
-            table.add_row(
-                str(inner_steps), name, f"{seconds[name]:.2f}",
-                f"{seconds[name] / seconds['higher']:.2f}", f"{memory[name]:.0f}",
-                f"{memory[name] / memory['higher']:.2f}",
-            )  # fmt: skip
-    console.print(table)
-
-
-def bench_anil(repeats: int, threads: int) -> None:
-    """ANIL, engines against one forward and backward pass of the backbone."""
-    table = Table(title=f"ANIL, Conv4-64, 8 tasks, 5-way 5-shot, 15 query; {threads} thread(s)")
-    for column in ("inner steps", "what", "seconds", "time / floor", "time / higher"):
-        table.add_column(column)
-    names = [name for name in ENGINES if "compiled" not in name]
-    for inner_steps in (5, 20):
-        jobs = {name: meta_batch("head", name, inner_steps, 8, 64) for name in names}
-        jobs["floor"] = backbone_pass(8, 64)
-        seconds = seconds_in_turns(jobs, repeats)
-        for name in ("floor", *names):
-            what = "floor: backbone once" if name == "floor" else name
-            table.add_row(
-                str(inner_steps), what, f"{seconds[name]:.3f}",
-                f"{seconds[name] / seconds['floor']:.2f}",
-                f"{seconds[name] / seconds['higher']:.2f}",
-            )  # fmt: skip
-    console.print(table)
-
-
-def backbone_pass(num_tasks: int, width: int) -> Callable[[], object]:
-    """One plain forward and backward of the backbone over the images of each task."""
-    _, tasks = problem_and_tasks("head", num_tasks, width)
-    torch.manual_seed(0)
-    backbone = Conv4(width=width).features
-    images = [torch.cat([task.support.tensors[0], task.query.tensors[0]]) for task in tasks]
-
-    def run() -> None:
-        for batch in images:
-            features = backbone(batch)
-            features.backward(torch.ones_like(features))
-
-    return run
-
-
-def bench_ray(repeats: int, threads: int) -> None:
+def bench_ray(repeats: int) -> Table:
     """The same outer steps in this process and on Ray."""
     from metadist.cluster import RayExecutor
 
-    problem, _ = problem_and_tasks("all", 1, 64)
+    torch.manual_seed(0)
+    problem = FewShotProblem(Conv4(width=64), adapt="all")
     workload = Workload(
         problem,
         Glyphs(n_way=5, k_shot=1, k_query=15),
@@ -192,7 +57,7 @@ def bench_ray(repeats: int, threads: int) -> None:
     )
     optimizer = OuterOptimizer()
     state = OuterVariable(problem.init_outer(torch.Generator()), optimizer).state()
-    table = Table(title="MAML, Conv4-64, 4 tasks per outer step, 1 thread per worker")
+    table = Table(title="ray: MAML, Conv4-64, 4 tasks per outer step, 1 thread per worker")
     for column in ("executor", "seconds per step", "tasks / s", "not computing", "speed / local"):
         table.add_column(column)
     local = None
@@ -212,52 +77,91 @@ def bench_ray(repeats: int, threads: int) -> None:
         table.add_row(
             name, f"{seconds:.2f}", f"{speed:.1f}", f"{waiting / total:.1%}", f"{speed / local:.2f}"
         )
-    console.print(table)
+    return table
 
 
-def bench_sampling(repeats: int, threads: int) -> None:
+def bench_sampling(repeats: int) -> Table:
     """Sampling against the meta-step that uses the tasks."""
-    anil = meta_batch("head", "adjoint", 5, 8, 32)
-    step = seconds_in_turns({"step": anil}, repeats)["step"] / 8
-    table = Table(title="Sampling against one task of ANIL, Conv4-32, 5 inner steps")
+    step = _median(maml.by_metadist(maml.Setting("anil32", 8)), repeats) / 8
+    table = Table(title="sampling: against one task of ANIL, Conv4-32, 5 inner steps")
     for column in ("sampler", "tasks / s", "share of a task's time"):
         table.add_column(column)
-    for name, sampler in (
+    samplers: list[tuple[str, TaskSampler]] = [
         ("Glyphs 5-way 1-shot, augmented", Glyphs()),
         ("Glyphs 20-way 1-shot, augmented", Glyphs(n_way=20, k_query=5)),
         ("Glyphs 5-way 1-shot, plain", Glyphs(augment=False)),
         ("Sinusoid 10-shot", Sinusoid()),
-    ):
-        job = partial(draw, sampler, 50)
-        each = seconds_in_turns({name: job}, repeats)[name] / 50
+    ]
+    for name, sampler in samplers:
+        each = _median(partial(_draw, sampler, 50), repeats) / 50
         table.add_row(name, f"{1 / each:,.0f}", f"{each / (each + step):.1%}")
-    console.print(table)
+    return table
 
 
-def draw(sampler: TaskSampler, num_tasks: int) -> list[Task]:
-    """The first tasks of a sampler."""
-    return [sampler.sample(index) for index in range(num_tasks)]
+def _median(job: Job, repeats: int) -> float:
+    job()
+    return statistics.median(seconds_in_turns({"": job}, repeats)[0][""])
 
 
-BENCHES = {"maml": bench_maml, "anil": bench_anil, "ray": bench_ray, "sampling": bench_sampling}
+def _draw(sampler: TaskSampler, num_tasks: int) -> None:
+    for index in range(num_tasks):
+        sampler.sample(index)
+
+
+CONTESTS: dict[str, Callable[[], Contest]] = {
+    **maml.CONTESTS,
+    **cleaning.CONTESTS,
+    **overhead.CONTESTS,
+}
+OTHERS: dict[str, Callable[[int], Table]] = {"ray": bench_ray, "sampling": bench_sampling}
+
+
+def machine() -> str:
+    """What the numbers depend on."""
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    peers = ("torchopt", "jax", "betty-ml", "boat-torch", "higher", "learn2learn")
+    versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    for peer in peers:
+        try:
+            versions.append(f"{peer} {metadata.version(peer)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"{peer} not installed")
+    return f"{cpu}; {', '.join(versions)}"
 
 
 def main() -> None:
     """Run the selected benchmarks."""
+    names = [*CONTESTS, *OTHERS]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=list(BENCHES), nargs="+", default=list(BENCHES))
+    parser.add_argument("--only", choices=names, nargs="+", default=names, metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="print the names and leave")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="intra-op threads of torch")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.memory_of:
-        print_peak_memory(options.memory_of)
-        return
     torch.set_num_threads(options.threads)
+    if options.list:
+        print("\n".join(names))
+        return
+    if options.memory_of:
+        name, way = options.memory_of
+        print_peak_memory(CONTESTS[name]().ways[way]())
+        return
+    console.print(machine())
     for name in options.only:
-        BENCHES[name](options.repeats, options.threads)
+        began = time.perf_counter()
+        if name in CONTESTS:
+            table = run_contest(name, CONTESTS[name](), options.repeats, options.threads)
+        else:
+            table = OTHERS[name](options.repeats)
+        console.print(table)
+        console.print(f"({time.perf_counter() - began:.0f} s)")
 
 
 if __name__ == "__main__":
