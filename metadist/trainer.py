@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ from metadist.executor import Executor, LocalExecutor, StepReport
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterVariable, check_state
 from metadist.problem import Problem, has_few_shot_classes
+from metadist.run.background import Background
 from metadist.run.checkpoint import (
     Checkpoint,
     CheckpointError,
     CheckpointStore,
     check_same_model,
+    name_of,
 )
 from metadist.run.events import EventLog
 from metadist.run.files import CHECKPOINTS, CONFIG, EVENTS, LOCK, TENSORBOARD
@@ -105,6 +108,9 @@ class Trainer:
         checkpoint_every: Outer steps between checkpoints; the first is of the start. None: no
             checkpoints by steps.
         checkpoint_every_s: Seconds between checkpoints, beside those by steps; None: none by time.
+        checkpoint_async: Whether training continues while a checkpoint is written, from a copy in
+            memory; the next one waits for it, and so does the end of `fit`. A failure ends the run
+            at the next outer step. False: training waits for each.
         keep_checkpoints: How many of the newest checkpoints stay, beside the best.
         keep_every: Checkpoints at multiples of so many outer steps stay for good; None: none.
         log_every: Outer steps between reports of losses and metrics.
@@ -138,6 +144,7 @@ class Trainer:
         eval_inner_steps: int | None = None,
         checkpoint_every: int | None = 100,
         checkpoint_every_s: float | None = None,
+        checkpoint_async: bool = True,
         keep_checkpoints: int = 3,
         keep_every: int | None = None,
         log_every: int = 10,
@@ -205,6 +212,7 @@ class Trainer:
         self._eval_inner_steps = eval_inner_steps
         self._checkpoint_every = [every for every in (checkpoint_every, keep_every) if every]
         self._checkpoint_every_s = math.inf if checkpoint_every_s is None else checkpoint_every_s
+        self._checkpoint_async = checkpoint_async
         self._log_every = log_every
         self._max_dropped = max_dropped
         self._quiet = quiet
@@ -250,12 +258,13 @@ class Trainer:
         self._validated: int | None = None
         """The step that was validated last."""
         self._lock: RunLock | None = None
+        self._background = Background()
         self.has_started = False
         """Whether the last `fit` began to compute; errors before that are about the input."""
 
     @property
     def outer(self) -> Params:
-        """The outer variable after the last `fit`, on the CPU."""
+        """The outer variable after the last `fit`, on the CPU; within it, not to be written to."""
         return self._state.outer
 
     @property
@@ -376,13 +385,14 @@ class Trainer:
             about = {"until_step": num_steps, **self._executor.describe()}
             with self._events.run(self.version, **about):
                 if is_new:
-                    self._save()  # for a run that dies before it gets to the next
+                    self._save(waits=True)  # for a run that dies before it gets to the next
                 else:
                     self._abandon_newer(run.progress)
                     self._make_up_validation(num_steps, monitor, run.progress)
                 self._saved_at = time.monotonic()
                 for report in self._executor.run(num_steps):
                     stop.check()
+                    self._background.check()
                     self._events.report(report)
                     means = monitor.step(report) if monitor else mean_metrics(report)
                     run.progress.step(report, means)
@@ -394,9 +404,9 @@ class Trainer:
                     self._periodically(version, version if ends else num_steps, monitor, run)
                     if ends and self.version >= version:
                         break
+                self._background.wait()
         except BaseException as error:
-            # The parameters have diverged: the last checkpoint is worth more than the last state.
-            if self.has_started and not isinstance(error, TrainingDiverged):
+            if self.has_started:
                 self._leave(error, run)
             raise
         finally:
@@ -421,7 +431,7 @@ class Trainer:
         later steps will be reported again.
         """
         self._state = self._executor.state()
-        self._save()
+        self._save(waits=True)
         return self.version
 
     def test(self, sampler: TaskSampler, num_tasks: int = 600) -> EvaluationResult:
@@ -469,6 +479,7 @@ class Trainer:
         is_due |= time.monotonic() - self._saved_at >= self._checkpoint_every_s
         if not (is_due or validates or version >= num_steps):
             return
+        self._background.wait()  # so that memory holds no third state
         self._state = self._executor.state()
         if self.version < version:
             return  # the server was lost: this step will be made and reported again
@@ -476,10 +487,9 @@ class Trainer:
         score = None
         if validates:
             score = self._validate(monitor, run.progress)
-        self._save(score)
         if monitor is not None:
             monitor.flush()
-            self._upload()
+        self._save(score)
 
     def _validates(self, version: int, num_steps: int) -> bool:
         return self._val_sampler is not None and (
@@ -518,15 +528,23 @@ class Trainer:
         """Write a checkpoint of the newest state that is known, as `error` ends the run."""
         how = "interrupted" if isinstance(error, KeyboardInterrupt) else "ended by an error"
         try:
+            self._background.wait()
+        except Exception as failure:
+            log.exception("a checkpoint could not be written")
+            run.progress.say(f"a checkpoint could not be written: {failure}")
+        if isinstance(error, TrainingDiverged):
+            return  # the last checkpoint is worth more than the last state
+        try:
             self._state = self._executor.last_state()
-            saved = self._save()
+            self._save(waits=True)
         except Exception as failure:
             if isinstance(error, KeyboardInterrupt):
                 raise  # an interrupted run has a checkpoint, or has failed
             log.exception("no checkpoint of the last steps could be written")
             run.progress.say(f"{how}, and no checkpoint could be written: {failure}")
             return
-        run.progress.say(f"{how} at step {self.version}" + (f", saved {saved}" if saved else ""))
+        saved = f", saved {name_of(self.version)}" if self._store else ""
+        run.progress.say(f"{how} at step {self.version}{saved}")
 
     def _check_new(self) -> None:
         """Raise ValueError if a run would begin in a folder that holds something else.
@@ -570,6 +588,7 @@ class Trainer:
                 progress.say(f"beginning {self._folder.uri} again, which holds no checkpoint")
             yield
         finally:
+            self._background.join()
             self._lock.release()
 
     def _open_run_dir(self, run_dir: Path) -> None:
@@ -592,17 +611,28 @@ class Trainer:
             self._events.write("branch_abandoned", checkpoints=[*moved])
             moved.clear()
 
-    def _save(self, score: float | None = None) -> str | None:
+    def _save(self, score: float | None = None, waits: bool = False) -> None:
+        """Write a checkpoint of the state; `waits` until it is there, or has failed."""
         if self._store is None:
-            return None
+            return
+        checkpoint = Checkpoint(self._state, self._info, score)
+        self._background.submit(partial(self._write, self._store, checkpoint))
+        if waits or not self._checkpoint_async:
+            self._background.wait()
+        self._saved_at = time.monotonic()
+
+    def _write(self, store: CheckpointStore, checkpoint: Checkpoint) -> None:
         if self._lock is not None:
             self._lock.check()
-        name = self._store.save(Checkpoint(self._state, self._info, score))
-        self._saved_at = time.monotonic()
-        self._events.step = self.version
+        name = store.save(checkpoint)
         self._report_abandoned(log.warning)
-        self._events.write("checkpoint_written", checkpoint=name, score=score)
-        return name
+        self._events.write(
+            "checkpoint_written",
+            step=checkpoint.state.version,
+            checkpoint=name,
+            score=checkpoint.score,
+        )
+        self._upload()
 
     def _upload(self) -> None:
         if self._mirror is not None:

@@ -38,7 +38,8 @@ SECTIONS = {
         "num_threads",
     ),
     "Checkpoints and logs": (
-        *("checkpoint_every", "checkpoint_every_s", "keep_checkpoints", "keep_every"),
+        *("checkpoint_every", "checkpoint_every_s", "checkpoint_async"),
+        *("keep_checkpoints", "keep_every"),
         *("log_every", "quiet"),
     ),
 }

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from metadist.executor import StepReport
 from metadist.oracle import in_gradients
-from metadist.run.checkpoint import CheckpointError, CheckpointStore
+from metadist.run.checkpoint import CheckpointError, CheckpointStore, name_of
 from metadist.run.files import CHECKPOINTS, TENSORBOARD
 from metadist.run.monitor import Curves, calls_of
 from metadist.run.storage import Folder
@@ -227,7 +227,7 @@ def _restore(trainer: Trainer, folder: Folder, records: list[Record]) -> list[Re
     store = CheckpointStore((folder / TRAINING / CHECKPOINTS).uri)
     names = store.names()
     for number, record in reversed(list(enumerate(records))):
-        name = f"step-{record.spent.step:08d}"
+        name = name_of(record.spent.step)
         if name in names:
             try:
                 trainer.restore(name)

@@ -123,7 +123,7 @@ class CheckpointStore:
             OSError: The storage failed; what was there before is there still.
             CheckpointError: What was read back is not what was written.
         """
-        name = f"step-{checkpoint.state.version:08d}"
+        name = name_of(checkpoint.state.version)
         found = self._if_good(name)
         if found is not None:
             if _same_state(found.state, checkpoint.state):
@@ -196,7 +196,7 @@ class CheckpointStore:
         rest = self._file(name, STATE, manifest)
         try:
             state = json.loads(rest)
-            if name != f"step-{state['version']:08d}":
+            if name != name_of(state["version"]):
                 raise ValueError(f"it holds step {state['version']}")
             if not isinstance(state["info"], dict):
                 raise TypeError(f"info is {state['info']!r}")
@@ -507,6 +507,11 @@ def _best(manifests: Mapping[str, _Manifest | None]) -> str | None:
         if score is not None and not math.isnan(score)
     ]
     return max(scored)[2] if scored else None
+
+
+def name_of(step: int) -> str:
+    """The name of the checkpoint of that step."""
+    return f"step-{step:08d}"
 
 
 def _step(name: str) -> int:

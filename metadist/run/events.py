@@ -76,7 +76,7 @@ class EventLog:
         """The outer steps taken, as the next event states them."""
 
     def write(self, event: str, **fields: Any) -> None:
-        """Add one event."""
+        """Add one event; a `step` among the fields takes the place of this object's."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         line = {"time": now, "event": event, "step": self.step}
         line |= {name: _finite(value) for name, value in fields.items()}
