@@ -25,7 +25,7 @@ from metadist.algorithm import Algorithm, counters_of, flatten_state, split_own,
 from metadist.autograd import AutogradOracle
 from metadist.compute import AS_TORCH_IS_SET, Compute, Vectorize, intra_op_threads
 from metadist.oracle import Constants, CountingOracle
-from metadist.problem import Problem
+from metadist.problem import Problem, loss_and_metrics
 from metadist.task import Task, shape_signature, stack_tasks
 from metadist.trees import Params, add, detach, gradients, leaves, tree_map, zeros_like
 
@@ -322,8 +322,8 @@ def adaptation_metrics(
     with torch.no_grad():
         metrics = {"support_loss": problem.inner_loss(context, adapted, task.support)}
         for suffix, inner in (("", adapted), ("_before", start)):
-            metrics["query_loss" + suffix] = problem.outer_loss(context, inner, task.query)
-            for name, value in problem.metrics(context, inner, task.query).items():
+            loss, others = loss_and_metrics(problem, context, inner, task.query)
+            for name, value in {"loss": loss, **others}.items():
                 metrics[f"query_{name}{suffix}"] = value
     return {name: value.detach() for name, value in metrics.items()}
 

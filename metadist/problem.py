@@ -13,6 +13,7 @@ problem is solved.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Protocol
 
@@ -89,6 +90,16 @@ class Problem(Protocol):
         """Metrics on the query set beside f, each of shape (), for example `accuracy`."""
         return {}
 
+    def loss_and_metrics(
+        self, context: Params, inner: Params, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(`outer_loss`, `metrics`), for an evaluation.
+
+        Override it where one pass serves both; the values must be those of the two methods. A
+        subclass that overrides one of these, and not this, is asked for each alone.
+        """
+        return self.outer_loss(context, inner, batch), self.metrics(context, inner, batch)
+
     def solution_metrics(self, outer: Params, inner: Params) -> dict[str, float]:
         """Metrics of a solution that need no data, for example the distance to a known one."""
         return {}
@@ -101,6 +112,22 @@ class Problem(Protocol):
 def has_few_shot_classes(problem: Problem) -> bool:
     """Whether targets are the classes of a task, see `Problem`."""
     return bool(getattr(problem, "few_shot_classes", False))
+
+
+def loss_and_metrics(
+    problem: Problem, context: Params, inner: Params, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(`outer_loss`, `metrics`), in one pass where the problem has one for both."""
+    places = [problem, *type(problem).__mro__]
+
+    def place(name: str) -> float:
+        found = (i for i, place in enumerate(places) if name in getattr(place, "__dict__", {}))
+        return next(found, math.inf)
+
+    # What is inherited knows nothing of a loss that a subclass has changed.
+    if place("loss_and_metrics") <= min(place("outer_loss"), place("metrics"), len(places)):
+        return problem.loss_and_metrics(context, inner, batch)
+    return problem.outer_loss(context, inner, batch), problem.metrics(context, inner, batch)
 
 
 def is_nonsmooth(problem: Problem) -> bool:

@@ -206,15 +206,21 @@ class FewShotProblem(Problem):
         return loss + self.weight_decay / 2 * dot(inner, inner) if self.weight_decay else loss
 
     def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
-        return self._loss(self.predict(context, inner, batch, QUERY), _targets(batch))
+        return self._loss(self.predict(context, inner, batch), _targets(batch))
 
     def metrics(self, context: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
         if self.loss != "cross_entropy":
             return {}
-        targets = _targets(batch)
-        hits = self.predict(context, inner, batch, QUERY).argmax(CLASS_AXIS) == targets
-        counted = targets != IGNORED
-        return {"accuracy": (hits & counted).double().sum() / counted.sum()}
+        return {"accuracy": _accuracy(self.predict(context, inner, batch), _targets(batch))}
+
+    def loss_and_metrics(
+        self, context: Params, inner: Params, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        outputs, targets = self.predict(context, inner, batch), _targets(batch)
+        loss = self._loss(outputs, targets)
+        if self.loss != "cross_entropy":
+            return loss, {}
+        return loss, {"accuracy": _accuracy(outputs, targets)}
 
     def predict(self, context: Params, inner: Params, batch: Batch, source: str = QUERY) -> Tensor:
         """The model's outputs on `batch` with adapted parameters `inner`, shape (examples, ...).
@@ -397,6 +403,12 @@ def _adapted_names(model: nn.Module, names: list[str], adapt: str | Sequence[str
         for name in matched:
             adapted.update(known[name])
     return [name for name in names if name in adapted]
+
+
+def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    hits = outputs.argmax(CLASS_AXIS) == targets
+    counted = targets != IGNORED
+    return (hits & counted).double().sum() / counted.sum()
 
 
 def _inputs(batch: Batch) -> Tensor:

@@ -23,7 +23,9 @@ from metadist.evaluation import (
     student_t,
     with_inner_steps,
 )
+from metadist.problem import Problem
 from metadist.tasks import FewShotProblem
+from metadist.tasks.few_shot.problem import QUERY
 from tests.helpers import Images, Spoiled, curves, regression, small_conv4, with_compute
 from tests.problems import (
     Quadratic,
@@ -264,6 +266,47 @@ def test_an_accuracy_that_is_undefined_everywhere_gives_no_score(monkeypatch):
     result = evaluate(Odd(), SMOOTH, ITD(inner_steps=1), smooth_outer(), 4)
     assert "query_accuracy" not in result.metrics and "query_loss" in result.metrics
     assert result.score == -math.inf
+
+
+class Counted(FewShotProblem):
+    """Counts its passes through the query set."""
+
+    num_passes = 0
+
+    def predict(self, context, inner, batch, source=QUERY):
+        Counted.num_passes += source == QUERY
+        return super().predict(context, inner, batch, source)
+
+
+class WithOtherLoss(Counted):
+    def outer_loss(self, context, inner, batch):
+        return 3 * super().outer_loss(context, inner, batch)
+
+
+class WithOtherMetrics(Counted):
+    def metrics(self, context, inner, batch):
+        accuracy = super().metrics(context, inner, batch)["accuracy"]
+        return {"accuracy": accuracy, "error": 1 - accuracy}
+
+
+@pytest.mark.parametrize("adapt", ["all", "head"])
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "passes"), [(Counted, 1), (WithOtherLoss, 2), (WithOtherMetrics, 2)]
+)
+def test_loss_and_metrics_come_from_one_pass_unless_a_subclass_changes_one(
+    kind, passes, adapt, vectorize, monkeypatch
+):
+    problem = kind(small_conv4(), adapt=adapt)
+    outer, compute = problem.init_outer(generator(0)), Compute(vectorize=vectorize)
+    monkeypatch.setattr(Counted, "num_passes", 0)
+    found = evaluate_tasks(problem, Images(), ITD(inner_steps=1), outer, 2, compute=compute)
+    assert Counted.num_passes == 2 * passes * (1 if vectorize else 2)  # before, after
+    monkeypatch.setattr(
+        FewShotProblem, "loss_and_metrics", Problem.loss_and_metrics
+    )  # each method on its own
+    apart = evaluate_tasks(problem, Images(), ITD(inner_steps=1), outer, 2, compute=compute)
+    assert found == apart  # to the last bit
 
 
 @pytest.mark.parametrize(
