@@ -12,7 +12,14 @@ from torch import Tensor
 
 from metadist.algorithm import same_form
 from metadist.optimizer import OuterOptimizer
-from metadist.trees import Params, check_flattenable, flatten, num_elements, unflatten
+from metadist.trees import (
+    Params,
+    check_flattenable,
+    flatten,
+    num_elements,
+    same_bytes,
+    unflatten,
+)
 
 BLOCK = 1 << 16
 """The number of elements of x that are added up, measured and stepped at a time.
@@ -101,6 +108,18 @@ class OuterState(NamedTuple):
     recursion: Mapping[str, Tensor] = {}  # never changed
     states: Mapping[int, Tensor] = {}  # never changed
     num_shards: int = 1
+
+
+def differences(state: OuterState, expected: OuterState) -> list[str]:
+    """What differs between two states, by name; empty: same bytes, by however many owners."""
+    found = [] if state[2:5] == expected[2:5] else ["version or leases"]
+    for field in ("outer", "optimizer", "recursion", "states"):
+        ours, theirs = getattr(state, field), getattr(expected, field)
+        if ours.keys() != theirs.keys():
+            found.append(field)
+            continue
+        found += [f"{field} {n}" for n, leaf in ours.items() if not same_bytes(leaf, theirs[n])]
+    return found
 
 
 class StepRules(NamedTuple):

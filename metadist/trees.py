@@ -115,6 +115,21 @@ def unflatten(flat: Tensor, like: Params) -> Params:
     return tree
 
 
+def as_bytes(leaf: Tensor) -> Tensor:
+    """The bytes of a dense tensor of any dtype and strides, on the CPU, of shape (num_bytes,)."""
+    flat = leaf.detach().resolve_conj().resolve_neg().cpu().reshape(-1)
+    # Fewer than two elements may have any stride, and then cannot be seen as bytes.
+    flat = flat.new_empty(len(flat)).copy_(flat) if len(flat) < 2 else flat.contiguous()
+    return flat.view(torch.uint8)
+
+
+def same_bytes(first: Tensor, second: Tensor) -> bool:
+    """Whether two dense tensors have the same dtype, shape and bytes; NaN equals itself."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return torch.equal(as_bytes(first), as_bytes(second))
+
+
 # Reverse mode by torch.autograd, which has less overhead per call than torch.func but does not run
 # under its transforms: see metadist/autograd.py for where each is used.
 

@@ -22,7 +22,7 @@ from metadist.cli import main
 from metadist.compute import Compute
 from metadist.models import MLP, Conv4
 from metadist.tasks import FewShotProblem, Sinusoid
-from metadist.trees import Params
+from metadist.trees import Params, as_bytes
 from tests.problems import generator, image_task
 
 PLUGIN = Path(__file__).resolve().parent / "plugin"
@@ -124,7 +124,7 @@ def fresh(shape: Sequence[int], seed: int = 0) -> Tensor:
 
 def raw(tensor: Tensor) -> bytes:
     """The bytes of a tensor of any dtype, NaN included."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return as_bytes(tensor).numpy().tobytes()
 
 
 def exact(tree: Params) -> list[tuple[str, str, tuple[int, ...], bytes]]:

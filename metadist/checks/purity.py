@@ -23,7 +23,7 @@ from metadist.autograd import AutogradOracle
 from metadist.compute import Compute, intra_op_threads
 from metadist.problem import Problem, is_constrained, is_nonsmooth
 from metadist.task import Task
-from metadist.trees import Params, detach, tree_map
+from metadist.trees import Params, as_bytes, detach, same_bytes, tree_map
 
 RARE = 16
 """Seeds tried for a method that draws random numbers and yet gives the same bytes."""
@@ -259,23 +259,18 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     return [tensor]
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    # Functional transforms wrap tensors; what they wrap has the bytes.
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """What functional transforms have wrapped, which has the bytes."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    if tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.resolve_conj().resolve_neg()
-    flat = tensor.detach().cpu().reshape(-1)
-    # Fewer than two elements may have any stride, and then cannot be seen as bytes.
-    flat = flat.new_empty(len(flat)).copy_(flat) if len(flat) < 2 else flat.contiguous()
-    return flat.view(torch.uint8)
+    return tensor
 
 
 def _digest(tensor: Tensor) -> bytes:
     hasher = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     if tensor.device.type != "meta":
         for part in _parts(tensor):
-            hasher.update(_bytes(part).numpy())  # type: ignore[arg-type]
+            hasher.update(as_bytes(_unwrapped(part)).numpy())  # type: ignore[arg-type]
     return hasher.digest()
 
 
@@ -290,7 +285,7 @@ def _same(first: Any, second: Any) -> bool:
         if (first.dtype, first.shape, first.layout) != (second.dtype, second.shape, second.layout):
             return False
         pairs = zip(_parts(first), _parts(second), strict=True)
-        return all(torch.equal(_bytes(a), _bytes(b)) for a, b in pairs)
+        return all(same_bytes(_unwrapped(a), _unwrapped(b)) for a, b in pairs)
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         return list(first) == list(second) and all(_same(first[k], second[k]) for k in first)
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):

@@ -30,6 +30,7 @@ from metadist.task import (
     shape_signature,
     targets_of,
 )
+from metadist.trees import as_bytes
 
 OTHER_TARGETS = (
     "; where targets are other numbers: few_shot_classes=False, in training a problem without it "
@@ -382,7 +383,7 @@ def _examples(batch: Batch) -> list[bytes]:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return as_bytes(tensor).numpy().tobytes()
 
 
 def _classes_of(batch: Batch) -> Tensor | None:

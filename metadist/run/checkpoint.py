@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from metadist.checks.values import check
-from metadist.outer import OuterState, shard_bounds
+from metadist.outer import OuterState, differences, shard_bounds
 from metadist.run.storage import Folder
 from metadist.trees import Params, num_elements
 
@@ -126,7 +126,7 @@ class CheckpointStore:
         name = name_of(checkpoint.state.version)
         found = self._if_good(name)
         if found is not None:
-            if _same_state(found.state, checkpoint.state):
+            if not differences(found.state, checkpoint.state):
                 if found.score is None and checkpoint.score is not None:
                     self._score(name, checkpoint.score)
                 return name
@@ -401,24 +401,6 @@ def check_same_model(found: Params, expected: Params, where: str) -> None:
                 f"checkpoint {where} is of another model: {name!r} must be {here} as in the "
                 f"problem, got {there}; give the problem and algorithm it was trained with"
             )
-
-
-def _same_state(first: OuterState, second: OuterState) -> bool:
-    """Whether two states are the same to the byte, by however many owners."""
-    groups = [(s.outer, s.optimizer, s.recursion, s.states) for s in (first, second)]
-    if first[2:5] != second[2:5]:
-        return False
-    return all(
-        here.keys() == there.keys() and all(_same(here[key], there[key]) for key in here)
-        for here, there in zip(*groups, strict=True)
-    )
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    parts = [leaf.contiguous().reshape(-1).view(torch.uint8) for leaf in (first, second)]
-    return torch.equal(*parts)
 
 
 def _signature(leaf: Any) -> str:

@@ -41,7 +41,7 @@ import torch
 
 import metadist.cli
 from metadist import CheckpointError, CheckpointStore
-from metadist.outer import OuterState
+from metadist.outer import OuterState, differences
 from metadist.run.files import CHECKPOINTS, CONFIG, EVENTS, RESULT
 from metadist.signals import STOPPING
 
@@ -145,22 +145,6 @@ def last_state(run: Path) -> OuterState:
     """The state that a run ended with."""
     _, checkpoint = CheckpointStore(str(run / CHECKPOINTS)).load()
     return checkpoint.state
-
-
-def differences(state: OuterState, expected: OuterState) -> list[str]:
-    """What differs between two states, by name; empty: they have the same bytes."""
-    found = [] if state.version == expected.version else ["version"]
-    for field in ("outer", "optimizer", "recursion", "states"):
-        ours, theirs = getattr(state, field), getattr(expected, field)
-        if ours.keys() != theirs.keys():
-            found.append(field)
-            continue
-        for name, leaf in ours.items():
-            if not torch.equal(
-                leaf.view(-1).view(torch.uint8), theirs[name].view(-1).view(torch.uint8)
-            ):
-                found.append(f"{field} {name}")
-    return found
 
 
 HEAD = """

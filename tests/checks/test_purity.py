@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 from metadist import check_hypergradient, evaluate
 from metadist.algorithms import ITD
 from metadist.checks.preflight import check_losses
-from metadist.checks.purity import Impure, _bytes, check_pure
+from metadist.checks.purity import Impure, check_pure
 from metadist.compute import Compute
 from metadist.tasks import FewShotProblem
 from tests.helpers import curves, make_trainer, regression
@@ -237,10 +237,3 @@ def test_an_evaluation_asks_too():
     problem = regression(Layers(nn.RReLU()))
     with pytest.raises(Impure, match="RReLU"):
         evaluate(problem, curves(), ITD(inner_steps=1), problem.init_outer(torch.Generator()), 2)
-
-
-@pytest.mark.parametrize("size", [0, 1, 2])
-def test_tensors_of_any_stride_have_bytes(size):
-    expanded = torch.ones(1).expand(size)
-    assert _bytes(expanded).numel() == 4 * size
-    assert _bytes(torch.ones(3, 0)[:, :1].sum(1)[:size]).numel() == 4 * size

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -26,15 +28,34 @@ def chaos():
 
 @pytest.mark.parametrize(
     ("has_actors", "expected"),
-    [
-        (True, {"worker": 3, "server": 2, "driver": 2, "interrupt": 2, "terminate": 1}),
-        (False, {"driver": 7, "interrupt": 2, "terminate": 1}),
-    ],
+    [(True, {"worker": 3, "server": 2, "driver": 2}), (False, {"driver": 7})],
 )
 def test_a_plan_has_as_many_of_each_kind(chaos, has_actors, expected):
-    deeds = chaos.plan(7, 3, 2.0, 5, has_actors)
-    assert Counter(deed.kind for deed in deeds) == expected
-    assert deeds == chaos.plan(7, 3, 2.0, 5, has_actors) != chaos.plan(7, 3, 2.0, 6, has_actors)
+    deeds = chaos.plan(7, 9, 2.0, 5, has_actors)
+    signals = dict.fromkeys(chaos.SENT, 1) | {"SIGINT": 2, "SIGTERM": 2}
+    assert Counter(deed.kind for deed in deeds) == expected | signals
+    assert deeds == chaos.plan(7, 9, 2.0, 5, has_actors) != chaos.plan(7, 9, 2.0, 6, has_actors)
+
+
+def test_a_plan_may_have_no_deed_for_the_driver(chaos):
+    kinds = Counter(deed.kind for deed in chaos.plan(2, 0, 2.0, 5, True))
+    assert kinds == {"worker": 1, "server": 1}
+
+
+def test_the_last_event_tells_whether_a_stopped_run_has_saved(chaos, tmp_path):
+    run = chaos.Disturbed(tmp_path / "config.yaml", tmp_path, [], random.Random(0), None, 0.0)
+    events = tmp_path / "events.jsonl"
+    folder = tmp_path / "checkpoints" / "step-00000007"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").touch()
+    for event, step, expected in (
+        ("checkpoint_written", 7, True),
+        ("checkpoint_written", 9, False),
+        ("run_finished", 7, True),
+        ("run_interrupted", 7, False),
+    ):
+        events.write_text(json.dumps({"event": event, "step": step}) + "\n")
+        assert run._has_saved() == expected
 
 
 def test_processes_are_told_apart_by_their_titles(chaos):
@@ -76,9 +97,10 @@ def call(whole: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_run_is_killed_and_ends_with_the_same_bytes(whole):
-    found = call(whole, *words("--kills 3 --signals 1 --every 2 -- --executor ray"))
+    flags = "--kills 3 --signals 1 --every 2 --one_cluster -- --executor ray"
+    found = call(whole, *words(flags))
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "1 x worker, 1 x server, 1 x driver, 1 x interrupt" in found.stdout
+    assert "1 x worker, 1 x server, 1 x driver, 1 x SIGINT" in found.stdout
     assert "same bytes, no run lost" in found.stdout
     assert [path.name for path in whole.parent.glob("whole-chaos*")] == []
 

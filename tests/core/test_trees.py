@@ -113,3 +113,18 @@ def test_check_flattenable_refuses_all_but_one_floating_dtype(tree):
         ValueError, match=r"outer must hold tensors of one floating dtype, got .*cast"
     ):
         trees.check_flattenable(tree, "outer")
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_tensors_of_any_stride_have_bytes(size):
+    expanded = torch.ones(1).expand(size)
+    assert trees.as_bytes(expanded).numel() == 4 * size
+    assert trees.as_bytes(torch.ones(3, 0)[:, :1].sum(1)[:size]).numel() == 4 * size
+
+
+def test_same_bytes_sees_dtype_shape_and_signs_of_zero_and_takes_nan_as_itself():
+    one = torch.tensor([[1.0, torch.nan, 0.0]])
+    assert trees.same_bytes(one, one.expand(2, 3)[:1])
+    assert trees.same_bytes(one.T.contiguous().T, one)
+    others = (one.double(), one[0], one * torch.tensor([1.0, 1.0, -1.0]))
+    assert not any(trees.same_bytes(one, other) for other in others)
