@@ -561,7 +561,7 @@ class Trainer:
             return
         raise ValueError(
             f"run_dir must be a new or empty folder, got {self._folder.uri!r}, which holds "
-            "files: choose another, or continue that run (metadist resume, "
+            "files: choose another, or continue that run (metadist resume, --if_exists continue, "
             "Trainer.restore)"
         )
 

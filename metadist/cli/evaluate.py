@@ -8,12 +8,13 @@ from jsonargparse import Namespace
 
 from metadist.cli.names import SamplerBase
 from metadist.cli.parsing import Parser
-from metadist.cli.runs import run_parser
+from metadist.cli.runs import add_checkpoint, run_parser
 
 
 def parser() -> Parser:
     """Options of `metadist evaluate`."""
     parser = run_parser("evaluate", "Adapt to tasks of another split and report the metrics.")
+    add_checkpoint(parser)
     parser.add_argument("--split", type=str, default="test", help="The split to evaluate on.")
     parser.add_subclass_arguments(
         SamplerBase,

@@ -7,12 +7,14 @@ from rich.console import Console
 from rich.table import Table
 
 from metadist.cli.parsing import Parser
-from metadist.cli.runs import run_parser
+from metadist.cli.runs import add_checkpoint, run_parser
 
 
 def parser() -> Parser:
     """Options of `metadist inspect`."""
-    return run_parser("inspect", "Show the checkpoints of a run and what one of them holds.")
+    parser = run_parser("inspect", "Show the checkpoints of a run and what one of them holds.")
+    add_checkpoint(parser)
+    return parser
 
 
 def run(config: Namespace) -> int:

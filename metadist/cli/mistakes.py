@@ -91,7 +91,7 @@ def explain(message: str, parser: Parser, args: Sequence[str] = ()) -> str:
         return one_of(found[1], found[2], found[3].replace("'", "").split(", "))
     kind = kind_of(field)
     if (found := re.search(r"Expected a dot import path string: (.+)", text)) and kind is not None:
-        return one_of(field, found[1], named(kind), or_else="a class path")
+        return one_of(field, found[1], named(kind), "a class path", f"metadist list {kind}")
     if found := re.search(r"Import path does not correspond to a subclass of (.*)", text):
         what = "a subclass of" if found[1][0].isupper() else "a class that has"
         return f"{field} must name {what} {found[1]}, got {value}"
@@ -137,7 +137,9 @@ def _unknown_of_class(option: str, report: Report) -> str:
     having = [
         short for short, cls in others.items() if option in (p.name for p in cls.parameters())
     ]
-    rest = f", but of {' and '.join(having)}" if having else _meant(found, names)
+    known = name if report.cls.startswith("metadist.") else report.cls
+    help_of = f"metadist train --{report.field}.help {known}"
+    rest = f", but of {' and '.join(having)}" if having else _meant(found, names, help_of)
     return f"{report.field}.{option} is no option of {name}{rest}"
 
 
@@ -156,10 +158,13 @@ def _unknown_of_command(option: str, parser: Parser, args: Sequence[str]) -> str
     return f"{option} is no option of {parser.prog}{_meant(found, top)}"
 
 
-def _meant(found: str | None, names: Sequence[str]) -> str:
+def _meant(found: str | None, names: Sequence[str], help_of: str = "") -> str:
+    """The option that was meant, and what shows all; all where none is near."""
     if not names:
         return ", which has none"
-    return f"{f': did you mean {found}?' if found else '.'} It has {', '.join(names)}"
+    if found is None:
+        return f". It has {', '.join(names)}"
+    return f": did you mean {found}?" + (f" `{help_of}` shows all" if help_of else "")
 
 
 def _no_class(field: str, value: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -45,7 +46,7 @@ class Parser(ArgumentParser):
         would stay when that one is named."""
 
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
-        args = expand_names(sys.argv[1:] if args is None else list(args))
+        args = classes_first(expand_names(sys.argv[1:] if args is None else list(args)))
         if not self.exit_on_error:  # its caller explains the error
             return self._parse(args, *rest, **options)
         self.exit_on_error = False
@@ -148,6 +149,26 @@ def name_positional(option: str, args: list[str]) -> list[str]:
     if sum(argument.partition("=")[0] == f"--{option}" for argument in named) > 1:
         raise ValueError(f"{option} must be given once, got {' '.join(args)}")
     return named
+
+
+def classes_first(args: list[str]) -> list[str]:
+    """Arguments in an order in which a class is named before its options; files stay in place."""
+    options = args[: args.index("--")] if "--" in args else args
+    units: list[list[str]] = []
+    for argument in options:
+        if argument.startswith("--") or not units:
+            units.append([])
+        units[-1].append(argument)
+    places = []
+    num_files = 0
+    for unit in units:
+        option = unit[0].partition("=")[0].removeprefix("--")
+        num_files += option == "config"
+        # A file comes before what follows it, `executor` before `executor.policy`, that before all.
+        rank = option.count(".") if kind_of(option) else math.inf
+        places.append((num_files, -1 if option == "config" else rank))
+    order = sorted(range(len(units)), key=lambda number: places[number])
+    return [argument for number in order for argument in units[number]] + args[len(options) :]
 
 
 def last_named(name: str, args: Sequence[str]) -> str | None:

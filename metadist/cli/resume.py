@@ -6,12 +6,13 @@ from jsonargparse import Namespace
 
 from metadist.cli.names import ExecutorBase
 from metadist.cli.parsing import Parser
-from metadist.cli.runs import run_parser
+from metadist.cli.runs import add_checkpoint, run_parser
 
 
 def parser() -> Parser:
     """Options of `metadist resume`."""
     parser = run_parser("resume", "Continue a run from its newest good checkpoint.")
+    add_checkpoint(parser)
     parser.add_argument(
         "--num_steps", type=int | None, help="Outer steps in all; by default as before."
     )

@@ -1,4 +1,4 @@
-"""What the commands on an existing run share."""
+"""The options that several commands share."""
 
 from __future__ import annotations
 
@@ -6,14 +6,34 @@ from metadist.cli.parsing import Parser
 
 
 def run_parser(command: str, description: str) -> Parser:
-    """Options that the commands on an existing run share."""
+    """The parser of a command on an existing run."""
     parser = Parser(prog=f"metadist {command}", description=description, positional="run_dir")
-    parser.add_argument(
-        "--run_dir", type=str, metavar="FOLDER", required=True, help="The folder of the run."
-    )
+    add_run_dir(parser, "The folder of the run.")
+    return parser
+
+
+def add_run_dir(parser: Parser, text: str) -> None:
+    """Add the option for a folder that must be given."""
+    parser.add_argument("--run_dir", type=str, metavar="FOLDER", required=True, help=text)
+
+
+def add_checkpoint(parser: Parser) -> None:
+    """Add the option for a checkpoint of a run."""
     parser.add_argument(
         "--checkpoint",
         type=str | None,
         help="The name of a checkpoint, or 'best'; by default the newest good one.",
+    )
+
+
+def search_parser(command: str, description: str, config: str) -> Parser:
+    """The parser of a command that trains several times, as a YAML file with `config` says."""
+    parser = Parser(prog=f"metadist {command}", description=description)
+    parser.add_argument("config", type=str, help=f"A YAML file: {config}.")
+    add_run_dir(parser, "The folder for all that the command writes.")
+    parser.add_argument(
+        "--address",
+        type=str | None,
+        help="The address of a running Ray cluster; by default RAY_ADDRESS, or a new one here.",
     )
     return parser

@@ -5,20 +5,17 @@ from __future__ import annotations
 from jsonargparse import Namespace
 
 from metadist.cli.parsing import Parser
+from metadist.cli.runs import run_parser
 
 
 def parser() -> Parser:
     """Options of `metadist status`."""
-    parser = Parser(
-        prog="metadist status",
-        positional="run_dir",
-        description="Show a running or finished run at a glance. Only its folder is read, wherever "
+    parser = run_parser(
+        "status",
+        "Show a running or finished run at a glance. Only its folder is read, wherever "
         "it runs. Exit codes: 0 it is running, about to, or finished; 1 it was interrupted or "
         "killed, has failed, or has been silent for too long; 2 there is no run; 3 files of it are "
         "damaged, so that what is shown may be incomplete.",
-    )
-    parser.add_argument(
-        "--run_dir", type=str, metavar="FOLDER", required=True, help="The folder of the run."
     )
     parser.add_argument(
         "--stale_s",

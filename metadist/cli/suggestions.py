@@ -18,10 +18,13 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return by_plain[found[0]] if found else None
 
 
-def one_of(field: str, value: str, names: Iterable[str], or_else: str = "") -> str:
-    """The message that `field` must be one of `names`, with the nearest."""
+def one_of(
+    field: str, value: str, names: Iterable[str], or_else: str = "", shown_by: str = ""
+) -> str:
+    """The message that `field` must be one of `names`: the nearest and who shows all, or all."""
     names = list(names)
     found = nearest(value, names)
     meant = "" if found is None else f": did you mean {found}?"
-    listed = ", ".join(names) + (f" or {or_else}" if or_else else "")
+    listed = f"`{shown_by}`" if shown_by and meant else ", ".join(names)
+    listed += f" or {or_else}" if or_else else ""
     return f"{field} must be one of {listed}, got {value!r}{meant}"

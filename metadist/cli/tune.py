@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from metadist.cli.parsing import Parser, errors_of, read_yaml
+from metadist.cli.runs import search_parser
 
 if TYPE_CHECKING:
     from metadist.cluster.jobs.tune import Tuned
@@ -26,27 +27,13 @@ def parser() -> Parser:
     from metadist.cluster import Workers
     from metadist.cluster.actors.options import JOB_UNUSED
 
-    parser = Parser(
-        prog="metadist tune",
-        description="Search for good hyperparameters with Ray Tune, and write the best as a config "
+    parser = search_parser(
+        "tune",
+        "Search for good hyperparameters with Ray Tune, and write the best as a config "
         "of `metadist train`. The same command again continues the search. See docs/compare.md.",
-    )
-    parser.add_argument(
-        "config", type=str, help="A YAML file: a space, options of `metadist train`."
-    )
-    parser.add_argument(
-        "--run_dir",
-        type=str,
-        metavar="FOLDER",
-        required=True,
-        help="The folder for all that the command writes.",
+        "a space, options of `metadist train`",
     )
     parser.add_class_arguments(Workers, "workers", skip=set(JOB_UNUSED))
-    parser.add_argument(
-        "--address",
-        type=str | None,
-        help="The address of a running Ray cluster; by default RAY_ADDRESS, or a new one here.",
-    )
     parser.add_argument("--verbose", type=int, default=1, help="How much Ray Tune logs, 0 to 3.")
     return parser
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metadist.executor import StepReport
-from metadist.run.reading import find_events, this_process
-from metadist.run.storage import Folder
+from metadist.run.reading import this_process
 
 log = logging.getLogger("metadist.run")
 # Configure logging to see these lines; on the terminal a failure shows as its exception.
@@ -142,8 +141,3 @@ def _append(path: Path, text: str) -> None:
 def _ends_line(stream: Any) -> bool:
     stream.seek(-1, 2)
     return bool(stream.read(1) == b"\n")
-
-
-def read_events(folder: Folder) -> list[dict[str, Any]]:
-    """The events of a run folder, oldest first, see `find_events`."""
-    return find_events(folder)[0]

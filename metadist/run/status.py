@@ -297,11 +297,6 @@ def _newest(store: CheckpointStore) -> tuple[str | None, list[str]]:
     return newest, [name for name in skipped if name in there]
 
 
-def latest_scalars(folder: Folder) -> dict[str, Scalar]:
-    """The newest value of every scalar in the TensorBoard events of a folder, by tag."""
-    return find_scalars(folder)[0]
-
-
 def _seconds(event: Mapping[str, Any]) -> float:
     return datetime.fromisoformat(event["time"]).timestamp()
 

@@ -198,7 +198,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "unknown option of a class": (
         train("--algorithm.inner_rate 0.1"),
-        r"algorithm.inner_rate is no option of ITD: did you mean inner_lr\? It has inner_steps",
+        r"algorithm.inner_rate is no option of ITD: did you mean inner_lr\? `metadist train --algo",
     ),
     "no good checkpoint to resume": (
         ["resume", "damaged"],

@@ -13,25 +13,28 @@ from metadist.cli import COMMANDS
 from tests.helpers import words
 
 FLAGS = {
-    "--nun_steps 3": "nun_steps is no option of metadist train: did you mean num_steps? It has",
+    "--nun_steps 3": "nun_steps is no option of metadist train: did you mean num_steps?\n`meta",
     "--numsteps=3": "numsteps is no option of metadist train: did you mean num_steps?",
     "--NUM-STEPS 3": "NUM-STEPS is no option of metadist train: did you mean num_steps?",
     "--inner_lr 0.1": "inner_lr is no option of metadist train: did you mean algorithm.inner_lr?",
     "--executer.prefetch 2": "did you mean executor.prefetch?",
     "--xyzzy 2": "xyzzy is no option of metadist train. It has config,",
     "--outer_optimizer.lrr 3": "lrr is no option of outer_optimizer: did you mean lr?",
-    "--algorithm.inner_step 3": "inner_step is no option of ITD: did you mean inner_steps? It has",
+    "--algorithm.inner_step 3": "inner_step is no option of ITD: did you mean inner_steps? "
+    "`metadist train --algorithm.help ITD` shows all",
     "--problem.model mlp --problem.model.hiden [3]": "hiden is no option of MLP: did you mean",
     "--executor.workers 2": "executor.workers is no option of LocalExecutor, but of",
-    "--sampler glyps": "sampler must be one of cifarfs, corrupted_images, fc100, glyphs, "
+    "--sampler glyps": "sampler must be one of `metadist list samplers` or a class path, got "
+    "'glyps': did you mean glyphs?",
+    "--sampler xyzzy": "sampler must be one of cifarfs, corrupted_images, fc100, glyphs, "
     "image_folder, lancbio_data, long_tail, no_data, omniglot, quadratic_data, sinusoid, "
-    "text_features or a class path, got 'glyps': did you mean glyphs?",
-    "--algorithm idt": "vrbo or a class path, got 'idt': did you mean itd?",
+    "text_features or a class path, got 'xyzzy'",
+    "--algorithm idt": "metadist list algorithms` or a class path, got 'idt': did you mean itd?",
     "--algorithm=reptil": "did you mean reptile?",
     "--problem fewshots": "got 'fewshots': did you mean few_shot?",
     "--problem.model resnet": "got 'resnet': did you mean resnet12?",
-    "--executor raay": "executor must be one of data_parallel, local, ray or a class path",
-    "--executor ray --executor.policy sspp": "policy must be one of asp, bsp, buffered, ssp or",
+    "--executor raay": "executor must be one of `metadist list executors` or a class path, got",
+    "--executor ray --executor.policy sspp": "policy must be one of `metadist list pol",
     "--executor ray --executor.policy ssp": "executor.policy.staleness must be given: pass --exec",
     "--num_steps many": "num_steps must be an integer, got 'many'",
     "--num_steps 1.5": "num_steps must be an integer, got 1.5",
@@ -58,7 +61,7 @@ FILES = {
     "and init_args, got ['glyphs']",
     "problem: 3": "problem must be a short name, a class path, or a mapping",
     "problem: {class_path: few_shot, init_args: {model: {class_path: mlpp}}}": "problem.model must "
-    "be one of conv4, linear, mlp, resnet12 or a class path, got 'mlpp': did you mean mlp?",
+    "be one of `metadist list models` or a class path, got 'mlpp': did you mean mlp?",
     "executor: {class_path: ray, init_args: {policy: {class_path: ssp, init_args: {stale: 2}}}}":
     "executor.policy.stale is no option of SSP: did you mean staleness?",
     "num_steps: [1, 2]": "num_steps must be an integer, got [1, 2]",
@@ -85,6 +88,23 @@ def refused(cli, *arguments: str) -> str:
 @pytest.mark.parametrize("flags", FLAGS)
 def test_in_flags(cli, flags):
     assert FLAGS[flags] in refused(cli, "train", "--sampler", "sinusoid", *words(flags))
+
+
+def test_classes_may_be_named_after_their_options(cli):
+    flags = "--executor.policy.staleness 2 --executor.policy ssp --problem.model.hidden [3] "
+    flags += "--executor ray --problem.model=mlp --sampler.k_shot=3 --sampler sinusoid"
+    shown = yaml.safe_load(cli.good("train", *flags.split(), "--print_config"))
+    policy = shown["executor"]["init_args"]["policy"]
+    assert policy["class_path"] == "metadist.cluster.SSP"
+    assert policy["init_args"]["staleness"] == 2
+    assert shown["problem"]["init_args"]["model"]["init_args"]["hidden"] == [3]
+    assert shown["sampler"]["init_args"]["k_shot"] == 3
+    # A file stays where it is: what follows counts more, and it more than what precedes it.
+    Path("mine.yaml").write_text("sampler: {class_path: glyphs, init_args: {n_way: 4}}")
+    for flags, sampler in (("--sampler sinusoid FILE", "Glyphs"), ("FILE --sampler.n_way 3", 3)):
+        flags = flags.replace("FILE", "--config mine.yaml")
+        shown = yaml.safe_load(cli.good("train", *flags.split(), "--print_config"))["sampler"]
+        assert sampler in (shown["class_path"].rpartition(".")[2], shown["init_args"]["n_way"])
 
 
 @pytest.mark.parametrize("text", FILES)
