@@ -21,6 +21,8 @@ from metadist.algorithms import ITD
 from metadist.cli import main
 from metadist.compute import Compute
 from metadist.models import MLP, Conv4
+from metadist.run.reading import Scalar, find_events, find_scalars
+from metadist.run.storage import Folder
 from metadist.tasks import FewShotProblem, Sinusoid
 from metadist.trees import Params, as_bytes
 from tests.problems import generator, image_task
@@ -154,6 +156,16 @@ def contents(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if "__pycache__" not in path.parts
     }
+
+
+def read_events(folder: Folder) -> list[dict[str, Any]]:
+    """The events of a run, oldest first."""
+    return find_events(folder)[0]
+
+
+def latest_scalars(folder: Folder) -> dict[str, Scalar]:
+    """The newest value of every scalar in a folder of TensorBoard, by tag."""
+    return find_scalars(folder)[0]
 
 
 class Outcome(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +84,8 @@ def select_classes(splits: Splits, split: str, known: Mapping[str | int, int]) -
     """
     require_split(split, list(splits))
     known = {_plain(class_): label for class_, label in known.items()}
-    splits = {name: [_plain(class_) for class_ in classes] for name, classes in splits.items()}
-    unknown = [c for classes in splits.values() for c in classes if c not in known]
+    splits = {name: list(map(_plain, classes)) for name, classes in splits.items()}
+    unknown = [class_ for class_ in chain(*splits.values()) if class_ not in known]
     if unknown:
         raise ValueError(
             f"splits must name existing classes, got {_some(unknown)}; the classes are "

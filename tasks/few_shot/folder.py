@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -132,17 +134,15 @@ class _Tree:
             if parts:
                 return self._fixed({parts[name]: folders[name] for name in folders}, split)
         groups = {name: self._classes_of(folder) for name, folder in folders.items()}
-        everything = {name: files for group in groups.values() for name, files in group.items()}
-        if splits is not None:
-            names = list(everything)
-            known: dict[str | int, int] = {name: i for i, name in enumerate(names)}
-            chosen = select_classes(read_splits(splits), split, known)
-            return {names[i]: everything[names[i]] for i in chosen}
-        require_split(split, [*FIXED, "all"])
-        if split == "all":
-            return everything
-        wanted = divide(list(groups))[split]
-        return {name: files for group in wanted for name, files in groups[group].items()}
+        if splits is None:
+            require_split(split, [*FIXED, "all"])
+            wanted = list(groups) if split == "all" else divide(list(groups))[split]
+            return _together(groups[group] for group in wanted)
+        everything = _together(groups.values())
+        names = list(everything)
+        known: dict[str | int, int] = {name: i for i, name in enumerate(names)}
+        chosen = select_classes(read_splits(splits), split, known)
+        return {names[i]: everything[names[i]] for i in chosen}
 
     def _fixed(self, parts: dict[str, Path], split: str) -> Files:
         require_split(split, [*(name for name in FIXED if name in parts), "all"])
@@ -194,6 +194,13 @@ class _Tree:
         return found.images
 
 
+def _together(groups: Iterable[Files]) -> Files:
+    together: Files = {}
+    for group in groups:
+        together |= group
+    return together
+
+
 def role_of(name: str) -> str | None:
     """The split that a folder of this name is, in one of the usual spellings; else None."""
     bare = re.sub(r"[\W\d_]+", "", normal_form(name).casefold())
@@ -205,7 +212,7 @@ def role_of(name: str) -> str | None:
 
 def mentions_split(name: str) -> bool:
     """Whether one of the words of a name is that of a split."""
-    known = {*UNCLEAR, *(word for spellings in SPELLINGS.values() for word in spellings)}
+    known = {*UNCLEAR, *chain.from_iterable(SPELLINGS.values())}
     words = re.findall(r"[^\W\d_]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", normal_form(name)))
     return role_of(name) is not None or any(word.casefold() in known for word in words)
 

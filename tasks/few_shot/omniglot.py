@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 from metadist.tasks.data.images import image_files, read_images, require_format
@@ -78,8 +79,7 @@ class Omniglot(EpisodeSampler):
 
 
 def _names_of_split(splits: str, split: str) -> list[str]:
-    every = packaged_splits(PACKAGED["characters"]).values()
-    names = sorted(str(name) for classes in every for name in classes)
+    names = sorted(map(str, chain(*packaged_splits(PACKAGED["characters"]).values())))
     known: dict[str | int, int] = {name: i for i, name in enumerate(names)}
     content = packaged_splits(PACKAGED[splits]) if splits in PACKAGED else read_splits(splits)
     return [names[i] for i in select_classes(content, split, known)]
@@ -87,8 +87,8 @@ def _names_of_split(splits: str, split: str) -> list[str]:
 
 def _find(root: Path, names: list[str]) -> dict[str, Path | None]:
     """The folder of each character, the first that there is, or None."""
-    bases = [root / "omniglot-py", root]
-    places = [base / part for base in bases for part in PARTS] + bases
+    below = root / "omniglot-py"
+    places = [*map(below.joinpath, PARTS), *map(root.joinpath, PARTS), below, root]
     places = [place for place in places if place.is_dir()]
     found: dict[str, Path | None] = dict.fromkeys(names)
     for name in names:

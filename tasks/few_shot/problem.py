@@ -30,7 +30,7 @@ from metadist.tasks.network import (
     trainable,
     without_parameters,
 )
-from metadist.trees import Params, dot
+from metadist.trees import Params, dot, stack
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -182,7 +182,7 @@ class FewShotProblem(Problem):
             self._check_split(_inputs(tasks.support)[0], _inputs(tasks.query)[0])
         if self._split is None or not self._encodes_together(outer, tasks):
             contexts = [self.encode(outer, _task(tasks, b)) for b in range(num_tasks)]
-            return {name: torch.stack([c[name] for c in contexts]) for name in contexts[0]}
+            return stack(contexts)
         shared = self._shared(outer)
         inputs_BRx = torch.cat([_inputs(tasks.support), _inputs(tasks.query)], dim=1)
         sizes = (tasks.support.index.shape[1], tasks.query.index.shape[1])

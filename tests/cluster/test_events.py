@@ -13,10 +13,10 @@ from metadist.cluster import (
     Workers,
 )
 from metadist.executor import Executor
-from metadist.run.events import read_events
 from metadist.run.status import run_status
 from metadist.run.storage import Folder
 from tests.cluster.toy import ADAM, Deadly, OneStep, Regression
+from tests.helpers import read_events
 
 
 def told(folder: Path, executor: Executor, deaths: str) -> list[tuple[Any, ...]]:

@@ -7,10 +7,9 @@ import torch
 
 from metadist import CheckpointStore, task_hypergradients
 from metadist.algorithms import ITD, MRBO, SOBA
-from metadist.run.status import latest_scalars
 from metadist.run.storage import Folder
 from metadist.trees import Params
-from tests.helpers import exact_state, last_state, make_trainer, with_compute
+from tests.helpers import exact_state, last_state, latest_scalars, make_trainer, with_compute
 from tests.problems import Quadratic, generator, quadratic_task
 
 TASKS = [quadratic_task(index) for index in range(5)]

@@ -33,7 +33,6 @@ from metadist.algorithms import ITD, Reptile
 from metadist.compute import Compute
 from metadist.executor import StepReport
 from metadist.run import lock
-from metadist.run.events import read_events
 from metadist.run.storage import Folder
 from metadist.tasks import FewShotProblem
 from metadist.trainer import default_tasks_per_lease
@@ -50,6 +49,7 @@ from tests.helpers import (
     finish,
     last_state,
     make_trainer,
+    read_events,
     regression,
     small_conv4,
     start,

@@ -11,9 +11,9 @@ import pytest
 
 from metadist import TrainingDiverged
 from metadist.outer import LeaseResult
-from metadist.run.events import EventLog, read_events
+from metadist.run.events import EventLog
 from metadist.run.storage import Folder
-from tests.helpers import Recording, Spoiled, curves, exact, make_trainer
+from tests.helpers import Recording, Spoiled, curves, exact, make_trainer, read_events
 from tests.run.test_monitor import report, result
 
 OF_PROCESS = ("time", "host", "boot", "pid", "started")

@@ -20,10 +20,18 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from metadist import CheckpointStore
-from metadist.run.events import read_events
-from metadist.run.status import NUM_WORKERS, RunStatus, latest_scalars, run_status
+from metadist.run.status import NUM_WORKERS, RunStatus, run_status
 from metadist.run.storage import Folder
-from tests.helpers import Recording, becomes, curves, finish, make_trainer, start
+from tests.helpers import (
+    Recording,
+    becomes,
+    curves,
+    finish,
+    latest_scalars,
+    make_trainer,
+    read_events,
+    start,
+)
 from tests.run.test_events import interrupt
 from tests.run.test_monitor import events, scalars
 

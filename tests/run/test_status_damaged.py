@@ -17,9 +17,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from metadist.cli import main
 from metadist.run.reading import _checksum, find_scalars
-from metadist.run.status import latest_scalars, run_status
+from metadist.run.status import run_status
 from metadist.run.storage import Folder
-from tests.helpers import Recording, make_trainer
+from tests.helpers import Recording, latest_scalars, make_trainer
 
 BEGAN = {"time": "2026-11-28T06:00:00+00:00", "event": "run_started", "step": 0}
 LIMIT_BYTES = 100 << 20
