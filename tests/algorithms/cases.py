@@ -7,6 +7,11 @@ from typing import NamedTuple
 from metadist.algorithm import Algorithm
 
 
+def implicit(inner_grad: int, products: int) -> dict[str, int]:
+    """Counts of implicit differentiation: the pass for J v gives one more product H v."""
+    return {"inner_grad": inner_grad, "outer_grads": 1, "hvp": products + 1, "jvp": 1}
+
+
 class Case(NamedTuple):
     """What is expected of one algorithm.
 

@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from metadist.algorithm import Algorithm, State
 from metadist.autograd import AutogradOracle
 from metadist.problem import Problem
 from metadist.task import Task
 from metadist.trees import Params, flatten
-from tests.problems import DOUBLE, oracle_of
-
-
-def one_estimate(
-    algorithm: Algorithm,
-    problem: Problem,
-    outer: Params,
-    task: Task,
-    state: State = None,
-    **options: int | None,
-) -> Any:
-    """An `Estimate` from `state`, by default a new one."""
-    oracle, context, start = oracle_of(problem, outer, task, **options)
-    if state is None:
-        state = algorithm.init(oracle, context, start)
-    return algorithm.estimate(oracle, context, state)
 
 
 def by_draws(
@@ -55,7 +37,3 @@ def assert_mean(samples: Tensor, expected: Tensor, num_errors: float = 4.0) -> N
         expected,
         error,
     )
-
-
-def vector(*numbers: float) -> Tensor:
-    return torch.tensor(numbers, dtype=DOUBLE)

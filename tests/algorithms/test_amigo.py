@@ -1,4 +1,4 @@
-"""AmIGO: closed forms, its quadratic toy, draws, unbiasedness, costs and messages."""
+"""AmIGO: closed forms, its quadratic toy, draws, unbiasedness."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from torch.func import vmap
 from metadist.algorithms.amigo import AmIGO
 from metadist.algorithms.parts.implicit import AdjointState
 from metadist.autograd import AutogradOracle
-from metadist.oracle import CountingOracle
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from tests.problems import (
@@ -16,7 +15,6 @@ from tests.problems import (
     assert_close,
     generator,
     golden_quadratic,
-    oracle_of,
     quadratic_task,
     quadratic_terms,
     randn,
@@ -150,36 +148,3 @@ def test_the_steps_on_v_are_unbiased():
     error = runs.std(0) / num_runs**0.5
     assert ((runs.mean(0) - expected).abs() < 4 * error).all()
     assert (error < 0.1).all()
-
-
-@pytest.mark.parametrize(("solver", "products"), [("gd", 3), ("cg", 4)])
-def test_costs(solver, products):
-    problem, task = Quadratic(2, 4), quadratic_task(0)
-    oracle, context, start = oracle_of(problem, problem.init_outer(generator(0)), task)
-    counting = CountingOracle(oracle)
-    algorithm = AmIGO(inner_steps=6, solver=solver, adjoint_steps=3)
-    state = algorithm.init(counting, context, start)
-    assert not counting.counts
-    algorithm.estimate(counting, context, state)
-    # The pass for J v gives one more H v.
-    expected = {"inner_grad": 6, "outer_grads": 1, "hvp": products + 1, "jvp": 1}
-    assert counting.counts == expected
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"solver": "cg", "adjoint_lr": 0.1},
-            "adjoint_lr must be None with solver='cg', got 0.1: conjugate gradients have no rate",
-        ),
-        (
-            {"inner_optimizer": "adam"},
-            "adjoint_lr must be given with inner_optimizer='adam', got None",
-        ),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        AmIGO(**options)

@@ -1,4 +1,4 @@
-"""BOME: golden values, the toys of its paper, costs, degenerate cases and messages."""
+"""BOME: golden values, the toys of its paper, degenerate cases."""
 
 from typing import Any
 
@@ -10,8 +10,6 @@ from metadist.tasks.synthetic.toys import Coreset, Degenerate, Minimax, Toy
 from metadist.trees import add
 from tests.algorithms.toys import (
     alignment,
-    assert_vmap_is_loop,
-    counts_of,
     estimate,
     point,
     steep_quadratic,
@@ -154,31 +152,6 @@ def test_smaller_steps_leave_a_smaller_gap_and_epsilon_bounds_what_can_be_reache
         run = run_single(algorithm, Degenerate(), toy_task(), {"x": point(0)}, 200, 0.5)
         ends.append(float((run.outer["x"] - 1).abs()))
     assert ends[1] < ends[0] / 100
-
-
-@pytest.mark.parametrize("phi", ["gradient", "value"])
-def test_at_the_solution_of_both_levels_everything_is_finite(phi):
-    problem, outer, task = golden_quadratic()
-    problem.start = torch.ones(2, dtype=outer["x"].dtype)
-    problem.rho = 0.0
-    outer = {"x": point(1, 4)}  # y* = (1, 1) = t
-    result = estimate(BOME(phi=phi), problem, outer, task)
-    assert_close(result.hypergradient, {"x": point(0, 0)})
-    assert_close(result.state.inner, {"y": point(1, 1)})
-
-
-def test_vmap_is_loop():
-    assert_vmap_is_loop(BOME(3, 0.1, rounds=2))
-    assert_vmap_is_loop(BOME(3, 0.01, phi="value", inner_optimizer="adam"))
-
-
-def test_costs():
-    problem, outer, task = golden_quadratic()
-    one = {"inner_grad": 5 + 2, "inner_grad_x": 2, "outer_grads": 1}
-    assert counts_of(BOME(5), problem, outer, task) == one
-    two = {name: 2 * count for name, count in one.items()}
-    assert counts_of(BOME(5, rounds=2), problem, outer, task) == two
-    assert counts_of(BOME(5, phi="value"), problem, outer, task) == {**one, "inner_value": 2}
 
 
 class Flat(Toy):

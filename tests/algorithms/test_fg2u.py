@@ -1,4 +1,4 @@
-"""(FG)2U: slopes along its directions, its mean and variance, messages."""
+"""(FG)2U: slopes along its directions, its mean and variance."""
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP
 from metadist.tasks.few_shot.problem import FewShotProblem
 from metadist.trees import Params, dot, flatten, scale
-from tests.algorithms.monte_carlo import assert_mean, by_draws, one_estimate
+from tests.algorithms.monte_carlo import assert_mean, by_draws
+from tests.algorithms.toys import estimate
 from tests.problems import (
     Quadratic,
     Smooth,
@@ -41,7 +42,7 @@ def samples(algorithm, problem, outer, task, num_draws):
 
 
 def exact(problem, outer, task, **options):
-    found = one_estimate(ITD(**options), problem, outer, task)
+    found = estimate(ITD(**options), problem, outer, task)
     return torch.cat([flatten(found.hypergradient), flatten(found.start_gradient)])
 
 
@@ -50,11 +51,11 @@ def test_slopes_are_those_of_itd():
     problem, task = Smooth(), smooth_task(0)
     outer = problem.init_outer(generator(0))
     context, start = problem.encode(outer, task), problem.init_inner(outer, task)
-    itd = one_estimate(ITD(3, 0.1), problem, outer, task)
+    itd = estimate(ITD(3, 0.1), problem, outer, task)
     v, z = random_pair(AutogradOracle(problem, task), context, start, "normal")
     slope = dot(itd.hypergradient, v) + dot(itd.start_gradient, z)
     algorithm = FG2U(3, 0.1, num_directions=1, directions="normal")
-    found = one_estimate(algorithm, problem, outer, task)
+    found = estimate(algorithm, problem, outer, task)
     assert_close(found.hypergradient, scale(v, slope), 1e-12)
     assert_close(found.start_gradient, scale(z, slope), 1e-12)
     assert_close(found.state.inner, itd.state.inner, 1e-12)

@@ -1,11 +1,10 @@
-"""IMAML: the closed form, the exact hypergradient by differences, kept states, costs, messages."""
+"""IMAML: the closed form, the exact hypergradient by differences, kept states."""
 
 import pytest
 import torch
 
 from metadist.algorithms.imaml import IMAML
 from metadist.hypergradient import task_hypergradients
-from metadist.oracle import CountingOracle
 from metadist.task import Batch, Task
 from metadist.trees import flatten, unflatten
 from tests.problems import (
@@ -135,15 +134,3 @@ def test_negative_curvature_is_reported_unless_lam_covers_it():
         assert result.metrics["negative_curvature"] == report
         assert (result.metrics["adjoint_residual"] > 0.1) == (report == 1)
         assert start_gradient(result)["y"].isfinite().all()
-
-
-def test_costs():
-    problem, task = Quadratic(2, 4), quadratic_task(0)
-    oracle, context, start = oracle_of(problem, problem.init_outer(generator(0)), task)
-    counting = CountingOracle(oracle)
-    algorithm = IMAML(inner_steps=6, adjoint_steps=3)
-    state = algorithm.init(counting, context, start)
-    assert not counting.counts
-    algorithm.estimate(counting, context, state)
-    # The pass for J v gives one more H v.
-    assert counting.counts == {"inner_grad": 6, "outer_grads": 1, "hvp": 4, "jvp": 1}

@@ -299,16 +299,3 @@ def test_costs(adjoint_steps, cap, products):
         # The pass for J v gives one more H v.
         expected_counts = {"inner_grad": 6, "outer_grads": 1, "hvp": expected + 1, "jvp": 1}
         assert counting.counts == expected_counts
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"subspace_start": 11}, r"subspace_cap must be >= subspace_start \(11\), got 10"),
-        ({"adjoint_steps": 12}, r"subspace_cap must be >= adjoint_steps \(12\), got 10"),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        LancBiO(**options)

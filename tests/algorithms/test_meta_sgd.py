@@ -1,7 +1,5 @@
 """Meta-SGD: it is ITD with one learned rate per number."""
 
-import pytest
-
 from metadist.algorithms.itd import ITD
 from metadist.algorithms.meta_sgd import MetaSGD
 from metadist.hypergradient import task_hypergradients
@@ -22,12 +20,3 @@ def test_it_is_itd_with_a_learned_rate_per_number():
     )
     assert_same_bytes(one, other)
     assert all(bool((leaf != 0).all()) for name, leaf in one.items() if name in own)
-
-
-@pytest.mark.parametrize("learn_lr", ["no", "per_tensor"])
-def test_messages(learn_lr):
-    message = rf"learn_lr must be 'per_element' in MetaSGD, got '{learn_lr}': ITD has the other"
-    with pytest.raises(ValueError, match=message):
-        MetaSGD(learn_lr=learn_lr)
-    with pytest.raises(ValueError, match=r"inner_steps must be >= 1, got 0"):
-        MetaSGD(inner_steps=0)

@@ -1,4 +1,4 @@
-"""MRBO: its recursion by hand, kept and new tasks, less noise than StocBiO, messages."""
+"""MRBO: its recursion by hand, kept and new tasks, less noise than StocBiO."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from metadist.algorithms.stocbio import StocBiO
 from metadist.autograd import AutogradOracle
 from metadist.oracle import CountingOracle
 from metadist.trees import add, sub
-from tests.algorithms.monte_carlo import one_estimate, vector
+from tests.algorithms.toys import estimate, point
 from tests.problems import (
     Quadratic,
     assert_close,
@@ -17,19 +17,17 @@ from tests.problems import (
     quadratic_task,
     quadratic_terms,
     randn,
-    run_single,
-    true_hypergradient,
 )
 
 
 def test_the_golden_quadratic():
     problem, outer, task = golden_quadratic()
     algorithm = MRBO(inner_lr=0.2, adjoint_steps=2, adjoint_lr=0.2)
-    problem.start = vector(2, -1)  # the solution, so y stays and h is that of StocBiO
-    first = one_estimate(algorithm, problem, outer, task)
-    assert_close(first.hypergradient, {"x": vector(0.688, -0.896)}, 1e-12)
-    second = one_estimate(algorithm, problem, outer, task, first.state, step=1)
-    assert_close(second.hypergradient, {"x": vector(0.688, -0.896)}, 1e-12)
+    problem.start = point(2, -1)  # the solution, so y stays and h is that of StocBiO
+    first = estimate(algorithm, problem, outer, task)
+    assert_close(first.hypergradient, {"x": point(0.688, -0.896)}, 1e-12)
+    second = estimate(algorithm, problem, outer, task, first.state, step=1)
+    assert_close(second.hypergradient, {"x": point(0.688, -0.896)}, 1e-12)
 
 
 def test_the_recursion_by_hand():
@@ -58,7 +56,7 @@ def test_the_recursion_by_hand():
             w = add(new_w, sub(w, h(points[k - 1], before)), 1 - a)
         else:
             u, w = new_u, new_w
-        found = one_estimate(algorithm, problem, x, task, state, batch_size=1, step=k)
+        found = estimate(algorithm, problem, x, task, state, batch_size=1, step=k)
         assert_close(found.hypergradient, w, 1e-12)
         assert_close(found.state.inner_direction, u, 1e-12)
         before, y, state = y, add(y, u, -0.2), found.state
@@ -72,7 +70,7 @@ def test_without_noise_the_recursion_changes_nothing():
     state = None
     for k in range(3):
         algorithm = MRBO(inner_steps=2, inner_lr=0.2, adjoint_steps=1, adjoint_lr=0.3)
-        found = one_estimate(algorithm, problem, outer, task, state, step=k)
+        found = estimate(algorithm, problem, outer, task, state, step=k)
         y = found.state.previous_inner["y"]
         v = 0.3 * (2 * (y - t) - 0.3 * a @ (y - t))
         assert_close(found.hypergradient, {"x": 0.1 * outer["x"] + b.T @ v}, 1e-12)
@@ -84,8 +82,8 @@ def test_a_new_task_gets_the_plain_estimate_after_its_steps():
     problem, task = Quadratic(2, 4), quadratic_task(0)
     outer = problem.init_outer(generator(0))
     mrbo = MRBO(inner_steps=4, inner_lr=0.2, adjoint_steps=3)
-    found = one_estimate(mrbo, problem, outer, task, step=7)
-    plain = one_estimate(StocBiO(3, 0.2, adjoint_steps=3), problem, outer, task, step=7)
+    found = estimate(mrbo, problem, outer, task, step=7)
+    plain = estimate(StocBiO(3, 0.2, adjoint_steps=3), problem, outer, task, step=7)
     assert_close(found.hypergradient, plain.hypergradient, 1e-12)
     counting = CountingOracle(AutogradOracle(problem, task, step=7))
     mrbo.estimate(counting, outer, mrbo.init(counting, outer, {"y": problem.start}))
@@ -109,9 +107,7 @@ def test_its_direction_has_less_noise_than_that_of_stocbio():
     ):
         state, x, squares = None, outer, []
         for k in range(100):
-            found = one_estimate(
-                algorithm, problem, x, task, state, batch_size=1, step=k, eager=True
-            )
+            found = estimate(algorithm, problem, x, task, state, batch_size=1, step=k, eager=True)
             exact = neumann_gradient(problem, x, task, 2, 0.3)
             squares.append(float((found.hypergradient["x"] - exact).square().sum()))
             state, x = found.state, add(x, found.hypergradient, -0.05 * (k + 1) ** (-1 / 3))
@@ -125,10 +121,3 @@ def neumann_gradient(problem, x, task, num_steps, rate):
     y = torch.linalg.solve(a, b @ x["x"] + c)
     power = torch.linalg.matrix_power(identity - rate * a, num_steps + 1)
     return problem.rho * x["x"] + b.T @ torch.linalg.solve(a, (identity - power) @ (y - t))
-
-
-def test_it_solves_the_golden_quadratic():
-    problem, outer, task = golden_quadratic()
-    algorithm = MRBO(inner_lr=0.4, adjoint_steps=25, adjoint_lr=0.4)
-    run = run_single(algorithm, problem, task, outer, 70, 0.6)
-    assert float(true_hypergradient(problem, run.outer, task).norm()) < 1e-3

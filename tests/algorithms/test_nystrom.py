@@ -1,28 +1,23 @@
-"""Nystrom: the golden table, full rank, the columns that are drawn, costs and messages."""
+"""Nystrom: the golden table, full rank, the columns that are drawn."""
 
 import pytest
 import torch
 
 from metadist.algorithms.nystrom import Nystrom, choose
 from metadist.autograd import AutogradOracle
-from metadist.oracle import CountingOracle
 from metadist.task import Batch, Task
+from tests.algorithms.toys import point
 from tests.problems import (
     DOUBLE,
     Quadratic,
     assert_close,
     generator,
     golden_quadratic,
-    oracle_of,
     quadratic_task,
     quadratic_terms,
     randn,
     run_single,
 )
-
-
-def vector(*numbers):
-    return torch.tensor(numbers, dtype=DOUBLE)
 
 
 def estimate(algorithm, problem, outer, task, seed=0):
@@ -40,7 +35,7 @@ def columns_of(seed, count, size):
 )
 def test_the_golden_table(rank, table):
     problem, outer, task = golden_quadratic()
-    problem.start = vector(2, -1)
+    problem.start = point(2, -1)
     found = set()
     for seed in range(20):  # which of two columns is drawn
         result = estimate(Nystrom(1, 0.2, rank=rank), problem, outer, task, seed)
@@ -65,7 +60,7 @@ def test_full_rank_is_the_damped_solution(index, rank):
 
 
 def test_a_lower_problem_of_low_rank_needs_no_more_columns():
-    problem, outer = Quadratic(2, 8, rho=0.2), {"x": vector(1, -1)}
+    problem, outer = Quadratic(2, 8, rho=0.2), {"x": point(1, -1)}
     basis, b, c, t = randn(1, 8, 3), randn(2, 8, 2), randn(3, 8), randn(4, 8)
     a = basis @ basis.T
     task = Task(Batch.of(a[None], b[None], c[None]), Batch.of(t[None]), 0)
@@ -79,12 +74,12 @@ def test_a_lower_problem_of_low_rank_needs_no_more_columns():
 def test_an_indefinite_lower_problem_is_reported_and_bounded():
     problem, outer, task = golden_quadratic()
     a, b, c = task.support.tensors
-    bent = Task(Batch.of(a * vector(1, -0.025), b, c), task.query, 0)  # eigenvalues 1 and -.1
-    problem.start = vector(2, -1)
+    bent = Task(Batch.of(a * point(1, -0.025), b, c), task.query, 0)  # eigenvalues 1 and -.1
+    problem.start = point(2, -1)
     result = estimate(Nystrom(1, 1e-9, rank=2), problem, outer, bent)
     assert result.metrics["negative_curvature"] == 1
     v = result.hypergradient["x"] - 0.1 * outer["x"]
-    assert_close({"v": v}, {"v": vector(1 / 1.1, -2 / 0.1)}, 1e-6)
+    assert_close({"v": v}, {"v": point(1 / 1.1, -2 / 0.1)}, 1e-6)
 
 
 @pytest.mark.parametrize(("count", "size"), [(3, 7), (1, 5), (5, 5), (9, 4)])
@@ -107,15 +102,3 @@ def test_columns_are_those_of_the_step_and_of_no_task():
     oracles = [AutogradOracle(problem, of, seed=1, step=step) for of, step in cases]
     one, two, three = (choose(oracle, 10, 1000) for oracle in oracles)
     assert one == two != three
-
-
-def test_costs():
-    problem, task = Quadratic(2, 4), quadratic_task(0)
-    oracle, context, start = oracle_of(problem, problem.init_outer(generator(0)), task)
-    counting = CountingOracle(oracle)
-    algorithm = Nystrom(inner_steps=6, rank=3)
-    state = algorithm.init(counting, context, start)
-    assert not counting.counts
-    algorithm.estimate(counting, context, state)
-    # The pass for J v gives one more H v.
-    assert counting.counts == {"inner_grad": 6, "outer_grads": 1, "hvp": 4, "jvp": 1}

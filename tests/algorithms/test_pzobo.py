@@ -1,4 +1,4 @@
-"""PZOBO: its differences by hand, unbiased where the inner loop is affine, messages."""
+"""PZOBO: its differences by hand, unbiased where the inner loop is affine."""
 
 from typing import Any
 
@@ -11,8 +11,9 @@ from metadist.algorithms.pzobo import PZOBO
 from metadist.autograd import AutogradOracle
 from metadist.hypergradient import task_hypergradients
 from metadist.trees import add, dot, scale, sub
-from tests.algorithms.monte_carlo import assert_mean, one_estimate
+from tests.algorithms.monte_carlo import assert_mean
 from tests.algorithms.test_fg2u import exact, samples
+from tests.algorithms.toys import estimate
 from tests.problems import (
     Quadratic,
     Smooth,
@@ -38,7 +39,7 @@ def test_one_direction_by_hand(options):
     moved = algorithm.adapt(oracle, add(x, u, mu), add(start, s, mu))
     direct, right = oracle.outer_grads(x, y, oracle.draw_outer())
     slope = dot(scale(sub(moved, y), 1 / mu), right)
-    found = one_estimate(algorithm, problem, outer, task)
+    found = estimate(algorithm, problem, outer, task)
     assert_close(found.hypergradient, add(direct, u, slope), 1e-10)
     assert_close(found.start_gradient, scale(s, slope), 1e-10)
     assert_close(found.state.inner, y, 1e-12)
@@ -47,13 +48,13 @@ def test_one_direction_by_hand(options):
 def test_small_differences_are_slopes_of_itd():
     problem, task = Smooth(), smooth_task(0)
     outer = problem.init_outer(generator(0))
-    found = one_estimate(PZOBO(3, 0.1, mu=1e-6, num_directions=1), problem, outer, task)
+    found = estimate(PZOBO(3, 0.1, mu=1e-6, num_directions=1), problem, outer, task)
     x, start = problem.encode(outer, task), problem.init_inner(outer, task)
     oracle = AutogradOracle(problem, task)
     for _ in range(4):
         oracle.draw_inner()
     u, s = random_pair(oracle, x, start, "normal")
-    itd = one_estimate(ITD(3, 0.1), problem, outer, task)
+    itd = estimate(ITD(3, 0.1), problem, outer, task)
     direct, _ = oracle.outer_grads(x, itd.state.inner, oracle.draw_outer())
     slope = dot(sub(itd.hypergradient, direct), u) + dot(itd.start_gradient, s)
     assert_close(found.start_gradient, scale(s, slope), 1e-4)
@@ -72,7 +73,7 @@ def test_all_runs_are_on_the_same_draws():
     problem, task = Quadratic(2, 4), quadratic_task(0, noise=1.0)
     outer = problem.init_outer(generator(0))
     tiny, small = (
-        one_estimate(PZOBO(3, 0.1, mu=mu), problem, outer, task, batch_size=1).hypergradient
+        estimate(PZOBO(3, 0.1, mu=mu), problem, outer, task, batch_size=1).hypergradient
         for mu in (1e-6, 1e-2)
     )
     assert_close(tiny, small, 1e-6)
@@ -87,21 +88,9 @@ def test_more_directions_less_noise():
     assert bool((few / many - 8).abs().max() < 1)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"inner_optimizer": "adam", "momentum": 0.5}, r"momentum must be 0 with"),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        PZOBO(**options)
-
-
 def test_parts_of_the_estimate_have_shapes_of_their_own():
     problem, task = Quadratic(3, 4), quadratic_task(0, num_outer=3)
-    found = one_estimate(PZOBO(), problem, problem.init_outer(generator(0)), task)
+    found = estimate(PZOBO(), problem, problem.init_outer(generator(0)), task)
     assert found.hypergradient["x"].shape == torch.Size([3])
     assert found.start_gradient["y"].shape == torch.Size([4])
 

@@ -3,13 +3,12 @@
 import pytest
 import torch
 
-from metadist.algorithms import ALGORITHMS, Reptile
+from metadist.algorithms import Reptile
 from metadist.compute import Compute
 from metadist.executor import LocalExecutor
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP, Conv4
 from metadist.optimizer import OuterOptimizer
-from metadist.oracle import CountingOracle
 from metadist.outer import OuterVariable
 from metadist.tasks.few_shot.problem import FewShotProblem
 from metadist.trees import add, scale, sub
@@ -92,16 +91,6 @@ def test_outer_sgd_moves_the_start_towards_the_mean_of_the_ends():
     assert_close(add(outer, result.total, -1.0), end, 1e-14)
 
 
-def test_costs():
-    oracle, context, start = oracle_of(
-        maml_on_perceptron(), maml_on_perceptron().init_outer(generator(0)), vector_task(0)
-    )
-    counting = CountingOracle(oracle)
-    algorithm = Reptile(inner_steps=7)
-    algorithm.estimate(counting, context, algorithm.init(counting, context, start))
-    assert dict(counting.counts) == {"inner_grad": 7}
-
-
 @pytest.mark.parametrize("batch_norm", ["transductive", "inductive"])
 def test_maml_is_accepted(batch_norm):
     problem = conv4("all", batch_norm)
@@ -123,8 +112,3 @@ def test_a_context_that_depends_on_the_outer_variable_is_refused(make, task, nam
     message = rf"Reptile trains the start of adaptation only, but .* depends on {names}: use adapt"
     with pytest.raises(ValueError, match=message):
         Reptile().check(problem, problem.init_outer(generator(0)), task)
-
-
-def test_short_name():
-    assert ALGORITHMS["reptile"] is Reptile
-    assert Reptile().supports_vmap and not Reptile().compiles

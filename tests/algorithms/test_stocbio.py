@@ -1,16 +1,15 @@
-"""StocBiO: closed form, the limit of many terms, messages."""
+"""StocBiO: closed form, the limit of many terms."""
 
 import pytest
 import torch
 
 from metadist.algorithms.stocbio import StocBiO
-from tests.algorithms.monte_carlo import one_estimate, vector
+from tests.algorithms.toys import estimate
 from tests.problems import (
     DOUBLE,
     Quadratic,
     assert_close,
     generator,
-    golden_quadratic,
     quadratic_task,
     quadratic_terms,
     randn,
@@ -34,7 +33,7 @@ def test_closed_form(make, num_steps):
         problem, task, eta = Quadratic(2, 4, rho=0.3), make(index), 0.3
         outer = problem.init_outer(generator(index))
         a, b, _, t = quadratic_terms(task)
-        result = one_estimate(
+        result = estimate(
             StocBiO(4, 0.2, adjoint_steps=num_steps, adjoint_lr=eta), problem, outer, task
         )
         y, identity = result.state.inner["y"], torch.eye(4, dtype=DOUBLE)
@@ -44,10 +43,3 @@ def test_closed_form(make, num_steps):
         assert result.start_gradient is None
         expected = (power @ (y - t)).norm() / (y - t).norm()
         assert float(result.metrics["adjoint_residual"]) == pytest.approx(float(expected))
-
-
-def test_many_terms_are_the_hypergradient():
-    problem, outer, task = golden_quadratic()
-    algorithm = StocBiO(inner_steps=150, inner_lr=0.2, adjoint_steps=150, adjoint_lr=0.2)
-    result = one_estimate(algorithm, problem, outer, task)
-    assert_close(result.hypergradient, {"x": vector(1.2, -0.9)}, 1e-10)

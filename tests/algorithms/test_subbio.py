@@ -1,4 +1,4 @@
-"""SubBiO: the golden table, the best of the subspace, degenerate subspaces, costs, messages."""
+"""SubBiO: the golden table, the best of the subspace, degenerate subspaces."""
 
 import pytest
 import torch
@@ -6,25 +6,20 @@ import torch
 from metadist.algorithms.parts.implicit import AdjointState
 from metadist.algorithms.subbio import SubBiO
 from metadist.autograd import AutogradOracle
-from metadist.oracle import CountingOracle
 from metadist.task import Batch, Task
+from tests.algorithms.toys import point
 from tests.problems import (
     DOUBLE,
     Quadratic,
     assert_close,
     generator,
     golden_quadratic,
-    oracle_of,
     quadratic_task,
     quadratic_terms,
     randn,
     run_single,
     true_hypergradient,
 )
-
-
-def vector(*numbers):
-    return torch.tensor(numbers, dtype=DOUBLE)
 
 
 def step(algorithm, problem, outer, task, y, v):
@@ -34,12 +29,12 @@ def step(algorithm, problem, outer, task, y, v):
 
 def test_the_golden_table():
     problem, outer, task = golden_quadratic()
-    result = step(SubBiO(1, 0.2), problem, outer, task, vector(2, -1), vector(1, 0))
-    assert_close(result.state.adjoint, {"y": vector(1, -0.5)}, 1e-12)
-    assert_close(result.hypergradient, {"x": vector(1.2, -0.9)}, 1e-12)
+    result = step(SubBiO(1, 0.2), problem, outer, task, point(2, -1), point(1, 0))
+    assert_close(result.state.adjoint, {"y": point(1, -0.5)}, 1e-12)
+    assert_close(result.hypergradient, {"x": point(1.2, -0.9)}, 1e-12)
     # From v = 0 the space is that of b: the first step of conjugate gradients.
-    result = step(SubBiO(1, 0.2), problem, outer, task, vector(2, -1), vector(0, 0))
-    assert_close(result.state.adjoint, {"y": vector(0.294118, -0.588235)}, 1e-6)
+    result = step(SubBiO(1, 0.2), problem, outer, task, point(2, -1), point(0, 0))
+    assert_close(result.state.adjoint, {"y": point(0.294118, -0.588235)}, 1e-6)
     assert result.metrics["negative_curvature"] == 0
 
 
@@ -71,18 +66,18 @@ def test_v_is_the_best_of_the_subspace(index, spread):
 def test_subspaces_of_less_than_two_dimensions():
     problem, outer, task = golden_quadratic()
     algorithm = SubBiO(1, 1e-12, adjoint_lr=0.2)
-    a, b = torch.diag(vector(1, 4)), vector(1, -2)
+    a, b = torch.diag(point(1, 4)), point(1, -2)
     best = b * (b @ b) / (b @ a @ b)
     for v in (
-        vector(0, 0),
+        point(0, 0),
         torch.linalg.solve(torch.eye(2, dtype=DOUBLE) - 0.2 * a, 3 * b),  # (I - eta A) v = 3 b
     ):
-        result = step(algorithm, problem, outer, task, vector(2, -1), v)
+        result = step(algorithm, problem, outer, task, point(2, -1), v)
         assert_close(result.state.adjoint, {"y": best}, 1e-9)
     # b = 0 has the solution 0, whatever v was.
-    for v in (vector(0, 0), vector(1, 2)):
-        result = step(algorithm, problem, {"x": vector(1, 4)}, task, vector(1, 1), v)
-        assert_close(result.state.adjoint, {"y": vector(0, 0)}, 1e-12)
+    for v in (point(0, 0), point(1, 2)):
+        result = step(algorithm, problem, {"x": point(1, 4)}, task, point(1, 1), v)
+        assert_close(result.state.adjoint, {"y": point(0, 0)}, 1e-12)
         assert result.metrics["adjoint_residual"] == 0
 
 
@@ -90,7 +85,7 @@ def test_singular_and_indefinite_lower_problems_give_finite_numbers():
     problem, outer, task = golden_quadratic()
     a, b, c = task.support.tensors
     for last, report in ((0.0, 0), (-0.1, 1)):
-        flat = Task(Batch.of(a * vector(1, last), b, c), task.query, 0)
+        flat = Task(Batch.of(a * point(1, last), b, c), task.query, 0)
         result = run_single(SubBiO(2, 0.2), problem, flat, outer, 5, 0.0).estimate
         assert result.hypergradient["x"].isfinite().all()
         assert result.metrics["negative_curvature"] == report
@@ -110,32 +105,3 @@ def test_repeated_estimates_and_repeated_steps_find_the_hypergradient(index):
     assert_close(run.estimate.hypergradient, expected, 1e-9)
     once = run_single(SubBiO(600, 0.3, adjoint_steps=60), problem, task, outer, 1, 0.0)
     assert_close(once.estimate.hypergradient, expected, 1e-9)
-
-
-@pytest.mark.parametrize("adjoint_steps", [1, 2])
-def test_costs(adjoint_steps):
-    problem, task = Quadratic(2, 4), quadratic_task(0)
-    oracle, context, start = oracle_of(problem, problem.init_outer(generator(0)), task)
-    counting = CountingOracle(oracle)
-    algorithm = SubBiO(inner_steps=6, adjoint_steps=adjoint_steps)
-    state = algorithm.init(counting, context, start)
-    assert not counting.counts
-    algorithm.estimate(counting, context, state)
-    # The pass for J v gives one more H v.
-    products = 3 * adjoint_steps + 1
-    assert counting.counts == {"inner_grad": 6, "outer_grads": 1, "hvp": products, "jvp": 1}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"inner_optimizer": "adam"},
-            "adjoint_lr must be given with inner_optimizer='adam', got None",
-        ),
-    ],
-    ids=str,
-)
-def test_messages(options, message):
-    with pytest.raises(ValueError, match=message):
-        SubBiO(**options)

@@ -1,18 +1,13 @@
-"""SUSTAIN: lengths of the chain, the same one at both points, messages."""
-
-import torch
+"""SUSTAIN: lengths of the chain, the same one at both points."""
 
 from metadist.algorithms.sustain import SUSTAIN
 from metadist.autograd import AutogradOracle
-from metadist.trees import add
-from tests.algorithms.monte_carlo import one_estimate, vector
+from tests.algorithms.toys import estimate, point
 from tests.problems import (
     Quadratic,
     assert_close,
-    generator,
     golden_quadratic,
     quadratic_task,
-    quadratic_terms,
 )
 
 
@@ -31,30 +26,13 @@ def test_all_lengths_occur_equally_often():
 def test_without_noise_in_draws_both_points_have_the_same_length():
     """x and y at rest: then w - h_old is 0 only if both points took the same p."""
     problem, outer, task = golden_quadratic()
-    problem.start = vector(2, -1)
+    problem.start = point(2, -1)
     algorithm = SUSTAIN(adjoint_steps=2, adjoint_lr=0.2, outer_weight=0.3, weight_decay=0.0)
     lengths, state, w = {0.4: 0, 0.32: 1}, None, None
     for step in range(20):
-        found = one_estimate(algorithm, problem, outer, task, state, step=step)
+        found = estimate(algorithm, problem, outer, task, state, step=step)
         state = found.state
-        fresh = one_estimate(algorithm, problem, outer, task, step=step).hypergradient["x"]
+        fresh = estimate(algorithm, problem, outer, task, step=step).hypergradient["x"]
         assert min(abs(float(fresh[0]) - 0.2 - v) for v in lengths) < 1e-12
         w = fresh if w is None else 0.3 * fresh + 0.7 * w
         assert_close(found.hypergradient, {"x": w}, 1e-12)
-
-
-def test_it_nears_the_solution():
-    problem, task = Quadratic(2, 4), quadratic_task(0)
-    outer, state = problem.init_outer(generator(0)), None
-    algorithm = SUSTAIN(inner_lr=0.5, adjoint_steps=5, adjoint_lr=0.5)
-    a, b, c, t = quadratic_terms(task)
-
-    def gradient(x):
-        y = torch.linalg.solve(a, b @ x["x"] + c)
-        return 0.1 * x["x"] + b.T @ torch.linalg.solve(a, y - t)
-
-    first = float(gradient(outer).norm())
-    for step in range(150):
-        found = one_estimate(algorithm, problem, outer, task, state, step=step)
-        state, outer = found.state, add(outer, found.hypergradient, -0.04)
-    assert float(gradient(outer).norm()) < 0.2 * first

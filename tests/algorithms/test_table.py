@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from metadist.algorithm import counters_of, flatten_state, unflatten_state
-from metadist.algorithms import ALGORITHMS
+from metadist.algorithm import Algorithm, counters_of, flatten_state, unflatten_state
+from metadist.algorithms import (
+    AID,
+    ALGORITHMS,
+    BOME,
+    DARTS,
+    F2SA,
+    IMAML,
+    MEHA,
+    SAMA,
+    T1T2,
+    UFOM,
+    VPBGD,
+    AmIGO,
+    NoLoopAID,
+    Nystrom,
+    Penalty,
+    SubBiO,
+)  # fmt: skip
 from metadist.autograd import AutogradOracle
 from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
@@ -19,17 +37,21 @@ from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params, add
 from tests.algorithms import cases_first_order, cases_implicit, cases_own, cases_stochastic
-from tests.algorithms.cases import Case
+from tests.algorithms.cases import Case, implicit
+from tests.algorithms.toys import counts_of, estimate, point
 from tests.problems import (
     DOUBLE,
     Quadratic,
+    Smooth,
     assert_close,
     assert_same_bytes,
     generator,
+    golden_quadratic,
     oracle_of,
     quadratic_task,
     randn,
     run_single,
+    smooth_task,
     true_hypergradient,
 )
 
@@ -94,6 +116,90 @@ def test_one_estimate_costs_what_is_said(name, case):
     counting = CountingOracle(AutogradOracle(problem, task, step=1))
     case.algorithm.estimate(counting, context, state)
     assert dict(counting.counts) == case.counts
+
+
+PENALISED = {"inner_grad": 5 + 2, "inner_grad_x": 2, "outer_grads": 1}
+
+COSTS: list[tuple[Algorithm, dict[str, int]]] = [
+    (AID(6, adjoint_steps=3), implicit(6, 3)),
+    (AID(6, adjoint_steps=3, warm_start=True), implicit(6, 4)),
+    (AID(6, adjoint_steps=3, solver="neumann"), implicit(6, 3)),
+    (AID(6, adjoint_steps=3, solver="fixed_point"), implicit(6, 2)),
+    (AID(6, adjoint_steps=3, solver="fixed_point", warm_start=True), implicit(6, 3)),
+    (AID(6, adjoint_steps=3, tolerance=1.0), implicit(6, 0)),
+    (AmIGO(6, adjoint_steps=3), implicit(6, 3)),
+    (AmIGO(6, adjoint_steps=3, solver="cg"), implicit(6, 4)),
+    (SubBiO(6, adjoint_steps=1), implicit(6, 3)),
+    (SubBiO(6, adjoint_steps=2), implicit(6, 6)),
+    (NoLoopAID(), implicit(1, 1)),
+    (IMAML(6, adjoint_steps=3), implicit(6, 3)),
+    (Nystrom(6, rank=3), implicit(6, 3)),
+    (T1T2(5), implicit(5, 0)),
+    (BOME(5), PENALISED),
+    (BOME(5, rounds=2), {name: 2 * count for name, count in PENALISED.items()}),
+    (BOME(5, phi="value"), {**PENALISED, "inner_value": 2}),
+    (DARTS(5), PENALISED),
+    (SAMA(5), PENALISED),
+    (SAMA(5, inner_optimizer="adam"), PENALISED),
+    (VPBGD(5), PENALISED),
+    (VPBGD(5, rounds=3), {name: 3 * count for name, count in PENALISED.items()}),
+    (F2SA(5), {"inner_grad": 12, "inner_grad_x": 2, "outer_grads": 5 + 1}),
+    (F2SA(5, order=2), {"inner_grad": 12, "inner_grad_x": 2, "outer_grads": 10 + 2}),
+    # The last H w is the by-product of J w.
+    (Penalty(5), {"inner_grad": 5 + 1, "hvp": 5 + 1, "outer_grads": 5 + 1, "jvp": 1}),
+    (UFOM(4, exact_probability=1e-9), {"inner_grad": 4, "outer_grads": 1}),
+    (UFOM(4, exact_probability=1.0), {"inner_grad": 4, "outer_grads": 1, "hvp": 4, "jvp": 4}),
+    (
+        UFOM(4, exact_probability=1.0, recompute=True),
+        {"inner_grad": 4 + 6, "outer_grads": 1, "hvp": 4, "jvp": 4},
+    ),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "counts"), COSTS, ids=str)
+def test_an_estimate_from_a_new_state_costs_what_is_said(algorithm, counts):
+    problem = Quadratic(2, 4)
+    outer = problem.init_outer(generator(0))
+    assert counts_of(algorithm, problem, outer, quadratic_task(0)) == counts
+
+
+VECTORIZED: list[Algorithm] = [
+    BOME(3, 0.1, rounds=2),
+    BOME(3, 0.01, phi="value", inner_optimizer="adam"),
+    DARTS(4, 0.1),
+    F2SA(4, 0.1),
+    F2SA(4, 0.1, order=2),
+    F2SA(4, 0.01, inner_optimizer="adam"),
+    F2SA(4, 0.01, order=2, inner_optimizer="adam"),
+    MEHA(4, 0.05, y_lr=0.05),
+    Penalty(3, 0.01, eps=2.0),
+    Penalty(3, 0.01, inner_optimizer="adam", lr_factor=0.9),
+    SAMA(4, 0.1),
+    SAMA(4, 0.02, inner_optimizer="adam"),
+    T1T2(4, 0.1),
+    VPBGD(3, 0.05, y_lr=0.05, rounds=2),
+]
+
+
+@pytest.mark.parametrize("algorithm", VECTORIZED, ids=str)
+def test_a_report_of_tasks_together_is_that_of_a_loop(algorithm):
+    problems: tuple[Any, ...] = ((Quadratic(2, 4), quadratic_task), (Smooth(), smooth_task))
+    for problem, task_of in problems:
+        outer, tasks = problem.init_outer(generator(1)), [task_of(index) for index in range(3)]
+        one, other = (
+            task_hypergradients(
+                problem,
+                algorithm,
+                outer,
+                tasks,
+                compute=Compute(vectorize=vectorize, batch_size=2),
+                report=True,
+            )
+            for vectorize in (False, True)
+        )
+        assert one.num_tasks == 3
+        assert_close(other.total, one.total, 1e-9)
+        assert other.metrics == pytest.approx(one.metrics, rel=1e-8, abs=1e-12)
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["new", "kept"])
@@ -173,6 +279,30 @@ def test_nothing_to_do_gives_finite_numbers(name, case):
     assert_close({"x": run.outer["x"]}, {"x": outer["x"]})
     assert bool(flatten_state(run.state).isfinite().all())
     assert all(bool(metric.isfinite()) for metric in run.estimate.metrics.values())
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        *(case.algorithm for case in CASES.values()),
+        AID(2, 0.2, solver="fixed_point"),
+        AID(2, 0.2, solver="neumann"),
+        BOME(phi="value"),
+        F2SA(order=2),
+        MEHA(3),
+        SAMA(inner_optimizer="adam"),
+    ],
+    ids=str,
+)
+def test_where_both_levels_are_solved_the_hypergradient_is_zero(algorithm):
+    problem, _, task = golden_quadratic()
+    problem.rho, problem.start = 0.0, point(1, 1)
+    own = algorithm.init_own({"y": problem.start})
+    found = estimate(algorithm, problem, {"x": point(1, 4), **own}, task)
+    assert_close({"x": found.hypergradient["x"]}, {"x": point(0, 0)}, 1e-14)
+    assert_close(found.state.inner, {"y": point(1, 1)}, 1e-12)
+    assert all(bool(metric.isfinite()) for metric in found.metrics.values())
+    assert found.metrics.get("adjoint_residual", 0) == 0
 
 
 @of_each

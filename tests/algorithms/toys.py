@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from metadist.algorithm import Algorithm, Estimate, State
-from metadist.compute import Compute
-from metadist.hypergradient import task_hypergradients
+from metadist.algorithm import Algorithm, State
 from metadist.oracle import CountingOracle
 from metadist.problem import Problem
 from metadist.task import Batch, Task
@@ -17,13 +16,10 @@ from metadist.trees import Params
 from tests.problems import (
     DOUBLE,
     Quadratic,
-    Smooth,
-    assert_close,
     generator,
     oracle_of,
     quadratic_task,
     randn,
-    smooth_task,
     true_hypergradient,
 )
 
@@ -45,7 +41,7 @@ def estimate(
     task: Task,
     state: State = None,
     **options: int | bool | None,
-) -> Estimate:
+) -> Any:
     """One estimate, from a new state unless one is given."""
     oracle, context, start = oracle_of(problem, outer, task, **options)
     state = algorithm.init(oracle, context, start) if state is None else state
@@ -72,27 +68,6 @@ def steep_quadratic(index: int, num_outer: int = 3, num_inner: int = 5) -> Task:
         a[None], randn(index + 1, 1, num_inner, num_outer), randn(index + 2, 1, num_inner)
     )
     return Task(support, Batch.of(randn(index + 3, 1, num_inner)), index)
-
-
-def assert_vmap_is_loop(algorithm: Algorithm) -> None:
-    """On two problems, tasks go through together as they do one by one."""
-    problems = ((Quadratic(2, 4), quadratic_task), (Smooth(), smooth_task))
-    for problem, task_of in problems:
-        outer, tasks = problem.init_outer(generator(1)), [task_of(index) for index in range(3)]
-        one, other = (
-            task_hypergradients(
-                problem,
-                algorithm,
-                outer,
-                tasks,
-                compute=Compute(vectorize=vectorize, batch_size=2),
-                report=True,
-            )
-            for vectorize in (False, True)
-        )
-        assert one.num_tasks == 3
-        assert_close(other.total, one.total, 1e-9)
-        assert other.metrics == pytest.approx(one.metrics, rel=1e-8, abs=1e-12)
 
 
 def alignment(algorithm: Algorithm, num_tasks: int = 6) -> float:

@@ -13,7 +13,8 @@ from metadist.algorithms.parts.neumann import (
 )
 from metadist.autograd import AutogradOracle
 from metadist.task import Batch, Task
-from tests.algorithms.monte_carlo import assert_mean, by_draws, vector
+from tests.algorithms.monte_carlo import assert_mean, by_draws
+from tests.algorithms.toys import point
 from tests.problems import (
     DOUBLE,
     Quadratic,
@@ -29,25 +30,25 @@ from tests.problems import (
 def test_the_golden_row():
     problem, outer, task = golden_quadratic()
     oracle, x, _ = oracle_of(problem, outer, task)
-    y = {"y": vector(2.0, -1.0)}  # the solution, so b = (1, -2)
+    y = {"y": point(2.0, -1.0)}  # the solution, so b = (1, -2)
     sample = neumann_estimate(oracle, x, y, draw_bundle(oracle, 2), 0.2)
-    assert_close(sample.adjoint, {"y": vector(0.488, -0.496)}, 1e-12)
-    assert_close(sample.hypergradient, {"x": vector(0.688, -0.896)}, 1e-12)
+    assert_close(sample.adjoint, {"y": point(0.488, -0.496)}, 1e-12)
+    assert_close(sample.hypergradient, {"x": point(0.688, -0.896)}, 1e-12)
     # Summing the propagated vectors without the rate gives (1.568, -0.496) instead.
     assert abs(float(sample.adjoint["y"][0]) - 1.568) > 1
-    residual = (vector(0.488, -1.984) - vector(1.0, -2.0)).norm() / vector(1.0, -2.0).norm()
+    residual = (point(0.488, -1.984) - point(1.0, -2.0)).norm() / point(1.0, -2.0).norm()
     assert float(sample.residual) == pytest.approx(float(residual), rel=1e-12)
 
 
 def test_the_golden_rows_of_a_truncated_chain():
     problem, outer, task = golden_quadratic()
     oracle, x, _ = oracle_of(problem, outer, task)
-    y = {"y": vector(2, -1)}
+    y = {"y": point(2, -1)}
     zero, one = (truncated_estimate(oracle, x, y, draw_bundle(oracle, p), 0.2, 2) for p in (0, 1))
-    assert_close(zero.adjoint, {"y": vector(0.4, -0.8)}, 1e-12)
-    assert_close(one.adjoint, {"y": vector(0.32, -0.16)}, 1e-12)
+    assert_close(zero.adjoint, {"y": point(0.4, -0.8)}, 1e-12)
+    assert_close(one.adjoint, {"y": point(0.32, -0.16)}, 1e-12)
     mean = 0.5 * (zero.adjoint["y"] + one.adjoint["y"])
-    assert_close({"y": mean}, {"y": vector(0.36, -0.48)}, 1e-12)
+    assert_close({"y": mean}, {"y": point(0.36, -0.48)}, 1e-12)
     series = neumann_estimate(oracle, x, y, draw_bundle(oracle, 1), 0.2)
     assert_close({"y": mean}, series.adjoint, 1e-12)
 
@@ -78,7 +79,7 @@ def test_one_draw_for_all_factors_would_be_biased():
         torch.zeros(2, 1, dtype=DOUBLE),
     )
     problem, task = Quadratic(1, 1), Task(support, Batch.of(torch.zeros(1, 1, dtype=DOUBLE)), 0)
-    x, y = {"x": vector(0.0)}, {"y": vector(1.0)}
+    x, y = {"x": point(0.0)}, {"y": point(1.0)}
 
     def last(oracle, shared):
         bundle = draw_bundle(oracle, 2)
@@ -87,9 +88,9 @@ def test_one_draw_for_all_factors_would_be_biased():
         return truncated_estimate(oracle, x, y, bundle, 0.5, 2).adjoint
 
     independent = by_draws(lambda oracle: last(oracle, False), problem, task, 20_000, 1)
-    assert_mean(independent, vector(0.25))
+    assert_mean(independent, point(0.25))
     shared = by_draws(lambda oracle: last(oracle, True), problem, task, 20_000, 1)
-    assert_mean(shared, vector(0.3125))
+    assert_mean(shared, point(0.3125))
     assert float(shared.mean()) > 0.3
 
 
@@ -146,6 +147,6 @@ def test_parts_count_by_their_share():
 def test_nothing_to_solve_is_no_residual():
     problem, outer, task = golden_quadratic()
     oracle, x, _ = oracle_of(problem, outer, task)
-    sample = neumann_estimate(oracle, x, {"y": vector(1, 1)}, draw_bundle(oracle, 2), 0.2)
+    sample = neumann_estimate(oracle, x, {"y": point(1, 1)}, draw_bundle(oracle, 2), 0.2)
     assert float(sample.residual) == 0
     assert isinstance(draw_bundle(oracle, 0), Bundle) and not draw_bundle(oracle, 0).factors
