@@ -69,7 +69,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         words(f"train --sampler mine.Sampler {RUN}"),
         r"sampler must be a class path that can be imported, got mine.Sampler: module",
     ),
-    "no sampler": (words(f"train {RUN}"), r"sampler must be given: pass --sampler NAME"),
     "sampler without sample": (
         words(f"train --sampler mine.Silent {RUN}"),
         r"sampler must name a class that has sample, got mine.Silent",
@@ -105,26 +104,9 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         words(f"train --sampler glyphs --sampler.n_way 9999 {RUN}"),
         r"n_way must be <= .*, got 9999 .*: lower k_query, k_shot or n_way",
     ),
-    "more shots than images": (
-        words(f"{PICTURES} --sampler.n_way 2 --sampler.k_shot 2 --sampler.k_query 2 {RUN}"),
-        r"k_shot \+ k_query must be <= the images of every class of split 'train', got 2 \+ 2 = 4 "
-        r"but class 'class0' holds 3 \(6 of 6 classes hold too few\): lower k_query or k_shot",
-    ),
-    "folder that is none": (
-        words(f"train --sampler image_folder --sampler.root nowhere {RUN}"),
-        r"root must be a folder, got nowhere: no such folder",
-    ),
-    "split that is none": (
-        words(f"{PICTURES} --sampler.split exam {RUN}"),
-        r"split must be one of .*train.*val.*test.*all.*, got 'exam'",
-    ),
     "negative inner rate": (
         train("--algorithm.inner_lr -0.1"),
         r"inner_lr must be > 0 and finite, got -0.1",
-    ),
-    "inner rate that is no number": (
-        train("--algorithm.inner_lr fast"),
-        r"algorithm.inner_lr must be a number, got 'fast'",
     ),
     "negative outer rate": (
         train("--outer_optimizer.lr -0.5"),
@@ -133,12 +115,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "unknown optimiser": (
         train("--outer_optimizer.name adem"),
         r"outer_optimizer.name must be one of 'sgd', 'adam', .*, got 'adem': did you mean 'adam'\?",
-    ),
-    "no inner steps": (train("--algorithm.inner_steps 0"), r"inner_steps must be >= 1, got 0"),
-    "no outer steps": (train("--num_steps 0"), r"num_steps must be >= 1, got 0"),
-    "a meta-batch that cannot be cut": (
-        train("--tasks_per_lease 3"),
-        r"meta_batch_size must be a multiple of tasks_per_lease \(3\), got 4",
     ),
     "a test of one task": (
         train("--test_split test --test_tasks 1"),
@@ -155,18 +131,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "staleness with bsp": (
         train("--executor ray --executor.policy bsp --executor.policy.staleness 2"),
         r"executor.policy.staleness is no option of BSP, but of ssp",
-    ),
-    "ssp without staleness": (
-        train("--executor ray --executor.policy ssp"),
-        r"executor.policy.staleness must be given: pass --executor.policy.staleness VALUE",
-    ),
-    "negative staleness": (
-        train("--executor ray --executor.policy ssp --executor.policy.staleness -1"),
-        r"staleness of SSP must be >= 0, got -1",
-    ),
-    "policy that is none": (
-        train("--executor ray --executor.policy sync"),
-        r"executor.policy must be one of asp, bsp, buffered, ssp or a class path, got 'sync'",
     ),
     "more workers than leases": (
         train("--executor ray --executor.workers.num_workers 9"),
@@ -187,18 +151,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "run that is none": (
         ["resume", "pictures"],
         r"run_dir must be a folder with a config.yaml, got 'pictures': give the run_dir",
-    ),
-    "judged run that is none": (
-        ["evaluate", "nowhere"],
-        r"run_dir must be a folder with a config.yaml, got 'nowhere'",
-    ),
-    "config that is none": (
-        ["train", "--config", "nowhere.yaml"],
-        r"config must be a YAML file of options, got 'nowhere.yaml'",
-    ),
-    "unknown option of a class": (
-        train("--algorithm.inner_rate 0.1"),
-        r"algorithm.inner_rate is no option of ITD: did you mean inner_lr\? `metadist train --algo",
     ),
     "no good checkpoint to resume": (
         ["resume", "damaged"],
@@ -280,7 +232,8 @@ while arguments:
 
 UNAVAILABLE: dict[str, str] = {
     "--executor.address 127.0.0.1:1": (
-        r"address must name a running Ray cluster, got '127.0.0.1:1': (.|\n)*Is it up"
+        r"address must name a running Ray cluster, got '127.0.0.1:1': (.|\n)*Is it up(.|\n)*"
+        r"RAY_AUTH_MODE=token"
     ),
     "--executor.workers.num_workers 2 --executor.workers.cpus_per_worker 999": (
         r"num_workers=2 must be free within start_timeout_s=1, got CPU: 1998 needed "

@@ -223,15 +223,28 @@ def test_asynchronous_runs_go_on_from_any_state(executor):
     ]
 
 
-def test_too_few_cpus_are_reported_in_time(executor):
-    with pytest.raises(ResourcesError) as caught:
-        executor(
-            make_workload(meta_batch_size=8), workers=Workers(num_workers=5, start_timeout_s=1.0)
-        )
-    assert (
-        "num_workers=5 must be free within start_timeout_s=1, got CPU: 5 needed (1 each), "
-        "4 in the cluster, 4 free: lower num_workers"
-    ) in str(caught.value)
+@pytest.mark.parametrize(
+    ("workers", "device", "message"),
+    [
+        (
+            {"num_workers": 5},
+            "cpu",
+            r"num_workers=5 must be free within start_timeout_s=1, got CPU: 5 needed \(1 each\), "
+            r"4 in the cluster, 4 free: lower num_workers",
+        ),
+        (
+            {"num_workers": 6, "min_workers": 5},
+            "cpu",
+            r"min_workers=5 must be free within .*lower min_w",
+        ),
+        ({"gpus_per_worker": 0.5}, "cpu", r"GPU: 1 needed \(0.5 each\), 0 in the cluster"),
+        ({}, "cuda", r"GPU: 2 needed \(1 each\), 0 in the cluster"),
+    ],
+)
+def test_too_few_resources_are_reported_in_time(executor, workers, device, message):
+    workload = replace(make_workload(meta_batch_size=8), compute=Compute(device=device))
+    with pytest.raises(ResourcesError, match=message):
+        executor(workload, workers=Workers(**{"start_timeout_s": 1.0, **workers}))
     assert wait_until(lambda: cpus_taken() == 0)
 
 
@@ -256,25 +269,6 @@ def test_workers_join_when_their_resources_appear(free_cluster, executor):
     assert [report.step.version for report in reports] == list(range(1, version + 1))
     assert state_bytes(running.state()) == state_bytes(local_run(version)[0])
     assert {found.worker for report in reports[-2:] for found in report.results} > {"worker-0"}
-
-
-def test_too_few_resources_for_a_start_are_reported(executor):
-    with pytest.raises(ResourcesError, match=r"min_workers=5 must be free within .*lower min_w"):
-        executor(
-            make_workload(meta_batch_size=8),
-            workers=Workers(num_workers=6, min_workers=5, start_timeout_s=1.0),
-        )
-    assert wait_until(lambda: cpus_taken() == 0)
-
-
-def test_gpus_that_do_not_exist_are_reported(executor):
-    with pytest.raises(ResourcesError, match=r"GPU: 1 needed \(0.5 each\), 0 in the cluster"):
-        executor(workers=Workers(num_workers=2, gpus_per_worker=0.5, start_timeout_s=1.0))
-    with pytest.raises(ResourcesError, match=r"GPU: 2 needed \(1 each\), 0 in the cluster"):
-        executor(
-            replace(make_workload(), compute=Compute(device="cuda")),
-            workers=Workers(num_workers=2, start_timeout_s=1.0),
-        )
 
 
 @pytest.mark.parametrize(

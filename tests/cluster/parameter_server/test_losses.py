@@ -163,17 +163,6 @@ def test_the_state_can_be_had_when_the_server_is_dead(executor):
     assert state_bytes(running.state()) == state_bytes(local_run(3)[0])
 
 
-def test_a_dead_server_is_no_death_of_workers_that_miss_its_x(executor):
-    running = executor()
-    list(running.run(2))
-    running.state()
-    ray.kill(running._supervisor.server)
-    reports = list(running.run(4))
-    assert [report.step.version for report in reports] == [3, 4]
-    assert total(reports, "lost_workers") == 0
-    assert state_bytes(running.state()) == state_bytes(local_run(4)[0])
-
-
 @pytest.mark.slow
 def test_a_server_that_always_dies_ends_the_run(executor):
     running = executor(make_workload(problem=FatalStep()), failures=Failures(max_losses=2))
@@ -292,28 +281,6 @@ def test_a_lease_that_takes_long_goes_to_an_idle_worker_too(executor, tmp_path):
     assert [report.step.version for report in reports] == [4, 5, 6]
     assert total(reports, "lost_workers") == 0
     assert state_bytes(running.state()) == state_bytes(local_run(6)[0])
-
-
-def test_a_lease_that_two_workers_compute_is_lost_with_the_second(executor, tmp_path):
-    gate = tmp_path / "gate"
-    running = executor(make_workload(Waiting(index=5, gate=str(gate))), backup_factor=2.0)
-    reports = running.run(3)
-    first = next(reports)
-
-    def kill_both() -> None:
-        slots = running._pool._slots
-        wait_until(lambda: all(slot.lease is not None and slot.lease.id == 5 for slot in slots))
-        for slot in slots:
-            os.kill(slot.info.pid, signal.SIGKILL)
-        gate.touch()
-
-    killer = threading.Thread(target=kill_both)
-    killer.start()
-    rest = list(reports)
-    killer.join()
-    assert total([first, *rest], "lost_workers") == 2
-    assert 5 in [n for report in rest for n in report.reissued]
-    assert state_bytes(running.state()) == state_bytes(local_run(3)[0])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where torch sees no GPU")

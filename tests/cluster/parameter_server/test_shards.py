@@ -11,12 +11,7 @@ import pytest
 import ray
 import torch
 
-from metadist.cluster import (
-    Failures,
-    RayExecutor,
-    Server,
-    Workers,
-)
+from metadist.cluster import ASP, Failures, RayExecutor, Server, StalenessWeight, Workers
 from metadist.run.checkpoint import Checkpoint, CheckpointStore
 from metadist.trees import Params
 from tests.algorithms.directions import with_what_a_step_leaves
@@ -132,7 +127,7 @@ def test_shards_keep_what_a_step_leaves_for_the_next(executor, name, keep_state)
 
 @pytest.mark.slow
 def test_every_lease_is_in_x_once_without_a_barrier(executor):
-    options = {**SHARDED, "policy": "asp", "staleness_weight": "inverse"}
+    options = {**SHARDED, "policy": ASP(StalenessWeight("inverse"))}
     running = executor(wide_workload(), first_state(Wide()), **options)
     reports = list(running.run(12))
     applied = [n for report in reports for n in report.step.applied]
