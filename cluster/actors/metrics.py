@@ -15,10 +15,8 @@ STALENESS = [0.5, *(2.0**k for k in range(11))]
 class RunMetrics:
     """Counters and gauges that the driver's node exports to Prometheus as `ray_metadist_...`.
 
-    Ray must be running. `StepReport` is all that is read.
-
-    Args:
-        run: A label of all of them, to distinguish runs on the same cluster.
+    Ray must be running. `StepReport` is all that is read. The label `run` of all of them
+    distinguishes runs on the same cluster.
     """
 
     def __init__(self, run: str) -> None:

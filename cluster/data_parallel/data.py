@@ -51,12 +51,7 @@ def sample_shard(sampler: TaskSampler, part: int, num_parts: int) -> Task:
 
 
 class FirstShard:
-    """Shard 0 of each task, for checks on machines that hold no full data set.
-
-    Args:
-        sampler: The sampler of the tasks.
-        num_parts: Shards of a task.
-    """
+    """Shard 0 of `num_parts` of each task, for checks on machines that hold no full data set."""
 
     def __init__(self, sampler: Shardable, num_parts: int) -> None:
         self._sampler = sampler
@@ -117,11 +112,8 @@ def check_classes(found: Sequence[set[int]], source: Source) -> None:
 class ShardOracle(AutogradOracle):
     """Derivatives on those examples of a draw that a shard holds, `share` of them.
 
-    Args:
-        problem: The problem.
-        shard: The shard, with positions in the full sets.
-        num_examples: The sizes of the full support and query set.
-        batch_size, seed, compile, step: Those of an `AutogradOracle` on the full task.
+    `num_examples` are the sizes of the full support and query set; the other arguments are those of
+    an `AutogradOracle` on the full task.
     """
 
     def __init__(
@@ -178,12 +170,7 @@ def shard_fault(
 ) -> str | None:
     """Why derivatives on the full sets are no mean of those on shards; None: they are.
 
-    Args:
-        problem: The problem.
-        shard: The shard, with positions in the full sets.
-        outer: x.
-        start: y.
-        num_support: The size of the full support set.
+    Looked at in x = `outer` and y = `start`; `num_support` is the size of the full support set.
 
     Cost: gradients of both losses, three times, on 64 examples at the most.
     """

@@ -29,12 +29,9 @@ Key = tuple[Role, int]
 
 
 class Layout(NamedTuple):
-    """How trees become buffers.
+    """How trees become buffers: names and shapes of the outer variable, the context x, and y.
 
     Args:
-        outer: Names and shapes of the outer variable.
-        x: Names and shapes of the context.
-        y: Names and shapes of the inner variable.
         rows: Names of the per-example variables, whose leading axis is the support example.
         num_examples: The sizes of the full support and query set.
     """
@@ -96,11 +93,7 @@ class Request(NamedTuple):
 class Message(NamedTuple):
     """All questions of a round to one shard, to be answered from this alone and what it holds.
 
-    Args:
-        layout: How trees become buffers.
-        step: The outer step.
-        requests: The questions.
-        forget: Trees that no further question refers to.
+    The shard drops the trees `forget`, which no further question refers to.
     """
 
     layout: Layout

@@ -36,24 +36,14 @@ from metadist.workload import Workload
 
 
 class ShardWorker:
-    """Answers questions about its shard; becomes an actor where it is created.
-
-    Args:
-        name: in reports and errors.
-    """
+    """Answers questions about its shard; becomes an actor where it is created."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._trees: dict[Key, Params] = {}
 
     def setup(self, payload: bytes, part: int, num_parts: int) -> ShardInfo:
-        """The shard `part`, read and ready.
-
-        Args:
-            payload: the workload, pickled by `runtime_env.pickle_by_value`.
-            part: which shard.
-            num_parts: of how many.
-        """
+        """The shard `part`, read and ready; `payload` is the workload, by `pickle_by_value`."""
         self._workload: Workload = cloudpickle.loads(payload)
         self._device = pick_device(worker_device(self._workload.compute.device))
         self._trees = {}
@@ -88,13 +78,7 @@ class ShardWorker:
         return ShardCheck(fault, context, {name: to_array(leaf) for name, leaf in start.items()})
 
     def compute(self, message: Message, shared: dict[Key, Array], own: dict[Key, Array]) -> Reply:
-        """The answers to `message`.
-
-        Args:
-            message: the questions.
-            shared: buffers of trees that all shards need.
-            own: those of this shard alone.
-        """
+        """The answers to `message`; buffers of trees that all shards need, of this shard's own."""
         began = time.perf_counter()
         layout, workload = message.layout, self._workload
         for key in message.forget:

@@ -34,19 +34,15 @@ class _Done(NamedTuple):
 
 @dataclass(eq=False)
 class _Slot(Slot):
-    """The place of the shard `part`.
-
-    Args:
-        part: The number of the shard.
-        shard: What the last worker here read.
-        held: The trees that the worker was sent.
-        done: By place of a round: the last answer.
-    """
+    """The place of the shard `part`."""
 
     part: int = 0
     shard: ShardInfo | None = None
+    """What the last worker here read."""
     held: frozenset[Key] = frozenset()
+    """The trees that the worker was sent."""
     done: dict[Hashable, _Done] = field(default_factory=dict)
+    """By place of a round: the last answer."""
 
 
 _Send = Callable[[_Slot], ObjectRef[Any]]
@@ -87,12 +83,7 @@ class ShardPool(ActorPool[_Slot]):
         """Steps, of the oldest answer used since this was last set to 0."""
 
     def start(self, timeout_s: float, payload: ObjectRef[Any]) -> list[ShardInfo]:
-        """Set all workers up; returns what each of them holds.
-
-        Args:
-            timeout_s: How long to wait for all of them.
-            payload: The argument of `ShardWorker.setup`.
-        """
+        """Set all workers up with `payload` in time; returns what each of them holds."""
         self._payload = payload
         for slot in self._slots:
             slot.shard = None

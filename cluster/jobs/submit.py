@@ -40,13 +40,7 @@ EXCLUDED = (".*", "__pycache__", "*.egg-info", "venv", "build", "dist", "runs", 
 
 
 class Job:
-    """A job that drives a run.
-
-    Args:
-        client: The client of the cluster's dashboard.
-        id: The job's id in Ray.
-        is_new: Whether this call started it; False if it was found running.
-    """
+    """A job that drives a run; `is_new` says whether it was started now, or found running."""
 
     def __init__(self, client: JobSubmissionClient, id: str, is_new: bool) -> None:
         self._client = client

@@ -17,13 +17,7 @@ class NoMinimiser(ValueError):
 
 
 class Minimum(NamedTuple):
-    """A strict minimiser of g.
-
-    Args:
-        y: The minimiser, flat, shape (P,).
-        hessian: The Hessian of g there, shape (P, P).
-        eigenvalues: The smallest and the largest eigenvalue of it.
-    """
+    """A strict minimiser y of g, (P,); the Hessian there, (P, P), its extreme eigenvalues."""
 
     y: Tensor
     hessian: Tensor
@@ -62,11 +56,7 @@ def newton(
 ) -> Minimum:
     """The minimiser of g that Newton's method finds from `y`.
 
-    Args:
-        gradient: grad_y g of a flat y.
-        hessian: The Hessian of g at a flat y.
-        y: Where to start, shape (P,).
-        num_steps: The largest number of steps.
+    `gradient` and `hessian` are functions of a flat y, shape (P,).
 
     Raises:
         NoMinimiser: There is none, or it was not reached; the message says which, and why.

@@ -98,12 +98,9 @@ class Comparison(NamedTuple):
 
 
 class Repetition(NamedTuple):
-    """The error after several estimates at the same x.
+    """The error after several estimates at the same x: `what` says of which, and which reference.
 
-    Args:
-        what: Which estimate against which reference, in words.
-        errors: Relative error by number of estimates, ascending.
-        judged: Whether the algorithm stands for this reference.
+    Relative errors are by number of estimates, ascending; `judged` as in `Comparison`.
     """
 
     what: str
@@ -331,12 +328,18 @@ class _Check:
             **{name: float(value) for name, value in estimate.metrics.items()},
         }
         references = [self._unrolled(num_directions)]
-        solution = self._solution(adapted, max_dense)
-        if isinstance(solution, str):
-            self.notes.append(f"no exact hypergradient of the solution y*(x): {solution}")
+        try:
+            found = self._minimum(adapted, max_dense)
+        except NoMinimiser as error:
+            self.notes.append(f"no exact hypergradient of the solution y*(x): {error}")
         else:
-            references.append(solution.reference)
-            metrics |= solution.metrics
+            references.append(self._solution(found))
+            low, high = found.eigenvalues
+            metrics |= {
+                "|y - y*| / |y*| after adaptation": _relative(flatten(adapted) - found.y, found.y),
+                "smallest eigenvalue of H at y*": low,
+                "largest eigenvalue of H at y*": high,
+            }
         if metrics.get("adjoint_residual", 0.0) > LARGE_RESIDUAL:
             self.notes.append(
                 "v does not solve H v = grad_y f, see adjoint_residual: it may want more steps, "
@@ -471,15 +474,17 @@ class _Check:
         adapted = self.algorithm.adapt(self._oracle(), {**context, **own}, start)
         return self.problem.outer_loss(context, adapted, self.task.query).detach()
 
-    def _solution(self, adapted: Params, max_dense: int) -> _Solution | str:
-        """The exact hypergradient of x -> f(x, y*(x)), or why there is none."""
+    def _minimum(self, adapted: Params, max_dense: int) -> Minimum:
+        """The minimiser y*(x); NoMinimiser says why there is none."""
         size = num_elements(adapted)
         if self.algorithm.trains == "start":
-            return "the algorithm trains the start of adaptation, which y*(x) does not depend on"
+            raise NoMinimiser(
+                "the algorithm trains the start of adaptation, which y*(x) does not depend on"
+            )
         if is_nonsmooth(self.problem):
-            return "the lower objective has a non-smooth part"
+            raise NoMinimiser("the lower objective has a non-smooth part")
         if size > max_dense:
-            return f"y has {size:,} numbers, more than max_dense = {max_dense:,}"
+            raise NoMinimiser(f"y has {size:,} numbers, more than max_dense = {max_dense:,}")
         y = lbfgs(self._lower_loss, adapted)
 
         def gradient(flat: Tensor) -> Tensor:
@@ -490,39 +495,22 @@ class _Check:
         def hessian(flat: Tensor) -> Tensor:
             return dense_hessian(self._oracle(), self.context, unflatten(flat, y))
 
-        try:
-            found = newton(gradient, hessian, flatten(y), NEWTON_STEPS)
-        except NoMinimiser as error:
-            return str(error)
-        return self._implicit(found, adapted)
+        return newton(gradient, hessian, flatten(y), NEWTON_STEPS)
 
     def _lower_loss(self, y: Params) -> Tensor:
         return self.problem.inner_loss(self.context, y, self.task.support)
 
-    def _implicit(self, found: Minimum, adapted: Params) -> _Solution:
-        """The implicit gradient at the minimiser, through `encode`."""
-        y = unflatten(found.y, adapted)
+    def _solution(self, found: Minimum) -> _Reference:
+        """The exact hypergradient of x -> f(x, y*(x)): the implicit gradient, through `encode`."""
+        y = unflatten(found.y, self.start)
         at_context = implicit_gradient(self._oracle(), self.context, y, found.hessian)
         x = leaves(split_own(self.outer)[0])
         with torch.enable_grad():
             context = self.problem.encode(x, self.task)
         (exact,) = gradients(list(context.values()), list(at_context.values()), x)
-        low, high = found.eigenvalues
-        return _Solution(
-            _Reference(
-                f"{SOLUTION} x -> f(x, y*(x))", SOLUTION, self.measure == SOLUTION, flatten(exact)
-            ),
-            {
-                "|y - y*| / |y*| after adaptation": _relative(flatten(adapted) - found.y, found.y),
-                "smallest eigenvalue of H at y*": low,
-                "largest eigenvalue of H at y*": high,
-            },
+        return _Reference(
+            f"{SOLUTION} x -> f(x, y*(x))", SOLUTION, self.measure == SOLUTION, flatten(exact)
         )
-
-
-class _Solution(NamedTuple):
-    reference: _Reference
-    metrics: dict[str, float]
 
 
 def _equal(first: Params, second: Params) -> bool:

@@ -23,7 +23,7 @@ from metadist.hypergradient import (
     falls_back,
     vectorizes,
 )
-from metadist.oracle import CountingOracle
+from metadist.oracle import CountingOracle, Oracle
 from metadist.problem import (
     Problem,
     check_rows,
@@ -162,10 +162,7 @@ def _without_hypergradient(
     """(those of `dead` that get none from other draws either, whether the estimate is random)."""
     compute = workload.compute
     oracle = _Watched(workload.problem, task, compute.batch_size, compute.seed, eager=True)
-    problem_outer, own = split_own(outer)
-    x = {**workload.problem.encode(problem_outer, task), **own}
-    start = workload.problem.init_inner(problem_outer, task)
-    workload.algorithm.estimate(oracle, x, workload.algorithm.init(oracle, x, start))
+    _estimate_once(workload, outer, task, oracle)
     for number in range(1, 1 + OTHER_SEEDS if oracle.varies or oracle.is_random else 1):
         if not dead:
             break
@@ -173,6 +170,14 @@ def _without_hypergradient(
         found = other.hypergradients(outer, [task], step=number, states={}).total
         dead = [name for name in dead if not found[name].any()]
     return dead, oracle.is_random
+
+
+def _estimate_once(workload: Workload, outer: Params, task: Task, oracle: Oracle) -> None:
+    """Let the algorithm ask `oracle` for all that one estimate from a new state needs."""
+    problem_outer, own = split_own(outer)
+    x = {**workload.problem.encode(problem_outer, task), **own}
+    start = workload.problem.init_inner(problem_outer, task)
+    workload.algorithm.estimate(oracle, x, workload.algorithm.init(oracle, x, start))
 
 
 class _Watched(AutogradOracle):
@@ -380,18 +385,16 @@ def _misfit(module: nn.Module, given: Any) -> str:
     """What `module` takes and is not given, where that is so."""
     if not isinstance(given, torch.Tensor) or given.ndim == 0:
         return ""
-    size = getattr(module, "in_features", None)
-    if isinstance(size, int) and given.shape[-1] != size:
-        return (
-            f", which takes {size} features and is given {given.shape[-1]}: does the size of the "
-            "sampler's inputs fit the model?"
-        )
-    for field in ("in_channels", "num_features"):
+    for field, axis, what, question in (
+        ("in_features", -1, "features", "does the size"),
+        ("in_channels", 1, "channels", "do the channels"),
+        ("num_features", 1, "channels", "do the channels"),
+    ):
         size = getattr(module, field, None)
-        if isinstance(size, int) and given.ndim > 1 and given.shape[1] != size:
+        if isinstance(size, int) and given.ndim > axis and given.shape[axis] != size:
             return (
-                f", which takes {size} channels and is given {given.shape[1]}: do the channels of "
-                "the sampler's inputs fit the model?"
+                f", which takes {size} {what} and is given {given.shape[axis]}: {question} of the "
+                "sampler's inputs fit the model?"
             )
     size = getattr(module, "num_embeddings", None)
     if isinstance(size, int) and not given.is_floating_point() and given.numel():
@@ -454,15 +457,11 @@ def _check_twice_differentiable(workload: Workload, outer: Params, task: Task) -
 
 
 def _takes_second_derivatives(workload: Workload, outer: Params, task: Task) -> bool:
-    problem, algorithm = workload.problem, workload.algorithm
-    problem_outer, own = split_own(outer)
     compute = workload.compute
     oracle = CountingOracle(
-        AutogradOracle(problem, task, compute.batch_size, compute.seed, eager=True)
+        AutogradOracle(workload.problem, task, compute.batch_size, compute.seed, eager=True)
     )
-    x = {**problem.encode(problem_outer, task), **own}
-    start = problem.init_inner(problem_outer, task)
-    algorithm.estimate(oracle, x, algorithm.init(oracle, x, start))
+    _estimate_once(workload, outer, task, oracle)
     return any(oracle.counts[name] for name in ("hvp", "jvp", "inner_value"))
 
 

@@ -40,13 +40,7 @@ class Rule:
     none: str | None = None
 
     def check(self, field: str, value: Any, *, is_integer: bool = False) -> None:
-        """Nothing, or a ValueError with the field, this rule and the value.
-
-        Args:
-            field: Its name.
-            value: Its value.
-            is_integer: Whether it must be an integer besides.
-        """
+        """Nothing, or a ValueError with the field, this rule and the value."""
         if value is None and self.none is not None:
             return
         if not self._holds(value):

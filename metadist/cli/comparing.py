@@ -89,14 +89,7 @@ def flat(by_entry: Mapping[str, Sequence[Item]]) -> list[Item]:
 
 
 class Job(NamedTuple):
-    """A run, as it travels to another process.
-
-    Args:
-        comparison: What it is part of.
-        run: What is run.
-        run_dir: The folder of the comparison.
-        cwd: The folder that relative paths start from.
-    """
+    """A run, as it travels to another process; relative paths start from `cwd`."""
 
     comparison: Comparison
     run: Run

@@ -57,10 +57,7 @@ class Report(NamedTuple):
 def explain(message: str, parser: Parser, args: Sequence[str] = ()) -> str:
     """An error of jsonargparse, as a user wants to read it.
 
-    Args:
-        message: The error.
-        parser: The parser of the command.
-        args: The arguments, in which classes are named whose options may be meant.
+    `args` name classes whose options may be meant.
     """
     report = _read(message)
     field, _, value, details = report

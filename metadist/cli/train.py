@@ -100,15 +100,9 @@ def parser() -> Parser:
 def parse_training(
     options: Mapping[str, Any], flags: Mapping[str, Any], other_keys: Sequence[str] = ()
 ) -> Namespace:
-    """The config of a training.
+    """The config of a training: `options` as in YAML, and `flags` by flat name, which count more.
 
-    Args:
-        options: Options, as in YAML.
-        flags: Options by flat name, which count more.
-        other_keys: What may stand beside the options where they were read, for suggestions.
-
-    Raises:
-        ValueError: It is refused.
+    `other_keys` may stand beside the options where they were read. A ValueError says what is wrong.
     """
     arguments = ["--config", json.dumps(options)]
     for name, value in flags.items():

@@ -79,9 +79,7 @@ class Spent(NamedTuple):
     """The part of its budget that a run has spent so far.
 
     Args:
-        step: Outer steps.
-        seconds: Seconds of training, see `Budget`.
-        gradients: Oracle calls in gradients on whole sets.
+        step, seconds, gradients: As `steps`, `seconds` and `calls` of `Budget`.
         calls: Oracle calls by kind, see `CountingOracle`.
     """
 
