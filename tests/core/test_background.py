@@ -13,10 +13,9 @@ import pytest
 
 from metadist import CheckpointStore, TrainingDiverged
 from metadist.run.background import Background
-from metadist.run.events import read_events
 from metadist.run.files import LOCK
 from metadist.run.storage import Folder
-from tests.helpers import exact_state, finish, last_state, make_trainer, start
+from tests.helpers import exact_state, finish, last_state, make_trainer, read_events, start
 
 NUM_STEPS = 6
 FIT = {"checkpoint_every": 2, "keep_checkpoints": 2, "keep_every": 4}
@@ -173,7 +172,7 @@ KILLED = """
 import os, random, signal, sys, time
 import torch
 from metadist import CheckpointError, CheckpointStore
-from tests.helpers import last_state, make_trainer
+from tests.helpers import read_events, last_state, make_trainer
 
 torch.set_num_threads(1)
 random.seed(1)
@@ -227,7 +226,7 @@ read, write = os.pipe()
 train(write, newest + 4)
 whole = make_trainer()
 whole.fit(newest + 4)
-from tests.helpers import exact_state
+from tests.helpers import read_events, exact_state
 from pathlib import Path
 assert last_state(Path(folder)) == exact_state(whole)
 """
