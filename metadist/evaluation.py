@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_pure
-from metadist.compute import AS_TORCH_IS_SET, Compute, intra_op_threads, pick_device
+from metadist.compute import AS_TORCH_IS_SET, Compute, pick_device
+from metadist.executor import Executor, LocalExecutor
 from metadist.hypergradient import (
     FAILS_UNDER_VMAP,
     adaptation_metrics,
@@ -89,6 +90,7 @@ def evaluate(
     *,
     inner_steps: int | None = None,
     compute: Compute = AS_TORCH_IS_SET,
+    executor: Executor | None = None,
 ) -> EvaluationResult:
     """Mean and 95 % t-interval over the tasks 0 .. num_tasks-1 of `sampler`.
 
@@ -100,7 +102,10 @@ def evaluate(
         num_tasks: >= 2; 600 is the convention of the field. No more than a fixed set has.
         inner_steps: Steps of adaptation; None: as in training.
         compute: On which device and how; its batch_size is that of the support set. By default
-            with threads as torch is set.
+            with threads as torch is set (a worker: as many as the CPUs it has reserved).
+        executor: What computes; None: this process. The workers of a `RayExecutor` share the tasks,
+            in pieces of `compute.chunk_size`. With the same number of threads the metrics are the
+            same to the last bit.
 
     Raises:
         ValueError: num_tasks < 2, inner_steps with an algorithm that has none, or a problem that
@@ -119,7 +124,9 @@ def evaluate(
         check_pure(problem, split_own(on_cpu)[0], task, compute)
     if inner_steps is not None:
         algorithm = with_inner_steps(algorithm, inner_steps)
-    values = evaluate_tasks(problem, sampler, algorithm, outer, num_tasks, compute=compute)
+    values = evaluate_tasks(
+        problem, sampler, algorithm, outer, num_tasks, compute=compute, executor=executor
+    )
     dropped = _dropped(values)
     kept = {
         name: [value for index, value in enumerate(column) if index not in dropped.get(name, ())]
@@ -192,25 +199,34 @@ def evaluate_tasks(
     num_tasks: int,
     *,
     compute: Compute = AS_TORCH_IS_SET,
+    executor: Executor | None = None,
 ) -> dict[str, list[float]]:
     """The metrics of each of the tasks 0 .. num_tasks-1 by name; arguments as of `evaluate`.
 
     Those of a task in which adaptation diverges are NaN or infinite.
     """
-    where = pick_device(compute.device)
     size = compute.chunk_size or TASKS_AT_A_TIME
-    outer = {name: leaf.detach().to(where) for name, leaf in outer.items()}
-    leaf = next(iter(outer.values()))
+    chunks = [range(first, min(first + size, num_tasks)) for first in range(0, num_tasks, size)]
+    judge = _Judge(problem, sampler, algorithm, compute)
     metrics: dict[str, list[float]] = {}
-    with intra_op_threads(compute.num_threads):
-        for first in range(0, num_tasks, size):
-            indices = range(first, min(first + size, num_tasks))
-            tasks = [to_device(sample_task(sampler, i), where, leaf.dtype) for i in indices]
-            found = _adapt_and_judge(problem, algorithm, outer, tasks, compute)
-            for of_task in found:
-                for name, value in of_task.items():
-                    metrics.setdefault(name, []).append(value)
+    for of_task in (executor or LocalExecutor()).judge(judge, outer, chunks):
+        for name, value in of_task.items():
+            metrics.setdefault(name, []).append(value)
     return metrics
+
+
+class _Judge(NamedTuple):
+    """What the metrics of tasks are computed from, see `metadist.executor.Judge`."""
+
+    problem: Problem
+    sampler: TaskSampler
+    algorithm: Algorithm
+    compute: Compute
+
+    def __call__(self, outer: Params, indices: range) -> list[dict[str, float]]:
+        leaf = next(iter(outer.values()))
+        tasks = [to_device(sample_task(self.sampler, i), leaf.device, leaf.dtype) for i in indices]
+        return _adapt_and_judge(self.problem, self.algorithm, outer, tasks, self.compute)
 
 
 def with_inner_steps(algorithm: Algorithm, inner_steps: int) -> Algorithm:

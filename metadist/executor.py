@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from metadist.checks.values import check
-from metadist.compute import intra_op_threads, pick_device
+from metadist.compute import Compute, intra_op_threads, pick_device
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable, StepResult
 from metadist.retry import Watchdog, in_short, is_worth_a_try, pause_after, type_name
@@ -51,10 +51,23 @@ class StepReport(NamedTuple):
     retried: tuple[str, ...] = ()
 
 
+class Judge(Protocol):
+    """Measures tasks at x; a pure function that can be pickled, see `metadist.evaluation`."""
+
+    @property
+    def compute(self) -> Compute:
+        """How it computes."""
+        ...
+
+    def __call__(self, outer: Params, indices: range) -> list[dict[str, float]]:
+        """The metrics of each of these tasks, computed on the device of `outer`."""
+        ...
+
+
 class Executor(Protocol):
     """Runs outer steps: hands out leases, applies their sums to the outer variable.
 
-    Derive from it: `probe` has a body, the other methods have none.
+    Derive from it: `probe`, `judge` and `last_state` have a body, the other methods have none.
     """
 
     def probe(self, sampler: TaskSampler) -> TaskSampler:
@@ -83,6 +96,17 @@ class Executor(Protocol):
         numbers, so that continuing after an interruption loses and repeats none.
         """
         ...
+
+    def judge(self, judge: Judge, outer: Params, chunks: Sequence[range]) -> list[dict[str, float]]:
+        """The metrics of the tasks of all chunks at `outer`, in order; needs no `start`.
+
+        An executor with workers has them compute it, also between two steps of `run`. This body
+        computes in this process.
+        """
+        device = pick_device(judge.compute.device)
+        here = {name: leaf.detach().to(device) for name, leaf in outer.items()}
+        with intra_op_threads(judge.compute.num_threads):
+            return [metrics for chunk in chunks for metrics in judge(here, chunk)]
 
     def outer(self) -> Params:
         """A copy of the current outer variable, on the CPU."""
@@ -157,7 +181,7 @@ class LocalExecutor(Executor):
             step = variable.apply(contributions)
         seconds = time.perf_counter() - began
         results = tuple(computed.result for computed in contributions)
-        computing_s = sum(result.sampling_s + result.compute_s for result in results)
+        computing_s = sum(result.seconds for result in results)
         retried, self._retried = tuple(self._retried), []
         return StepReport(
             step=step,

@@ -54,6 +54,11 @@ class LeaseResult(NamedTuple):
     calls: Mapping[str, int] = {}  # never changed
     worker: str = "local"
 
+    @property
+    def seconds(self) -> float:
+        """The seconds spent in all."""
+        return self.sampling_s + self.compute_s
+
 
 class Contribution(NamedTuple):
     """A computed lease, as it enters an outer step.

@@ -73,23 +73,25 @@ class Pace:
     @property
     def slow_s(self) -> float:
         """How long work takes that is slow."""
-        median_s = self._median_s()
+        median_s = self.median_s
         return FIRST_SLOW_S if median_s is None else max(MIN_SLOW_S, SLOW_FACTOR * median_s)
+
+    @property
+    def median_s(self) -> float | None:
+        """How long work usually takes; None while none has ended."""
+        took_s = tuple(self._took_s)
+        return statistics.median(took_s) if took_s else None
 
     def report(
         self, notify: Callable[..., None], work: str, worker: str, seconds: float, way_out: str
     ) -> None:
         """Warn of slow work, in the log and with the event `lease_slow`."""
-        median_s = self._median_s()
+        median_s = self.median_s
         usual = "" if median_s is None else f", the median is {median_s:.3g} s"
         log.warning(
             "%s takes %.0f s on %s%s: it may hang; %s", work, seconds, worker, usual, way_out
         )
         notify("lease_slow", leases=[work], worker=worker, seconds=seconds, median_s=median_s)
-
-    def _median_s(self) -> float | None:
-        took_s = tuple(self._took_s)
-        return statistics.median(took_s) if took_s else None
 
 
 class Watchdog:

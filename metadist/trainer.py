@@ -435,7 +435,7 @@ class Trainer:
         return self.version
 
     def test(self, sampler: TaskSampler, num_tasks: int = 600) -> EvaluationResult:
-        """Evaluation of the current outer variable; see `evaluate`."""
+        """Evaluation of the current outer variable, by the executor; see `evaluate`."""
         return evaluate(
             self.problem,
             sampler,
@@ -444,6 +444,7 @@ class Trainer:
             num_tasks,
             inner_steps=self._eval_inner_steps,
             compute=replace(self._workload.compute, num_threads=None),
+            executor=self._executor,
         )
 
     def record(self, split: str, result: EvaluationResult) -> None:

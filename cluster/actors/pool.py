@@ -62,10 +62,21 @@ RAY = Runtime()
 
 @dataclass(eq=False)
 class Call:
-    """Some `work`, in words, that an actor was sent; `is_redundant`: nobody awaits the answer."""
+    """Some `work`, in words, that an actor was sent.
+
+    Args:
+        ref: The answer.
+        work: What it is about.
+        kind: Each kind of work has its own usual time.
+        size: How many times `Failures.timeout_s` it may take.
+        is_redundant: Whether nobody awaits the answer.
+        is_slow: Whether it was reported as slow.
+    """
 
     ref: ObjectRef[Any]
     work: str
+    kind: str = ""
+    size: int = 1
     is_redundant: bool = False
     is_slow: bool = False
 
@@ -137,7 +148,8 @@ class ActorPool(ABC, Generic[S]):
         self._errors: defaultdict[str | None, list[str]] = defaultdict(list)
         """By work: the types of errors of user code in a row."""
         self._retried: list[str] = []
-        self._pace = Pace()
+        self._paces: defaultdict[str, Pace] = defaultdict(Pace)
+        """By kind of work."""
         self.notify: Callable[..., None] = ignore
         """Called with an event that must be known before a step ends, see `Executor.notify`."""
 
@@ -198,7 +210,7 @@ class ActorPool(ABC, Generic[S]):
             slot.since, slot.num_losses, slot.resume_at = now, 0, 0.0
         self._num_lost = 0
         self._retried = []
-        self._pace.clear()
+        self._paces.clear()
         self._losses.clear()
         self._errors.clear()
         while self.num_alive < num_ready:
@@ -263,7 +275,7 @@ class ActorPool(ABC, Generic[S]):
             log.info("%s is ready: %s on %s", *slot.info[:3])
             return
         slot.calls.remove(call)
-        self._pace.add(self._runtime.now() - slot.since)
+        self._paces[call.kind].add(self._runtime.now() - slot.since)
         slot.num_losses = 0
         self._losses.pop(call.work, None)
         self._errors.pop(call.work, None)
@@ -314,23 +326,28 @@ class ActorPool(ABC, Generic[S]):
 
     def _report_slow(self) -> None:
         """Warn once of each call that an actor has been at for very long."""
-        now, limit_s = self._runtime.now(), self._pace.slow_s
         for slot in self._slots:
-            if not slot.calls or slot.calls[0].is_slow or now - slot.since < limit_s:
+            if not slot.calls or slot.calls[0].is_slow:
                 continue
-            slot.calls[0].is_slow = True
+            call, seconds = slot.calls[0], self._runtime.now() - slot.since
+            pace = self._paces[call.kind]
+            if seconds < pace.slow_s:
+                continue
+            call.is_slow = True
             way_out = "Failures(timeout_s=...) would replace it"
-            self._pace.report(self.notify, slot.calls[0].work, slot.name, now - slot.since, way_out)
+            pace.report(self.notify, call.work, slot.name, seconds, way_out)
 
     def _end_overdue(self) -> None:
         """Replace actors that have been at one call for longer than `Failures.timeout_s`."""
         limit_s = self._failures.timeout_s
         if limit_s is None:
             return
-        latest = self._runtime.now() - limit_s
         for slot in self._slots:
-            if slot.calls and slot.since <= latest:
-                error = exceptions.GetTimeoutError(f"it took longer than timeout_s={limit_s:g}")
+            if slot.calls and slot.since + limit_s * slot.calls[0].size <= self._runtime.now():
+                times = f"{slot.calls[0].size} times " if slot.calls[0].size > 1 else ""
+                error = exceptions.GetTimeoutError(
+                    f"it took longer than {times}timeout_s={limit_s:g}"
+                )
                 self._failed(slot, slot.calls[0], error)
 
     def _next_check_s(self) -> float:
@@ -341,9 +358,9 @@ class ActorPool(ABC, Generic[S]):
             if slot.setup is None and (slot.resume_at > now or not slot.is_alive):
                 times.append(slot.resume_at)
             if slot.calls and not slot.calls[0].is_slow:
-                times.append(slot.since + self._pace.slow_s)
+                times.append(slot.since + self._paces[slot.calls[0].kind].slow_s)
             if slot.calls and self._failures.timeout_s is not None:
-                times.append(slot.since + self._failures.timeout_s)
+                times.append(slot.since + self._failures.timeout_s * slot.calls[0].size)
         if self.num_alive < self._num_needed:
             times.append(now + 1.0)
         return max(0.0, min(times, default=math.inf) - now)

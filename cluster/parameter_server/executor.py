@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, get_args
 
 import ray
 import torch
+from ray import ObjectRef
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from metadist.cluster.actors.buffers import (
@@ -18,6 +20,7 @@ from metadist.cluster.actors.buffers import (
     join_states,
     pack_state,
     split_state,
+    to_array,
 )
 from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.metrics import RunMetrics
@@ -32,7 +35,7 @@ from metadist.cluster.parameter_server.supervisor import Supervisor
 from metadist.cluster.parameter_server.transport import Transport, TransportName
 from metadist.cluster.parameter_server.worker import Worker
 from metadist.cluster.parameter_server.worker_pool import WorkerPool
-from metadist.executor import Executor, StepReport
+from metadist.executor import Executor, Judge, StepReport
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterState, shard_bounds
 from metadist.trees import Params
@@ -136,6 +139,7 @@ class RayExecutor(Executor):
         self._pool: WorkerPool | None = None
         self._supervisor: Supervisor | None = None
         self._scheduler: Scheduler | None = None
+        self._judge: tuple[bytes, ObjectRef[Any]] | None = None
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         """See `Executor`; started again, it keeps its processes and sets them up anew."""
@@ -201,6 +205,34 @@ class RayExecutor(Executor):
         reports = self._started().run(until_version)
         return self._metrics.watch(reports)
 
+    def judge(self, judge: Judge, outer: Params, chunks: Sequence[range]) -> list[dict[str, float]]:
+        """See `Executor`; workers that are started for it alone are stopped after it."""
+        payload = pickle_by_value(judge)
+        if not ray.is_initialized():
+            self._forget_actors()
+        is_alone = self._pool is None
+        try:
+            if is_alone:
+                self._spec = OuterSpec.of(outer)
+                self._bounds = [(0, self._spec.num_elements)]
+                self._placement.open(judge.compute.device)
+            pool = self._start_pool(payload) if self._pool is None else self._pool
+            digest = hashlib.sha256(payload).digest()
+            if self._judge is None or self._judge[0] != digest:
+                # Once for all validations: a sampler may hold much data.
+                self._judge = digest, ray.put(payload)
+            x = ray.put({name: to_array(leaf.detach()) for name, leaf in outer.items()})
+            num_threads = max(1, int(self._workers.cpus_per_worker))
+            found = pool.judge(chunks, [self._judge[1]], x, num_threads)
+            if num_lost := pool.take_num_lost():
+                self.notify("worker_lost", num_lost=num_lost, num_workers=pool.num_alive)
+            if retried := pool.take_retried():
+                self.notify("user_error", errors=list(retried))
+            return found
+        finally:
+            if is_alone:
+                self.close()
+
     def outer(self) -> Params:
         return self._spec.views(join(self._started().read()))
 
@@ -237,7 +269,7 @@ class RayExecutor(Executor):
 
     def _forget_actors(self) -> None:
         self._placement.forget()
-        self._pool = self._supervisor = self._scheduler = None
+        self._pool = self._supervisor = self._scheduler = self._judge = None
 
     def _start_pool(self, payload: bytes) -> WorkerPool:
         if self._pool is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import ray
 import torch
-from ray import cloudpickle
+from ray import ObjectRef, cloudpickle
 
 from metadist.cluster.actors.buffers import Array, OuterSpec, to_array, to_tensor
 from metadist.cluster.actors.placement import WorkerInfo, worker_device
@@ -17,9 +20,17 @@ from metadist.cluster.parameter_server.transport import (
     Transport,
     receive,
 )
-from metadist.compute import pick_device
+from metadist.compute import intra_op_threads, pick_device
+from metadist.executor import Judge
 from metadist.outer import Contribution, LeaseResult
 from metadist.workload import Lease, Workload
+
+
+class Judged(NamedTuple):
+    """The metrics of each task of a chunk, and the seconds they took."""
+
+    metrics: list[dict[str, float]]
+    seconds: float
 
 
 class Worker:
@@ -32,6 +43,7 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._judge: tuple[ObjectRef[Any], Judge] | None = None
 
     def setup(
         self,
@@ -44,7 +56,8 @@ class Worker:
         """Where this worker runs, once it is ready to compute leases of another workload.
 
         Args:
-            payload: The workload, pickled by `runtime_env.pickle_by_value`.
+            payload: The workload, pickled by `runtime_env.pickle_by_value`; or, for a worker that
+                only judges, a `Judge`.
             spec: The names, shapes and dtype of x.
             bounds: The slices of x that the shards of the server own; None: there is one shard.
             compression: How sums of hypergradients are compressed, see `RayExecutor`.
@@ -79,6 +92,32 @@ class Worker:
         states = {index: to_tensor(state).to(device) for index, state in (kept or {}).items()}
         computed = self._workload.compute_lease(lease, self._outer, previous, states)
         return computed.result, *self.send(computed)
+
+    def judge(
+        self,
+        indices: range,
+        sent: Sequence[ObjectRef[Any]],
+        outer: Mapping[str, Array],
+        num_threads: int,
+    ) -> Judged:
+        """The metrics of these tasks.
+
+        Args:
+            indices: The tasks.
+            sent: A reference to a `Judge`, pickled as a workload is. In a list, so that Ray does
+                not read it for every call.
+            outer: x.
+            num_threads: The intra-op threads of torch, if the judge has no number of its own.
+        """
+        began = time.perf_counter()
+        (ref,) = sent
+        if self._judge is None or self._judge[0] != ref:
+            self._judge = ref, cloudpickle.loads(ray.get(ref))
+        judge = self._judge[1]
+        x = {name: to_tensor(leaf).to(self._flat.device) for name, leaf in outer.items()}
+        with intra_op_threads(judge.compute.num_threads or num_threads):
+            metrics = judge(x, indices)
+        return Judged(metrics, time.perf_counter() - began)
 
     def load(self, pulled: Sequence[Pulled]) -> None:
         """Copy x to the device of this worker."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from ray import ObjectRef
 from metadist.cluster.actors.failure import WORKER, Failures
 from metadist.cluster.actors.placement import WorkerInfo
 from metadist.cluster.actors.pool import RAY, ActorPool, Call, Runtime, Slot
+from metadist.cluster.parameter_server.worker import Judged
 from metadist.outer import LeaseResult
 from metadist.workload import Lease
 
@@ -36,14 +36,25 @@ STUCK_FACTOR = 2.0
 """A lease stuck behind one that takes this many times the median goes to another worker."""
 
 
+Work = Lease | range
+"""A lease of a training, or the indices of tasks of an evaluation."""
+
+
 @dataclass(eq=False, kw_only=True)
 class _Call(Call):
-    """A lease that a worker has, with what it was sent."""
+    """Some work that a worker has, with what else it was sent."""
 
-    lease: Lease
-    outer: tuple[ObjectRef[Any], ...]
-    kept: ObjectRef[Any] | None
-    totals: tuple[ObjectRef[Any], ...]
+    item: Work
+    arguments: tuple[Any, ...]
+    totals: tuple[ObjectRef[Any], ...] = ()
+
+
+class _Paused(NamedTuple):
+    """Work that is lost from the time `at` on: until then nobody is to try it again."""
+
+    at: float
+    item: Work
+    lost_data: bool
 
 
 @dataclass(eq=False)
@@ -53,9 +64,9 @@ class _Slot(Slot):
     lease_s: float = math.inf
 
     @property
-    def lease(self) -> Lease | None:
+    def item(self) -> Work | None:
         """What it computes."""
-        return self.calls[0].lease if self.calls else None
+        return self.calls[0].item if self.calls else None
 
 
 class WorkerPool(ActorPool[_Slot]):
@@ -88,9 +99,8 @@ class WorkerPool(ActorPool[_Slot]):
         self._backup_factor = backup_factor
         self._setup: tuple[Any, ...] = ()
         self._events: list[Done | Lost] = []
-        self._paused: list[tuple[float, Lost]] = []
-        """Leases that are lost from that time on: until then nobody is to try them again."""
-        self._lease_seconds: deque[float] = deque(maxlen=100)
+        self._paused: list[_Paused] = []
+        self._judged: dict[range, list[dict[str, float]]] = {}
         self._waiting_s = 0.0
 
     def start(self, timeout_s: float, *setup: Any) -> None:
@@ -99,7 +109,6 @@ class WorkerPool(ActorPool[_Slot]):
         Returns when `min_workers` are ready.
         """
         self._setup = setup
-        self._lease_seconds.clear()
         self.forget()
         self._start(timeout_s, self._min_workers)
 
@@ -115,49 +124,94 @@ class WorkerPool(ActorPool[_Slot]):
         outer: tuple[ObjectRef[Any], ...],
         kept: ObjectRef[Any] | None = None,
     ) -> None:
-        """Give `lease` to the worker that has been idle longest, else to the next to be idle.
+        """Have a worker compute `lease`.
 
         Args:
             lease: The lease to compute; a worker must have room for it.
             outer: The shards of x.
             kept: What it needs beside x, see `ParameterServer.kept`.
         """
+        self._send(lease, kept, *outer)
+
+    def judge(self, chunks: Sequence[range], *arguments: Any) -> list[dict[str, float]]:
+        """The metrics of the tasks in all chunks, in order; leases are kept for `wait` meanwhile.
+
+        Args:
+            chunks: The indices of tasks that travel together.
+            arguments: The further arguments of `Worker.judge`.
+        """
+        to_do = deque(chunks)
+        self._judged = {}
+        try:
+            while len(self._judged) < len(chunks):
+                while to_do and self.has_room:
+                    self._send(to_do.popleft(), *arguments)
+                self.back_up()
+                self._check_starved()
+                self._wait(math.inf)
+                to_do.extendleft(paused.item for paused in self._take_due(range))
+            return [metrics for chunk in chunks for metrics in self._judged[chunk]]
+        finally:
+            self._let_go(range)
+            for chunk in chunks:
+                self._losses.pop(_in_words(chunk), None)
+                self._errors.pop(_in_words(chunk), None)
+
+    def _send(self, item: Work, *arguments: Any) -> None:
+        """Give `item` to the worker that has been idle longest, else to the next to be idle."""
         now = self._runtime.now()
         with_room = [slot for slot in self._slots if self._room_at(slot) <= now]
         slot = min(with_room, key=lambda slot: (len(slot.calls), slot.since))
         if not slot.calls:
             self._rest(slot)
-        compute = slot.actor.compute.options(num_returns=1 + len(outer))
-        ref, *totals = compute.remote(lease, kept, *outer)
-        call = _Call(ref, lease.in_words, lease=lease, outer=outer, kept=kept, totals=tuple(totals))
+        if isinstance(item, Lease):
+            _, *outer = arguments
+            compute = slot.actor.compute.options(num_returns=1 + len(outer))
+            ref, *totals = compute.remote(item, *arguments)
+            call = _Call(ref, item.in_words, "lease", item=item, arguments=arguments)
+            call.totals = tuple(totals)
+        else:
+            ref = slot.actor.judge.remote(item, *arguments)
+            # A lease has a task at least, and its hypergradient takes longer than its metrics.
+            call = _Call(ref, _in_words(item), "chunk", len(item), item=item, arguments=arguments)
         slot.calls.append(call)
 
     def back_up(self) -> None:
-        """Give leases that take long to idle workers too; the first answer counts."""
+        """Give what takes long to idle workers too; the first answer counts."""
         while (overdue := self._next_backup()) is not None and overdue[0] <= self._runtime.now():
             call = overdue[1]
-            self.submit(call.lease, call.outer, call.kept)
+            self._send(call.item, *call.arguments)
 
     def forget(self) -> None:
         """Let go of all leases; what is still being computed is thrown away."""
         for slot in self._slots:
             slot.num_losses = 0
-            for call in slot.calls:
-                # An actor call cannot be taken back: the worker stays busy until it has answered.
-                call.is_redundant = True
+        self._let_go(Lease)
         self._losses.clear()
         self._errors.clear()
-        self._events, self._paused = [], []
+        self._events = []
+
+    def _let_go(self, kind: type[Work]) -> None:
+        for slot in self._slots:
+            for call in slot.calls:
+                # An actor call cannot be taken back: the worker stays busy until it has answered.
+                call.is_redundant |= isinstance(call.item, kind)
+        self._paused = [paused for paused in self._paused if not isinstance(paused.item, kind)]
 
     def wait(self, timeout_s: float | None = None) -> list[Done | Lost]:
         """What happened to leases; blocks until something did, or a worker has room again."""
         self._check_starved()
         self._wait(math.inf if timeout_s is None else timeout_s)
-        now = self._runtime.now()
-        due = [lost for at, lost in self._paused if at <= now]
-        self._paused = [(at, lost) for at, lost in self._paused if at > now]
-        events, self._events = [*self._events, *due], []
+        lost = [Lost(paused.item, paused.lost_data) for paused in self._take_due(Lease)]
+        events, self._events = [*self._events, *lost], []
         return events
+
+    def _take_due(self, kind: type[Work]) -> list[Any]:
+        """The paused work of this kind that may be tried again now."""
+        now = self._runtime.now()
+        due = [item for item in self._paused if item.at <= now and isinstance(item.item, kind)]
+        self._paused = [item for item in self._paused if item not in due]
+        return due
 
     def take_waiting_s(self) -> float:
         """Seconds x workers without computing, since this was last called."""
@@ -195,31 +249,32 @@ class WorkerPool(ActorPool[_Slot]):
         slot.lease_s = math.inf
         return answer
 
-    def _answered(self, slot: _Slot, call: _Call, answer: LeaseResult) -> None:
-        computing_s = answer.sampling_s + answer.compute_s
+    def _answered(self, slot: _Slot, call: _Call, answer: LeaseResult | Judged) -> None:
         # It may have begun, and even ended, before the end of the one before it was noticed.
-        slot.lease_s = max(computing_s, self._runtime.now() - slot.since)
-        self._lease_seconds.append(slot.lease_s)
-        self._rest(slot, computing_s)
+        slot.lease_s = max(answer.seconds, self._runtime.now() - slot.since)
+        self._rest(slot, answer.seconds)
         if call.is_redundant:
             return
         for other in self._others(call):
             other.is_redundant = True
-        self._events.append(Done(answer._replace(worker=slot.name), call.totals))
+        if isinstance(answer, LeaseResult):
+            self._events.append(Done(answer._replace(worker=slot.name), call.totals))
+        elif isinstance(call.item, range):
+            self._judged[call.item] = answer.metrics
 
     def _lost(self, slot: _Slot, calls: list[_Call], lost_data: bool, after_s: float = 0.0) -> None:
         at = self._runtime.now() + after_s
         for call in calls:
             if not call.is_redundant and not self._others(call):
-                self._paused.append((at, Lost(call.lease, lost_data)))
+                self._paused.append(_Paused(at, call.item, lost_data))
 
     def _others(self, call: _Call) -> list[_Call]:
-        """The other calls for the same lease that are still awaited."""
+        """The other calls for the same work that are still awaited."""
         return [
             other
             for slot in self._slots
             for other in slot.calls
-            if other is not call and other.lease == call.lease and not other.is_redundant
+            if other is not call and other.item == call.item and not other.is_redundant
         ]
 
     def _next_backup(self) -> tuple[float, _Call] | None:
@@ -231,20 +286,25 @@ class WorkerPool(ActorPool[_Slot]):
         """
         now = self._runtime.now()
         is_idle = any(not slot.calls and self._room_at(slot) <= now for slot in self._slots)
-        if not is_idle or not self._lease_seconds:
+        if not is_idle:
             return None
-        median_s = statistics.median(self._lease_seconds)
         slow: list[tuple[float, _Call]] = []
         for slot in self._slots:
             for place, call in enumerate(slot.calls):
                 factor = STUCK_FACTOR if place else self._backup_factor
-                if factor is not None and not call.is_redundant and not self._others(call):
-                    slow.append((slot.since + factor * median_s, call))
+                usual_s = self._paces[slot.calls[0].kind].median_s
+                if factor is None or usual_s is None or call.is_redundant or self._others(call):
+                    continue
+                slow.append((slot.since + factor * usual_s, call))
         return min(slow, key=lambda pair: pair[0], default=None)
 
     def _more_checks(self) -> list[float]:
         now = self._runtime.now()
         times = [at for slot in self._slots if (at := self._room_at(slot)) > now]
-        times += [at for at, _ in self._paused]
+        times += [paused.at for paused in self._paused]
         backup = self._next_backup()
         return times if backup is None else [*times, backup[0]]
+
+
+def _in_words(chunk: range) -> str:
+    return f"tasks {chunk.start} to {chunk.stop - 1} of an evaluation"

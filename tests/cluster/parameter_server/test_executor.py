@@ -128,7 +128,7 @@ def test_old_versions_of_x_are_let_go(executor):
 
     def all_ended():
         # A lease that went to two workers may still be computed by one of them.
-        return running._pool.wait(0.0) == [] and all(s.lease is None for s in running._pool._slots)
+        return running._pool.wait(0.0) == [] and all(s.item is None for s in running._pool._slots)
 
     list(running.run(5))
     assert wait_until(lambda: all_ended() and num_references() < 15)

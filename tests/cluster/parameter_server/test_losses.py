@@ -276,7 +276,7 @@ def test_a_lease_that_takes_long_goes_to_an_idle_worker_too(executor, tmp_path):
     gate.touch()
     # It comes back; the answer that it gives late is ignored.
     slots = running._pool._slots
-    assert wait_until(lambda: running._pool.wait(0.1) == [] and all(s.lease is None for s in slots))
+    assert wait_until(lambda: running._pool.wait(0.1) == [] and all(s.item is None for s in slots))
     reports = list(running.run(6))
     assert [report.step.version for report in reports] == [4, 5, 6]
     assert total(reports, "lost_workers") == 0

@@ -22,7 +22,7 @@ class Actor:
     def __init__(self, number: int) -> None:
         self.info = WorkerInfo(f"worker-{number}", "cpu", "here", number)
         self.calls: list[DummyCall] = []
-        self.setup = self.compute = self
+        self.setup = self.compute = self.judge = self
 
     def options(self, num_returns: int):
         assert num_returns == 2
@@ -33,6 +33,9 @@ class Actor:
         if isinstance(arguments[0], Lease):
             self.calls.append(call)
             return call, object()
+        if isinstance(arguments[0], range):
+            self.calls.append(call)
+            return call
         call.answer = self.info
         return call
 
@@ -100,7 +103,7 @@ LEASE = lease(7)
 
 
 def holders(pool: WorkerPool, lease: Lease = LEASE) -> list[int]:
-    return [n for n, slot in enumerate(pool._slots) for call in slot.calls if call.lease == lease]
+    return [n for n, slot in enumerate(pool._slots) for call in slot.calls if call.item == lease]
 
 
 def back_up(pool: WorkerPool) -> list[int]:
@@ -257,6 +260,17 @@ def test_the_time_of_a_lease_begins_when_the_one_before_it_ends(start, clock):
     assert pool.wait(0.0) == []
     clock.sleep(0.25)
     assert pool.wait(0.0) == [Lost(LEASE, False)]
+
+
+def test_tasks_of_an_evaluation_may_take_the_time_of_as_many_leases(start, clock):
+    pool, _ = start(1, timeout_s=2.0)
+    pool._send(range(5, 8), [object()], object(), 1)
+    clock.sleep(5.9)
+    assert pool.wait(0.0) == [] and pool.num_alive == 1
+    clock.sleep(0.1)
+    assert pool.wait(0.0) == [] and pool.take_num_lost() == 1
+    assert [paused.item for paused in pool._take_due(range)] == [range(5, 8)]
+    assert pool._losses == {"tasks 5 to 7 of an evaluation": 1}
 
 
 def test_what_is_let_go_of_keeps_its_worker_busy_and_is_not_reported(start):
