@@ -150,7 +150,7 @@ class Failures:
             would come for ever; an OSError does so only after all tries. 0: every exception ends
             the run.
         timeout_s: A worker that computes one lease, or answers one round, for longer is replaced;
-            None: never.
+            None: never. Tasks of an evaluation have this time each.
         backoff_s: The pause before another attempt; it doubles with every loss in a row.
         max_backoff_s: The longest pause.
         all_lost_s: The run ends when it has been without workers for so long.

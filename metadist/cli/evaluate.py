@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from jsonargparse import Namespace
 
-from metadist.cli.names import SamplerBase
+from metadist.cli.names import ExecutorBase, SamplerBase, class_path
 from metadist.cli.parsing import Parser
 from metadist.cli.runs import add_checkpoint, run_parser
 
@@ -25,6 +25,12 @@ def parser() -> Parser:
     parser.add_argument("--num_tasks", type=int, default=600, help="Tasks to evaluate on.")
     parser.add_argument(
         "--inner_steps", type=int | None, help="Inner steps of adaptation; by default as trained."
+    )
+    parser.add_subclass_arguments(
+        ExecutorBase,
+        "executor",
+        required=False,
+        help="Where tasks are computed: ray, by its workers, or, by default, local.",
     )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--output", type=str | None, help="A JSON file for the result.")
@@ -47,6 +53,13 @@ def run(config: Namespace) -> int:
         saved.sampler = config.sampler
     else:
         train.set_split(saved, config.split)
+    if config.executor is not None:
+        if config.executor.class_path == class_path("executors", "data_parallel"):
+            raise ValueError(
+                "executor must be local or ray, got data_parallel, whose workers share one task: "
+                "they would not work here"
+            )
+        saved.executor = config.executor
     objects = instantiate(saved, train.parser())
     store = CheckpointStore((Folder(config.run_dir) / CHECKPOINTS).uri)
     name, checkpoint = store.load(config.checkpoint)
@@ -63,6 +76,7 @@ def run(config: Namespace) -> int:
         config.num_tasks,
         inner_steps=saved.eval_inner_steps if config.inner_steps is None else config.inner_steps,
         compute=replace(compute, device=config.device, num_threads=None),
+        executor=None if config.executor is None else objects.executor,
     )
     print(f"{config.run_dir} {name}, {checkpoint.state.version} outer steps")
     train.print_evaluation(result)

@@ -80,6 +80,7 @@ def test_evaluate_computes_as_the_run_did(cli, run, monkeypatch):
     ("flags", "message"),
     [
         (["--inner_steps", "0"], "inner_steps must be >= 1, got 0"),
+        (["--executor", "data_parallel"], "executor must be local or ray, got data_parallel"),
         (["--num_tasks", "1"], "num_tasks must be >= 2 for an interval, got 1"),
         (["--checkpoint", "step-00000009"], "checkpoint must be one of .* got 'step-00000009'"),
     ],
