@@ -13,7 +13,6 @@ from metadist.algorithms import ITD
 from metadist.cluster import ASP, LeaseError, RayExecutor, Workers
 from metadist.compute import Compute
 from metadist.models import MLP
-from metadist.run.events import read_events
 from metadist.run.storage import Folder
 from metadist.tasks import FewShotProblem, Sinusoid
 from tests.algorithms.directions import NEW_TASKS, DirectionSampler, trainer
@@ -31,6 +30,7 @@ from tests.cluster.toy import (
     state_bytes,
     wait_until,
 )
+from tests.helpers import read_events
 from tests.problems import generator
 
 THREE = Compute(device="cpu", chunk_size=3)
