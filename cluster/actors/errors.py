@@ -12,6 +12,8 @@ RuntimeError
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class ClusterError(RuntimeError):
@@ -36,6 +38,15 @@ class WorkerLostError(ClusterError):
 
 class ServerLostError(ClusterError):
     """The parameter server dies again and again without a new version of x, or cannot start."""
+
+
+@contextmanager
+def exits_raised() -> Iterator[None]:
+    """Within the block `sys.exit` is an error of user code, and not the loss of the actor."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"somebody's code called sys.exit({error.code!r})") from error
 
 
 def message(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.cluster.actors.buffers import Array, to_array, to_tensor
+from metadist.cluster.actors.errors import exits_raised
 from metadist.cluster.actors.placement import WorkerInfo, worker_device
 from metadist.cluster.data_parallel.data import (
     ShardOracle,
@@ -42,6 +43,7 @@ class ShardWorker:
         self._name = name
         self._trees: dict[Key, Params] = {}
 
+    @exits_raised()
     def setup(self, payload: bytes, part: int, num_parts: int) -> ShardInfo:
         """The shard `part`, read and ready; `payload` is the workload, by `pickle_by_value`."""
         self._workload: Workload = cloudpickle.loads(payload)
@@ -65,6 +67,7 @@ class ShardWorker:
             (class_labels(sampler, self._data.support), class_labels(sampler, self._data.query)),
         )
 
+    @exits_raised()
     def check(self, layout: Layout, shared: Array, own: Array) -> ShardCheck:
         """Whether this shard can be asked, at the given outer variable."""
         with intra_op_threads(self._workload.compute.num_threads), sdpa_kernel(SDPBackend.MATH):
@@ -77,6 +80,7 @@ class ShardWorker:
             context = tuple(problem.encode(outer, shard))
         return ShardCheck(fault, context, {name: to_array(leaf) for name, leaf in start.items()})
 
+    @exits_raised()
     def compute(self, message: Message, shared: dict[Key, Array], own: dict[Key, Array]) -> Reply:
         """The answers to `message`; buffers of trees that all shards need, of this shard's own."""
         began = time.perf_counter()

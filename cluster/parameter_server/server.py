@@ -18,6 +18,7 @@ from metadist.cluster.actors.buffers import (
     to_tensor,
     unpack_state,
 )
+from metadist.cluster.actors.errors import exits_raised
 from metadist.cluster.parameter_server.transport import (
     OBJECT_STORE,
     Pulled,
@@ -46,6 +47,7 @@ class ParameterServer:
     Ray has copied the result into shared memory before the next call can modify x.
     """
 
+    @exits_raised()
     def setup(
         self,
         state: PackedState,
@@ -76,6 +78,7 @@ class ParameterServer:
         )
         self._num_threads = num_threads
 
+    @exits_raised()
     def apply(
         self, results: Sequence[LeaseResult], weights: Sequence[float], *pushed: Pushed
     ) -> tuple[StepResult, Pulled]:
@@ -98,6 +101,7 @@ class ParameterServer:
         with intra_op_threads(self._num_threads):
             return self._variable.prepare(contributions)
 
+    @exits_raised()
     def commit(self, norm: float) -> tuple[StepResult, Pulled]:
         """(what the prepared step did, the new slice of x), see `OuterVariable.commit`."""
         with intra_op_threads(self._num_threads):

@@ -11,6 +11,7 @@ import torch
 from ray import ObjectRef, cloudpickle
 
 from metadist.cluster.actors.buffers import Array, OuterSpec, to_array, to_tensor
+from metadist.cluster.actors.errors import exits_raised
 from metadist.cluster.actors.placement import WorkerInfo, worker_device
 from metadist.cluster.parameter_server.compression import Bfloat16, Compression
 from metadist.cluster.parameter_server.transport import (
@@ -45,6 +46,7 @@ class Worker:
         self._name = name
         self._judge: tuple[ObjectRef[Any], Judge] | None = None
 
+    @exits_raised()
     def setup(
         self,
         payload: bytes,
@@ -73,6 +75,7 @@ class Worker:
         self._outer = spec.views(self._flat)
         return WorkerInfo.here(self._name, device)
 
+    @exits_raised()
     def compute(
         self, lease: Lease, kept: Mapping[int, Array] | None, *pulled: Pulled
     ) -> tuple[LeaseResult | Pushed, ...]:

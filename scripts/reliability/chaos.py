@@ -453,9 +453,11 @@ class Target:
         if run.fault or found:
             return False
         self._in_vain = 0 if run.done else self._in_vain + 1
-        if self.deeds and self._in_vain == RUNS_IN_VAIN:
-            print("nothing could be done before the runs ended: use more steps or less --every")
-            return False
+        if self.deeds and not run.done:  # it came too late for this run
+            self.deeds[0] = self.deeds[0]._replace(after_s=self.deeds[0].after_s / 4)
+            if self._in_vain == RUNS_IN_VAIN:
+                print("nothing could be done before the runs ended: use more steps")
+                return False
         shutil.rmtree(folder)
         folder.with_name(f"{folder.name}.log").unlink(missing_ok=True)
         return True

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import CURVES, environment, finish, start, words
+from metadist.run.reading import find_events
+from metadist.run.storage import Folder
+from tests.helpers import CURVES, becomes, environment, finish, start, words
 
 FILE = Path(__file__).parents[2] / "scripts" / "reliability" / "chaos.py"
 
@@ -112,6 +117,26 @@ def test_another_result_is_found_and_kept(whole):
     assert found.returncode == 1, found.stdout + found.stderr
     assert "DIFFERENT: outer" in found.stdout
     assert (whole.parent / "whole-chaos-1").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_interrupts_while_the_server_is_replaced_leave_a_checkpoint(chaos, tmp_path):
+    flags = words("--num_steps 100000 --checkpoint_every 10 --executor ray --run_dir run")
+    process = start(["-m", "metadist", "train", *CURVES, *flags], tmp_path)
+    run = tmp_path / "run"
+    assert becomes(lambda: chaos.newest_step(run) >= 20 or process.poll() is not None, 300)
+    for pid in chaos.victims_of("server", chaos.descendants(process.pid)):
+        os.kill(pid, signal.SIGKILL)
+    for _ in range(2):
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+    found = finish(process, 300)
+    assert found.code == 130, found.out + found.err
+    events = find_events(Folder(run))[0]
+    assert [each["event"] for each in events[-2:]] == ["run_interrupted", "checkpoint_written"]
+    assert "server_recovered" not in {each["event"] for each in events}
+    assert 20 <= chaos.newest_step(run) == events[-1]["step"] < 100_000
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -245,6 +246,18 @@ class Flaky(Lines):
             happens_first(self.folder, f"away-{attempt}") for attempt in range(2)
         ):
             raise ConnectionError("the share is away")
+        return super().sample(index)
+
+
+@dataclass(frozen=True)
+class Leaving(Lines):
+    """Ends its process in good order at one task."""
+
+    index: int = 0
+
+    def sample(self, index: int) -> Task:
+        if index == self.index:
+            sys.exit(0)
         return super().sample(index)
 
 

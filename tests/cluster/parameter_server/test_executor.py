@@ -31,6 +31,7 @@ from tests.cluster.toy import (
     ADAM,
     Broken,
     Flaky,
+    Leaving,
     Lines,
     Regression,
     Slow,
@@ -156,6 +157,14 @@ def test_an_error_in_user_code_that_passes_changes_no_byte(executor, tmp_path):
     for error in retried:
         assert error.startswith("lease 9 (tasks 9) on worker-")
         assert error.endswith(": ConnectionError: the share is away")
+
+
+def test_an_exit_in_user_code_is_an_error_and_no_loss(executor):
+    running = executor(make_workload(Leaving(index=5)))
+    with pytest.raises(LeaseError, match=r"sys.exit\(0\)") as caught:
+        list(running.run(4))
+    assert "with this error there, attempt 2" in str(caught.value)
+    assert running.state().version == 1
 
 
 def test_an_error_in_user_code_ends_the_run_with_its_traceback(executor):
