@@ -91,8 +91,8 @@ class SABA(AdjointLoop):
         i = int(oracle.uniform() * len(support))
         j = int(oracle.uniform() * len(query))
         j_v, h_v = oracle.second_order(context, y, v, support[i])
-        f_x, f_y = oracle.outer_grads(context, y, query[j])
         g_y = oracle.inner_grad(context, y, support[i])
+        f_x, f_y = oracle.outer_grads(context, y, query[j])
 
         g_y, g_y_table = saga(g_y, state.g_y_table, support, i)
         h_v, h_v_table = saga(h_v, state.h_v_table, support, i)

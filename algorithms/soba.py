@@ -51,8 +51,8 @@ class SOBA(AdjointLoop):
     def move(self, oracle: Oracle, context: Params, state: AdjointState) -> Estimate:
         y, v = state
         draw = oracle.draw_inner()
-        g_y = oracle.inner_grad(context, y, draw)
         j_v, h_v = oracle.second_order(context, y, v, draw)
+        g_y = oracle.inner_grad(context, y, draw)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         moved = AdjointState(
             inner=self.descend_once(oracle, y, g_y),

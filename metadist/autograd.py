@@ -4,15 +4,16 @@ Every derivative in `metadist.oracle.DERIVATIVES` is the gradient of a scalar, a
 along given directions, so two short functions compute all of them: one by torch.autograd, which
 has less overhead per call, one by torch.func, for vmap and compilers.
 
-Second derivatives are reverse over reverse, the gradient of <grad g, v>. Forward over reverse is
-as fast at best, and some operators (F.mse_loss) have no forward derivative of their gradient.
-Reverse over reverse also gives J v and H v in one pass, as the gradient of one scalar in x and y.
+Second derivatives are reverse over reverse, products with the graph of the gradient. Forward over
+reverse is as fast at best, and some operators (F.mse_loss) have no forward derivative of their
+gradient. Reverse over reverse also gives J v and H v in one pass. And the graph can be kept: of
+several products at one point, on one draw, only the first pays for the loss and its gradient.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, reduce
 from typing import Any
 
@@ -27,11 +28,12 @@ from metadist.oracle import (
     Draw,
     MiniBatches,
     Oracle,
+    Role,
     Source,
 )
 from metadist.problem import Problem
 from metadist.task import Batch, Task
-from metadist.trees import Params, dot, gradients, leaves
+from metadist.trees import Params, detach, dot, gradients, leaves
 
 
 class AutogradOracle(Oracle):
@@ -64,12 +66,19 @@ class AutogradOracle(Oracle):
         mini_batches = MiniBatches(num_examples, task.id, batch_size, seed, step)
         super().__init__(problem, mini_batches, constants)
         self._task = task
-        self._functions: dict[str, Callable[..., tuple[Params, ...]]] = {}
-        if compile or not eager:
-            self._functions = _functions(_Identity(problem), compile)
+        self._compile = compile
+        self._functions = _functions(_Identity(problem), compile) if compile or not eager else None
+        self._batches: dict[Source, tuple[Draw, Batch]] = {}
+        self._point: _Point | None = None
 
     def batch(self, draw: Draw) -> Batch:
-        """The examples of `draw`."""
+        """The examples of `draw`; those of the last draw of each set are kept."""
+        draw = self._mini_batches.canonical(draw)
+        if self._batches.get(draw.source, (None,))[0] != draw:
+            self._batches[draw.source] = draw, self._take(draw)
+        return self._batches[draw.source][1]
+
+    def _take(self, draw: Draw) -> Batch:
         full = self._set(draw.source)
         chosen = self._mini_batches.chosen(draw, full.index)
         return full if chosen is None else full.take(chosen)
@@ -78,12 +87,101 @@ class AutogradOracle(Oracle):
         return self._task.support if source == "support" else self._task.query
 
     def derive(self, name: str, draw: Draw, *trees: Params) -> tuple[Params, ...]:
-        derivative, batch = DERIVATIVES[name], self.batch(draw)
+        derivative = DERIVATIVES[name]
         if derivative.gives == ("value",):
-            return ({"value": _loss(self._problem, derivative)(*trees, batch)},)
-        if self._functions:
-            return self._functions[name](*trees, batch)
-        return _eager(_loss(self._problem, derivative), derivative, batch, *trees)
+            return ({"value": _loss(self._problem, derivative)(*trees, self.batch(draw))},)
+        if self._functions is not None and self._compile:
+            return self._functions[name](*trees, self.batch(draw))
+        x, y, *directions = trees
+        draw = self._mini_batches.canonical(draw)
+        # What is asked elsewhere ends the questions at a point: only one graph is alive at a time.
+        point, self._point = self._point, None
+        if point is not None and not point.serves(derivative, draw, x, y):
+            point = None
+        if derivative.along:
+            self._point = point or self._linearise(derivative, draw, x, y)
+            return self._point.product(directions, derivative.gives)
+        if point is not None:
+            self._point = point
+            return tuple(point.slopes[role] for role in derivative.gives)
+        if self._functions is not None:
+            return self._functions[name](x, y, self.batch(draw))
+        return _eager(_loss(self._problem, derivative), derivative, self.batch(draw), x, y)
+
+    def _linearise(self, derivative: Derivative, draw: Draw, x: Params, y: Params) -> _Point:
+        loss, batch = _loss(self._problem, derivative), self.batch(draw)
+        if self._functions is None:
+            return _Point(draw, x, y, ("x", "y"), *_eager_graph(loss, derivative, batch, x, y))
+        graph = _functional_graph(loss, derivative, batch, x, y)
+        return _Point(draw, x, y, derivative.gives, *graph)
+
+
+Pull = Callable[[Sequence[Params], tuple[Role, ...], bool], tuple[Params, ...]]
+"""(directions, roles of the result, whether to keep the graph) -> products with the graph."""
+
+
+class _Point:
+    """The slopes of the inner loss at a point, with their graph.
+
+    The point is told by its tensors, which it holds, and by their versions: a change in place
+    makes it another one.
+
+    Args:
+        draw: The examples.
+        x, y: The point.
+        of: In what the slopes can be differentiated.
+        slopes: The slopes, detached, by role.
+        pull: Products with the graph.
+    """
+
+    def __init__(
+        self,
+        draw: Draw,
+        x: Params,
+        y: Params,
+        of: tuple[Role, ...],
+        slopes: dict[Role, Params],
+        pull: Pull,
+    ) -> None:
+        self.slopes = slopes
+        self._draw = draw
+        self._trees = x, y
+        self._versions = _versions(x, y)
+        self._of = of
+        self._pull: Pull | None = pull
+
+    def serves(self, derivative: Derivative, draw: Draw, x: Params, y: Params) -> bool:
+        """Whether the derivative can be had from what is kept here."""
+        if derivative.along:
+            known = self._pull is not None and tuple(self.slopes) == derivative.along
+            known = known and set(derivative.gives) <= set(self._of)
+        else:
+            known = set(derivative.gives) <= self.slopes.keys()
+        return (
+            known
+            and derivative.loss == "inner_loss"
+            and draw == self._draw
+            and all(map(_is_same, self._trees, (x, y)))
+            and self._versions == _versions(x, y)
+        )
+
+    def product(self, directions: Sequence[Params], gives: tuple[Role, ...]) -> tuple[Params, ...]:
+        """The slope along `directions`, differentiated."""
+        assert self._pull is not None
+        # J v is the last thing that methods ask at a point, so its graph may go as it is read.
+        is_last = "x" in gives
+        result = self._pull(directions, gives, not is_last)
+        if is_last:
+            self._pull = None
+        return result
+
+
+def _versions(*trees: Params) -> list[int]:
+    return [leaf._version for tree in trees for leaf in tree.values()]
+
+
+def _is_same(first: Params, second: Params) -> bool:
+    return list(first) == list(second) and all(first[name] is second[name] for name in first)
 
 
 def _loss(problem: Problem, derivative: Derivative) -> Callable[..., Tensor]:
@@ -91,36 +189,75 @@ def _loss(problem: Problem, derivative: Derivative) -> Callable[..., Tensor]:
 
 
 def _eager(
-    loss: Callable[..., Tensor],
-    derivative: Derivative,
-    batch: Batch,
-    x: Params,
-    y: Params,
-    *directions: Params,
+    loss: Callable[..., Tensor], derivative: Derivative, batch: Batch, x: Params, y: Params
 ) -> tuple[Params, ...]:
-    """A derivative by torch.autograd."""
-    variables = {"x": x, "y": y}
-    for role, tree in variables.items():
-        if role in derivative.along or role in derivative.gives:
-            variables[role] = leaves(tree)
-    outputs: list[Tensor] = [loss(variables["x"], variables["y"], batch)]
-    cotangents: list[Tensor | None] = [None]
-    if derivative.along:
-        along = [variables[role] for role in derivative.along]
-        slopes = gradients(outputs, cotangents, *along, create_graph=True)
-        outputs, cotangents = [], []
+    """A first derivative by torch.autograd."""
+    at = {"x": x, "y": y}
+    for role in derivative.gives:
+        at[role] = leaves(at[role])
+    value = loss(at["x"], at["y"], batch)
+    return gradients([value], [None], *(at[role] for role in derivative.gives))
+
+
+def _eager_graph(
+    loss: Callable[..., Tensor], derivative: Derivative, batch: Batch, x: Params, y: Params
+) -> tuple[dict[Role, Params], Pull]:
+    """The slopes of `derivative`, and products with their graph, by torch.autograd."""
+    at = {"x": leaves(x), "y": leaves(y)}
+    value, along = loss(at["x"], at["y"], batch), derivative.along
+    slopes = gradients([value], [None], *(at[role] for role in along), create_graph=True)
+
+    def pull(
+        directions: Sequence[Params], gives: tuple[Role, ...], retain_graph: bool
+    ) -> tuple[Params, ...]:
+        outputs: list[Tensor] = []
+        cotangents: list[Tensor | None] = []
         for slope, direction in zip(slopes, directions, strict=True):
             outputs += slope.values()
             cotangents += [direction[name] for name in slope]
-    return gradients(outputs, cotangents, *(variables[role] for role in derivative.gives))
+        variables = [at[role] for role in gives]
+        return gradients(outputs, cotangents, *variables, retain_graph=retain_graph)
+
+    return dict(zip(along, map(detach, slopes), strict=True)), pull
+
+
+PLACES = {"x": 0, "y": 1}
+"""Of the variables among the arguments of a loss."""
+
+
+def _functional_graph(
+    loss: Callable[..., Tensor], derivative: Derivative, batch: Batch, x: Params, y: Params
+) -> tuple[dict[Role, Params], Pull]:
+    """The slopes of `derivative`, and products with their graph, by torch.func."""
+    gradient = torch.func.grad(loss, tuple(PLACES[role] for role in derivative.along))
+
+    def slopes_at(*variables: Params) -> tuple[Params, ...]:
+        at = {"x": x, "y": y} | dict(zip(derivative.gives, variables, strict=True))
+        slopes: tuple[Params, ...] = gradient(at["x"], at["y"], batch)
+        return slopes
+
+    variables = [{"x": x, "y": y}[role] for role in derivative.gives]
+    slopes, vjp = torch.func.vjp(slopes_at, *variables)  # type: ignore[misc]  # no third, aux
+
+    def pull(
+        directions: Sequence[Params], gives: tuple[Role, ...], retain_graph: bool
+    ) -> tuple[Params, ...]:
+        cotangents = [
+            {name: direction[name] for name in slope}
+            for slope, direction in zip(slopes, directions, strict=True)
+        ]
+        found = vjp(tuple(cotangents), retain_graph=retain_graph)
+        by_role = dict(zip(derivative.gives, found, strict=True))
+        return tuple(by_role[role] for role in gives)
+
+    return dict(zip(derivative.along, slopes, strict=True)), pull
 
 
 def _functional(problem: Problem, derivative: Derivative) -> Callable[..., tuple[Params, ...]]:
     """A derivative by torch.func: a pure function of (x, y, directions, batch)."""
-    places = {"x": 0, "y": 1}
     function = _loss(problem, derivative)
     if derivative.along:
-        gradient = torch.func.grad(function, tuple(places[role] for role in derivative.along))
+        gradient = torch.func.grad(function, tuple(PLACES[role] for role in derivative.along))
 
         def slope(x: Params, y: Params, *rest: Any) -> Tensor:
             *directions, batch = rest
@@ -129,7 +266,7 @@ def _functional(problem: Problem, derivative: Derivative) -> Callable[..., tuple
 
         function = slope
     of: Callable[..., tuple[Params, ...]] = torch.func.grad(
-        function, tuple(places[role] for role in derivative.gives)
+        function, tuple(PLACES[role] for role in derivative.gives)
     )
     return of
 

@@ -142,6 +142,19 @@ class MiniBatches:
         normal = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
         return unflatten(normal.to(leaf.dtype), tree)
 
+    def canonical(self, draw: Draw) -> Draw:
+        """The one name for the examples of `draw`: all draws of a whole set are the same."""
+        size = self._batch_size
+        is_whole = size is None or size >= self._num_examples[draw.source]
+        return Draw(draw.source, 0) if is_whole else draw
+
+    def size(self, draw: Draw) -> int:
+        """The number of examples of `draw`."""
+        num_examples = self._num_examples[draw.source]
+        if draw.share is not None:
+            return round(draw.share * num_examples)
+        return min(self._batch_size or num_examples, num_examples)
+
     def chosen(self, draw: Draw, index: Tensor) -> Tensor | None:
         """Where in `index` (that of the full set) the examples of `draw` are; None: all of them.
 

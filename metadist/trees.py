@@ -144,6 +144,7 @@ def gradients(
     cotangents: Sequence[Tensor | None],
     *trees: Params,
     create_graph: bool = False,
+    retain_graph: bool | None = None,
 ) -> tuple[Params, ...]:
     """The vector-Jacobian product of `outputs` in each of `trees`.
 
@@ -153,6 +154,7 @@ def gradients(
         cotangents: Tensors shaped like the outputs; None for a scalar stands for 1.
         trees: Trees of `leaves`; the gradient in a leaf that no output depends on is zero.
         create_graph: Make the result differentiable.
+        retain_graph: Keep the graph for another product; None: if `create_graph`.
     """
     pairs = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
     if not pairs:
@@ -166,6 +168,7 @@ def gradients(
             variables,
             [cotangent for _, cotangent in pairs],
             create_graph=create_graph,
+            retain_graph=retain_graph,
             allow_unused=True,
             materialize_grads=True,
         )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from metadist.autograd import AutogradOracle
-from metadist.oracle import SOURCES, Draw, Source
+from metadist.oracle import SOURCES, Draw, MiniBatches, Source
 from metadist.problem import Problem, per_example_names
 from metadist.task import Batch, Labelled, Shardable, Task, TaskSampler, targets_of
 from metadist.trees import Params, gradients, leaves
@@ -127,22 +127,15 @@ class ShardOracle(AutogradOracle):
         step: int = 0,
     ) -> None:
         super().__init__(problem, shard, batch_size, seed, compile, eager=True, step=step)
+        # The draws are those of the full sets.
+        self._mini_batches = MiniBatches(num_examples, shard.id, batch_size, seed, step)
         self._num_examples = dict(zip(SOURCES, num_examples, strict=True))
-        self._parts: dict[Draw, tuple[Batch, float]] = {}  # several questions have one draw
-
-    def batch(self, draw: Draw) -> Batch:
-        return self._part(draw)[0]
 
     def share(self, draw: Draw) -> float:
         """Examples of `draw` on the shard over examples of `draw`."""
-        return self._part(draw)[1]
+        return len(self.batch(draw).index) / self._mini_batches.size(draw)
 
-    def _part(self, draw: Draw) -> tuple[Batch, float]:
-        if draw not in self._parts:
-            self._parts[draw] = self._held(draw)
-        return self._parts[draw]
-
-    def _held(self, draw: Draw) -> tuple[Batch, float]:
+    def _take(self, draw: Draw) -> Batch:
         # A draw is a choice of positions in the full set, by a hash that every machine computes
         # alike: all shards agree on it without a message, and each takes what it holds.
         shard, num_examples = self._set(draw.source), self._num_examples[draw.source]
@@ -150,12 +143,11 @@ class ShardOracle(AutogradOracle):
             draw, torch.arange(num_examples, device=shard.index.device)
         )
         if chosen is None:
-            return shard, len(shard.index) / num_examples
+            return shard
         places = chosen.new_full((num_examples,), -1)
         places[shard.index] = torch.arange(len(shard.index), device=chosen.device)
         held = places[chosen]
-        batch = shard.take(held[held >= 0])
-        return batch, len(batch.index) / len(chosen)
+        return shard.take(held[held >= 0])
 
 
 def spread(rows: Tensor, index: Tensor, num_examples: int) -> Tensor:

@@ -42,6 +42,7 @@ class ShardWorker:
     def __init__(self, name: str) -> None:
         self._name = name
         self._trees: dict[Key, Params] = {}
+        self._oracle: ShardOracle | None = None
 
     @exits_raised()
     def setup(self, payload: bytes, part: int, num_parts: int) -> ShardInfo:
@@ -49,6 +50,7 @@ class ShardWorker:
         self._workload: Workload = cloudpickle.loads(payload)
         self._device = pick_device(worker_device(self._workload.compute.device))
         self._trees = {}
+        self._oracle = None
         sampler = self._workload.sampler
         self._data = sample_shard(sampler, part, num_parts)
         self._shard: Task | None = None
@@ -89,15 +91,7 @@ class ShardWorker:
             self._trees.pop(key, None)
         for key, flat in shared.items():
             self._trees[key] = self._tree(layout, key[0], flat, own[key])
-        oracle = ShardOracle(
-            workload.problem,
-            self._on_device(layout),
-            layout.num_examples,
-            workload.compute.batch_size,
-            workload.compute.seed,
-            workload.algorithm.compiles,
-            message.step,
-        )
+        oracle = self._oracle_at(message.step, layout)
         answered: list[bool] = []
         flats: list[Tensor] = []
         metrics: dict[str, float] = {}
@@ -116,6 +110,21 @@ class ShardWorker:
                         flats += [share * leaf for leaf in self._flats(layout, role, tree)]
             flat = to_array(torch.cat(flats)) if flats else np.empty(0)
         return Reply(tuple(answered), flat, metrics, time.perf_counter() - began)
+
+    def _oracle_at(self, step: int, layout: Layout) -> ShardOracle:
+        """The oracle of an outer step: what it keeps serves all rounds of the step."""
+        if self._oracle is None or self._oracle.step != step:
+            workload = self._workload
+            self._oracle = ShardOracle(
+                workload.problem,
+                self._on_device(layout),
+                layout.num_examples,
+                workload.compute.batch_size,
+                workload.compute.seed,
+                workload.algorithm.compiles,
+                step,
+            )
+        return self._oracle
 
     def _on_device(self, layout: Layout) -> Task:
         """The shard where it is computed on, in the dtype of x."""

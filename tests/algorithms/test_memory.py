@@ -4,10 +4,6 @@ Every graph of a step of `Smooth` on 500 examples holds vectors of 500 numbers; 
 """
 
 import pytest
-import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from metadist.algorithms.aid import AID
 from metadist.algorithms.bome import BOME
@@ -22,6 +18,7 @@ from metadist.algorithms.sama import SAMA
 from metadist.algorithms.t1t2 import T1T2
 from metadist.algorithms.ufom import UFOM
 from metadist.algorithms.vpbgd import VPBGD
+from metadist.memory import LiveMemory
 from metadist.trees import num_elements
 from tests.problems import Smooth, generator, oracle_of, smooth_task
 
@@ -29,22 +26,14 @@ EXAMPLES = 500
 FEW, MANY = 4, 16
 
 
-class PeakMemory(TorchDispatchMode):
+class PeakMemory(LiveMemory):
     """The most bytes that tensors made within the block held at one time."""
 
-    def __init__(self):
-        super().__init__()
-        self.peak_bytes = 0
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+    peak_bytes = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self._live = {key: item for key, item in self._live.items() if not item[0].expired()}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                reference = StorageWeakRef(leaf.untyped_storage())
-                self._live[reference.cdata] = (reference, leaf.untyped_storage().nbytes())
-        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self._live.values()))
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.peak_bytes = max(self.peak_bytes, self.num_bytes())
         return result
 
 
