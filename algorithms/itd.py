@@ -26,7 +26,8 @@ class ITD(Unrolling):
     For: any smooth one; T steps of SGD are the lower problem.
     Cost: T G + F + T (H + J); K (H + J) with truncate=K, none with first_order.
     State: y.
-    Memory: T iterates with engine="adjoint", T graphs with the others.
+    Memory: T iterates with engine="adjoint" and, as far as `Compute.graph_budget` goes, their
+    graphs; T graphs with the others.
     Use: few-shot tasks: a learned start, few inner steps, a new task every time.
     Breaks: inner_lr > 2/L diverges; for second order through hundreds of steps see `truncate`.
     Source: Ji, Yang, Liang, "Bilevel Optimization: Convergence Analysis and Enhanced Design",

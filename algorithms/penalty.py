@@ -89,14 +89,14 @@ class Penalty(InnerLoop):
         optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))
         for _ in range(self.inner_steps):
             draw = oracle.draw_inner()
-            g_y = oracle.inner_grad(context, y, draw)
+            g_y = oracle.kept_grad(context, y, draw)
             h_w = oracle.hvp(context, y, add(nu, g_y, rho), draw)
             _, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
             moved = optimizer.step(y, add(add(f_y, h_w), g_y, lam))
             y = add(y, sub(moved, y), shrink)
 
         draw = oracle.draw_inner()
-        g_y = oracle.inner_grad(context, y, draw)
+        g_y = oracle.kept_grad(context, y, draw)
         w = add(nu, g_y, rho)
         j_w, h_w = oracle.second_order(context, y, w, draw)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())

@@ -33,7 +33,8 @@ class UFOM(GradientDescent):
     For: any smooth one, finite inner loop.
     Cost: T G + F + q T (H + J). With `recompute` T^2 / 2 G more in an exact step.
     State: y.
-    Memory: one iterate, in an exact step T iterates (or one, with `recompute`).
+    Memory: one iterate, in an exact step T iterates (or one, with `recompute`) and, as far as
+    `Compute.graph_budget` goes, their graphs.
     Use: long inner loops on a budget, where FOMAML is biased.
     Breaks: q small beside the squared relative error of h_FOM: rare, huge steps; clip or raise q.
     Source: Likhosherstov, Song, Choromanski, Davis, Weller, "Debiasing a First-order Heuristic for
@@ -58,10 +59,12 @@ class UFOM(GradientDescent):
         draws = [oracle.draw_inner() for _ in range(self.inner_steps)]
         iterates: list[Params] = []
         y = state.inner
+        keeps = exact and not self.recompute
+        ask = oracle.kept_grad if keeps else oracle.inner_grad
         for draw in draws:
-            if exact and not self.recompute:
+            if keeps:
                 iterates.append(y)
-            y = self.next_inner(oracle, context, y, draw)
+            y = add(y, ask(context, y, draw), -self.inner_lr)
 
         f_x, f_y = h, w = oracle.outer_grads(context, y, oracle.draw_outer())
         if exact:

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metadist.compute import DEFAULT
+from metadist.memory import LiveMemory
 from metadist.oracle import (
     DERIVATIVES,
     NO_CONSTANTS,
@@ -49,6 +52,7 @@ class AutogradOracle(Oracle):
         eager: Use torch.autograd, which is faster; not under the transforms of torch.func.
         step: The outer step; other steps have other draws.
         constants: What x does not enter.
+        graph_budget: Bytes of graphs that `kept_grad` may leave behind; the results are the same.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class AutogradOracle(Oracle):
         eager: bool = False,
         step: int = 0,
         constants: Constants = NO_CONSTANTS,
+        graph_budget: int = DEFAULT.graph_budget,
     ) -> None:
         num_examples = task.support.index.shape[0], task.query.index.shape[0]
         mini_batches = MiniBatches(num_examples, task.id, batch_size, seed, step)
@@ -70,6 +75,10 @@ class AutogradOracle(Oracle):
         self._functions = _functions(_Identity(problem), compile) if compile or not eager else None
         self._batches: dict[Source, tuple[Draw, Batch]] = {}
         self._point: _Point | None = None
+        self._kept: list[_Point] = []
+        self._graph_budget = graph_budget
+        # Under vmap the shapes of a task do not tell the size of its graph, which is of all tasks.
+        self._graph_sizes = {} if self._functions else _graph_sizes(_Identity(problem))
 
     def batch(self, draw: Draw) -> Batch:
         """The examples of `draw`; those of the last draw of each set are kept."""
@@ -94,19 +103,48 @@ class AutogradOracle(Oracle):
             return self._functions[name](*trees, self.batch(draw))
         x, y, *directions = trees
         draw = self._mini_batches.canonical(draw)
-        # What is asked elsewhere ends the questions at a point: only one graph is alive at a time.
-        point, self._point = self._point, None
-        if point is not None and not point.serves(derivative, draw, x, y):
-            point = None
+        point = self._known(derivative, draw, x, y)
         if derivative.along:
             self._point = point or self._linearise(derivative, draw, x, y)
             return self._point.product(directions, derivative.gives)
         if point is not None:
             self._point = point
             return tuple(point.slopes[role] for role in derivative.gives)
+        if derivative.is_kept and (point := self._keep(draw, x, y)):
+            return (point.slopes["y"],)
         if self._functions is not None:
             return self._functions[name](x, y, self.batch(draw))
         return _eager(_loss(self._problem, derivative), derivative, self.batch(draw), x, y)
+
+    def _known(self, derivative: Derivative, draw: Draw, x: Params, y: Params) -> _Point | None:
+        """The point at which this can be had from what is kept."""
+        # What is asked elsewhere ends the questions at a point: only one graph is alive at a time,
+        # beside those for which a product has been announced.
+        point, self._point = self._point, None
+        if point is not None and point.serves(derivative, draw, x, y):
+            return point
+        for number in reversed(range(len(self._kept) if derivative.along else 0)):
+            if self._kept[number].serves(derivative, draw, x, y):
+                return self._kept.pop(number)
+        return None
+
+    def _keep(self, draw: Draw, x: Params, y: Params) -> _Point | None:
+        """A point whose graph waits for a product; None: the budget has no room for it."""
+        # The first points are kept and not the last ones, for which others would have to go.
+        shapes = tuple(
+            (leaf.shape, leaf.dtype)
+            for leaf in (*x.values(), *y.values(), *self.batch(draw).tensors)
+        )
+        size = self._graph_sizes.get(shapes)
+        if (len(self._kept) + 1) * (size or 1) > self._graph_budget:
+            return None
+        with LiveMemory() if size is None else nullcontext() as memory:
+            point = self._linearise(DERIVATIVES["second_order"], draw, x, y)
+        if memory is not None:
+            size = self._graph_sizes[shapes] = memory.num_bytes()
+        if (len(self._kept) + 1) * (size or 1) <= self._graph_budget:
+            self._kept.append(point)
+        return point
 
     def _linearise(self, derivative: Derivative, draw: Draw, x: Params, y: Params) -> _Point:
         loss, batch = _loss(self._problem, derivative), self.batch(draw)
@@ -294,6 +332,12 @@ def _functions(problem: _Identity, compile: bool) -> dict[str, Callable[..., tup
             function = _functional(problem.value, derivative)
             functions[name] = _compiled(function) if compile else function
     return functions
+
+
+@lru_cache(maxsize=8)
+def _graph_sizes(problem: _Identity) -> dict[Any, int]:
+    """The bytes of a graph of `problem` by the shapes it was made of, filled by its oracles."""
+    return {}
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

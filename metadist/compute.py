@@ -26,6 +26,9 @@ class Compute:
         chunk_size: The largest number of tasks under one vmap; bounds memory. None: in a
             training all on a GPU and 4 on a CPU, where memory for more costs time and saves
             none; in an evaluation 25.
+        graph_budget: Bytes of graphs that a worker keeps from the forward steps of ITD for the way
+            back; what does not fit is computed again. 0: memory does not grow with the number of
+            steps, at about 1.3 times the time.
         batch_size: Examples per draw from support and query set; None: whole sets.
         seed: The seed of these draws, and of the initial outer variable.
         num_threads: Intra-op threads of torch. The sums of a convolution depend on it, so every
@@ -35,6 +38,7 @@ class Compute:
 
     vectorize: Vectorize = rule("auto", one_of=("auto", True, False))
     chunk_size: int | None = rule(None, ge=1, none="")
+    graph_budget: int = rule(1_000_000_000, ge=0)
     batch_size: int | None = rule(None, ge=1, none="")
     seed: int = 0
     num_threads: int | None = rule(1, ge=1, none="")

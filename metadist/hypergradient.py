@@ -288,6 +288,7 @@ class _Run(NamedTuple):
                 eager=not together,
                 step=self.step,
                 constants=constants,
+                graph_budget=self.compute.graph_budget,
             )
         )
         state = self.algorithm.init(oracle, x, start)

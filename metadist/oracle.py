@@ -41,12 +41,14 @@ class Derivative:
             the cost of the whole call.
         along: For a second derivative, the variables that the given directions belong to: the
             slope of the loss along the directions is differentiated.
+        is_kept: Whether a second derivative at the same point will follow.
     """
 
     loss: Literal["inner_loss", "outer_loss"]
     gives: tuple[Role, ...]
     counts: tuple[str, ...]
     along: tuple[Role, ...] = ()
+    is_kept: bool = False
 
     @property
     def takes(self) -> tuple[Role, ...]:
@@ -56,6 +58,7 @@ class Derivative:
 
 DERIVATIVES = {
     "inner_grad": Derivative("inner_loss", ("y",), ("inner_grad",)),
+    "kept_grad": Derivative("inner_loss", ("y",), ("inner_grad",), is_kept=True),
     "inner_grads": Derivative("inner_loss", ("x", "y"), ("inner_grad", "inner_grad_x")),
     "outer_grads": Derivative("outer_loss", ("x", "y"), ("outer_grads",)),
     "second_order": Derivative("inner_loss", ("x", "y"), ("hvp", "jvp"), along=("y",)),
@@ -249,6 +252,13 @@ class Oracle(ABC):
     def inner_grad(self, x: Params, y: Params, draw: Draw) -> Params:
         """grad_y g. Cost: one gradient."""
         return self.derive("inner_grad", draw, x, y)[0]
+
+    def kept_grad(self, x: Params, y: Params, draw: Draw) -> Params:
+        """grad_y g, where a second derivative at this very point will be asked for.
+
+        An oracle may keep the graph until then, which saves one gradient. Cost: one gradient.
+        """
+        return self.derive("kept_grad", draw, x, y)[0]
 
     def inner_grads(self, x: Params, y: Params, draw: Draw) -> tuple[Params, Params]:
         """(grad_x g, grad_y g). Cost: one joint gradient."""

@@ -30,8 +30,9 @@ class Unrolling(Algorithm):
         truncate: Differentiate twice through this many last steps only; None: all. Earlier
             steps count as the identity for the start of adaptation.
         first_order: Use no second derivatives at all (FOMAML), the limit truncate = 0.
-        engine: "adjoint" keeps the iterates y_t and makes one second-order product per
-            step; "unrolled" keeps the graph of all steps; "higher" does so with that library.
+        engine: "adjoint" keeps the iterates y_t, with their graphs as far as they fit into
+            `Compute.graph_budget`, and makes one second-order product per step; "unrolled"
+            keeps the graph of all steps; "higher" does so with that library.
         inner_optimizer: "sgd", or with engine="higher" a key of `HIGHER_OPTIMIZERS`; all but
             "sgd" need inner_steps >= 2.
         compile: Compile the derivatives with torch.compile (engine="adjoint", no vmap).
@@ -164,6 +165,8 @@ def adjoint(
 ) -> Unrolled:
     """Forward keeping the iterates, then backward with one second-order product per step.
 
+    The oracle keeps the graphs of as many steps as its budget allows and makes the others again.
+
     The steps are  m_{t+1} = momentum m_t + g_y(x, y_t);  y_{t+1} = y_t - rates m_{t+1},  so the
     chain rule from the last to the first, with w = d f / d y_{t+1} and u = d f / d m_{t+1}, is
 
@@ -172,9 +175,11 @@ def adjoint(
     learns = loop.learn_lr != "no"
     y, velocity = start, None
     steps: list[Step] = []
-    for _ in range(loop.inner_steps):
+    for t in range(loop.inner_steps):
         draw = oracle.draw_inner()
-        g_y = oracle.inner_grad(context, y, draw)
+        first_order = t < loop.inner_steps - loop.second_order_steps
+        ask = oracle.inner_grad if first_order else oracle.kept_grad
+        g_y = ask(context, y, draw)
         y_t = y
         y, velocity = sgd_step(y, velocity, g_y, rates, loop.momentum)
         # Only learned rates need the velocity; without them its memory is free at once.

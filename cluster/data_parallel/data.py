@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from metadist.autograd import AutogradOracle
+from metadist.compute import DEFAULT
 from metadist.oracle import SOURCES, Draw, MiniBatches, Source
 from metadist.problem import Problem, per_example_names
 from metadist.task import Batch, Labelled, Shardable, Task, TaskSampler, targets_of
@@ -125,8 +126,18 @@ class ShardOracle(AutogradOracle):
         seed: int = 0,
         compile: bool = False,
         step: int = 0,
+        graph_budget: int = DEFAULT.graph_budget,
     ) -> None:
-        super().__init__(problem, shard, batch_size, seed, compile, eager=True, step=step)
+        super().__init__(
+            problem,
+            shard,
+            batch_size,
+            seed,
+            compile,
+            eager=True,
+            step=step,
+            graph_budget=graph_budget,
+        )
         # The draws are those of the full sets.
         self._mini_batches = MiniBatches(num_examples, shard.id, batch_size, seed, step)
         self._num_examples = dict(zip(SOURCES, num_examples, strict=True))

@@ -123,6 +123,7 @@ class ShardWorker:
                 workload.compute.seed,
                 workload.algorithm.compiles,
                 step,
+                workload.compute.graph_budget,
             )
         return self._oracle
 

@@ -9,10 +9,13 @@ from metadist import hypergradient
 from metadist.algorithms.aid import AID
 from metadist.algorithms.amigo import AmIGO
 from metadist.algorithms.fg2u import FG2U
+from metadist.algorithms.itd import ITD
 from metadist.algorithms.lancbio import LancBiO
+from metadist.algorithms.penalty import Penalty
 from metadist.algorithms.saba import SABA
 from metadist.algorithms.soba import SOBA
 from metadist.algorithms.stocbio import StocBiO
+from metadist.algorithms.ufom import UFOM
 from metadist.autograd import AutogradOracle
 from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
@@ -38,6 +41,7 @@ class Forgetful(AutogradOracle):
 
     def derive(self, name, draw, *trees):
         self._point = None
+        self._kept.clear()
         return super().derive(name, draw, *trees)
 
 
@@ -125,6 +129,11 @@ ONE_GRAPH = {
     "products and the gradient": (SOBA(), 1),
     "parts": (SABA(), 1),
     "directions and the gradient": (FG2U(3, 0.01, num_directions=4), 3),
+    "a gradient and a product": (Penalty(3, 0.01), 3 + 1),
+    "steps and their adjoint": (ITD(3, 0.01), 3),
+    "truncated": (ITD(3, 0.01, truncate=2), 3),
+    "first order": (ITD(3, 0.01, first_order=True), 3),
+    "UFOM": (UFOM(3, 0.01, exact_probability=1.0), 3),
 }
 
 
@@ -134,6 +143,24 @@ def test_all_products_at_a_point_on_whole_sets_share_one_graph(algorithm, expect
     oracle, x, y = at_a_point(problem, eager=True)
     algorithm.estimate(oracle, x, algorithm.init(oracle, x, y))
     assert problem.calls == expected
+
+
+@both_modes
+@pytest.mark.parametrize(("num_graphs", "expected"), [(0, 10), (1.5, 9), (3, 7), (9, 5)])
+def test_steps_that_the_budget_has_no_room_for_are_computed_again(num_graphs, expected, eager):
+    estimates = []
+    oracle, x, y = at_a_point(Smooth(), eager=eager)
+    with LiveMemory() as memory:
+        oracle.kept_grad(x, y, oracle.draw_inner())
+        size = memory.num_bytes()
+    for budget, calls in ((int(num_graphs * size), expected), (10**9, 5)):
+        problem = Counted()
+        oracle, x, y = at_a_point(problem, eager=eager, graph_budget=budget)
+        algorithm = ITD(5, 0.01)
+        estimates.append(algorithm.estimate(oracle, x, algorithm.init(oracle, x, y)))
+        assert problem.calls == calls
+    assert_same_bytes(estimates[0].hypergradient, estimates[1].hypergradient)
+    assert_same_bytes(*(estimate.start_gradient or {} for estimate in estimates))
 
 
 @both_modes

@@ -44,6 +44,7 @@ def test_every_gradient_agrees_with_central_differences(smooth):
     g_x = central_difference(lambda x: oracle.inner_value(x, y, draw), x)
     g_y = central_difference(lambda y: oracle.inner_value(x, y, draw), y)
     assert_close(oracle.inner_grad(x, y, draw), g_y, 1e-8)
+    assert_close(oracle.kept_grad(x, y, draw), g_y, 1e-8)
     for actual, expected in zip(oracle.inner_grads(x, y, draw), (g_x, g_y), strict=True):
         assert_close(actual, expected, 1e-8)
     draw = oracle.draw_outer()
@@ -229,6 +230,7 @@ def test_counting_oracle_counts_each_kind_of_call_and_changes_no_result(smooth):
     v = random_like(y, 0)
     calls = {
         "inner_grad": ((x, y, inner), {"inner_grad": 1}),
+        "kept_grad": ((x, y, inner), {"inner_grad": 1}),
         "inner_grads": ((x, y, inner), {"inner_grad": 1, "inner_grad_x": 1}),
         "outer_grads": ((x, y, outer), {"outer_grads": 1}),
         "second_order": ((x, y, v, inner), {"hvp": 1, "jvp": 1}),
