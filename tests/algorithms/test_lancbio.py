@@ -12,8 +12,8 @@ from metadist.algorithms.parts.linear import conjugate_gradient
 from metadist.algorithms.subbio import SubBiO
 from metadist.autograd import AutogradOracle
 from metadist.oracle import CountingOracle
-from metadist.problem import Problem
 from metadist.task import Batch, Task
+from metadist.tasks import LancBiOData, LancBiOSynthetic
 from metadist.trees import add
 from tests.problems import (
     DOUBLE,
@@ -136,68 +136,16 @@ def test_the_schedule_of_the_dimension():
     assert LancBiO(adjoint_steps=1, subspace_growth=1.0).dimension(10**9) == 1
 
 
-class Synthetic(Problem):
-    """The synthetic problem of the paper; o is the elementwise product, p = softmax(x o y).
-
-    f = .1 cos(x'(c o y)) + |d o x - y|^2 / 2
-    g = gamma sum sin(x + y) + log sum exp(x o y) + y'(e o y) / 2 + y'Gy / 2
-    """
-
-    def __init__(self, size, gamma=0.5, condition=100.0, seed=0):
-        random = generator(seed, size)
-
-        def uniform(low, high):
-            return low + (high - low) * torch.rand(size, generator=random, dtype=DOUBLE)
-
-        self.size, self.gamma = size, gamma
-        self.c, self.d, self.e = uniform(-5, 5), uniform(0.1, 1.1), uniform(0, gamma)
-        basis = torch.linalg.qr(torch.randn(size, size, generator=random, dtype=DOUBLE))[0]
-        spectrum = torch.linspace(1, condition, size, dtype=DOUBLE)
-        self.g = basis @ torch.diag(spectrum) @ basis.T
-
-    def init_outer(self, random):
-        return {"x": torch.randn(self.size, generator=random, dtype=DOUBLE)}
-
-    def init_inner(self, outer, task):
-        return {"y": torch.zeros(self.size, dtype=DOUBLE)}
-
-    def outer_loss(self, context, inner, batch):
-        x, y = context["x"], inner["y"]
-        return 0.1 * (x @ (self.c * y)).cos() + 0.5 * (self.d * x - y).square().sum()
-
-    def inner_loss(self, context, inner, batch):
-        x, y = context["x"], inner["y"]
-        curved = self.gamma * (x + y).sin().sum() + (x * y).logsumexp(0)
-        return curved + 0.5 * y @ (self.e * y) + 0.5 * y @ self.g @ y
-
-
-NOTHING = Task(Batch.of(torch.zeros(1)), Batch.of(torch.zeros(1)), 0)
-
-
-def test_the_derivatives_of_the_synthetic_problem():
-    problem = Synthetic(20)
-    x, y, v = randn(1, 20), randn(2, 20), randn(3, 20)
-    oracle = AutogradOracle(problem, NOTHING)
-    outer, inner, draw = {"x": x}, {"y": y}, oracle.draw_inner()
-    c, d, e, gamma = problem.c, problem.d, problem.e, problem.gamma
-    p, wave = (x * y).softmax(0), -0.1 * (x @ (c * y)).sin()
-    xp = x * p
-    grad_x, grad_y = oracle.outer_grads(outer, inner, oracle.draw_outer())
-    assert_close(grad_x, {"x": wave * (c * y) + d * (d * x - y)}, 1e-12)
-    assert_close(grad_y, {"y": wave * (c * x) - (d * x - y)}, 1e-12)
-    grad_x, grad_y = oracle.inner_grads(outer, inner, draw)
-    assert_close(grad_x, {"x": gamma * (x + y).cos() + y * p}, 1e-12)
-    assert_close(grad_y, {"y": gamma * (x + y).cos() + xp + e * y + problem.g @ y}, 1e-12)
-    j_v, h_v = oracle.second_order(outer, inner, {"y": v}, draw)
-    bend = -gamma * (x + y).sin() * v
-    expected = bend + x * xp * v - (xp @ v) * xp + e * v + problem.g @ v
-    assert_close(h_v, {"y": expected}, 1e-12)
-    assert_close(j_v, {"x": bend + (1 + x * y) * p * v - (xp @ v) * (y * p)}, 1e-12)
+def synthetic(size, seed=0, condition=100.0):
+    """(problem, task, x, y) of the synthetic problem of the paper."""
+    task = LancBiOData(size, condition, seed=seed).sample(0)
+    start = torch.zeros(size, dtype=DOUBLE)
+    return LancBiOSynthetic(size), task, {"x": randn(seed, size)}, {"y": start}
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_lancbio_has_the_smallest_residual_on_the_synthetic_problem(seed):
-    problem = Synthetic(40, seed=seed)
+    problem, task, first, start = synthetic(40, seed)
     rate, num_steps = 1 / 110, 60
     inner: dict[str, Any] = {"inner_steps": 5, "inner_lr": rate}
     algorithms = {
@@ -207,11 +155,11 @@ def test_lancbio_has_the_smallest_residual_on_the_synthetic_problem(seed):
     }
     residuals, products = {}, {}
     for name, algorithm in algorithms.items():
-        x = problem.init_outer(generator(seed))
+        x = first
         history, products[name] = [], 0
-        state = algorithm.init(AutogradOracle(problem, NOTHING), x, problem.init_inner(x, NOTHING))
+        state = algorithm.init(AutogradOracle(problem, task), x, start)
         for step in range(num_steps):
-            oracle = CountingOracle(AutogradOracle(problem, NOTHING, eager=True, step=step))
+            oracle = CountingOracle(AutogradOracle(problem, task, eager=True, step=step))
             result = algorithm.estimate(oracle, x, state)
             state, x = result.state, add(x, result.hypergradient, -0.1)
             history.append(float(result.metrics["adjoint_residual"]))
@@ -221,7 +169,7 @@ def test_lancbio_has_the_smallest_residual_on_the_synthetic_problem(seed):
     assert 1.5 * residuals["lancbio"] < residuals["subbio"] < residuals["neumann"], residuals
 
 
-def three_term_recursion(problem, x, num_steps, rate, dimension):
+def three_term_recursion(problem, task, x, num_steps, rate, dimension):
     """The residual after each outer step of the paper's recursion: nothing orthogonalised again."""
     outer, y = {"x": x}, torch.zeros_like(x)
     v = anchor = image = y
@@ -230,7 +178,7 @@ def three_term_recursion(problem, x, num_steps, rate, dimension):
     beside: list[Any] = []
     residuals = []
     for step in range(num_steps):
-        oracle = AutogradOracle(problem, NOTHING, eager=True)
+        oracle = AutogradOracle(problem, task, eager=True)
         draw = oracle.draw_inner()
         for _ in range(5):
             y = y - rate * oracle.inner_grad(outer, {"y": y}, draw)["y"]
@@ -266,17 +214,15 @@ def three_term_recursion(problem, x, num_steps, rate, dimension):
 
 @pytest.mark.parametrize("condition", [1e2, 1e4])
 def test_it_is_the_recursion_of_the_paper(condition):
-    problem, rate, num_steps = Synthetic(60, condition=condition), 1 / condition, 160
+    problem, task, outer, start = synthetic(60, condition=condition)
+    rate, num_steps = 1 / condition, 160
     algorithm = LancBiO(5, rate, adjoint_steps=1, subspace_cap=80)
-    outer = problem.init_outer(generator(0))
-    expected = three_term_recursion(problem, outer["x"], num_steps, rate, algorithm.dimension)
-    state = algorithm.init(
-        AutogradOracle(problem, NOTHING), outer, problem.init_inner(outer, NOTHING)
-    )
+    expected = three_term_recursion(problem, task, outer["x"], num_steps, rate, algorithm.dimension)
+    state = algorithm.init(AutogradOracle(problem, task), outer, start)
     found = []
     for step in range(num_steps):
         result = algorithm.estimate(
-            AutogradOracle(problem, NOTHING, eager=True, step=step), outer, state
+            AutogradOracle(problem, task, eager=True, step=step), outer, state
         )
         state, outer = result.state, add(outer, result.hypergradient, -1.0)
         found.append(float(result.metrics["adjoint_residual"]))

@@ -12,10 +12,8 @@ from metadist import retry
 from metadist.algorithms import ITD
 from metadist.compute import Compute
 from metadist.executor import LocalExecutor
-from metadist.hypergradient import task_hypergradients
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterVariable
-from metadist.trees import add, scale
 from metadist.workload import Workload
 from tests.helpers import with_compute
 from tests.problems import (
@@ -24,7 +22,6 @@ from tests.problems import (
     assert_close,
     assert_same_bytes,
     generator,
-    quadratic_task,
 )
 
 ADAM = OuterOptimizer("adam", lr=0.1, clip_norm=1.0, schedule="cosine", schedule_steps=8)
@@ -43,18 +40,6 @@ def started(work, optimizer=ADAM, state=None, **options):
         state = OuterVariable(outer, optimizer).state()
     executor.start(work, optimizer, state)
     return executor
-
-
-def test_training_is_the_loop_that_one_would_write_by_hand():
-    work = Workload(Quadratic(2, 4), QuadraticSampler(), ITD(inner_steps=3), meta_batch_size=4)
-    executor = started(work, OuterOptimizer("sgd", lr=0.1))
-    list(executor.run(3))
-    outer = work.problem.init_outer(generator(0))
-    for step in range(3):
-        tasks = [quadratic_task(index) for index in range(4 * step, 4 * step + 4)]
-        total = task_hypergradients(work.problem, work.algorithm, outer, tasks).total
-        outer = add(outer, scale(total, 1 / 4), -0.1)
-    assert_close(executor.outer(), outer, 1e-12)
 
 
 def test_two_runs_are_the_same_bytes_and_leases_of_any_size_agree():

@@ -110,21 +110,6 @@ def test_the_hypergradient_is_that_of_plain_autograd_through_everything(case):
     )
 
 
-@pytest.mark.parametrize("vectorize", [LOOP, VMAP])
-def test_the_hypergradient_agrees_with_central_differences_number_by_number(vectorize):
-    problem = Smooth()
-    outer = problem.init_outer(generator(3))
-    tasks = [smooth_task(index) for index in range(2)]
-    result = task_hypergradients(
-        problem, ITD(inner_steps=4), outer, tasks, compute=Compute(vectorize=vectorize)
-    )
-    expected = [
-        central_difference(lambda x: plain_objective(problem, x, task, 4, 0.1), outer)  # noqa: B023
-        for task in tasks
-    ]
-    assert_close(result.total, add(expected[0], expected[1]), 1e-8)
-
-
 @pytest.mark.parametrize("adapt", ["all", "head"])
 def test_the_hypergradient_of_conv4_agrees_with_central_differences(adapt):
     problem = conv4(adapt)

@@ -60,18 +60,6 @@ def nested(steps: int = 3) -> Nested:
     return Nested(inner, steps, InnerState({"c": torch.randn(4, dtype=DOUBLE)}), torch.ones(1))
 
 
-def test_a_state_survives_as_a_vector():
-    state = nested(70_000)
-    flat = flatten_state(state)
-    assert flat.shape == (2 + 6 + 1 + 4 + 1,) and flat.dtype == DOUBLE
-    assert counters_of(flat) == (70_000,)
-    again = unflatten_state(flat, nested(0), counters_of(flat))
-    assert type(again) is Nested and again.steps == 70_000
-    assert_same_bytes(again.inner, state.inner)
-    assert_same_bytes(again.deeper.inner, state.deeper.inner)
-    assert torch.equal(again.weight, state.weight)
-
-
 def test_a_state_of_something_else_is_refused():
     with pytest.raises(ValueError, match=r"state must have shape \(14,\) .* got \(3,\): it is of"):
         unflatten_state(torch.zeros(3), nested(), (0,))
@@ -119,32 +107,6 @@ def test_every_step_has_the_same_tasks_and_goes_on_from_their_states():
     assert_close({"s": saved[1]}, {"s": flatten_state(states[1])}, 1e-12)
 
 
-@pytest.mark.parametrize("algorithm", [WARM, TWO_POINT], ids=["warm", "two_point"])
-def test_states_go_through_vmap(algorithm):
-    problem = Quadratic(2, 4)
-    outer = problem.init_outer(generator(0))
-    tasks = [quadratic_task(index) for index in range(3)]
-    found: dict[bool, dict[int, torch.Tensor]] = {True: {}, False: {}}
-    totals = {}
-    for step in range(3):
-        for vectorize, states in found.items():
-            result = task_hypergradients(
-                problem,
-                algorithm,
-                outer,
-                tasks,
-                compute=Compute(vectorize=vectorize),
-                step=step,
-                states=states,
-            )
-            found[vectorize] = result.states
-            totals[vectorize] = result.total
-        outer = add(outer, totals[False], -0.01)
-    assert_close(totals[True], totals[False])
-    for index in range(3):
-        assert_close({"s": found[True][index]}, {"s": found[False][index]})
-
-
 def test_tasks_of_unequal_age_go_one_by_one():
     problem = Quadratic(2, 4)
     outer = problem.init_outer(generator(0))
@@ -173,51 +135,20 @@ def test_a_task_that_is_dropped_keeps_its_state():
     assert torch.equal(after[1], before[1]) and not torch.equal(after[0], before[0])
 
 
-@pytest.mark.parametrize("algorithm", [WARM, TWO_POINT], ids=["warm", "two_point"])
-@pytest.mark.parametrize("keep_state", [True, False])
-def test_a_run_with_states_goes_on_bit_for_bit(algorithm, keep_state):
-    work = kept(algorithm) if keep_state else Workload(Quadratic(2, 4), fixed(40), algorithm, 4)
-    whole = started(work)
-    list(whole.run(5))
-    first = started(work)
-    list(first.run(2))
-    resumed = started(work, first.state())
-    list(resumed.run(5))
-    assert_same_bytes(resumed.outer(), whole.outer())
-    for name, leaf in whole.state().recursion.items():
-        assert torch.equal(leaf, resumed.state().recursion[name])
-    for index, leaf in whole.state().states.items():
-        assert torch.equal(leaf, resumed.state().states[index])
-
-
-def test_a_single_problem_is_solved_through_the_trainer(tmp_path):
+def test_a_single_problem_is_solved_through_the_trainer():
     problem, _, task = golden_quadratic()
-    algorithm = AID(inner_steps=5, inner_lr=0.2, adjoint_steps=5)
-
-    def trainer(folder):
-        return Trainer(
-            problem,
-            FixedTasks([task]),
-            algorithm,
-            outer_optimizer=OuterOptimizer("sgd", lr=1.0),
-            run_dir=tmp_path / folder,
-            checkpoint_every=10,
-            quiet=True,
-            allow_equal_examples=True,
-        )
-
-    whole = trainer("whole")
-    whole.fit(120)
-    assert float(true_hypergradient(problem, whole.outer, task).norm()) < 1e-6
-    solution = whole.outer["x"] / torch.tensor([1.0, 4.0], dtype=DOUBLE)
-    assert_close(whole.inner(0), {"y": solution}, 1e-6)
-    half = trainer("half")
-    half.fit(50)
-    again = trainer("half")
-    again.restore()
-    again.fit(120)
-    assert_same_bytes(again.outer, whole.outer)
-    assert_same_bytes(again.inner(0), whole.inner(0))
+    trainer = Trainer(
+        problem,
+        FixedTasks([task]),
+        AID(inner_steps=5, inner_lr=0.2, adjoint_steps=5),
+        outer_optimizer=OuterOptimizer("sgd", lr=1.0),
+        quiet=True,
+        allow_equal_examples=True,
+    )
+    trainer.fit(120)
+    assert float(true_hypergradient(problem, trainer.outer, task).norm()) < 1e-6
+    solution = trainer.outer["x"] / torch.tensor([1.0, 4.0], dtype=DOUBLE)
+    assert_close(trainer.inner(0), {"y": solution}, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -421,6 +352,7 @@ LARGE = [
     (torch.bfloat16, 2**40 + 1),
     (torch.float32, 2**24 - 1),
     (torch.float32, 2**24 + 1),
+    (DOUBLE, 70_000),
     (DOUBLE, 2**53 + 1),
 ]
 
@@ -433,7 +365,7 @@ def test_counters_are_exact_in_every_dtype(dtype, steps):
     flat = flatten_state(state)
     assert flat.dtype == dtype and counters_of(flat) == (steps,)
     again = unflatten_state(flat.clone(), state._replace(steps=0), counters_of(flat))
-    assert again.steps == steps
+    assert type(again) is Nested and again.steps == steps
     assert_same_bytes(again.inner, state.inner)
     assert_same_bytes(again.deeper.inner, state.deeper.inner)
     assert torch.equal(again.weight, state.weight)
