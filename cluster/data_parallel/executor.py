@@ -20,6 +20,7 @@ from metadist.algorithm import (
     split_own,
     unflatten_state,
 )
+from metadist.checks.values import check
 from metadist.cluster.actors.buffers import OuterSpec, to_array, to_tensor
 from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.metrics import RunMetrics
@@ -95,8 +96,7 @@ class DataParallelExecutor(Executor):
         check_kind("workers", workers, Workers, "Workers(num_workers=4)")
         check_kind("failures", failures, Failures, "Failures(max_losses=3)")
         refuse_unused(workers, "DataParallelExecutor", ("min_workers",))
-        if staleness < 0:
-            raise ValueError(f"staleness must be >= 0, got {staleness}")
+        check("staleness", staleness, is_integer=True, ge=0)
         self._placement = Placement(workers, address, object_store_bytes)
         self._workers = workers
         self._failures = failures
@@ -347,12 +347,12 @@ def check_shards(infos: list[ShardInfo], allow_missing_classes: bool) -> list[Te
 
 def check_starts(checks: list[ShardCheck]) -> tuple[tuple[str, ...], Params]:
     """(the context's names, the start of y); raises ValueError if shards have found a fault."""
-    for part, check in enumerate(checks):
-        if check.fault is not None:
-            raise ValueError(f"in shard {part} {check.fault}")
+    for part, found in enumerate(checks):
+        if found.fault is not None:
+            raise ValueError(f"in shard {part} {found.fault}")
     first = {name: to_tensor(leaf) for name, leaf in checks[0].start.items()}
-    for part, check in enumerate(checks):
-        start = {name: to_tensor(leaf) for name, leaf in check.start.items()}
+    for part, found in enumerate(checks):
+        start = {name: to_tensor(leaf) for name, leaf in found.start.items()}
         if start.keys() != first.keys() or any(
             not torch.equal(start[name], leaf) for name, leaf in first.items()
         ):

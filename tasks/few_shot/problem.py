@@ -5,7 +5,6 @@ Shape letters: B tasks, S support examples, Q query examples, C channels, F feat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.func import vjp
 
+from metadist.checks.values import check
 from metadist.models import TaskBatchNorm, rows
 from metadist.problem import Problem
 from metadist.task import Batch, Task
@@ -104,8 +104,7 @@ class FewShotProblem(Problem):
     ) -> None:
         if isinstance(loss, str) and loss not in LOSSES:
             raise ValueError(f"loss must be one of {sorted(LOSSES)} or a function, got {loss!r}")
-        if not 0 <= weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be >= 0 and finite, got {weight_decay}")
+        check("weight_decay", weight_decay, ge=0)
         check_model(model)
         self.weight_decay = weight_decay
         self.loss = loss

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metadist.checks.values import require_integer, require_word
+from metadist.checks.values import check, require_integer, require_word
 from metadist.problem import Problem
 from metadist.task import Batch, to_device
 from metadist.tasks.data.datasets import LabelledDataset, open_dataset
@@ -81,8 +81,7 @@ class CorruptedImages(ImageProblemData):
         for field, value in (("train", num_train), ("val", num_val), ("test", num_test)):
             require_integer(f"num_{field}", value, 1)
         require_integer("num_selection", num_selection, 0)
-        if not 0 <= corruption <= 1:
-            raise ValueError(f"corruption must be in [0, 1], got {corruption}")
+        check("corruption", corruption, ge=0, le=1)
         if redraw not in ("any", "other"):
             raise ValueError(f"redraw must be 'any' or 'other', got {redraw!r}")
         require_word("seed", seed)

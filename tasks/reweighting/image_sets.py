@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from metadist.checks.values import check
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.tasks.data.datasets import LabelledDataset, decode, labels_of
@@ -100,8 +101,7 @@ class Scaling:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.std < math.inf:
-            raise ValueError(f"std must be > 0 and finite, got {self.std}")
+        check("std", self.std, gt=0)
         if not math.isfinite(self.mean):
             raise ValueError(f"mean must be finite, got {self.mean}")
 

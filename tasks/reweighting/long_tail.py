@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from metadist.checks.values import require_integer, require_word
+from metadist.checks.values import check, require_integer, require_word
 from metadist.problem import Problem
 from metadist.tasks.data.datasets import LabelledDataset, open_dataset
 from metadist.tasks.data.random import Random
@@ -58,8 +58,7 @@ class LongTail(ImageProblemData):
         mean: float = 0.0,
         std: float = 1.0,
     ) -> None:
-        if not 1 <= imbalance < float("inf"):
-            raise ValueError(f"imbalance must be >= 1 and finite, got {imbalance}")
+        check("imbalance", imbalance, ge=1)
         require_integer("num_largest", num_largest, 1)
         require_integer("val_per_class", val_per_class, 1)
         require_integer("num_test", num_test, 1)

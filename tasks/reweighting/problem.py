@@ -8,14 +8,13 @@ decay), so data may be cut into shards.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metadist.checks.values import require_integer
+from metadist.checks.values import check, require_integer
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.tasks.network import call, check_model, trainable, without_parameters
@@ -56,8 +55,7 @@ class ExampleWeighting(Problem):
     """
 
     def __init__(self, model: nn.Module | None = None, weight_decay: float = 1e-3) -> None:
-        if not 0 <= weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be >= 0 and finite, got {weight_decay}")
+        check("weight_decay", weight_decay, ge=0)
         model = LinearClassifier() if model is None else model
         check_model(model)
         self.weight_decay = weight_decay

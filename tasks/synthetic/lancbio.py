@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from metadist.checks.values import require_integer, require_word
+from metadist.checks.values import check, require_integer, require_word
 from metadist.task import Batch
 from metadist.tasks.synthetic.dense import DOUBLE, DenseTask, Synthetic
 from metadist.trees import Params
@@ -37,8 +37,7 @@ class LancBiOSynthetic(Synthetic):
 
     def __init__(self, size: int = 1000, gamma: float = 0.5, start: float = 1.0) -> None:
         require_integer("size", size, 1)
-        if not 0 <= gamma < 1:
-            raise ValueError(f"gamma must be in [0, 1), got {gamma}")
+        check("gamma", gamma, ge=0, lt=1)
         super().__init__(size, size, start)
         self.gamma = gamma
 
@@ -74,8 +73,7 @@ class LancBiOData(DenseTask):
     ) -> None:
         require_integer("size", size, 1)
         require_word("seed", seed)
-        if not 1 <= condition < math.inf:
-            raise ValueError(f"condition must be >= 1 and finite, got {condition}")
+        check("condition", condition, ge=1)
         random = torch.Generator().manual_seed(seed)
 
         def uniform(low: float, high: float) -> Tensor:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from metadist.checks.values import require_integer, require_word
+from metadist.checks.values import check, require_integer, require_word
 from metadist.task import Batch
 from metadist.tasks.synthetic.dense import DOUBLE, DenseTask, Synthetic
 from metadist.trees import Params
@@ -36,8 +36,7 @@ class Quadratics(Synthetic):
     def __init__(self, num_outer: int = 100, num_inner: int = 100, mu: float = 0.1) -> None:
         require_integer("num_outer", num_outer, 1)
         require_integer("num_inner", num_inner, 1)
-        if not 0 < mu < math.inf:
-            raise ValueError(f"mu must be > 0 and finite, got {mu}")
+        check("mu", mu, gt=0)
         super().__init__(num_outer, num_inner)
         self.mu = mu
 
@@ -77,8 +76,7 @@ class QuadraticData(DenseTask):
         ):
             require_integer(field, value, 1)
         require_word("seed", seed)
-        if not 0 <= cross < math.inf:
-            raise ValueError(f"cross must be >= 0 and finite, got {cross}")
+        check("cross", cross, ge=0)
         random = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:

@@ -16,7 +16,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from metadist.checks.values import require_integer, require_word
+from metadist.checks.values import check, require_integer, require_word
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params
@@ -325,8 +325,7 @@ class AmigoToy(Toy):
         require_integer("num_outer", num_outer, 1)
         require_integer("num_inner", num_inner, 1)
         require_word("seed", seed)
-        if not 1 <= condition < math.inf:
-            raise ValueError(f"condition must be >= 1 and finite, got {condition}")
+        check("condition", condition, ge=1)
         self.num_outer, self.num_inner = num_outer, num_inner
         random = torch.Generator().manual_seed(seed)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metadist.checks.values import require_integer
+from metadist.checks.values import check, require_integer
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.tasks.text.sparse import sparse_matmul
@@ -56,8 +56,7 @@ class TextRegularisation(Problem):
     ) -> None:
         require_integer("num_features", num_features, 1)
         require_integer("num_classes", num_classes, 2)
-        if not 0 < strength < math.inf:
-            raise ValueError(f"strength must be > 0 and finite, got {strength}")
+        check("strength", strength, gt=0)
         if not strength <= max_strength < math.inf:
             raise ValueError(
                 f"max_strength must be >= strength ({strength}) and finite, got {max_strength}"

@@ -148,7 +148,7 @@ def test_the_sampler_keeps_its_contract(problem, data):
     [
         (lambda: LancBiOSynthetic(gamma=1.0), "gamma must be in [0, 1), got 1.0"),
         (lambda: LancBiOSynthetic(0), "size must be an integer >= 1, got 0"),
-        (lambda: LancBiOData(5, condition=0), "condition must be >= 1 and finite, got 0"),
+        (lambda: LancBiOData(5, condition=0), "condition must be >= 1, got 0"),
         (lambda: Quadratics(mu=0.0), "mu must be > 0 and finite, got 0.0"),
         (lambda: QuadraticData(cross=-1.0), "cross must be >= 0 and finite, got -1.0"),
         (lambda: QuadraticData(3, 0), "num_inner must be an integer >= 1, got 0"),
