@@ -13,6 +13,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 
 from metadist.cli.names import expand, kind_of, named
@@ -140,20 +141,12 @@ def _group_help(parser: Parser, option: str, width: int) -> str:
 
 def _entries(parser: Parser, actions: Iterable[Any]) -> Iterator[Entry]:
     """The entries of actions; a group of nested ones is one entry."""
-    groups = set()
-    for action in actions:
-        group = action.dest.rpartition(".")[0]
-        if not group:
-            yield _entry(parser, action)
-        elif group not in groups:
-            groups.add(group)
-            yield _group_entry(parser, group)
-
-
-def _group_entry(parser: Parser, group: str) -> Entry:
-    members = [action.dest for action in shown(parser) if action.dest.startswith(f"{group}.")]
-    names = ", ".join(dest.rpartition(".")[2] for dest in members)
-    return Entry(f"--{group}.OPTION VALUE", f"{names}; see --{group}.help.")
+    for group, members in groupby(actions, key=lambda action: action.dest.rpartition(".")[0]):
+        if group:
+            names = ", ".join(action.dest.rpartition(".")[2] for action in members)
+            yield Entry(f"--{group}.OPTION VALUE", f"{names}; see --{group}.help.")
+        else:
+            yield from (_entry(parser, action) for action in members)
 
 
 def _entry(parser: Parser, action: Any, with_names: bool = False) -> Entry:

@@ -19,22 +19,8 @@ log = logging.getLogger("metadist.run")
 # Configure logging to see these lines; on the terminal a failure shows as its exception.
 log.addHandler(logging.NullHandler())
 
-LEVELS = {
-    "worker_lost": logging.WARNING,
-    "server_recovered": logging.WARNING,
-    "contribution_repeated": logging.WARNING,
-    "lease_slow": logging.WARNING,
-    "user_error": logging.WARNING,
-    "task_dropped": logging.WARNING,
-    "validation_dropped": logging.WARNING,
-    "validation_failed": logging.WARNING,
-    "checkpoint_skipped": logging.WARNING,
-    "branch_abandoned": logging.WARNING,
-    "curves_failed": logging.WARNING,
-    "run_interrupted": logging.WARNING,
-    "run_failed": logging.ERROR,
-}
-"""Levels in the log; those of the other events are INFO."""
+USUAL = ("run_started", "run_finished", "lease_reissued", "checkpoint_written")
+"""Events at the level INFO of the log; that of run_failed is ERROR, of the others WARNING."""
 
 
 class EventLog:
@@ -80,7 +66,9 @@ class EventLog:
         line = {"time": now, "event": event, "step": self.step}
         line |= {name: _finite(value) for name, value in fields.items()}
         text = json.dumps(line)
-        log.log(LEVELS.get(event, logging.INFO), "%s", text, extra={"run_event": line})
+        level = logging.INFO if event in USUAL else logging.WARNING
+        level = logging.ERROR if event == "run_failed" else level
+        log.log(level, "%s", text, extra={"run_event": line})
         if self._path is None:
             return
         try:

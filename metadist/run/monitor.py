@@ -147,17 +147,14 @@ class Monitor:
             self._tasks += result.num_tasks
         means = mean_metrics(report)
         scalars = {"outer/hypergradient_norm": step.hypergradient_norm, "outer/lr": step.lr}
-        dropped = sum(len(result.dropped) for result in report.results)
-        if dropped:
-            scalars["tasks/dropped"] = dropped
-        if report.lost_workers:
-            scalars["cluster/lost_workers"] = report.lost_workers
-        if report.lost_servers:
-            scalars["cluster/lost_servers"] = report.lost_servers
-        if report.reissued:
-            scalars["cluster/reissued_leases"] = len(report.reissued)
-        if report.retried:
-            scalars["cluster/user_errors"] = len(report.retried)
+        losses = {
+            "tasks/dropped": sum(len(result.dropped) for result in report.results),
+            "cluster/lost_workers": report.lost_workers,
+            "cluster/lost_servers": report.lost_servers,
+            "cluster/reissued_leases": len(report.reissued),
+            "cluster/user_errors": len(report.retried),
+        }
+        scalars |= {name: count for name, count in losses.items() if count}
         scalars |= {f"train/{name}": value for name, value in means.items()}
         if means:
             scalars |= {f"oracle/{name}": count for name, count in calls_of(report).items()}
