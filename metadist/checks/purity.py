@@ -123,7 +123,9 @@ def _calls(
                 "max_norm of an embedding"
             )
         if failure is not None:
-            raise _of_the_task(name) if writes else failure
+            raise (
+                _of_the_task(name) if writes else _not_differentiable(name, failure)
+            ) from failure
         return result
 
     context = detach(call("encode", _Differentiated(problem.encode), outer, task).value)
@@ -140,6 +142,19 @@ def _calls(
     if is_constrained(problem):
         call("project_outer", problem.project_outer, outer)
     return calls
+
+
+def _not_differentiable(name: str, error: RuntimeError) -> ValueError:
+    way_out = ""
+    if type(error).__name__ == "CheckpointError":
+        way_out = (
+            ": torch.utils.checkpoint computes again when the parameters of the call are gone; leave "
+            "it out, adaptation keeps one graph at a time"
+        )
+    reason = str(error).strip().partition("\n")[0]
+    return ValueError(
+        f"{name} must be differentiable, got {type(error).__name__}: {reason}{way_out}"
+    )
 
 
 class _Results(NamedTuple):

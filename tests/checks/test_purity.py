@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from metadist import check_hypergradient, evaluate
 from metadist.algorithms import ITD
@@ -231,6 +232,22 @@ def test_x_is_left_as_it_was():
 def test_the_check_of_a_hypergradient_asks_too():
     with pytest.raises(Impure, match="RReLU"):
         check_hypergradient(regression(Layers(nn.RReLU())), curves(), ITD(inner_steps=1))
+
+
+def test_layers_that_are_computed_again_are_refused_with_the_way_out():
+    def again(x):
+        return checkpoint(nn.Tanh(), x, use_reentrant=False)
+
+    check(regression(Layers(function=again)))  # no parameter is computed from again
+
+    class Again(Layers):
+        def forward(self, x):
+            return self.head(checkpoint(self.body, x, use_reentrant=False))
+
+    with pytest.raises(
+        ValueError, match=r"loss must be differentiable, got CheckpointE.*leave it out"
+    ):
+        check(regression(Again()))
 
 
 def test_an_evaluation_asks_too():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from metadist.algorithms import ITD
 from metadist.models import TaskBatchNorm
 from metadist.tasks import ClassWeights, FewShotProblem
 from metadist.tasks.network import names_of
+from tests.helpers import make_trainer
 
 
 def seeded(make):
@@ -144,6 +146,12 @@ def test_a_model_without_a_last_layer_of_its_own_is_refused(make, message):
 
     with pytest.raises(ValueError, match=r"adapt must not be 'head' .*" + message):
         encode()
+
+
+def test_random_numbers_are_not_taken_for_layers_after_the_head():
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 4), nn.RReLU(), nn.Linear(4, 3)))
+    with pytest.raises(ValueError, match=r"encode must give the same bytes .* layer '1' \(RReLU\)"):
+        make_trainer(problem=FewShotProblem(model, "head"), sampler=SimpleNamespace(sample=task))
 
 
 MODELS = {
