@@ -148,8 +148,8 @@ def _not_differentiable(name: str, error: RuntimeError) -> ValueError:
     way_out = ""
     if type(error).__name__ == "CheckpointError":
         way_out = (
-            ": torch.utils.checkpoint computes again when the parameters of the call are gone; leave "
-            "it out, adaptation keeps one graph at a time"
+            ": torch.utils.checkpoint computes again when the parameters of the call are gone; "
+            "leave it out, an algorithm decides itself what it keeps"
         )
     reason = str(error).strip().partition("\n")[0]
     return ValueError(

@@ -299,10 +299,10 @@ class FewShotProblem(Problem):
         if self._split is None or self._split_is_checked:
             return
         split, start = self._split, self._start_at(support)
-        inputs = support[:8]
+        inputs = support[:8]  # each call has a copy, since a layer may work in place
         with torch.no_grad():
-            whole = self._call(self._model, start, inputs)
-            features = self._call(split.body, split.of_body(start), inputs)
+            whole = self._call(self._model, start, inputs.clone())
+            features = self._call(split.body, split.of_body(start), inputs.clone())
             if not isinstance(features, Tensor) or len(features) != len(inputs):
                 got = tuple(features.shape) if isinstance(features, Tensor) else type(features)
                 raise ValueError(
@@ -314,7 +314,7 @@ class FewShotProblem(Problem):
         # NaN is equal to NaN: a task with broken data says nothing against the model.
         if not torch.allclose(whole, parts, rtol=0, atol=0, equal_nan=True):
             with torch.no_grad():
-                again = self._call(self._model, start, inputs)
+                again = self._call(self._model, start, inputs.clone())
             if not torch.allclose(whole, again, rtol=0, atol=0, equal_nan=True):
                 return  # no function of its inputs, which `check_pure` says better
             raise ValueError(
@@ -340,7 +340,7 @@ class FewShotProblem(Problem):
         params = split.of_body(start)
         with torch.no_grad():
             with rows(sets=sizes):
-                together = self._call(split.body, params, inputs)
+                together = self._call(split.body, params, inputs.clone())
             alone = [self._call(split.body, params, part) for part in inputs.split(sizes)]
         if any(part.shape[1:] != together.shape[1:] for part in alone):
             return False
