@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, counters_of, flatten_state, split_own, unflatten_state
 from metadist.autograd import AutogradOracle
+from metadist.checks.purity import check_pure, is_known_pure
 from metadist.compute import AS_TORCH_IS_SET, Compute, Vectorize, intra_op_threads
 from metadist.oracle import Constants, CountingOracle
 from metadist.problem import Problem, loss_and_metrics
@@ -66,6 +67,7 @@ def task_hypergradients(
     step: int = 0,
     previous: Params | None = None,
     states: Mapping[int, Tensor] | None = None,
+    is_checked: bool = False,
 ) -> HypergradientSum:
     """The sum over `tasks` of the algorithm's hypergradients at `outer`.
 
@@ -83,15 +85,20 @@ def task_hypergradients(
             `Algorithm.recursive_weight`); None: no such sum.
         states: The flat states that the last step left, by task id, empty at the first step; None:
             every task is new. The start of a kept state counts as a constant.
+        is_checked: The problem is known to be pure; False: the first call with a problem checks
+            it on the first task, see `check_pure`.
 
     Raises:
-        ValueError: vectorize=True with an algorithm or tasks that cannot be vectorized.
+        ValueError: vectorize=True with an algorithm or tasks that cannot be vectorized; a problem
+            that is not pure; states that the algorithm needs and that are not kept.
 
     Cost: per task that of the algorithm, plus one forward and one backward pass of `encode` and
     `init_inner`. A result that is not finite is computed again task by task to find the culprit.
     """
     if not tasks:
         raise ValueError("tasks must hold at least one task, got none")
+    if not is_checked and not is_known_pure(problem):
+        check_pure(problem, detach(split_own(outer)[0]), tasks[0], compute)
     if vectorizes(compute.vectorize, problem, algorithm, outer, tasks):
         on_cpu = next(iter(outer.values())).device.type == "cpu"
         size = compute.chunk_size or (4 if on_cpu else len(tasks))

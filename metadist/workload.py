@@ -150,6 +150,7 @@ class Workload:
             step=step,
             previous=previous,
             states=states if self.keep_state else None,
+            is_checked=True,
         )
 
     def compute_lease(

@@ -383,6 +383,7 @@ class _Check:
                 compute=replace(compute, seed=compute.seed + (0 if keep else step)),
                 step=step if keep else 0,
                 states=states,
+                is_checked=True,
             )
             if result.dropped:
                 raise ValueError(

@@ -1,7 +1,7 @@
 """Whether a problem is pure: equal arguments give equal bytes, and nothing that exists changes.
 
-Found by behaviour: every method runs twice with other global seeds, and results, arguments and
-all tensors that the problem holds are compared byte by byte.
+Found by behaviour: every method runs several times with other global seeds, and results,
+arguments and all tensors and arrays that the problem holds are compared byte by byte.
 """
 
 from __future__ import annotations
@@ -9,28 +9,54 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from functools import partial
+from itertools import chain, count
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.autograd import AutogradOracle
 from metadist.compute import Compute, intra_op_threads
 from metadist.problem import Problem, is_constrained, is_nonsmooth
 from metadist.task import Task
-from metadist.trees import Params, as_bytes, detach, same_bytes, tree_map
+from metadist.trees import (
+    Params,
+    add,
+    as_bytes,
+    detach,
+    gradients,
+    leaves,
+    norm,
+    same_bytes,
+    tree_map,
+)
+
+REPEATED = 5
+"""Further values of every method, for what happens at every other call, or every third, ..."""
 
 RARE = 16
-"""Seeds tried for a method that draws random numbers and yet gives the same bytes."""
+"""Seeds tried for a method that draws random numbers, or keeps some, yet gives the same bytes."""
+
+_pure: WeakValueDictionary[int, Problem] = WeakValueDictionary()
+"""The problems that were found to be pure in this process, by identity."""
 
 
 class Impure(ValueError):
     """A method of the problem is not a function of its arguments, or changes something."""
+
+
+def is_known_pure(problem: Problem) -> bool:
+    """Whether `check_pure` has passed this problem in this process."""
+    return _pure.get(id(problem)) is problem
 
 
 def check_pure(problem: Problem, outer: Params, task: Task, compute: Compute) -> None:
@@ -38,17 +64,19 @@ def check_pure(problem: Problem, outer: Params, task: Task, compute: Compute) ->
 
     Args:
         problem: The problem.
-        outer: x without the algorithm's own variables, on the CPU, where equal sums have equal
-            bytes; computed with one thread, for the same reason.
+        outer: x without the algorithm's own variables. On the CPU, where equal sums have equal
+            bytes, results are compared byte by byte, elsewhere up to rounding; computed with one
+            thread, for the same reason.
         task: A task there.
         compute: The seed and the sizes of the draws that losses are computed on.
 
-    Cost: two passes through every method, and two double backward passes of each loss.
+    Cost: eight values of every method, and two double backward passes of each loss.
     """
     with intra_op_threads(1), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-        held, given = _held(problem), _digests(task)
+        held, noted, given = _held(problem), {}, _digests(task)
         passes = []
         for seed in (1, 2):
+            noted = _noted(problem)  # the first pass may fill what is kept for later
             calls = _calls(problem, outer, task, compute, seed)
             now = _held(problem)
             _require_unchanged(problem, held, now)
@@ -57,22 +85,32 @@ def check_pure(problem: Problem, outer: Params, task: Task, compute: Compute) ->
             passes.append(calls)
         first, second = passes
         for name, call in first.items():
-            if not _same(call.result, second[name].result):
+            if not _agree(call.result, second[name].result):
                 raise _not_a_function(problem, name, call)
-        drawing = [name for name, call in first.items() if call.draws]
-        for seed in range(3, RARE) if drawing else ():
+        kept = [path for path, text in _noted(problem).items() if noted.get(path, text) != text]
+        for name, call in first.items():
+            if isinstance(call.function, _Differentiated) and _computes_again(call):
+                _require_slope(name, call, call.function.method)
+            for seed in range(3, 3 + REPEATED):
+                if not _agree(call.value, call.again(seed)):
+                    raise _not_a_function(problem, name, call)
+        watched = [name for name, call in first.items() if call.draws or kept]
+        for seed in range(3, RARE) if watched else ():
             others = _calls(problem, outer, task, compute, seed)
-            for name in drawing:
-                if not _same(first[name].result, others[name].result):
+            for name in watched:
+                if not _agree(first[name].result, others[name].result):
                     raise _not_a_function(problem, name, first[name])
-    if drawing:
+    if watched:
+        who, does = watched[0], "draws random numbers from a global generator"
+        if kept:
+            who, does = type(problem).__name__, f"keeps {kept[0]!r}, which every call changes"
         warnings.warn(
-            f"{drawing[0]} draws random numbers from a global generator; its results did not "
-            f"depend on them in {RARE - 1} calls. Where they can, no inner loop can be replayed: "
-            "a problem must draw nothing",
+            f"{who} {does}; its results did not depend on that in {RARE - 1} calls. Where they "
+            "can, no inner loop can be replayed: a problem must be a function of its arguments",
             RuntimeWarning,
             stacklevel=2,
         )
+    _pure[id(problem)] = problem
 
 
 class _Call(NamedTuple):
@@ -91,6 +129,17 @@ class _Call(NamedTuple):
     result: Any
     draws: bool
     writes: bool
+
+    @property
+    def value(self) -> Any:
+        """What the method itself returned, without derivatives."""
+        return self.result.value if isinstance(self.result, _Results) else self.result
+
+    def again(self, seed: int) -> Any:
+        """What the method returns when it is called again from `seed`."""
+        own = self.function.method if isinstance(self.function, _Differentiated) else self.function
+        with _seeded(seed):
+            return own(*_copied(self.function, self.arguments))
 
 
 def _calls(
@@ -123,9 +172,10 @@ def _calls(
                 "max_norm of an embedding"
             )
         if failure is not None:
-            raise (
-                _of_the_task(name) if writes else _not_differentiable(name, failure)
-            ) from failure
+            if not writes:
+                calls[name].again(seed)  # where the method itself fails, it says why
+                raise _not_differentiable(name, calls[name], failure) from failure
+            raise _of_the_task(name) from failure
         return result
 
     context = detach(call("encode", _Differentiated(problem.encode), outer, task).value)
@@ -144,17 +194,59 @@ def _calls(
     return calls
 
 
-def _not_differentiable(name: str, error: RuntimeError) -> ValueError:
-    way_out = ""
-    if type(error).__name__ == "CheckpointError":
-        way_out = (
-            ": torch.utils.checkpoint computes again when the parameters of the call are gone; "
-            "leave it out, an algorithm decides itself what it keeps"
-        )
+CHECKPOINTS = (
+    "torch.utils.checkpoint computes again in the backward pass, when the parameters of the call "
+    "are gone from the model: leave it out, an algorithm decides itself what it keeps"
+)
+
+
+def _not_differentiable(name: str, call: _Call, error: RuntimeError) -> ValueError:
     reason = str(error).strip().partition("\n")[0]
-    return ValueError(
-        f"{name} must be differentiable, got {type(error).__name__}: {reason}{way_out}"
+    if _computes_again(call):
+        reason += f". {CHECKPOINTS}"
+    return ValueError(f"{name} must be differentiable, got {type(error).__name__}: {reason}")
+
+
+def _computes_again(call: _Call) -> bool:
+    """Whether something of the forward pass is left to the backward pass."""
+    try:
+        with disable_saved_tensors_hooks(CHECKPOINTS):
+            call.again(1)
+    except RuntimeError as error:
+        return CHECKPOINTS in str(error)
+    return False
+
+
+def _require_slope(name: str, call: _Call, method: Callable[..., Any]) -> None:
+    """Raise `Impure` if the gradient is not the slope of the value beside the arguments.
+
+    At the arguments themselves, which are often the model's own parameters, it may be.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def beside(leaf: Tensor) -> Tensor:
+        noise = torch.randn(leaf.shape, generator=generator).to(leaf)
+        return leaf + noise * (leaf.square().mean().sqrt() + 0.1)
+
+    def value(trees: list[Params]) -> Tensor:
+        given = iter(trees)
+        arguments = (next(given) if isinstance(it, dict) else it for it in call.arguments)
+        found = _sum(method(*arguments))
+        return torch.zeros(()) if found is None else found
+
+    at = [leaves(tree_map(beside, tree)) for tree in call.arguments if isinstance(tree, dict)]
+    total = value(at)
+    slopes = gradients([total], [None], *at)
+    slope = norm({str(index): norm(tree) for index, tree in enumerate(slopes)})
+    step = 1e-2 * (total.abs() / slope).clamp(max=1) / slope
+    above, below = (
+        value([add(tree, along, sign * step) for tree, along in zip(at, slopes, strict=True)])
+        for sign in (1, -1)
     )
+    rise, expected = above - below, 2 * step * slope.square()
+    rounding = 100 * torch.finfo(total.dtype).eps * total.abs()
+    if (rise - expected).abs() > 0.05 * expected + rounding:
+        raise Impure(f"{name} must have the derivative of its value, got another: {CHECKPOINTS}")
 
 
 class _Results(NamedTuple):
@@ -228,38 +320,60 @@ def _seeded(seed: int) -> Iterator[None]:
 # Tensors, and what holds them
 
 
-def _walk(value: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
-    """(path, tensor or module) for all that `value` holds, modules before what is in them."""
-    seen = set() if seen is None else seen
-    if isinstance(value, PLAIN) or id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        yield path, value
-        return
-    children: Any
+def _walk(value: Any) -> Iterator[tuple[str, Any]]:
+    """(path, leaf or module) for all that `value` holds, modules before what is in them.
+
+    Leaves are tensors, arrays that can be written to, numbers, texts and the state of a counter.
+    """
+    seen: dict[int, Any] = {}  # holds what it has seen, since a new object may get an old id
+    waiting: list[tuple[str, Any]] = [("", value)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, PLAIN):
+            yield path, value
+            continue
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tensor | nn.Module | count) or _is_written(value):
+            yield path, value
+        found = [(f"{path}.{name}" if path else str(name), child) for name, child in _in(value)]
+        waiting.extend(reversed(found))
+
+
+def _is_written(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.flags.writeable and not value.dtype.hasobject
+
+
+def _in(value: Any) -> Iterable[tuple[Any, Any]]:
+    """(name, child) of what `value` holds itself."""
+    if isinstance(value, OPAQUE):
+        return ()
     if isinstance(value, nn.Module):
-        yield path, value
         fields = dict(vars(value))
-        children = []
-        for part in ("_parameters", "_buffers", "_modules"):
-            children += fields.pop(part).items()
-        children += fields.items()
-    elif isinstance(value, Mapping):
-        children = value.items()
-    elif isinstance(value, list | tuple | set | frozenset):
-        names = getattr(value, "_fields", range(len(value)))
-        children = zip(names, value, strict=True)
-    elif isinstance(value, OPAQUE) or not hasattr(value, "__dict__"):
-        return
-    else:
-        children = vars(value).items()
-    for name, child in children:
-        yield from _walk(child, f"{path}.{name}" if path else str(name), seen)
+        parts = [fields.pop(part).items() for part in ("_parameters", "_buffers", "_modules")]
+        return chain(*parts, fields.items())
+    if isinstance(value, Mapping):
+        return value.items()
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return zip(getattr(value, "_fields", range(len(value))), value, strict=True)
+    if isinstance(value, np.ndarray):
+        return enumerate(value.ravel().tolist()) if value.dtype.hasobject else ()
+    if isinstance(value, partial):
+        return (("func", value.func), ("args", value.args), ("keywords", value.keywords))
+    if isinstance(value, MethodType):
+        return (("self", value.__self__),)
+    if isinstance(value, FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        kept = [(name, cell.cell_contents) for name, cell in cells if cell != CellType()]
+        return [*kept, *enumerate(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items()]
+    slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ())]
+    fields = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return {**fields, **getattr(value, "__dict__", {})}.items()
 
 
-PLAIN = (str, bytes, bool, int, float, complex, type(None))
-OPAQUE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
+PLAIN = (str, bytes, bool, int, float, complex, np.generic, type(None))
+OPAQUE = (type, Tensor, ModuleType, BuiltinFunctionType)
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
@@ -281,9 +395,11 @@ def _unwrapped(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _digest(tensor: Tensor) -> bytes:
+def _digest(tensor: Tensor | np.ndarray[Any, Any]) -> bytes:
     hasher = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    if tensor.device.type != "meta":
+    if isinstance(tensor, np.ndarray):
+        hasher.update(tensor.tobytes())
+    elif tensor.device.type != "meta":
         for part in _parts(tensor):
             hasher.update(as_bytes(_unwrapped(part)).numpy())  # type: ignore[arg-type]
     return hasher.digest()
@@ -294,19 +410,30 @@ def _digests(value: Any) -> dict[str, bytes]:
     return {path: _digest(leaf) for path, leaf in _walk(value) if isinstance(leaf, Tensor)}
 
 
-def _same(first: Any, second: Any) -> bool:
+def _same(first: Any, second: Any, *, exact: bool = True) -> bool:
     """Whether two results have the same structure and the same bytes."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         if (first.dtype, first.shape, first.layout) != (second.dtype, second.shape, second.layout):
             return False
+        if not exact and first.device.type != "cpu" and first.is_floating_point():
+            allowed = torch.finfo(first.dtype).eps ** (1 / 3) * float(first.norm())
+            return torch.allclose(first, second, rtol=0, atol=allowed, equal_nan=True)
         pairs = zip(_parts(first), _parts(second), strict=True)
         return all(same_bytes(_unwrapped(a), _unwrapped(b)) for a, b in pairs)
     if isinstance(first, Mapping) and isinstance(second, Mapping):
-        return list(first) == list(second) and all(_same(first[k], second[k]) for k in first)
+        return list(first) == list(second) and all(
+            _same(first[name], second[name], exact=exact) for name in first
+        )
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
-        return len(first) == len(second) and all(map(_same, first, second))
+        return len(first) == len(second) and all(
+            _same(a, b, exact=exact) for a, b in zip(first, second, strict=True)
+        )
     # NaN is no fault here; other checks ask for finite values.
     return bool(first == second) or (first != first and second != second)
+
+
+_agree = partial(_same, exact=False)
+"""`_same`, but up to rounding on devices where equal sums need not have equal bytes."""
 
 
 def _copied(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -425,38 +552,42 @@ def _layer_that_writes(
 
 
 def _not_a_function(problem: Problem, name: str, call: _Call) -> Impure:
-    again = []
-    for _ in range(2):
-        with _seeded(1):
-            again.append(call.function(*_copied(call.function, call.arguments)))
-    if _same(*again):
+    rule = f"{name} must give the same bytes whenever its arguments are the same, got others "
+    if call.draws and _agree(call.again(1), call.again(1)):
         layer = _layer_that_differs(problem, call, (1, 2))
         return Impure(
-            f"{name} must give the same bytes whenever its arguments are the same, got others "
-            f"with another global seed{f': {layer} draws random numbers' if layer else ''}. No "
-            "inner loop could be replayed and no second derivative be right. Switch it off (a "
+            f"{rule}with another global seed{f': {layer} draws random numbers' if layer else ''}. "
+            "No inner loop could be replayed and no second derivative be right. Switch it off (a "
             "rate of 0, or .eval() on that layer), or draw in the sampler and pass the numbers "
             "with the data"
         )
-    layer = _layer_that_differs(problem, call, (1, 1))
+    layers = (_layer_that_differs(problem, call, (1, 1)) for _ in range(REPEATED))
+    layer = next(filter(None, layers), None)
     return Impure(
-        f"{name} must give the same bytes whenever its arguments are the same, got others at the "
-        f"second call{f': {layer} does' if layer else ''}. It keeps something from call to call, "
-        "or draws from a generator of its own. Freeze it (.eval() on that layer), or make what is "
-        "kept a part of x or y"
+        f"{rule}at a later call{f': {layer} does' if layer else ''}. It keeps something from call "
+        "to call, or draws from a generator of its own. Freeze it (.eval() on that layer), or make "
+        "what is kept a part of x or y"
     )
 
 
-def _held(problem: Problem) -> dict[str, tuple[Tensor, bytes]]:
-    """(tensor, digest) of all tensors that the problem holds, by path."""
-    tensors = [(path, leaf) for path, leaf in _walk(problem) if isinstance(leaf, Tensor)]
-    return {path: (leaf, _digest(leaf)) for path, leaf in tensors}
+def _held(problem: Problem) -> dict[str, tuple[Any, bytes]]:
+    """(tensor or array, digest) of all that the problem holds, by path."""
+    return {
+        path: (leaf, _digest(leaf))
+        for path, leaf in _walk(problem)
+        if isinstance(leaf, Tensor | np.ndarray)
+    }
+
+
+def _noted(problem: Problem) -> dict[str, str]:
+    """All numbers, texts and counters that the problem holds, by path."""
+    return {path: repr(leaf) for path, leaf in _walk(problem) if isinstance(leaf, (*PLAIN, count))}
 
 
 def _require_unchanged(
     problem: Problem,
-    before: dict[str, tuple[Tensor, bytes]],
-    after: dict[str, tuple[Tensor, bytes]],
+    before: dict[str, tuple[Any, bytes]],
+    after: dict[str, tuple[Any, bytes]],
 ) -> None:
     for path, (tensor, digest) in before.items():
         now, digest_now = after.get(path, (tensor, digest))
@@ -465,7 +596,8 @@ def _require_unchanged(
         # torch's functional_call leaves parameters of its call in a module that has two names.
         if isinstance(tensor, nn.Parameter) and now is not tensor:
             continue
-        owner, whose = "", f"its tensor {path!r}"
+        kind = "tensor" if isinstance(tensor, Tensor) else "array"
+        owner, whose = "", f"its {kind} {path!r}"
         for where, value in _walk(problem):
             is_owner = isinstance(value, nn.Module) and path.startswith(where + ".")
             if is_owner and len(where) > len(owner):

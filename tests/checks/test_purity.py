@@ -14,11 +14,12 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from metadist import check_hypergradient, evaluate
+from metadist import check_hypergradient, evaluate, task_hypergradients
 from metadist.algorithms import ITD
 from metadist.checks.preflight import check_losses
-from metadist.checks.purity import Impure, check_pure
+from metadist.checks.purity import Impure, check_pure, is_known_pure
 from metadist.compute import Compute
+from metadist.problem import Problem
 from metadist.tasks import FewShotProblem
 from tests.helpers import curves, make_trainer, regression
 from tests.problems import Smooth, smooth_task
@@ -48,6 +49,41 @@ class Counts(nn.Module):
 
     def forward(self, x):
         return x / next(self.calls)
+
+
+class EveryThird(nn.Module):
+    """Scales in one of three calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x if self.calls % 3 else 1.001 * x
+
+
+def alternating():
+    """A function that subtracts something at every other call, and keeps count in a closure."""
+    calls = 0
+
+    def step(x):
+        nonlocal calls
+        calls += 1
+        return x - 1e-3 * (calls % 2)
+
+    return step
+
+
+def centring():
+    """A function that keeps a mean in an array which only its closure holds."""
+    mean = np.zeros(8, dtype=np.float32)
+
+    def centre(x):
+        mean[:] += x.detach().mean(0).numpy()
+        return torch.tanh(x)
+
+    return centre
 
 
 class Centred(nn.Module):
@@ -125,7 +161,10 @@ def test_global_generators_are_left_where_they_were():
 
 
 KEEPS = [
-    (Layers(Counts()), r"others at the second call: layer 'body\.1' \(Counts\) does"),
+    (Layers(EveryThird()), r"others at a later call: layer 'body\.1' \(EveryThird\) does"),
+    (Layers(function=alternating()), r"at a later call: the model itself \(Layers\) does"),
+    (Layers(function=centring()), r"'function\.mean' of the model itself \(Layers\) changed"),
+    (Layers(Counts()), r"others at a later call: layer 'body\.1' \(Counts\) does"),
     (Layers(Centred()), r"'mean' of layer 'body\.1' \(Centred\) changed by a call"),
     (Layers(Rescaled()), r"inner_loss .* got 'body\.1\.gain' changed in place by layer 'body\.1'"),
     (
@@ -234,20 +273,84 @@ def test_the_check_of_a_hypergradient_asks_too():
         check_hypergradient(regression(Layers(nn.RReLU())), curves(), ITD(inner_steps=1))
 
 
+def weights(model):
+    return {name: leaf.detach().clone() for name, leaf in model.named_parameters()}
+
+
+class Again(Layers):
+    """Computes its body again in the backward pass."""
+
+    def forward(self, x):
+        return self.head(torch.tanh(checkpoint(self.body, x, use_reentrant=False)))
+
+
 def test_layers_that_are_computed_again_are_refused_with_the_way_out():
     def again(x):
         return checkpoint(nn.Tanh(), x, use_reentrant=False)
 
     check(regression(Layers(function=again)))  # no parameter is computed from again
-
-    class Again(Layers):
-        def forward(self, x):
-            return self.head(checkpoint(self.body, x, use_reentrant=False))
-
-    with pytest.raises(
-        ValueError, match=r"must be differentiable, got CheckpointError.*leave it out"
-    ):
+    with pytest.raises(ValueError, match=r"must be differentiable, got .*checkpoint.*leave it out"):
         check(regression(Again(nn.Sequential(nn.Tanh(), nn.Linear(8, 8)))))
+
+
+def test_a_derivative_with_other_parameters_than_those_of_the_call_is_refused():
+    class Own(Problem):
+        """Keeps the weights in the model, where the backward pass finds them again."""
+
+        def __init__(self, model):
+            self.model = model
+
+        def init_outer(self, generator):
+            return weights(self.model)
+
+        def init_inner(self, outer, task):
+            return outer
+
+        def encode(self, outer, task):
+            return {}
+
+        def inner_loss(self, context, inner, batch):
+            inputs, targets = batch.tensors
+            return (functional_call(self.model, inner, inputs) - targets).square().mean()
+
+        outer_loss = inner_loss
+
+    def check_own(model):
+        problem, task = Own(model), curves().sample(0)
+        check_pure(problem, problem.init_outer(torch.Generator()), task, Compute())
+
+    deep = nn.Sequential(nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+    check_own(Layers(deep))
+    with pytest.raises(Impure, match="inner_loss must have the derivative of its value"):
+        check_own(Again(deep))
+
+
+def test_numbers_that_are_kept_without_effect_are_said():
+    class Counting(Smooth):
+        calls = 0
+
+        def outer_loss(self, context, inner, batch):
+            self.calls += 1
+            return super().outer_loss(context, inner, batch)
+
+    with pytest.warns(RuntimeWarning, match=r"Counting keeps 'calls', which every call changes"):
+        check(Counting())
+
+
+def test_a_direct_call_asks_once():
+    problem = regression(Layers(nn.RReLU()))
+    outer, tasks = problem.init_outer(torch.Generator()), [curves().sample(0)]
+    algorithm = ITD(inner_steps=1)
+    with pytest.raises(Impure, match="RReLU"):
+        task_hypergradients(problem, algorithm, outer, tasks)
+    task_hypergradients(problem, algorithm, outer, tasks, is_checked=True)
+
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2 shapes"):
+        task_hypergradients(regression(nn.Linear(2, 1)), algorithm, weights(nn.Linear(2, 1)), tasks)
+
+    problem = regression(Layers())
+    task_hypergradients(problem, algorithm, outer, tasks)
+    assert is_known_pure(problem)
 
 
 def test_an_evaluation_asks_too():

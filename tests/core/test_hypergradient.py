@@ -334,9 +334,8 @@ def test_chunk_size_bounds_how_many_tasks_go_together(chunk_size, sizes):
 
     problem, tasks = Watching(), [smooth_task(index) for index in range(5)]
     outer = problem.init_outer(generator(0))
-    task_hypergradients(
-        problem, ITD(1), outer, tasks, compute=Compute(vectorize=VMAP, chunk_size=chunk_size)
-    )
+    compute = Compute(vectorize=VMAP, chunk_size=chunk_size)
+    task_hypergradients(problem, ITD(1), outer, tasks, compute=compute, is_checked=True)
     assert seen == sizes
 
 
