@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from metadist.checks.values import normal_form, require_integer
@@ -21,6 +22,7 @@ FOREIGN = (".heic", ".heif", ".avif", ".jxl", ".svg", ".svgz", ".dng", ".cr2", "
 """Suffixes of pictures that no or not every Pillow opens."""
 JUNK = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")
 """What file systems and archives leave behind; as good as hidden."""
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L")  # more than 8 bits; convert() would clip them
 
 
@@ -71,10 +73,12 @@ def pixels(
 ) -> NDArray[np.uint8]:
     """The image as uint8 (channels, H, W), squeezed to `image_size` squared if one is given.
 
-    Transparent pixels become white, so that ink on a transparent ground stays visible. Images are
-    resized with a Lanczos filter; the aspect ratio is not kept.
+    Photos are turned upright as their EXIF orientation says. Transparent pixels become white, so
+    that ink on a transparent ground stays visible. Images are resized with a Lanczos filter; the
+    aspect ratio is not kept.
     """
     _require_8_bits(image)
+    image = upright(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -153,7 +157,7 @@ def _is_image(path: Path) -> bool:
     try:
         with Image.open(path):
             return True
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except UNREADABLE:
         return False
 
 
@@ -194,7 +198,7 @@ def _survey(path: Path) -> tuple[tuple[int, int], bool]:
     """(width and height, whether it is grey) of an image file."""
     with _opened(path) as image:
         _require_8_bits(image)
-        return image.size, is_grey(image)
+        return upright(image).size, is_grey(image)
 
 
 def _require_one(field: str, what: str, paths: list[Path], values: list[str], way_out: str) -> None:
@@ -218,6 +222,15 @@ def _require_8_bits(image: Image.Image) -> None:
         raise ValueError(f"must have 8 bits a channel, got mode {image.mode}: convert it first")
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The image as it was seen: cameras that are held sidewise only note that (EXIF)."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (*UNREADABLE, struct.error):
+        return image  # damaged notes beside the picture
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
+
+
 def is_grey(image: Image.Image) -> bool:
     """Whether an image has no colour: by its mode, or where that is a palette by its colours."""
     if image.mode in ("P", "PA"):
@@ -230,10 +243,11 @@ def is_grey(image: Image.Image) -> bool:
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The image of a file; whatever is wrong with it is a ValueError that names the path."""
     try:
-        with Image.open(path) as image:
+        # Not by its path: Pillow maps files it opens itself, and scrambles lying TIFF photos then.
+        with path.open("rb") as file, Image.open(file) as image:
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {path}: {error}") from error
+    except (*UNREADABLE, struct.error) as error:
+        raise ValueError(f"cannot read image {path}: {error}: remove or replace it") from error
 
 
 def read_images(

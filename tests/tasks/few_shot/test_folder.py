@@ -141,6 +141,22 @@ def test_an_unreadable_image_is_named(tree: Path, content: bytes):
     assert found.startswith(f"cannot read image {path}: ")
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+def test_photos_are_turned_upright(tmp_path: Path, suffix: str):
+    scene = np.zeros((16, 32), dtype=np.uint8)
+    scene[:8, :8] = 255  # the upper left corner as the camera saw it
+    noted = Image.Exif()
+    noted[0x0112] = 6  # the upper left corner is the upper right one of the scene
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        Image.fromarray(scene).save(tmp_path / name / f"lying.{suffix}", exif=noted)
+        Image.fromarray(np.rot90(scene, -1)).save(tmp_path / name / f"upright.{suffix}")
+    images = folder(tmp_path, k_query=1, split="all").classes.images  # both are of one size
+    assert images.shape == (6, 1, 32, 16)
+    assert np.abs(images[0].astype(int) - images[1]).max() < 40  # the losses of a JPEG
+    assert images[0, 0, :8, 8:].min() > 200 and images[0, 0, :, :8].max() < 50
+
+
 def test_a_truncated_image_is_named(tree: Path):
     path = tree / "A" / "letter0" / "0003_01.png"
     path = next((tree / "A" / "letter0").iterdir())
