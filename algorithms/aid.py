@@ -85,6 +85,10 @@ class AID(InnerLoop):
                 "'fixed_point' makes the same steps from any"
             )
 
+    @property
+    def kept_options(self) -> dict[str, str]:
+        return {"warm_start": ""}
+
     def init(self, oracle: Oracle, context: Params, inner: Params) -> State:
         return AdjointState(inner, zeros_like(inner)) if self.warm_start else InnerState(inner)
 

@@ -63,6 +63,10 @@ class BOME(InnerLoop):
     epsilon: float = rule(1e-8, gt=0)
     rounds: int = rule(1, ge=1)
 
+    @property
+    def kept_options(self) -> dict[str, str]:
+        return {"y_lr": "rounds"} if self.rounds == 1 else {}
+
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         return repeat(self._move, self.rounds, oracle, context, state)
 

@@ -82,6 +82,10 @@ class LancBiO(InnerLoop):
                     f"{self.subspace_cap}"
                 )
 
+    @property
+    def kept_options(self) -> dict[str, str]:
+        return dict.fromkeys(("subspace_start", "subspace_growth", "subspace_every"), "")
+
     def dimension(self, step: int) -> int:
         """m at an outer step."""
         m = self.subspace_start

@@ -75,6 +75,10 @@ class MEHA(SingleLoop):
     def tolerates_staleness(self) -> bool:
         return True
 
+    @property
+    def kept_options(self) -> dict[str, str]:
+        return dict.fromkeys(("y_lr", "gamma"), "inner_steps") if self.inner_steps == 1 else {}
+
     def init(self, oracle: Oracle, context: Params, inner: Params) -> MEHAState:
         return MEHAState(inner=inner, proximal_point=inner, moved_at=-1)
 

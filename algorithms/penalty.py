@@ -72,6 +72,10 @@ class Penalty(InnerLoop):
     eps_factor: float = rule(0.9, gt=0, le=1)
     lr_factor: float = rule(1.0, gt=0, le=1)
 
+    @property
+    def kept_options(self) -> dict[str, str]:
+        return dict.fromkeys(("eps", "rho_factor", "lam_factor", "eps_factor", "lr_factor"), "")
+
     def init(self, oracle: Oracle, context: Params, inner: Params) -> PenaltyState:
         leaf = next(iter(inner.values()))
         # A counter, so it must be exact: bfloat16 would end at 256.

@@ -45,6 +45,14 @@ class SOBA(AdjointLoop):
     def tolerates_staleness(self) -> bool:
         return True
 
+    @property
+    def kept_options(self) -> dict[str, str]:
+        return (
+            dict.fromkeys(("adjoint_lr", "adjoint_decay"), "inner_steps")
+            if self.inner_steps == 1
+            else {}
+        )
+
     def init(self, oracle: Oracle, context: Params, inner: Params) -> AdjointState:
         return AdjointState(inner, zeros_like(inner))
 

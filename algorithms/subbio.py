@@ -57,6 +57,10 @@ class SubBiO(InnerLoop):
         super().__post_init__()
         check_adjoint_lr(self, self.adjoint_lr)
 
+    @property
+    def kept_options(self) -> dict[str, str]:
+        return {"adjoint_lr": "adjoint_steps"} if self.adjoint_steps == 1 else {}
+
     def init(self, oracle: Oracle, context: Params, inner: Params) -> AdjointState:
         return AdjointState(inner, zeros_like(inner))
 

@@ -74,6 +74,10 @@ class VPBGD(InnerLoop):
                 "gamma is gamma_max throughout"
             )
 
+    @property
+    def kept_options(self) -> dict[str, str]:
+        return {"y_lr": "rounds"} if self.rounds == 1 else {}
+
     def init(self, oracle: Oracle, context: Params, inner: Params) -> VPBGDState:
         return VPBGDState(inner, inner)
 

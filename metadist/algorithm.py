@@ -133,8 +133,21 @@ class Algorithm(ABC):
         return False
 
     @property
+    def kept_options(self) -> dict[str, str]:
+        """The fields that act on a kept state alone: they must have their defaults on new tasks.
+
+        With what to set more of, so that they act there too; empty: nothing does.
+        """
+        return {}
+
+    @property
     def needs_kept_state(self) -> str:
-        """Why `estimate` says nothing on a new task, and what to do; empty: it says something."""
+        """Why `estimate` cannot do on a new task what it is told, and what to do; empty: it can."""
+        for name, more in self.kept_options.items():
+            value = getattr(self, name)
+            if value != getattr(type(self), name):  # where a dataclass has its defaults
+                set_more = f", set more {more}" if more else ""
+                return f"{name}={value!r} acts on a kept state alone. Leave it out{set_more}"
         return ""
 
     @property

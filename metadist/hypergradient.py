@@ -97,6 +97,11 @@ def task_hypergradients(
     """
     if not tasks:
         raise ValueError("tasks must hold at least one task, got none")
+    if states is None and algorithm.needs_kept_state:
+        raise ValueError(
+            f"states must be given with {algorithm}, got None: {algorithm.needs_kept_state}, or "
+            "pass the states of the last step"
+        )
     if not is_checked and not is_known_pure(problem):
         check_pure(problem, detach(split_own(outer)[0]), tasks[0], compute)
     if vectorizes(compute.vectorize, problem, algorithm, outer, tasks):

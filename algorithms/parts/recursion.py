@@ -72,6 +72,10 @@ class RecursiveMomentum(SingleLoop):
     inner_weight: float = rule(0.5, gt=0)
     weight_decay: float = rule(2 / 3, ge=0, le=1)
 
+    @property
+    def kept_options(self) -> dict[str, str]:
+        return {"inner_weight": "inner_steps"} if self.inner_steps == 1 else {}
+
     @abstractmethod
     def draw_estimator(self, oracle: Oracle) -> Estimator:
         """The hypergradient estimate on draws made now."""

@@ -325,3 +325,52 @@ def test_its_docstring_has_every_fact_and_every_field(name, case):
     documented = "\n".join(inspect.getdoc(base) or "" for base in cls.__mro__)
     for field in dataclasses.fields(cls):
         assert f"\n    {field.name}: " in documented, field.name
+
+
+KEPT_OPTIONS = [
+    ("aid", {"warm_start": True}),
+    ("bome", {"y_lr": 0.02}),
+    ("lancbio", {"adjoint_steps": 1, "subspace_start": 2}),
+    ("meha", {"inner_steps": 1, "gamma": 0.5}),
+    ("meha", {"inner_steps": 1, "y_lr": 0.02}),
+    ("mrbo", {"inner_weight": 0.25}),
+    ("penalty", {"eps": 1e6}),
+    ("saba", {"adjoint_lr": 0.02}),
+    ("soba", {"adjoint_decay": 0.5}),
+    ("subbio", {"adjoint_lr": 0.02}),
+    ("sustain", {"inner_weight": 0.25}),
+    ("vpbgd", {"y_lr": 0.02}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), KEPT_OPTIONS, ids=str)
+def test_options_of_kept_states_are_those_that_do_nothing_on_new_tasks(name, options):
+    option = list(options)[-1]
+    told = ALGORITHMS[name](**options)
+    plain = dataclasses.replace(told, **{option: getattr(ALGORITHMS[name], option)})
+    assert option in told.kept_options and not plain.needs_kept_state
+    problem, task, compute = Quadratic(2, 4), quadratic_task(3), Compute(batch_size=1)
+    outer = problem.init_outer(generator(0))
+
+    def totals(algorithm, steps):
+        found, states = [], {}
+        for step in steps:
+            result = task_hypergradients(
+                problem,
+                algorithm,
+                outer,
+                [task],
+                compute=compute,
+                step=step,
+                states=states,
+            )
+            states = result.states
+            found.append(result.total["x"])
+        return torch.stack(found)
+
+    assert_same_bytes({"x": totals(told, [3])}, {"x": totals(plain, [3])})  # of a new task
+    assert not torch.equal(totals(told, range(5)), totals(plain, range(5)))
+    with pytest.raises(
+        ValueError, match=rf"states must be given .*{option}=.* alone\. Leave it out"
+    ):
+        task_hypergradients(problem, told, outer, [task])
