@@ -197,6 +197,11 @@ class Workload:
         return Contribution(result, total, found.states)
 
 
+def trains_start(algorithm: Algorithm, learns_start: bool) -> bool:
+    """Whether `algorithm` trains where adaptation starts, if that depends on x (`learns_start`)."""
+    return algorithm.trains == "start" or (algorithm.trains == "both" and learns_start)
+
+
 def tasks_of_steps(
     sampler: TaskSampler,
     algorithm: Algorithm,
@@ -224,7 +229,7 @@ def tasks_of_steps(
         ValueError: An argument contradicts the sampler, or nothing says whether to keep states.
     """
     name = type(sampler).__name__
-    learns_start = algorithm.trains == "start" or (algorithm.trains == "both" and learns_start)
+    learns_start = trains_start(algorithm, learns_start)
     num_tasks = num_tasks_of(sampler)
     if num_tasks is None:
         if keep_state is None and is_one_task and not learns_start:

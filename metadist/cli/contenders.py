@@ -9,19 +9,24 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from importlib import import_module
 from typing import Any
 
+from jsonargparse import Namespace
+
 from metadist import __version__
+from metadist.checks.preflight import learns_start
 from metadist.cli.names import class_path
 from metadist.cli.parsing import MAX_CONFIG_BYTES
-from metadist.cli.train import build, parse_training
+from metadist.cli.train import build, parse_training, parser
+from metadist.cli.workload import instantiate
 from metadist.cluster import Workers
 from metadist.compare.metrics import kept_metrics
 from metadist.compare.plan import differences
 from metadist.compare.run import MAX_STEPS, Contender
 from metadist.evaluation import EvaluationResult
 from metadist.run.storage import Folder, write_json
+from metadist.task import num_tasks_of
+from metadist.workload import trains_start
 
 LOCAL = class_path("executors", "local")
 
@@ -32,6 +37,7 @@ def contender(options: Mapping[str, Any], values: Mapping[str, Any], run_dir: st
     # Every report of losses costs forward passes.
     parsed = parse_training({"log_every": 1000, **options, **ours}, values)
     trainer, samplers = build(parsed)
+    _require_judges(parsed, trainer.workload.keep_state)
     if trainer.workload.keep_state:
         return Contender(trainer, partial(kept_metrics, trainer))
 
@@ -65,11 +71,32 @@ def check_contender(
             f"executor must be local with num_workers={workers.num_workers}, got "
             f"{parsed.executor.class_path}: every run is in a process of Ray already"
         )
-    judges = parsed.val_sampler or parsed.val_split
     keep_state = parsed.keep_state
-    if keep_state is None:  # the sampler is not made here: its class says it
-        module, _, name = parsed.sampler.class_path.rpartition(".")
-        keep_state = hasattr(getattr(import_module(module), name), "num_tasks")
+    if keep_state is None and workers is None:  # else the data may be on other machines only
+        keep_state = _keeps_state(parsed)
+    if keep_state is not None:
+        _require_judges(parsed, keep_state)
+
+
+_asked: dict[str, tuple[bool, bool]] = {}
+"""Whether tasks are a fixed set, and whether their start is learned, by sampler and problem."""
+
+
+def _keeps_state(parsed: Namespace) -> bool:
+    """What `tasks_of_steps` will say."""
+    key = f"{parsed.sampler} {parsed.problem} {parsed.seed}"
+    algorithm = instantiate(parsed, parser(), only="algorithm").algorithm
+    if key not in _asked:
+        sampler = instantiate(parsed, parser(), only="sampler").sampler
+        problem = instantiate(parsed, parser(), only="problem").problem
+        is_learned = learns_start(problem, sampler, parsed.seed)
+        _asked[key] = num_tasks_of(sampler) is not None, is_learned
+    is_fixed, is_learned = _asked[key]
+    return is_fixed and not trains_start(algorithm, is_learned)
+
+
+def _require_judges(parsed: Namespace, keep_state: bool) -> None:
+    judges = parsed.val_sampler or parsed.val_split
     if keep_state and (judges or parsed.test_sampler or parsed.test_split):
         raise ValueError(
             "val and test samplers must not be given with keep_state: the metrics are "
@@ -77,8 +104,8 @@ def check_contender(
         )
     if not keep_state and not judges:
         raise ValueError(
-            "val_split or val_sampler must be given, got neither: new tasks at every "
-            "step are judged on those (for a single problem set keep_state)"
+            "val_split or val_sampler must be given, got neither: tasks without kept states are "
+            "judged on those (for a single problem set keep_state)"
         )
 
 

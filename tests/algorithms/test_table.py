@@ -346,14 +346,15 @@ KEPT_OPTIONS = [
 @pytest.mark.parametrize(("name", "options"), KEPT_OPTIONS, ids=str)
 def test_options_of_kept_states_are_those_that_do_nothing_on_new_tasks(name, options):
     option = list(options)[-1]
-    told = ALGORITHMS[name](**options)
+    told: Any = ALGORITHMS[name](**options)
     plain = dataclasses.replace(told, **{option: getattr(ALGORITHMS[name], option)})
     assert option in told.kept_options and not plain.needs_kept_state
     problem, task, compute = Quadratic(2, 4), quadratic_task(3), Compute(batch_size=1)
     outer = problem.init_outer(generator(0))
 
     def totals(algorithm, steps):
-        found, states = [], {}
+        found = []
+        states: dict[int, Tensor] = {}
         for step in steps:
             result = task_hypergradients(
                 problem,

@@ -319,6 +319,36 @@ def test_what_cannot_be_compared_is_refused_before_any_work(cli, changes, messag
     assert not Path("out").exists()
 
 
+MAML = """
+from torch import nn
+from metadist.tasks import FewShotProblem
+from tests.helpers import curves
+
+class Net(FewShotProblem):
+    def __init__(self):
+        super().__init__(nn.Linear(1, 1), loss="mse")
+
+class Three:
+    def __init__(self):
+        self.num_tasks = 3
+    def sample(self, index):
+        return curves().sample(index % 3)._replace(id=index)
+"""
+
+
+def test_a_learned_start_is_judged_on_new_tasks_though_the_set_is_fixed(cli):
+    Path("maml.py").write_text(MAML)
+    entry = {"algorithm": {"class_path": "itd", "init_args": {"inner_steps": 1}}}
+    given = {"problem": "maml.Net", "sampler": "maml.Three", "entries": {"MAML": entry}}
+    config = {**given, "budget": {"steps": 1}, "seeds": [0], "evaluations": 1, "val_tasks": 2}
+    Path("maml.yaml").write_text(yaml.safe_dump(config))
+    code, _, err = cli("compare", "maml.yaml", "--run_dir", "out")
+    assert code == 2 and "entry MAML: val_split or val_sampler must be given" in err
+    Path("maml.yaml").write_text(yaml.safe_dump({**config, "val_sampler": "maml.Three"}))
+    code, out, err = cli("compare", "maml.yaml", "--run_dir", "out", "--plots", "false")
+    assert code == 0 and "runs/MAML/seed-0: 1 steps" in out, err
+
+
 def test_other_input_is_refused(cli, monkeypatch):
     for text in ("- 1", "a: [", "{}"):
         Path("bad.yaml").write_text(text)
