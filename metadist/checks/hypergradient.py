@@ -403,24 +403,17 @@ class _Check:
         found = []
         for reference in references[1:]:  # a kept state leaves the unrolled map
             kept = self._estimates(repeats[-1], keep=True)
-            found.append(
-                Repetition(
-                    f"state kept: the last, of {reference.short}",
-                    {number: reference.error(kept[number - 1]) for number in repeats},
-                    reference.judged,
-                )
-            )
-        if is_random:
-            drawn = self._estimates(repeats[-1])
-            means = {number: _mean(drawn[:number]) for number in repeats}
-            found += [
-                Repetition(
-                    f"state new, other draws: their mean, of {reference.short}",
-                    {number: reference.error(mean) for number, mean in means.items()},
-                    reference.judged,
-                )
-                for reference in references
-            ]
+            errors = {number: reference.error(kept[number - 1]) for number in repeats}
+            what = f"state kept: the last, of {reference.short}"
+            found.append(Repetition(what, errors, reference.judged))
+        if not is_random:
+            return found
+        drawn = self._estimates(repeats[-1])
+        means = {number: _mean(drawn[:number]) for number in repeats}
+        for reference in references:
+            errors = {number: reference.error(mean) for number, mean in means.items()}
+            what = f"state new, other draws: their mean, of {reference.short}"
+            found.append(Repetition(what, errors, reference.judged))
         return found
 
     def _unrolled(self, num_directions: int) -> _Reference:

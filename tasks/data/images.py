@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,7 +177,7 @@ def format_of(files: dict[str, list[Path]], image_size: int | None, channels: in
     """
     if image_size is not None and channels is not None:
         return Format(image_size, channels)
-    paths = [path for of_class in files.values() for path in of_class]
+    paths = list(chain(*files.values()))
     with ThreadPoolExecutor(max_workers=4) as pool:
         surveyed = list(pool.map(_survey, paths))
     if image_size is None:

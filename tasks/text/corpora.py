@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -64,8 +65,11 @@ def newsgroups(root: str | Path | None) -> Corpus:
             f"sklearn.datasets.fetch_20newsgroups(data_home={str(folder)!r}) where there is "
             "internet, and copy the folder"
         ) from error
-    labels = [part.target_names[number] for part in (train, test) for number in part.target]
-    return Corpus(train.data + test.data, labels, list(range(len(train.data), len(labels))))
+    corpus = Corpus([], [], list(range(len(train.data), len(train.data) + len(test.data))))
+    for part in (train, test):
+        corpus.texts.extend(part.data)
+        corpus.labels.extend(part.target_names[number] for number in part.target)
+    return corpus
 
 
 PUBLISHERS = {
@@ -86,7 +90,7 @@ its label away."""
 def news_articles(root: str | Path | None) -> Corpus:
     """News articles by publisher, without the names of the publishers."""
     file = fetch("news_articles", root) / NEWS_ARTICLES
-    names = [re.escape(name) for own in PUBLISHERS.values() for name in own]
+    names = map(re.escape, chain(*PUBLISHERS.values()))
     publisher = re.compile(rf"\b({'|'.join(names)})\b", re.IGNORECASE)
     corpus = Corpus([], [], [])
     with file.open(encoding="utf-8", newline="") as lines:
