@@ -3,6 +3,7 @@
     python scripts/benchmarks/server_size.py  200 million elements, about 10 GB of memory
     python scripts/benchmarks/server_size.py --num_params 20e6  smaller
     python scripts/benchmarks/server_size.py --num_shards 2 --compression bfloat16
+    python scripts/benchmarks/server_size.py --num_params 12.5e6 --example  and Ray's own example
 
 One worker sends a sum of hypergradients (push), the parameter server steps x and publishes it
 (apply), the worker gets x (pull), by the code of a run. Times are medians, in units of a plain copy
@@ -10,9 +11,12 @@ of as many bytes in the same process in the same turn. "must" is the data to mov
 where a copy is one read and one write of each element; it counts
 
     push     the sum into shared memory
-    apply    the sum into the server's own memory, one read of it for the norm, the step (reads and
-             writes of x, its gradient and its moments), x into shared memory
+    apply    the sum into the server's own memory, the step (reads and writes of x, its gradient and
+             its moments), x into shared memory
     pull     x out of shared memory
+
+Ray's example is the parameter server of its documentation (synchronous, one worker) with as many
+parameters, in the same turns: gradients as a list of numpy arrays, weights as a state_dict.
 
 Memory is the peak of each process without what it shares, and the peak of the shared memory.
 """
@@ -134,9 +138,71 @@ def raylet_pid() -> int:
     raise RuntimeError("Ray has no raylet here")
 
 
-def measure(supervisor: Supervisor, worker: Any, num_shards: int, repeats: int) -> dict[str, float]:
+class Example:
+    """Both actors of Ray's example, but that gradients are at hand: optimiser, model, messages.
+
+    Args:
+        num_params: The parameters of the model.
+        optimizer: The name of a class of torch.optim.
+    """
+
+    def __init__(self, num_params: int, optimizer: str) -> None:
+        torch.set_num_threads(1)
+        self.model = torch.nn.ParameterList([torch.zeros(num_params)])
+        self.optimizer = getattr(torch.optim, optimizer)(self.model.parameters(), lr=1e-3)
+        self.model[0].grad = torch.ones(num_params)
+
+    def apply_gradients(self, *gradients: list[Any]) -> dict[str, torch.Tensor]:
+        """Of the server."""
+        summed = [np.stack(of_one).sum(axis=0) for of_one in zip(*gradients, strict=True)]
+        self.optimizer.zero_grad()
+        for gradient, parameter in zip(summed, self.model.parameters(), strict=True):
+            parameter.grad = torch.from_numpy(gradient)
+        self.optimizer.step()
+        return self.get_weights()
+
+    def get_weights(self) -> dict[str, torch.Tensor]:
+        """Of the server."""
+        return {name: leaf.cpu() for name, leaf in self.model.state_dict().items()}
+
+    def compute_gradients(self, weights: dict[str, torch.Tensor]) -> list[Any]:
+        """Of the worker."""
+        self.model.load_state_dict(weights)
+        return [parameter.grad.data.cpu().numpy() for parameter in self.model.parameters()]
+
+
+class ExampleRounds:
+    """Rounds of Ray's example."""
+
+    def __init__(self, num_params: int, optimizer: str) -> None:
+        self._server, self._worker = (
+            ray.remote(Example).options(num_cpus=0).remote(num_params, optimizer) for _ in range(2)
+        )
+        self._weights = self._server.get_weights.remote()
+
+    def __call__(self) -> None:
+        """One round."""
+        gradients = self._worker.compute_gradients.remote(self._weights)
+        self._weights = self._server.apply_gradients.remote(gradients)
+        ray.wait([self._weights], fetch_local=False)
+
+    def close(self) -> None:
+        """Free its memory."""
+        ray.kill(self._server)
+        ray.kill(self._worker)
+
+
+def measure(
+    supervisor: Supervisor,
+    worker: Any,
+    num_shards: int,
+    repeats: int,
+    example: ExampleRounds | None = None,
+) -> dict[str, float]:
     """Median ratios to a copy, by phase, and the seconds of a copy; after two warm-up turns."""
-    ratios: dict[str, list[float]] = {"push": [], "apply": [], "pull": []}
+    ratios: dict[str, list[float]] = {"push": [], "apply": [], "pull": [], "all": []}
+    if example is not None:
+        ratios |= {"example": [], "example / all": []}
     copies = []
     for turn in range(2 + repeats):
         times = [time.perf_counter()]
@@ -152,14 +218,28 @@ def measure(supervisor: Supervisor, worker: Any, num_shards: int, repeats: int) 
         push_s, apply_s, pull_s = (after - before for before, after in itertools.pairwise(times))
         if turn >= 2:
             copies.append(copy_s)
-            for name, seconds in (("push", push_s - copy_s), ("apply", apply_s), ("pull", pull_s)):
+            all_s = push_s - copy_s + apply_s + pull_s
+            taken = {"push": push_s - copy_s, "apply": apply_s, "pull": pull_s, "all": all_s}
+            for name, seconds in taken.items():
                 ratios[name].append(seconds / copy_s)
+        if example is not None:
+            began = time.perf_counter()
+            example()
+            example_s = time.perf_counter() - began
+            if turn >= 2:
+                ratios["example"].append(example_s / copy_s)
+                ratios["example / all"].append(example_s / all_s)
     medians = {name: statistics.median(values) for name, values in ratios.items()}
     return {**medians, "copy_s": statistics.median(copies)}
 
 
 def run(
-    num_params: int, num_shards: int, compression: Compression, transport: Transport, repeats: int
+    num_params: int,
+    num_shards: int,
+    compression: Compression,
+    transport: Transport,
+    repeats: int,
+    with_example: bool,
 ) -> None:
     """Measure and print."""
     console = Console(soft_wrap=True)
@@ -168,7 +248,7 @@ def run(
         address="local",
         include_dashboard=False,
         log_to_driver=False,
-        object_store_memory=9 * size_bytes // 2 + (100 << 20),
+        object_store_memory=(18 if with_example else 9) * size_bytes // 2 + (100 << 20),
     )
     bounds = shard_bounds(num_params, num_shards)
     spec = OuterSpec({"x": (num_params,)}, torch.float32)
@@ -194,23 +274,30 @@ def run(
         pids |= {
             f"server {number}": pid_of(actor) for number, actor in enumerate(supervisor.servers)
         }
+        torch_name = {"sgd": "SGD"}.get(name, "Adam")
+        example = ExampleRounds(num_params, torch_name) if with_example else None
         with Peaks(pids | {"raylet": raylet_pid()}) as watched:
-            found = measure(supervisor, worker, num_shards, repeats)
+            found = measure(supervisor, worker, num_shards, repeats, example)
         peaks = {who: max(peaks.get(who, 0), size) for who, size in watched.own.items()}
         shared = max(shared, watched.shared)
-        must = {"push": 1.0, "apply": 1.0 + 0.5 + moved + 1.0, "pull": 1.0}
+        must = {"push": 1.0, "apply": 1.0 + moved + 1.0, "pull": 1.0}
         for phase, least in must.items():
             label = phase if phase != "apply" else f"apply, {name}"
             times.add_row(label, f"{found[phase]:.2f}", f"{least:g}", f"{found[phase] / least:.2f}")
-        total, least = sum(found[phase] for phase in must), sum(must.values())
+        total, least = found["all"], sum(must.values())
         copy = f"a copy takes {1000 * found['copy_s']:.1f} ms"
         times.add_row(
             f"all, {name}; {copy}",
             f"{total:.2f}",
             f"{least:g}",
             f"{total / least:.2f}",
-            end_section=True,
+            end_section=example is None,
         )
+        if example is not None:
+            ratio = f"{found['example / all']:.2f} x all"
+            label = f"Ray's example, {torch_name}"
+            times.add_row(label, f"{found['example']:.2f}", "", ratio, end_section=True)
+            example.close()
     memory = Table("", "MB", "x the size of x", title="memory at the highest")
     for who, size in {**peaks, "shared memory": shared}.items():
         memory.add_row(who, f"{size / 1e6:.0f}", f"{size / size_bytes:.2f}")
@@ -236,6 +323,7 @@ def main() -> None:
     parser.add_argument("--compression", choices=get_args(Compression), default="none")
     parser.add_argument("--transport", choices=["object_store", "nixl"], default="object_store")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--example", action="store_true", help="measure Ray's own example too")
     options = parser.parse_args()
     run(
         options.num_params,
@@ -243,6 +331,7 @@ def main() -> None:
         options.compression,
         Transport(options.transport),
         options.repeats,
+        options.example,
     )
 
 
