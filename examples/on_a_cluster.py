@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from metadist import OuterOptimizer, Trainer, evaluate
+from metadist import OuterOptimizer, Trainer
 from metadist.algorithms import ITD
 from metadist.cluster import BSP, RayExecutor, Workers
 from metadist.models import Conv4
@@ -35,7 +35,7 @@ def main(
         executor=executor,
     )
     trainer.fit(num_steps)
-    test = evaluate(problem, Glyphs(split="test"), algorithm, trainer.outer, num_test_tasks)
+    test = trainer.test(Glyphs(split="test"), num_test_tasks)  # on the workers too
     accuracy = test.metrics["query_accuracy"]
     print(f"accuracy on unseen scripts: {accuracy}")
     return accuracy.mean

@@ -98,7 +98,8 @@ class Trainer:
             which a kept state would not train.
         batch_size, seed: Short for `Compute(batch_size=..., seed=...)`.
         compute: How leases are computed, and on which device.
-        executor: What computes the leases; None: this process.
+        executor: What computes leases, and validation and test if it has workers for them; None:
+            this process.
         run_dir: The folder for checkpoints, events and results, a path or any fsspec URI; None:
             nothing is kept.
         val_sampler: The tasks of validation; the best checkpoint is the best on them.

@@ -64,7 +64,8 @@ class RayExecutor(Executor):
                              `Trainer.restore`) resumes from the last checkpoint
 
     Under BSP the result has the same bytes in each case. Under the other policies every lease
-    is in x once.
+    is in x once. The workers compute validation and test too, see `judge`; what is said of leases
+    holds for the tasks of these.
 
     Args:
         workers: The processes that compute leases.
