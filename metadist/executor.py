@@ -108,10 +108,6 @@ class Executor(Protocol):
         with intra_op_threads(judge.compute.num_threads):
             return [metrics for chunk in chunks for metrics in judge(here, chunk)]
 
-    def outer(self) -> Params:
-        """A copy of the current outer variable, on the CPU."""
-        ...
-
     def state(self) -> OuterState:
         """A copy of everything that must persist, on the CPU."""
         ...
@@ -207,9 +203,6 @@ class LocalExecutor(Executor):
                 after_s = pause_after(len(before), self._backoff_s, MAX_BACKOFF_S)
                 before.append(type_name(error))
             time.sleep(after_s)
-
-    def outer(self) -> Params:
-        return self._started().params
 
     def state(self) -> OuterState:
         return self._started().state()

@@ -273,9 +273,6 @@ class DataParallelExecutor(Executor):
             return self._last[1]
         return unflatten_state(flat, first, counters_of(flat))
 
-    def outer(self) -> Params:
-        return self._started()[0].params
-
     def state(self) -> OuterState:
         return self._started()[0].state()
 

@@ -16,7 +16,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from metadist.cluster.actors.buffers import (
     OuterSpec,
     PackedState,
-    join,
     join_states,
     pack_state,
     split_state,
@@ -233,9 +232,6 @@ class RayExecutor(Executor):
         finally:
             if is_alone:
                 self.close()
-
-    def outer(self) -> Params:
-        return self._spec.views(join(self._started().read()))
 
     def state(self) -> OuterState:
         return join_states(self._started().state(), self._spec)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from ray import ObjectRef
 
-from metadist.cluster.actors.buffers import Array, PackedState
+from metadist.cluster.actors.buffers import PackedState
 from metadist.cluster.parameter_server.ledger import Ledger
 from metadist.cluster.parameter_server.policies import Policy
 from metadist.cluster.parameter_server.server import Progress
@@ -61,10 +61,6 @@ class Scheduler:
     def _is_done(self) -> bool:
         # No ledger: the server was lost, perhaps when the caller asked for the state after a step.
         return self._ledger is not None and self._ledger.version >= self._until_version
-
-    def read(self) -> list[Array]:
-        """The current x, the slices of all shards."""
-        return self._with_server(self._supervisor.read)
 
     def state(self) -> list[PackedState]:
         """Everything that must persist, the parts of all shards."""

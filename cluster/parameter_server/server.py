@@ -113,10 +113,6 @@ class ParameterServer:
         send, previous = self._transport.send_copy, self._variable.previous
         return Pulled(send(self._variable.flat), None if previous is None else send(previous))
 
-    def read(self) -> Array:
-        """x for readers other than workers."""
-        return to_array(self._variable.flat)
-
     def kept(self, indices: Sequence[int]) -> dict[int, Array]:
         """The states of these tasks, where there are any."""
         states = self._variable.states

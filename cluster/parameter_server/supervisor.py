@@ -10,7 +10,7 @@ from typing import Any
 
 from ray import ObjectRef, exceptions
 
-from metadist.cluster.actors.buffers import Array, OuterSpec, PackedState, versions_of
+from metadist.cluster.actors.buffers import OuterSpec, PackedState, versions_of
 from metadist.cluster.actors.errors import ServerLostError, message
 from metadist.cluster.actors.failure import SERVER, Event, Failures, History, Raise, Retry
 from metadist.cluster.actors.options import Server
@@ -168,10 +168,6 @@ class Supervisor:
     def pull(self) -> tuple[ObjectRef[Any], ...]:
         """References to x as workers read it, one for each shard."""
         return tuple(server.pull.remote() for server in self.servers)
-
-    def read(self) -> list[Array]:
-        """x, the slices of all shards."""
-        return self.ask([server.read.remote() for server in self.servers])
 
     def apply(
         self,

@@ -168,16 +168,16 @@ class Example:
     def compute_gradients(self, weights: dict[str, torch.Tensor]) -> list[Any]:
         """Of the worker."""
         self.model.load_state_dict(weights)
-        return [parameter.grad.data.cpu().numpy() for parameter in self.model.parameters()]
+        grads = [parameter.grad for parameter in self.model.parameters()]
+        return [grad.data.cpu().numpy() for grad in grads if grad is not None]
 
 
 class ExampleRounds:
     """Rounds of Ray's example."""
 
     def __init__(self, num_params: int, optimizer: str) -> None:
-        self._server, self._worker = (
-            ray.remote(Example).options(num_cpus=0).remote(num_params, optimizer) for _ in range(2)
-        )
+        actor: Any = ray.remote(Example).options(num_cpus=0)
+        self._server, self._worker = (actor.remote(num_params, optimizer) for _ in range(2))
         self._weights = self._server.get_weights.remote()
 
     def __call__(self) -> None:

@@ -78,7 +78,7 @@ def test_one_inner_step_is_sgd_on_the_joint_loss():
             outer,
         )
         outer = add(outer, gradient, -0.5 * 0.2)
-    assert_close(executor.outer(), outer, 1e-13)
+    assert_close(executor.state().outer, outer, 1e-13)
 
 
 def test_outer_sgd_moves_the_start_towards_the_mean_of_the_ends():

@@ -46,7 +46,7 @@ def test_two_runs_are_the_same_bytes_and_leases_of_any_size_agree():
     def train(tasks_per_lease):
         executor = started(workload(tasks_per_lease=tasks_per_lease))
         list(executor.run(3))
-        return executor.outer()
+        return executor.state().outer
 
     trained = train(2)
     assert_same_bytes(train(2), trained)
@@ -63,7 +63,7 @@ def test_training_continues_from_a_state_bit_for_bit(stop):
     begun = list(first.run(stop))
     resumed = started(work, state=first.state())
     continued = list(resumed.run(6))
-    assert_same_bytes(resumed.outer(), whole.outer())
+    assert_same_bytes(resumed.state().outer, whole.state().outer)
     assert_same_bytes(resumed.state().optimizer, whole.state().optimizer)
     assert resumed.state()[2:5] == whole.state()[2:5] == (6, 12, ())
     assert [report.step for report in begun + continued] == [report.step for report in reports]
@@ -104,12 +104,11 @@ def test_run_stops_at_the_version_and_goes_on_where_it_stopped():
 
 def test_what_an_executor_gives_out_is_a_copy():
     executor = started(workload())
-    executor.outer()["x"].zero_()
     executor.state().outer["x"].zero_()
-    assert bool(executor.outer()["x"].all())
+    assert bool(executor.state().outer["x"].all())
 
 
-@pytest.mark.parametrize("use", ["run", "outer", "state"])
+@pytest.mark.parametrize("use", ["run", "state"])
 def test_an_executor_must_be_started(use):
     arguments = (1,) if use == "run" else ()
     executor = LocalExecutor()
@@ -151,7 +150,7 @@ def test_an_error_of_user_code_that_passes_changes_no_byte(errors, caplog):
     reports = list(executor.run(3))
     whole = started(workload())
     list(whole.run(3))
-    assert_same_bytes(executor.outer(), whole.outer())
+    assert_same_bytes(executor.state().outer, whole.state().outer)
     assert [len(report.retried) for report in reports] == [0, 3, 0]
     assert reports[1].retried[0] == "lease 5 (tasks 5): TimeoutError: the share is away"
     assert "lease 5 (tasks 5) raised and is tried again" in caplog.text

@@ -101,7 +101,7 @@ def test_every_step_has_the_same_tasks_and_goes_on_from_their_states():
             states[index] = estimate.state
             total = add(total, estimate.hypergradient) if total else estimate.hypergradient
         outer = add(outer, total, -0.1 / 3)
-    assert_close(executor.outer(), outer, 1e-12)
+    assert_close(executor.state().outer, outer, 1e-12)
     saved = executor.state().states
     assert sorted(saved) == [0, 1, 2]
     assert_close({"s": saved[1]}, {"s": flatten_state(states[1])}, 1e-12)
@@ -306,7 +306,7 @@ def test_training_with_new_tasks_is_the_recursion_written_by_hand():
         weight = TWO_POINT.recursive_weight(step)
         w = mean(outer) + (1 - weight) * (w - mean(previous)) if step else mean(outer)
         previous, outer = outer, add(outer, {"x": w}, -0.1)
-    assert_close(executor.outer(), outer, 1e-12)
+    assert_close(executor.state().outer, outer, 1e-12)
 
 
 # The feasible set of x.
@@ -333,8 +333,8 @@ def test_x_is_projected_after_every_step():
     optimizer = OuterOptimizer("sgd", lr=10.0)
     executor.start(work, optimizer, OuterVariable(outer, optimizer).state())
     list(executor.run(2))
-    assert bool((executor.outer()["x"].abs() <= 0.5).all())
-    assert list(executor.outer()) == list(outer)
+    assert bool((executor.state().outer["x"].abs() <= 0.5).all())
+    assert list(executor.state().outer) == list(outer)
 
 
 def test_a_problem_that_derives_from_nothing_is_neither_projected_nor_proximal():

@@ -114,7 +114,7 @@ def test_the_server_applies_a_lease_once():
 
 def test_the_server_weighs_contributions():
     server = make_server()
-    before = server.read().copy()
+    before = server.pull().flat.copy()
     _, after = server.apply([LeaseResult(0, 0, 2)], [0.5], Pushed(np.ones_like(before)))
     np.testing.assert_allclose(before - after.flat, 0.25, rtol=1e-6)
 

@@ -521,4 +521,4 @@ def test_impossible_options_are_refused(options, message):
 
 def test_it_must_be_started():
     with pytest.raises(RuntimeError, match=r"the executor must be started with start"):
-        DataParallelExecutor().outer()
+        DataParallelExecutor().state()

@@ -235,7 +235,7 @@ def test_stale_answers_still_lead_to_the_solution(workers):
         oldest.append(executor._pool.oldest)
     before, after = (
         float(true_hypergradient(problem, outer, task).norm())
-        for outer in (first.outer, executor.outer())
+        for outer in (first.outer, executor.state().outer)
     )
     assert after < 1e-2 * before
     assert 0 < max(oldest) <= 2

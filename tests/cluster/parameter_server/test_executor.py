@@ -92,7 +92,7 @@ def test_a_run_that_goes_on_gives_the_bytes_of_an_uninterrupted_one(executor):
     running = executor(state=state)
     list(running.run(6))
     assert state_bytes(running.state()) == state_bytes(expected)
-    assert all(torch.equal(running.outer()[name], x) for name, x in expected.outer.items())
+    assert all(torch.equal(running.state().outer[name], x) for name, x in expected.outer.items())
 
 
 @pytest.mark.parametrize(

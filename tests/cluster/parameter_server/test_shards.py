@@ -56,7 +56,7 @@ def test_shards_give_the_bytes_of_one_process(executor, tmp_path):
     assert state_bytes(state) == state_bytes(expected)
     assert [report.step for report in reports] == [report.step for report in expected_reports]
     assert reports[0].step.hypergradient_norm > 0.5, "clipped"
-    assert all(torch.equal(running.outer()[name], x) for name, x in expected.outer.items())
+    assert all(torch.equal(running.state().outer[name], x) for name, x in expected.outer.items())
     store = CheckpointStore(str(tmp_path))
     name = store.save(Checkpoint(state))
     assert {"tensors.safetensors", "tensors-1.safetensors"} < set(os.listdir(tmp_path / name))

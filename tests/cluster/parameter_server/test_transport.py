@@ -66,7 +66,7 @@ def test_the_way_changes_no_byte(executor):
     assert isinstance(ray.get(running._supervisor.pull()[0]).flat, ray.ObjectRef)
     expected = local_run(2, wide_workload())[0]
     assert state_bytes(running.state()) == state_bytes(expected)
-    assert all(torch.equal(running.outer()[name], x) for name, x in expected.outer.items())
+    assert all(torch.equal(running.state().outer[name], x) for name, x in expected.outer.items())
 
 
 @needs_nixl
