@@ -36,6 +36,8 @@ from metadist.task import (
 from metadist.trees import Params, detach, select, tree_map
 
 TASKS_AT_A_TIME = 25
+TASKS_ONE_BY_ONE = 5
+"""The tasks that travel to a worker together where they are not computed together anyway."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,13 @@ def evaluate_tasks(
 
     Those of a task in which adaptation diverges are NaN or infinite.
     """
-    size = compute.chunk_size or TASKS_AT_A_TIME
+    size = compute.chunk_size
+    if size is None:
+        here = {name: leaf.to(pick_device(compute.device)) for name, leaf in outer.items()}
+        leaf = next(iter(here.values()))
+        twice = [to_device(sample_task(sampler, 0), leaf.device, leaf.dtype)] * 2
+        together = vectorizes(compute.vectorize, problem, algorithm, here, twice)
+        size = TASKS_AT_A_TIME if together else TASKS_ONE_BY_ONE
     chunks = [range(first, min(first + size, num_tasks)) for first in range(0, num_tasks, size)]
     judge = _Judge(problem, sampler, algorithm, compute)
     metrics: dict[str, list[float]] = {}

@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 import torch
 
-from metadist import AutogradOracle, evaluate
+from metadist import AutogradOracle, LocalExecutor, evaluate
 from metadist.algorithms import ITD, Reptile
 from metadist.compute import AS_TORCH_IS_SET, Compute
 from metadist.evaluation import (
@@ -122,6 +122,21 @@ def test_together_and_one_by_one_give_the_same_numbers(algorithm, batch_size):
         for name, expected in results[0].metrics.items():
             assert result.metrics[name].mean == pytest.approx(expected.mean, abs=1e-11)
             assert result.metrics[name].half_width == pytest.approx(expected.half_width, abs=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [({}, [11]), ({"vectorize": False}, [5, 5, 1]), ({"chunk_size": 8}, [8, 3])],
+)
+def test_workers_are_sent_fewer_tasks_at_a_time_where_each_is_computed_alone(options, sizes):
+    class Seen(LocalExecutor):
+        def judge(self, judge, outer, chunks):
+            assert [len(chunk) for chunk in chunks] == sizes
+            return super().judge(judge, outer, chunks)
+
+    task = (Smooth(), SMOOTH, ITD(inner_steps=2), smooth_outer(), 11)
+    compute = Compute(**options)
+    assert evaluate(*task, compute=compute, executor=Seen()) == evaluate(*task, compute=compute)
 
 
 def test_two_evaluations_are_the_same_to_the_bit_and_the_global_state_is_left_alone():
