@@ -89,7 +89,7 @@ class AutogradOracle(Oracle):
 
     def _take(self, draw: Draw) -> Batch:
         full = self._set(draw.source)
-        chosen = self._mini_batches.chosen(draw, full.index)
+        chosen = self._mini_batches.chosen(draw, full.index.device)
         return full if chosen is None else full.take(chosen)
 
     def _set(self, source: Source) -> Batch:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -140,7 +141,6 @@ class ShardOracle(AutogradOracle):
         )
         # The draws are those of the full sets.
         self._mini_batches = MiniBatches(num_examples, shard.id, batch_size, seed, step)
-        self._num_examples = dict(zip(SOURCES, num_examples, strict=True))
 
     def share(self, draw: Draw) -> float:
         """Examples of `draw` on the shard over examples of `draw`."""
@@ -149,16 +149,21 @@ class ShardOracle(AutogradOracle):
     def _take(self, draw: Draw) -> Batch:
         # A draw is a choice of positions in the full set, by a hash that every machine computes
         # alike: all shards agree on it without a message, and each takes what it holds.
-        shard, num_examples = self._set(draw.source), self._num_examples[draw.source]
-        chosen = self._mini_batches.chosen(
-            draw, torch.arange(num_examples, device=shard.index.device)
-        )
+        shard = self._set(draw.source)
+        chosen = self._mini_batches.chosen(draw, shard.index.device)
         if chosen is None:
             return shard
-        places = chosen.new_full((num_examples,), -1)
-        places[shard.index] = torch.arange(len(shard.index), device=chosen.device)
-        held = places[chosen]
-        return shard.take(held[held >= 0])
+        order = _order(shard.index)
+        places = torch.searchsorted(shard.index, chosen, sorter=order)
+        inside = places < len(order)
+        places = order[places[inside]]
+        return shard.take(places[shard.index[places] == chosen[inside]])
+
+
+@lru_cache(maxsize=4)
+def _order(index: Tensor) -> Tensor:
+    """What sorts `index`, told by identity: it is sorted once, not at every step."""
+    return index.argsort()
 
 
 def spread(rows: Tensor, index: Tensor, num_examples: int) -> Tensor:

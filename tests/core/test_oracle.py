@@ -8,7 +8,7 @@ from scipy.stats import chi2
 from torch.func import vmap
 
 from metadist.autograd import AutogradOracle
-from metadist.oracle import DERIVATIVES, CountingOracle, Draw, random_keys
+from metadist.oracle import DERIVATIVES, CountingOracle, Draw, permuted, random_keys
 from metadist.task import stack_tasks
 from metadist.trees import dot
 from tests.problems import (
@@ -141,18 +141,76 @@ def test_another_seed_task_or_counter_is_another_batch(other):
     assert sorted(batch(**other)) != sorted(batch())
 
 
+def is_uniform(counts):
+    """Whether these counts may be those of classes that are equally likely."""
+    counts = torch.as_tensor(counts, dtype=DOUBLE)
+    expected = counts.mean()
+    return chi2.sf(float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1) > 1e-3
+
+
+CPU = torch.device("cpu")
+
+
 @pytest.mark.parametrize("over", ["counter", "seed", "task"])
 def test_draws_are_uniform_over_subsets(over):
-    num_draws, size = 1500, 5
-    index = torch.arange(size)
-    frequency = dict.fromkeys(itertools.combinations(range(size), 2), 0)
-    for number in range(num_draws):
+    frequency = dict.fromkeys(itertools.combinations(range(5), 2), 0)
+    for number in range(1500):
         seeds = {"seed": (number, 0, 0), "task": (0, number, 0), "counter": (0, 0, number)}[over]
-        chosen = random_keys(index, *seeds).argsort()[:2].tolist()
+        chosen = permuted(range(2), 5, *seeds, device=CPU).tolist()
         frequency[tuple(sorted(chosen))] += 1
-    expected = num_draws / len(frequency)
-    statistic = sum((count - expected) ** 2 / expected for count in frequency.values())
-    assert chi2.sf(statistic, len(frequency) - 1) > 1e-3
+    assert is_uniform(list(frequency.values()))
+
+
+@pytest.mark.parametrize("size", [1031, 1250, 2500])
+def test_draws_of_large_sets_are_uniform(size):
+    """Where a place goes, and how far from its neighbours in a row and in a column."""
+    drawn = torch.stack([permuted(range(51), size, seed, 3, device=CPU) for seed in range(4000)])
+    first, classes = drawn[:, 0], 25
+    assert is_uniform((first * classes // size).bincount(minlength=classes))
+    for place in (1, 24, 25, 50):
+        distance = (drawn[:, place] - first) % size - 1  # never the same place
+        assert is_uniform((distance * classes // (size - 1)).bincount(minlength=classes))
+
+
+@pytest.mark.parametrize(
+    "size", [1, 2, 3, 7, 64, 97, 1023, 1024, 1025, 1031, 2048, 4096, 4999, 5003, 65536, 65537]
+)
+def test_a_permutation_has_every_place_once_and_is_a_function_of_the_seeds(size):
+    seeds = (7, -2, 10**12)
+    whole = permuted(range(size), size, *seeds, device=CPU)
+    assert whole.dtype == torch.int64
+    assert torch.equal(whole.sort().values, torch.arange(size))
+    middle = range(size // 3, size // 2 + 1)
+    assert torch.equal(
+        permuted(middle, size, *seeds, device=CPU), whole[middle.start : middle.stop]
+    )
+    on_tensors = permuted(range(size), size, 7, torch.tensor(-2), 10**12, device=CPU)
+    assert torch.equal(on_tensors, whole)
+    if size > 50:
+        other = permuted(range(size), size, 7, -1, 10**12, device=CPU)
+        assert int((other == whole).sum()) < 10
+
+
+def test_draws_are_the_same_for_ever():
+    drawn = [permuted(range(3), size, 1, 2, 3, 4, device=CPU).tolist() for size in (10, 5003)]
+    assert drawn == [[7, 2, 0], [3990, 4871, 927]]
+
+
+def test_mini_batches_of_large_sets_are_those_of_a_stack_of_tasks():
+    tasks = [smooth_task(index, num_support=1100, num_query=1531) for index in (3, 70)]
+
+    def indices(task):
+        oracle = AutogradOracle(Smooth(), task, batch_size=200, seed=2, step=5)
+        drawn = [oracle.batch(oracle.draw_inner()), oracle.batch(oracle.draw_outer())]
+        return tuple(batch.index for batch in (*drawn, *map(oracle.batch, oracle.parts("query"))))
+
+    together = vmap(indices)(stack_tasks(tasks))
+    for b, task in enumerate(tasks):
+        inner, outer, *parts = indices(task)
+        assert len(set(inner.tolist())) == len(set(outer.tolist())) == 200
+        assert sorted(torch.cat(parts).tolist()) == list(range(1531))
+        for many, one in zip(together, indices(task), strict=True):
+            assert torch.equal(many[b], one)
 
 
 def test_random_keys_are_those_of_splitmix64():

@@ -89,6 +89,20 @@ def test_shares_times_derivatives_of_any_shards_add_up(of_support, of_query, siz
             assert_close(actual, expected, 1e-13)
 
 
+@pytest.mark.parametrize("by_part", [False, True])
+def test_shards_of_large_sets_agree_on_a_draw(by_part):
+    task = cleaning_task(5_003, 1_500)
+    whole = AutogradOracle(PROBLEM, task, 700, seed=5, eager=True)
+    draw = whole.parts("support")[-1] if by_part else Draw("support", 7)
+    places = torch.randperm(5_003, generator=torch.Generator().manual_seed(0))
+    shards = [task._replace(support=task.support.take(owned)) for owned in places.split(2_000)]
+    held = [ShardOracle(PROBLEM, shard, (5_003, 1_500), 700, seed=5) for shard in shards]
+    found = torch.cat([oracle.batch(draw).index for oracle in held])
+    assert sorted(found.tolist()) == sorted(whole.batch(draw).index.tolist())
+    assert len(found) == (5_003 % 700 if by_part else 700)
+    assert all(oracle.share(draw) == len(oracle.batch(draw).index) / len(found) for oracle in held)
+
+
 def test_a_sampler_may_cut_by_itself():
     shards = [sample_shard(Unequal(), part, 3) for part in range(3)]
     assert [shard.support.index.tolist() for shard in shards] == [
