@@ -120,7 +120,7 @@ class Algorithm(ABC):
 
     @property
     def compiles(self) -> bool:
-        """Whether the oracle should compile its derivatives (`torch.compile`)."""
+        """Whether the oracle compiles what is asked in `Oracle.together` (`torch.compile`)."""
         return False
 
     @property

@@ -12,11 +12,11 @@ several products at one point, on one draw, only the first pays for the loss and
 
 from __future__ import annotations
 
-import warnings
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache, reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,12 +31,16 @@ from metadist.oracle import (
     Draw,
     MiniBatches,
     Oracle,
+    Program,
     Role,
     Source,
 )
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params, detach, dot, gradients, leaves
+
+if TYPE_CHECKING:
+    from metadist.compiled import Kernels
 
 
 class AutogradOracle(Oracle):
@@ -47,8 +51,7 @@ class AutogradOracle(Oracle):
         task: One task, or under vmap one slice of a stack of tasks.
         batch_size: Examples per draw; None: every draw is the whole support or query set.
         seed: The seed of the draws, together with the task's id; reproducible on every device.
-        compile: Compile each derivative with torch.compile, once per problem and shape; where
-            no compiler works, a warning is given and the derivatives run uncompiled.
+        compile: Compile what is asked in `together`, see metadist/compiled.py.
         eager: Use torch.autograd, which is faster; not under the transforms of torch.func.
         step: The outer step; other steps have other draws.
         constants: What x does not enter.
@@ -72,7 +75,7 @@ class AutogradOracle(Oracle):
         super().__init__(problem, mini_batches, constants)
         self._task = task
         self._compile = compile
-        self._functions = _functions(_Identity(problem), compile) if compile or not eager else None
+        self._functions = None if eager else _functions(_Identity(problem))
         self._batches: dict[Source, tuple[Draw, Batch]] = {}
         self._point: _Point | None = None
         self._kept: list[_Point] = []
@@ -99,8 +102,6 @@ class AutogradOracle(Oracle):
         derivative = DERIVATIVES[name]
         if derivative.gives == ("value",):
             return ({"value": _loss(self._problem, derivative)(*trees, self.batch(draw))},)
-        if self._functions is not None and self._compile:
-            return self._functions[name](*trees, self.batch(draw))
         x, y, *directions = trees
         draw = self._mini_batches.canonical(draw)
         point = self._known(derivative, draw, x, y)
@@ -115,6 +116,19 @@ class AutogradOracle(Oracle):
         if self._functions is not None:
             return self._functions[name](x, y, self.batch(draw))
         return _eager(_loss(self._problem, derivative), derivative, self.batch(draw), x, y)
+
+    def together(self, program: Program, *trees: Params) -> Any:
+        if not self._compile:
+            return program(self, *trees)
+        kernels = _kernels(_Identity(self._problem))
+        return kernels.run(program, self, self._task, trees, self._graph_budget)
+
+    def of(self, task: Task) -> AutogradOracle:
+        """The oracle of another task of the same sizes."""
+        other = copy.copy(self)
+        other._task, other._mini_batches = task, self._mini_batches.of(task.id)
+        other._batches, other._point, other._kept = {}, None, []
+        return other
 
     def _known(self, derivative: Derivative, draw: Draw, x: Params, y: Params) -> _Point | None:
         """The point at which this can be had from what is kept."""
@@ -291,7 +305,7 @@ def _functional_graph(
     return dict(zip(derivative.along, slopes, strict=True)), pull
 
 
-def _functional(problem: Problem, derivative: Derivative) -> Callable[..., tuple[Params, ...]]:
+def functional(problem: Problem, derivative: Derivative) -> Callable[..., tuple[Params, ...]]:
     """A derivative by torch.func: a pure function of (x, y, directions, batch)."""
     function = _loss(problem, derivative)
     if derivative.along:
@@ -322,46 +336,25 @@ class _Identity:
         return isinstance(other, _Identity) and other.value is self.value
 
 
-# A cache for the whole process: an oracle lives for one task of one step, and what torch.compile
-# has compiled for its problem must outlive it. The functions are pure, so sharing them is safe.
+# Caches for the whole process: an oracle lives for one task of one step, and what is compiled for
+# its problem must outlive it. The functions are pure, so sharing them is safe.
 @lru_cache(maxsize=8)
-def _functions(problem: _Identity, compile: bool) -> dict[str, Callable[..., tuple[Params, ...]]]:
-    functions = {}
-    for name, derivative in DERIVATIVES.items():
-        if derivative.gives != ("value",):
-            function = _functional(problem.value, derivative)
-            functions[name] = _compiled(function) if compile else function
-    return functions
+def _functions(problem: _Identity) -> dict[str, Callable[..., tuple[Params, ...]]]:
+    return {
+        name: functional(problem.value, derivative)
+        for name, derivative in DERIVATIVES.items()
+        if derivative.gives != ("value",)
+    }
+
+
+@lru_cache(maxsize=8)
+def _kernels(problem: _Identity) -> Kernels:
+    from metadist.compiled import Kernels  # torch's compiler takes seconds to import
+
+    return Kernels(problem.value)
 
 
 @lru_cache(maxsize=8)
 def _graph_sizes(problem: _Identity) -> dict[Any, int]:
     """The bytes of a graph of `problem` by the shapes it was made of, filled by its oracles."""
     return {}
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled at its first call; uncompiled, with a warning, where that fails."""
-    import torch._dynamo.exc  # some seconds, which no other user of this module should pay
-
-    current = torch.compile(function, dynamic=False)
-
-    def call(*args: Any) -> Any:
-        nonlocal current
-        if current is function:
-            return function(*args)
-        try:
-            return current(*args)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            # An error of the function itself is raised again, readable, by the call below.
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(
-                f"compile=True has no effect, torch.compile failed: {reason}; "
-                "install a C++ compiler (or on GPU, triton), or pass compile=False",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            current = function
-            return function(*args)
-
-    return call

@@ -353,10 +353,9 @@ def vectorizes(
         return False
     stackable = len({shape_signature(task) for task in tasks}) == 1
     if vectorize is True:
-        if not algorithm.supports_vmap or algorithm.compiles:
+        if not algorithm.supports_vmap:
             raise ValueError(
-                f"vectorize must be False or 'auto' with {algorithm}: its "
-                f"{'compiled derivatives do' if algorithm.compiles else 'engine does'} not run "
+                f"vectorize must be False or 'auto' with {algorithm}: its engine does not run "
                 "under vmap, got True"
             )
         if not stackable:
@@ -365,7 +364,7 @@ def vectorizes(
                 f"{sorted({shape_signature(task) for task in tasks})}: use 'auto' or False"
             )
         return True
-    if not stackable or not algorithm.supports_vmap or algorithm.compiles:
+    if not stackable or not algorithm.supports_vmap:
         return False
     if next(iter(outer.values())).device.type != "cpu":
         return True

@@ -10,6 +10,7 @@ metadist/cluster/data_parallel/oracle.py asks the machines that hold the data.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from abc import ABC, abstractmethod
@@ -70,6 +71,10 @@ DERIVATIVES = {
     "outer_value": Derivative("outer_loss", ("value",), ("outer_value",)),
 }
 """The methods of `Oracle` that need data."""
+
+
+Program = Callable[..., Any]
+"""(oracle, trees) -> trees: a part of an algorithm."""
 
 
 class Draw(NamedTuple):
@@ -147,11 +152,19 @@ class MiniBatches:
         normal = (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
         return unflatten(normal.to(leaf.dtype), tree)
 
+    def of(self, task_id: int | Tensor) -> MiniBatches:
+        """Those of another task of the same sizes."""
+        other = copy.copy(self)
+        other._task_id = task_id
+        return other
+
+    def is_whole(self, source: Source) -> bool:
+        """Whether every draw from `source` is the whole set."""
+        return self._batch_size is None or self._batch_size >= self._num_examples[source]
+
     def canonical(self, draw: Draw) -> Draw:
         """The one name for the examples of `draw`: all draws of a whole set are the same."""
-        size = self._batch_size
-        is_whole = size is None or size >= self._num_examples[draw.source]
-        return Draw(draw.source, 0) if is_whole else draw
+        return Draw(draw.source, 0) if self.is_whole(draw.source) else draw
 
     def size(self, draw: Draw) -> int:
         """The number of examples of `draw`."""
@@ -224,6 +237,16 @@ class Oracle(ABC):
         Override it where arguments may not be known yet.
         """
         return function(*arguments)
+
+    def together(self, program: Program, *trees: Params) -> Any:
+        """`program(oracle, *trees)`, under vmap for all tasks at once where it is compiled.
+
+        Args:
+            program: Gets an oracle of the same draws, and `trees`, all of which may have a leading
+                axis of tasks; it computes with them element by element. Its results are trees.
+            *trees: Its arguments.
+        """
+        return program(self, *trees)
 
     @property
     def step(self) -> int:
@@ -321,6 +344,15 @@ class CountingOracle(Oracle):
     def derive(self, name: str, draw: Draw, *trees: Params) -> tuple[Params, ...]:
         self.counts.update(DERIVATIVES[name].counts)
         return self._oracle.derive(name, draw, *trees)
+
+    def together(self, program: Program, *trees: Params) -> Any:
+        def counted(oracle: Oracle, *trees: Params) -> Any:
+            counting = CountingOracle(oracle)
+            result = program(counting, *trees)
+            self.counts.update(counting.counts)
+            return result
+
+        return self._oracle.together(counted, *trees)
 
     def apply(self, function: Callable[..., Params], arguments: Any, like: Params) -> Params:
         return self._oracle.apply(function, arguments, like)

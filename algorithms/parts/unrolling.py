@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,7 +36,8 @@ class Unrolling(Algorithm):
             keeps the graph of all steps; "higher" does so with that library.
         inner_optimizer: "sgd", or with engine="higher" a key of `HIGHER_OPTIMIZERS`; all but
             "sgd" need inner_steps >= 2.
-        compile: Compile the derivatives with torch.compile (engine="adjoint", no vmap).
+        compile: Compile a step and its second-order product with torch.compile, under vmap for
+            all tasks that are computed together (engine="adjoint").
     """
 
     inner_steps: int = rule(5, ge=1)
@@ -118,12 +120,18 @@ class Unrolling(Algorithm):
         rates = self._rates(own, inner)
         if self.inner_optimizer != "sgd":
             return ENGINES[self.engine](self, oracle, context, rates, inner).inner
-        return sgd(oracle, context, inner, self.inner_steps, rates, self.momentum)
+
+        def descend(oracle: Oracle, context: Params, y: Params) -> Params:
+            return sgd(oracle, context, y, self.inner_steps, rates, self.momentum)
+
+        adapted: Params = oracle.together(descend, context, inner)
+        return adapted
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         context, own = split_own(context)
         rates = self._rates(own, state.inner)
-        result = ENGINES[self.engine](self, oracle, context, rates, state.inner)
+        # The rates are no argument: under vmap they have no axis of tasks.
+        result = oracle.together(partial(_run, self, rates), context, state.inner)
         hypergradient = dict(result.context)
         for name, leaf in result.rates.items():
             if RATE + name in own:
@@ -243,6 +251,12 @@ def through_higher(
             second_order_steps=loop.second_order_steps,
         )
     )
+
+
+def _run(
+    loop: Unrolling, rates: Params, oracle: Oracle, context: Params, start: Params
+) -> Unrolled:
+    return ENGINES[loop.engine](loop, oracle, context, rates, start)
 
 
 ENGINES = {"adjoint": adjoint, "unrolled": unrolled, "higher": through_higher}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,13 +25,14 @@ from metadist.cluster.data_parallel.layout import (
     Layout,
     Message,
     Reply,
+    Request,
     Role,
     ShardCheck,
     ShardInfo,
 )
 from metadist.compute import intra_op_threads, pick_device
 from metadist.hypergradient import adaptation_metrics
-from metadist.oracle import DERIVATIVES
+from metadist.oracle import DERIVATIVES, Oracle
 from metadist.task import Task, to_device
 from metadist.trees import Params, check_flattenable
 from metadist.workload import Workload
@@ -104,7 +106,7 @@ class ShardWorker:
                 share = oracle.share(request.draw)
                 answered.append(share > 0)
                 if share > 0:
-                    found = oracle.derive(request.method, request.draw, *trees)
+                    found = oracle.together(partial(_answer, request), *trees)
                     roles = DERIVATIVES[request.method].gives
                     for role, tree in zip(roles, found, strict=True):
                         flats += [share * leaf for leaf in self._flats(layout, role, tree)]
@@ -157,3 +159,8 @@ class ShardWorker:
             name: float(value) * (of_support if name == "support_loss" else of_query)
             for name, value in found.items()
         }
+
+
+def _answer(request: Request, oracle: Oracle, *trees: Params) -> tuple[Params, ...]:
+    assert request.draw is not None
+    return oracle.derive(request.method, request.draw, *trees)

@@ -357,7 +357,8 @@ def test_tasks_of_unequal_size_go_one_by_one():
         ("BOIL on Conv4", ITD(), False),
         ("quadratic", ITD(engine="unrolled"), True),
         ("quadratic", ITD(engine="higher"), False),
-        ("quadratic", ITD(compile=True), False),
+        ("quadratic", ITD(compile=True), True),
+        ("MAML on Conv4", ITD(compile=True), False),
     ],
 )
 def test_auto_loops_where_inner_tensors_are_convolution_kernels_on_a_cpu(name, algorithm, expected):
@@ -394,11 +395,6 @@ def test_no_tasks_are_refused():
             ITD(engine="higher"),
             (5, 5),
             r"vectorize must be False or 'auto' with ITD\(.*engine does",
-        ),
-        (
-            ITD(compile=True),
-            (5, 5),
-            r"vectorize must be False or 'auto' .* compiled derivatives do",
         ),
         (ITD(), (5, 6), r"vectorize=True needs tasks of equal shapes, got .*: use 'auto' or False"),
         (Reptile(), (5, 6), r"vectorize=True needs tasks of equal shapes"),
