@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from metadist.cluster.actors.errors import ConnectError, ResourcesError
@@ -48,7 +51,7 @@ def connect(
         token = _token_path()
         is_new = not token.exists()
         with (
-            _quiet("ray._private.authentication.authentication_token_setup"),
+            _quiet(TOKENS),
             _sigterm_kept(),
             _start_explained(),
         ):
@@ -65,6 +68,10 @@ def connect(
         return True
     try:
         _check_listening(address)
+        if address.startswith(CLIENT):
+            # Ray's client knows of a token only if it is told, and then waits for 30 s.
+            with _quiet(TOKENS):
+                maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         with _sigterm_kept():
             ray.init(**options)
     except (OSError, RuntimeError) as error:
@@ -77,6 +84,8 @@ def connect(
 
 
 LOCAL = "local"
+CLIENT = "ray://"
+TOKENS = "ray._private.authentication.authentication_token_setup"
 
 
 def is_of_this_machine(address: str | None) -> bool:
@@ -142,7 +151,7 @@ def _check_listening(address: str) -> None:
 
     "ray://host:port" is Ray's client, of which the same holds.
     """
-    host, _, port = address.removeprefix("ray://").rstrip("/").rpartition(":")
+    host, _, port = address.removeprefix(CLIENT).rstrip("/").rpartition(":")
     if host and port.isdigit() and "://" not in host:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
 
