@@ -31,6 +31,7 @@ SPELLINGS = {
     "test": ("test", "testing", "tst"),
 }
 UNCLEAR = ("eval", "evaluation", "holdout", "heldout")  # val to some, test to others
+SHORT = {"tr", "va", "vl", "te", "ts"}  # splits, or languages
 Files = dict[str, list[Path]]  # class name: its image files
 
 
@@ -232,7 +233,7 @@ def understood(root: Path, folders: dict[str, Path]) -> dict[str, str]:
         # A class may be called anything, train or test_tube: it holds images and no folders.
         if mentions_split(name) and (len(splits) > 1 or not look_into(folder).images):
             suspects.append(name)
-    if not suspects:
+    if not suspects and not {name.casefold() for name in folders} <= SHORT:
         return {}
     said = ", ".join(f"{name} is {role or 'not understood'}" for name, role in roles.items())
     raise ValueError(

@@ -274,6 +274,7 @@ def test_the_usual_spellings_of_splits_are_understood(tmp_path: Path, parts, dep
         (("train", "eval", "test"), "eval is not understood, test is test, train is train"),
         (("train_clean", "train_noisy", "other"), "other is not understood, train_clean is not un"),
         (("base", "val", "novel"), "base is not understood, novel is not understood, val is val"),
+        (("tr", "va", "te"), "te is not understood, tr is not understood, va is not understood"),
         (("Latin", "Greek", "Testing", "Tamil"), "Testing is test"),
     ],
 )
