@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from metadist.trees import Params
@@ -236,6 +237,11 @@ def check_model(model: nn.Module) -> None:
                 f"model must not be compiled by torch.compile, {whose} is: compiled code has no "
                 "second derivative. Pass the module that was compiled (._orig_mod); algorithms "
                 "with compile=True compile its derivatives"
+            )
+        if any(map(is_lazy, module.parameters(recurse=False))):
+            raise ValueError(
+                f"model must know its sizes, {whose} is a {type(module).__name__} that has seen no "
+                "inputs: call the model once, model(inputs)"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(

@@ -202,6 +202,7 @@ def test_models_that_torch_cannot_copy_or_differentiate_are_refused_with_the_way
     old = nn.Sequential(nn.Linear(6, 4), nn.utils.weight_norm(nn.Linear(4, 3)))
     for model, message in (
         (compiled, r"model must not be compiled by torch\.compile, the model is: .*\._orig_mod"),
+        (nn.Sequential(nn.LazyLinear(3)), r"layer '0' is a LazyLinear that has seen no inputs"),
         (old, r"copy\.deepcopy .* Layer '1' keeps a tensor .* 'weight': .*parametrizations"),
         (torch.jit.script(nn.Linear(6, 3)), r"model must be a plain nn\.Module, the model is a R"),
     ):
