@@ -298,7 +298,8 @@ def _functional_graph(
             {name: direction[name] for name in slope}
             for slope, direction in zip(slopes, directions, strict=True)
         ]
-        found = vjp(tuple(cotangents), retain_graph=retain_graph)
+        # No graph of the products, as in the eager form; a batch norm under vmap can have none.
+        found = vjp(tuple(cotangents), retain_graph=retain_graph, create_graph=False)
         by_role = dict(zip(derivative.gives, found, strict=True))
         return tuple(by_role[role] for role in gives)
 
