@@ -7,9 +7,10 @@ them without an error, so they are only ever copied from.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -148,6 +149,20 @@ def unpack_state(packed: PackedState, spec: OuterSpec) -> OuterState:
         applied=packed.applied,
         recursion={name: read_only(leaf) for name, leaf in packed.recursion.items()},
         states={index: read_only(leaf) for index, leaf in packed.states.items()},
+    )
+
+
+def owned(packed: PackedState) -> PackedState:
+    """The same values in memory of this process alone, which no loss of the object store takes."""
+
+    def copied(arrays: Mapping[Any, Array]) -> dict[Any, Array]:
+        return {key: np.array(array) for key, array in arrays.items()}
+
+    return packed._replace(
+        flat=np.array(packed.flat),
+        optimizer=copied(packed.optimizer),
+        recursion=copied(packed.recursion),
+        states=copied(packed.states),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray import ObjectRef, exceptions
 
-from metadist.cluster.actors.buffers import OuterSpec, PackedState, versions_of
+from metadist.cluster.actors.buffers import OuterSpec, PackedState, owned, versions_of
 from metadist.cluster.actors.errors import ServerLostError, message
 from metadist.cluster.actors.failure import SERVER, Event, Failures, History, Raise, Retry
 from metadist.cluster.actors.options import Server
@@ -37,9 +37,9 @@ class Supervisor:
     """Asks the parameter server, and keeps a snapshot from which another one can resume.
 
     Why snapshots: a process that Ray restarted would have lost x, and the last checkpoint may be
-    many steps old. A snapshot lies in the shared memory of the driver's node, outside the server's
-    process. It is fetched while the workers compute, and replaces the last one when it has arrived:
-    there are two at most, each as large as a checkpoint.
+    many steps old. A snapshot is in the memory of the driver: the shared memory of its node may be
+    lost. It is fetched while the workers compute, and replaces the last one when it has arrived:
+    there are two at most, each as large as a checkpoint, one of them in shared memory.
 
     The server is one actor or several, which own a slice of x each. Calls of one caller are
     answered in their order, so what all are asked between two steps has the same version. When one
@@ -291,7 +291,6 @@ class Supervisor:
         if not self.servers:
             self.servers = [self._make_server(number) for number in range(len(self._snapshot))]
         refs = [self._runtime.put(part) for part in self._snapshot]
-        self._snapshot = self._runtime.get(refs)  # no longer in the memory of this process
         calls = [
             server.setup.remote(ref, spec, *self._setup)
             for server, ref, spec in zip(self.servers, refs, self._specs, strict=True)
@@ -311,7 +310,7 @@ class Supervisor:
 
     def _keep(self, parts: list[PackedState]) -> None:
         if len(versions_of(parts)) == 1 and parts[0].version >= self._snapshot[0].version:
-            self._snapshot = parts
+            self._snapshot = [owned(part) for part in parts]
 
     def _all_ready(self, refs: list[ObjectRef[Any]]) -> bool:
         return len(self._runtime.ready(refs)) == len(refs)

@@ -12,6 +12,7 @@ import torch
 from metadist.cluster.actors.buffers import (
     OuterSpec,
     join_states,
+    owned,
     pack_state,
     read_only,
     unpack_state,
@@ -69,6 +70,17 @@ def test_a_joined_state_has_memory_of_its_own():
     for leaf in (*joined.outer.values(), *joined.optimizer.values()):
         leaf.add_(1)
     assert state_bytes(unpack_state(packed, OuterSpec.of(state.outer))) == state_bytes(state)
+
+
+def test_an_owned_state_has_memory_of_its_own():
+    state = stepped_state(torch.float32)
+    packed = pack_state(state)
+    mine = owned(packed)
+    for theirs, ours in zip(packed.optimizer.values(), mine.optimizer.values(), strict=True):
+        assert not np.shares_memory(theirs, ours)
+    assert not np.shares_memory(packed.flat, mine.flat)
+    spec = OuterSpec.of(state.outer)
+    assert state_bytes(unpack_state(mine, spec)) == state_bytes(state)
 
 
 @pytest.mark.parametrize(
