@@ -10,7 +10,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -206,10 +207,12 @@ def reserve(
         bundles: The resources, one bundle for each worker.
         timeout_s: How long to wait for them.
         option: The option that says how many, for the error.
-        can_grow: Whether nodes may join; if not, nothing that all nodes lack is waited for.
+        can_grow: Whether nodes may join; if not, nothing that all nodes lack is waited for. What no
+            single node has is waited for only where an autoscaler may start one.
 
     Raises:
-        ResourcesError: They are not free within `timeout_s`; nothing is left reserved.
+        ResourcesError: They are not free within `timeout_s`, or never will be; nothing is left
+            reserved.
     """
     if not can_grow and (lacking := _lacking(bundles)):
         raise ResourcesError(
@@ -217,6 +220,14 @@ def reserve(
             f"got {_shortage(bundles)}: lower {option}"
             + (" or gpus_per_worker, or use device='cpu'" if "GPU" in lacking else "")
             + ", or give the address of a cluster that has them"
+        )
+    if not _fits(bundles[0]) and not _has_autoscaler():
+        raise ResourcesError(
+            f"{option}={len(bundles)} must have nodes with {_in_words(bundles[0])} each, got "
+            f"{_nodes_in_words()}, and none of them is of a group of Ray's autoscaler, which could "
+            f"start others: lower cpus_per_worker or gpus_per_worker"
+            + (", use device='cpu'" if "GPU" in bundles[0] else "")
+            + ", or let such nodes join first"
         )
     group = placement_group(list(bundles), strategy="PACK")
     try:
@@ -239,6 +250,36 @@ def reserve(
 def demand(bundle: dict[str, float]) -> PlacementGroup:
     """A reservation that may come later; until then Ray's autoscaler sees it as demand."""
     return placement_group([bundle])
+
+
+_NODE_GROUP = "ray.io/node-group"
+"""The label of nodes that `ray up`, KubeRay and the like start, for which Ray has no constant."""
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _has_autoscaler() -> bool:
+    """Whether an autoscaler may start nodes; Ray says so of each node, and nowhere else."""
+    return any(_NODE_GROUP in node.get("Labels", {}) for node in _nodes())
+
+
+def _fits(bundle: dict[str, float]) -> bool:
+    """Whether a node has all that, free or not."""
+    return any(
+        all(node["Resources"].get(name, 0) + 1e-6 >= bundle[name] for name in bundle)
+        for node in _nodes()
+    )
+
+
+def _in_words(resources: Mapping[str, float]) -> str:
+    return " and ".join(f"{name}: {resources.get(name, 0):g}" for name in ("CPU", "GPU"))
+
+
+def _nodes_in_words() -> str:
+    kinds = Counter(_in_words(node["Resources"]) for node in _nodes())
+    return "nodes with " + ", ".join(f"{kind} ({count}x)" for kind, count in kinds.items())
 
 
 def _lacking(bundles: Sequence[dict[str, float]]) -> list[str]:

@@ -22,7 +22,8 @@ class Workers:
             fewer, none where it has none or with Compute(device="cpu"); give a number if nodes
             with GPUs join later. In runs side by side (tune, compare) None is 0.
         start_timeout_s: How long to wait for free resources, and again for the workers. What a
-            cluster of our own on this machine does not have at all is not waited for.
+            cluster of our own on this machine does not have at all, or no node of another cluster
+            without an autoscaler, is not waited for.
         show_output: Whether to print what workers print, with Ray's own messages. Errors of user
             code come with their traceback in any case.
     """
@@ -68,9 +69,10 @@ class Server:
             kept and stepped there, and with "nixl" goes from GPU to GPU. The result has other
             roundings than a step on the CPU. `gpus_per_worker` must be given then.
         timeout_s: A server that does not answer for longer is replaced; None: never.
-        snapshot_every: The versions of x between the states that the driver keeps in shared memory
-            in case the server is lost; later steps are then computed again. One costs the server
-            about half the time of a step, and the driver's node the memory of two checkpoints.
+        snapshot_every: The versions of x between the states that the driver keeps in its memory in
+            case the server is lost; later steps are then computed again. One costs the server about
+            half the time of a step, the driver that of a copy, and the driver's node the memory of
+            two checkpoints.
     """
 
     num_shards: int = rule(1, ge=1)

@@ -90,6 +90,12 @@ try:
     )
 except ResourcesError as error:
     print(error, ray.is_initialized(), flush=True)
+try:
+    RayExecutor(Workers(num_workers=1, gpus_per_worker=3)).start(
+        make_workload(), ADAM, first_state()
+    )
+except ResourcesError as error:
+    print(error, flush=True)
 ray.init(address="auto", logging_level="WARNING")
 print(run(Workers(num_workers=3)), ray.available_resources().get("CPU"), flush=True)
 ray.shutdown()
@@ -103,7 +109,11 @@ def test_a_cluster_of_others_is_used_and_left_as_it_was(home):
     lines = Script(OTHERS, home).finish()[0].splitlines()
     assert lines[0] == "(True, 1.0, 0, False)"
     assert lines[1].startswith("num_workers=4 must be free") and lines[1].endswith("False")
-    assert lines[2].startswith("(True, 0, 2.0, True)")
+    assert lines[2].startswith(
+        "num_workers=1 must have nodes with CPU: 1 and GPU: 3 each, got nodes with CPU: 1 and "
+        "GPU: 0 (1x), CPU: 2 and GPU: 2 (1x), and none of them is of a group of Ray's autoscaler"
+    )
+    assert lines[3].startswith("(True, 0, 2.0, True)")
 
 
 def lines_until_closed(script: Script) -> list[str]:

@@ -58,6 +58,38 @@ def test_what_this_machine_lacks_is_not_waited_for(monkeypatch):
     assert connection._lacking([{"CPU": 4 / 3}] * 3) == []
 
 
+@pytest.mark.parametrize("bundle", [{"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.5}], ids=str)
+def test_what_no_node_has_is_waited_for_only_with_an_autoscaler(monkeypatch, bundle):
+    def node(is_alive=True, labels=None, **resources):
+        return {"Alive": is_alive, "Resources": resources, "Labels": labels or {}}
+
+    nodes = [node(CPU=2.0), node(CPU=2.0), node(CPU=1.0), node(False, CPU=9.0, GPU=9.0)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    asked = []
+
+    def reserved(bundles, strategy):
+        asked.append(bundles)
+        raise InterruptedError
+
+    monkeypatch.setattr(connection, "placement_group", reserved)
+    with pytest.raises(ResourcesError) as caught:
+        connection.reserve([bundle] * 3, 300.0)
+    said = str(caught.value)
+    needed = "CPU: 1 and GPU: 1" if "GPU" in bundle else "CPU: 2.5 and GPU: 0"
+    assert said.startswith(
+        f"num_workers=3 must have nodes with {needed} each, got nodes with CPU: 2 and GPU: 0 (2x), "
+        "CPU: 1 and GPU: 0 (1x), and none of them is of a group of Ray's autoscaler"
+    )
+    assert ("use device='cpu'" in said) == ("GPU" in bundle) and asked == []
+    nodes[2]["Labels"] = {"ray.io/node-group": "head"}
+    with pytest.raises(InterruptedError):
+        connection.reserve([bundle] * 3, 300.0)
+    nodes[2]["Labels"] = {}
+    with pytest.raises(InterruptedError):
+        connection.reserve([{"CPU": 2.0}] * 3, 300.0)  # more nodes of that kind may join
+    assert len(asked) == 2
+
+
 def test_rays_own_limit_of_a_start_is_explained(monkeypatch):
     def init(**options):
         raise Exception("The current node timed out during startup. This could happen")
