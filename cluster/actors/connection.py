@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ import ray
 from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
 )
+from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from metadist.cluster.actors.errors import ConnectError, ResourcesError
@@ -261,8 +263,18 @@ def _nodes() -> list[dict[str, Any]]:
 
 
 def _has_autoscaler() -> bool:
-    """Whether an autoscaler may start nodes; Ray says so of each node, and nowhere else."""
-    return any(_NODE_GROUP in node.get("Labels", {}) for node in _nodes())
+    """Whether an autoscaler may start nodes."""
+    if any(_NODE_GROUP in node.get("Labels", {}) for node in _nodes()):
+        return True
+    # Ray's first autoscaler (the default before Ray 2.50) labels no nodes, and there is no public
+    # call. Its report, from which `ray status` is printed, has the number of nodes of each type;
+    # where nothing starts nodes, each is of a type of its own.
+    try:
+        report = json.loads(_internal_kv_get("__autoscaling_status"))
+        kinds = report["autoscaler_report"]["active_nodes"]
+    except (TypeError, ValueError, KeyError):
+        return False
+    return any(not kind.startswith("node_") for kind in kinds)
 
 
 def _fits(bundle: dict[str, float]) -> bool:

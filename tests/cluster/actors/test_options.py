@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
 import pytest
@@ -66,6 +67,8 @@ def test_what_no_node_has_is_waited_for_only_with_an_autoscaler(monkeypatch, bun
     nodes = [node(CPU=2.0), node(CPU=2.0), node(CPU=1.0), node(False, CPU=9.0, GPU=9.0)]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     asked = []
+    report = {"autoscaler_report": {"active_nodes": {"node_1f": 1, "node_2e": 1}}}
+    monkeypatch.setattr(connection, "_internal_kv_get", lambda key: json.dumps(report).encode())
 
     def reserved(bundles, strategy):
         asked.append(bundles)
@@ -85,9 +88,15 @@ def test_what_no_node_has_is_waited_for_only_with_an_autoscaler(monkeypatch, bun
     with pytest.raises(InterruptedError):
         connection.reserve([bundle] * 3, 300.0)
     nodes[2]["Labels"] = {}
+    report["autoscaler_report"]["active_nodes"] = {"head": 1, "gpu": 2}
+    with pytest.raises(InterruptedError):
+        connection.reserve([bundle] * 3, 300.0)
+    report.clear()
     with pytest.raises(InterruptedError):
         connection.reserve([{"CPU": 2.0}] * 3, 300.0)  # more nodes of that kind may join
-    assert len(asked) == 2
+    assert len(asked) == 3
+    with pytest.raises(ResourcesError):
+        connection.reserve([bundle] * 3, 300.0)
 
 
 def test_rays_own_limit_of_a_start_is_explained(monkeypatch):
