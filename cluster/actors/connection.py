@@ -223,14 +223,7 @@ def reserve(
             + (" or gpus_per_worker, or use device='cpu'" if "GPU" in lacking else "")
             + ", or give the address of a cluster that has them"
         )
-    if not _fits(bundles[0]) and not _has_autoscaler():
-        raise ResourcesError(
-            f"{option}={len(bundles)} must have nodes with {_in_words(bundles[0])} each, got "
-            f"{_nodes_in_words()}, and none of them is of a group of Ray's autoscaler, which could "
-            f"start others: lower cpus_per_worker or gpus_per_worker"
-            + (", use device='cpu'" if "GPU" in bundles[0] else "")
-            + ", or let such nodes join first"
-        )
+    check_room(bundles[0], f"{option}={len(bundles)}")
     group = placement_group(list(bundles), strategy="PACK")
     try:
         if group.wait(min(2.0, timeout_s)):
@@ -254,6 +247,27 @@ def demand(bundle: dict[str, float]) -> PlacementGroup:
     return placement_group([bundle])
 
 
+def check_room(bundle: Mapping[str, float], option: str) -> None:
+    """Raise ResourcesError for what no node has, free or not, unless an autoscaler may start one.
+
+    Args:
+        bundle: The resources that each worker needs on its node.
+        option: The option that asks for them, with its value.
+    """
+    for node in _nodes():
+        if all(node["Resources"].get(name, 0) + 1e-6 >= bundle[name] for name in bundle):
+            return
+    if _has_autoscaler():
+        return
+    raise ResourcesError(
+        f"{option} must have nodes with {_in_words(bundle)} each, got {_nodes_in_words()}, and "
+        "none of them is of a group of Ray's autoscaler, which could start others: lower "
+        "cpus_per_worker or gpus_per_worker"
+        + (", use device='cpu'" if bundle.get("GPU") else "")
+        + ", or let such nodes join first"
+    )
+
+
 _NODE_GROUP = "ray.io/node-group"
 """The label of nodes that `ray up`, KubeRay and the like start, for which Ray has no constant."""
 
@@ -275,14 +289,6 @@ def _has_autoscaler() -> bool:
     except (TypeError, ValueError, KeyError):
         return False
     return any(not kind.startswith("node_") for kind in kinds)
-
-
-def _fits(bundle: dict[str, float]) -> bool:
-    """Whether a node has all that, free or not."""
-    return any(
-        all(node["Resources"].get(name, 0) + 1e-6 >= bundle[name] for name in bundle)
-        for node in _nodes()
-    )
 
 
 def _in_words(resources: Mapping[str, float]) -> str:

@@ -49,6 +49,11 @@ class Workers:
         return self.num_workers if self.min_workers is None else self.min_workers
 
     @property
+    def bundle(self) -> dict[str, float]:
+        """What is reserved for a worker of which `gpus_per_worker` is known; None is 0."""
+        return {"CPU": float(self.cpus_per_worker), "GPU": float(self.gpus_per_worker or 0.0)}
+
+    @property
     def num_cpus(self) -> float:
         """The CPUs of all workers together."""
         return self.num_workers * self.cpus_per_worker

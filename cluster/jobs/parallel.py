@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import ray
 from ray import cloudpickle, exceptions
 
-from metadist.cluster.actors.connection import connected
+from metadist.cluster.actors.connection import check_room, connected
 from metadist.cluster.actors.errors import ClusterError, message
 from metadist.cluster.actors.options import JOB_UNUSED, Workers, refuse_unused
 from metadist.cluster.actors.runtime_env import pickle_by_value
@@ -38,6 +38,7 @@ def in_parallel(
     if not items:
         return
     with connected(address, workers.num_cpus):
+        check_room(workers.bundle, f"num_workers={workers.num_workers}")
         call = ray.remote(_call).options(
             num_cpus=workers.cpus_per_worker,
             num_gpus=workers.gpus_per_worker or 0.0,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metadist.checks.values import require_integer
-from metadist.cluster.actors.connection import connected
+from metadist.cluster.actors.connection import check_room, connected
 from metadist.cluster.actors.options import JOB_UNUSED, Workers, refuse_unused
 from metadist.cluster.actors.runtime_env import pickle_by_value
 from metadist.compare.run import Contender
@@ -105,12 +105,12 @@ def tune(
     api = _ray_tune()
     # By value, as the user's modules are not installed where the trial runs.
     trial = partial(_trial, payload=pickle_by_value((make, num_steps, evaluate_every, metric)))
-    resources = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker or 0.0}
-    trainable = api.with_resources(trial, resources)
+    trainable = api.with_resources(trial, workers.bundle)
     uri = Folder(folder)
     place = str(uri.local.absolute()) if uri.local is not None else uri.uri.rstrip("/")
     parent, _, name = place.rpartition("/")
     with connected(address, workers.num_cpus):
+        check_room(workers.bundle, f"num_workers={workers.num_workers}")
         if api.Tuner.can_restore(place):
             tuner = api.Tuner.restore(
                 place, trainable, resume_unfinished=True, resume_errored=True, param_space=params

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from metadist.cli import main
-from metadist.cluster import ClusterError, Workers
+from metadist.cluster import ClusterError, ResourcesError, Workers
 from metadist.cluster.jobs.parallel import in_parallel
 from tests.cluster.processes import CLUSTER, Script
 from tests.compare.test_compare import CONFIG, MINE
@@ -45,6 +45,8 @@ def test_calls_go_several_at_a_time_and_errors_are_raised(ray_session):
         list(in_parallel(refusing, [1, 2], Workers(2)))
     with pytest.raises(ValueError, match="show_output must be False with runs side by side"):
         list(in_parallel(refusing, [1], Workers(show_output=True)))
+    with pytest.raises(ResourcesError, match=r"num_workers=2 must have nodes with CPU: 1 and GPU"):
+        list(in_parallel(refusing, [1], Workers(2, gpus_per_worker=1.0)))
 
 
 @pytest.mark.slow
