@@ -297,7 +297,7 @@ def _in_words(resources: Mapping[str, float]) -> str:
 
 def _nodes_in_words() -> str:
     kinds = Counter(_in_words(node["Resources"]) for node in _nodes())
-    return "nodes with " + ", ".join(f"{kind} ({count}x)" for kind, count in kinds.items())
+    return "nodes with " + ", ".join(f"{kind} ({count}x)" for kind, count in sorted(kinds.items()))
 
 
 def _lacking(bundles: Sequence[dict[str, float]]) -> list[str]:

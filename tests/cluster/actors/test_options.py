@@ -80,8 +80,8 @@ def test_what_no_node_has_is_waited_for_only_with_an_autoscaler(monkeypatch, bun
     said = str(caught.value)
     needed = "CPU: 1 and GPU: 1" if "GPU" in bundle else "CPU: 2.5 and GPU: 0"
     assert said.startswith(
-        f"num_workers=3 must have nodes with {needed} each, got nodes with CPU: 2 and GPU: 0 (2x), "
-        "CPU: 1 and GPU: 0 (1x), and none of them is of a group of Ray's autoscaler"
+        f"num_workers=3 must have nodes with {needed} each, got nodes with CPU: 1 and GPU: 0 (1x), "
+        "CPU: 2 and GPU: 0 (2x), and none of them is of a group of Ray's autoscaler"
     )
     assert ("use device='cpu'" in said) == ("GPU" in bundle) and asked == []
     nodes[2]["Labels"] = {"ray.io/node-group": "head"}
