@@ -269,7 +269,7 @@ def check_room(bundle: Mapping[str, float], option: str) -> None:
 
 
 _NODE_GROUP = "ray.io/node-group"
-"""The label of nodes that `ray up`, KubeRay and the like start, for which Ray has no constant."""
+"""The label of nodes that `ray up`, KubeRay and the like start; the constant of Ray is private."""
 
 
 def _nodes() -> list[dict[str, Any]]:
