@@ -236,15 +236,22 @@ def test_where_the_compiler_fails_the_derivatives_run_uncompiled_with_a_warning(
 
 def test_an_error_of_the_problem_itself_is_raised_readable(monkeypatch):
     class Wrong(Smooth):
-        def inner_loss(self, context, inner, batch):
-            raise KeyError("an error of the user")
+        fails = False
 
+        def inner_loss(self, context, inner, batch):
+            if self.fails:
+                raise KeyError("an error of the user")
+            return super().inner_loss(context, inner, batch)
+
+    problem = Wrong()
+    hypergradient(problem, [smooth_task(0)])
+    problem.fails = True
     monkeypatch.setattr(torch, "compile", NoCompiler())
     with (
         pytest.warns(RuntimeWarning, match="no compiler here"),
         pytest.raises(KeyError, match="an error of the user"),
     ):
-        hypergradient(Wrong(), [smooth_task(0)], compile=True)
+        hypergradient(problem, [smooth_task(0)], compile=True)
 
 
 SCRIPT = """
