@@ -75,13 +75,13 @@ class AutogradOracle(Oracle):
         super().__init__(problem, mini_batches, constants)
         self._task = task
         self._compile = compile
-        self._functions = None if eager else _functions(_Identity(problem))
+        self._eager = eager
         self._batches: dict[Source, tuple[Draw, Batch]] = {}
         self._point: _Point | None = None
         self._kept: list[_Point] = []
         self._graph_budget = graph_budget
         # Under vmap the shapes of a task do not tell the size of its graph, which is of all tasks.
-        self._graph_sizes = {} if self._functions else _graph_sizes(_Identity(problem))
+        self._graph_sizes = _graph_sizes(_Identity(problem)) if eager else {}
 
     def batch(self, draw: Draw) -> Batch:
         """The examples of `draw`; those of the last draw of each set are kept."""
@@ -113,9 +113,8 @@ class AutogradOracle(Oracle):
             return tuple(point.slopes[role] for role in derivative.gives)
         if derivative.is_kept and (point := self._keep(draw, x, y)):
             return (point.slopes["y"],)
-        if self._functions is not None:
-            return self._functions[name](x, y, self.batch(draw))
-        return _eager(_loss(self._problem, derivative), derivative, self.batch(draw), x, y)
+        compute = _eager if self._eager else _functional
+        return compute(_loss(self._problem, derivative), derivative, self.batch(draw), x, y)
 
     def together(self, program: Program, *trees: Params) -> Any:
         if not self._compile:
@@ -162,7 +161,7 @@ class AutogradOracle(Oracle):
 
     def _linearise(self, derivative: Derivative, draw: Draw, x: Params, y: Params) -> _Point:
         loss, batch = _loss(self._problem, derivative), self.batch(draw)
-        if self._functions is None:
+        if self._eager:
             return _Point(draw, x, y, ("x", "y"), *_eager_graph(loss, derivative, batch, x, y))
         graph = _functional_graph(loss, derivative, batch, x, y)
         return _Point(draw, x, y, derivative.gives, *graph)
@@ -277,6 +276,22 @@ PLACES = {"x": 0, "y": 1}
 """Of the variables among the arguments of a loss."""
 
 
+def _functional(
+    loss: Callable[..., Tensor], derivative: Derivative, batch: Batch, x: Params, y: Params
+) -> tuple[Params, ...]:
+    """A first derivative by torch.func."""
+
+    def loss_at(*variables: Params) -> Tensor:
+        at = {"x": x, "y": y} | dict(zip(derivative.gives, variables, strict=True))
+        return loss(at["x"], at["y"], batch)
+
+    variables = [{"x": x, "y": y}[role] for role in derivative.gives]
+    value, vjp = torch.func.vjp(loss_at, *variables)  # type: ignore[misc]
+    # torch.func.grad would make the graph of the gradient, too.
+    found: tuple[Params, ...] = vjp(value.new_ones(()), retain_graph=False, create_graph=False)
+    return found
+
+
 def _functional_graph(
     loss: Callable[..., Tensor], derivative: Derivative, batch: Batch, x: Params, y: Params
 ) -> tuple[dict[Role, Params], Pull]:
@@ -339,15 +354,6 @@ class _Identity:
 
 # Caches for the whole process: an oracle lives for one task of one step, and what is compiled for
 # its problem must outlive it. The functions are pure, so sharing them is safe.
-@lru_cache(maxsize=8)
-def _functions(problem: _Identity) -> dict[str, Callable[..., tuple[Params, ...]]]:
-    return {
-        name: functional(problem.value, derivative)
-        for name, derivative in DERIVATIVES.items()
-        if derivative.gives != ("value",)
-    }
-
-
 @lru_cache(maxsize=8)
 def _kernels(problem: _Identity) -> Kernels:
     from metadist.compiled import Kernels  # torch's compiler takes seconds to import

@@ -227,9 +227,11 @@ def unrolled(
         return oracle.outer_value(context, y, oracle.draw_outer()), y
 
     element_rates = tree_map(lambda rate, leaf: rate.expand(leaf.shape), rates, start)
-    gradients, y = torch.func.grad(query_loss, argnums=(0, 1, 2), has_aux=True)(
-        context, start, element_rates
+    loss, pull, y = torch.func.vjp(  # type: ignore[misc]  # three with aux
+        query_loss, context, start, element_rates, has_aux=True
     )
+    # torch.func.grad would keep a graph of this pass, too, which is larger than that of all steps.
+    gradients = pull(loss.new_ones(()), retain_graph=False, create_graph=False)
     return Unrolled(y, *gradients)
 
 
