@@ -444,7 +444,7 @@ class Trainer:
             self.outer,
             num_tasks,
             inner_steps=self._eval_inner_steps,
-            compute=replace(self._workload.compute, num_threads=None),
+            compute=self._workload.compute,
             executor=self._executor,
         )
 

@@ -75,7 +75,7 @@ def run(config: Namespace) -> int:
         checkpoint.state.outer,
         config.num_tasks,
         inner_steps=saved.eval_inner_steps if config.inner_steps is None else config.inner_steps,
-        compute=replace(compute, device=config.device, num_threads=None),
+        compute=replace(compute, device=config.device),
         executor=None if config.executor is None else objects.executor,
     )
     print(f"{config.run_dir} {name}, {checkpoint.state.version} outer steps")
