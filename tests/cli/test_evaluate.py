@@ -73,7 +73,7 @@ def test_evaluate_computes_as_the_run_did(cli, run, monkeypatch):
         metrics(cli, run)
     finally:
         config.write_text(text)
-    assert seen == [(False, 3, None)]
+    assert seen == [(False, 3, 1)]
 
 
 @pytest.mark.parametrize(
