@@ -38,6 +38,8 @@ class StepReport(NamedTuple):
         reissued: The ids of leases handed out again because they, or their worker, were lost.
         lost_servers: The number of times the parameter server was lost since the step before.
         retried: The errors of user code, in words, after which the same lease was tried again.
+        is_draining: Whether it was announced, since the step before, that the node of x or of this
+            process will stop, so that a checkpoint is due.
     """
 
     step: StepResult
@@ -49,6 +51,7 @@ class StepReport(NamedTuple):
     reissued: tuple[int, ...] = ()
     lost_servers: int = 0
     retried: tuple[str, ...] = ()
+    is_draining: bool = False
 
 
 class Judge(Protocol):

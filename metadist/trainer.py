@@ -402,7 +402,8 @@ class Trainer:
                     ends = on_step is not None and not on_step(report)
                     if self.version == version:  # it has called `save`
                         run.settle()
-                    self._periodically(version, version if ends else num_steps, monitor, run)
+                    last = version if ends else num_steps
+                    self._periodically(version, last, monitor, run, report.is_draining)
                     if ends and self.version >= version:
                         break
                 self._background.wait()
@@ -474,10 +475,15 @@ class Trainer:
         }
 
     def _periodically(
-        self, version: int, num_steps: int, monitor: Monitor | None, run: _Run
+        self,
+        version: int,
+        num_steps: int,
+        monitor: Monitor | None,
+        run: _Run,
+        is_due: bool,
     ) -> None:
         validates = self._validates(version, num_steps)
-        is_due = any(version % every == 0 for every in self._checkpoint_every)
+        is_due |= any(version % every == 0 for every in self._checkpoint_every)
         is_due |= time.monotonic() - self._saved_at >= self._checkpoint_every_s
         if not (is_due or validates or version >= num_steps):
             return

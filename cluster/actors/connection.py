@@ -149,6 +149,24 @@ def is_gone() -> bool:
     return False
 
 
+def draining_nodes() -> frozenset[str]:
+    """The ids of the nodes that Ray has announced to stop, as before a preemption."""
+    # Ray has no public call for it; its own Ray Train asks in this way. It would not return
+    # without a head.
+    if not ray.is_initialized() or is_gone():
+        return frozenset()
+    try:
+        return frozenset(ray._private.state.state.get_draining_nodes())
+    except Exception as error:  # noqa: BLE001  # without it, a node that stops is just lost
+        log.debug("Ray does not say which nodes will stop: %r", error)
+        return frozenset()
+
+
+def this_node() -> str:
+    """The id of the node that this process is on; empty outside of Ray."""
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+
+
 def _check_listening(address: str) -> None:
     """Raise OSError if nothing listens there: Ray itself would try for minutes.
 

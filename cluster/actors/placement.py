@@ -11,16 +11,22 @@ from typing import Any, NamedTuple
 
 import ray
 import torch
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from metadist.cluster.actors.connection import (
     connect,
     demand,
     disconnect,
+    draining_nodes,
     is_gone,
     is_of_this_machine,
     reserve,
+    this_node,
 )
 from metadist.cluster.actors.options import Workers
 
@@ -78,9 +84,16 @@ class Placement:
             self._bundles.append((demand(bundle), 0))
 
     def make(self, actor_class: type, number: int) -> Any:
-        """An actor with bundle `number`; the class is called with a name."""
+        """An actor with bundle `number`; the class is called with a name.
+
+        A bundle on a node that will stop is left there, since Ray takes back no part of a
+        reservation; another one is demanded, on any other node.
+        """
         group, index = self._bundles[number]
         bundle = group.bundle_specs[index]
+        draining = draining_nodes()
+        if draining and _node_of(group, index) in draining:
+            group, index = self._bundles[number] = demand(bundle), 0
         place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
         actor: Any = ray.remote(actor_class).options(
             num_cpus=bundle["CPU"],
@@ -118,19 +131,26 @@ class Placement:
         return 1.0 / math.ceil(self._workers.num_at_start / num_in_cluster)
 
 
+def _node_of(group: PlacementGroup, index: int) -> str | None:
+    """The id of the node that a bundle is on; None while it is on none."""
+    node: str | None = placement_group_table(group).get("bundles_to_node_id", {}).get(index)
+    return node
+
+
 class WorkerInfo(NamedTuple):
-    """Where a worker runs; `device` is the name of the hardware."""
+    """Where a worker runs; `device` is the name of the hardware, `node` Ray's id."""
 
     name: str
     device: str
     host: str
     pid: int
+    node: str = ""
 
     @classmethod
     def here(cls, name: str, device: torch.device) -> WorkerInfo:
         """The description of this process."""
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        return cls(name, hardware, socket.gethostname(), os.getpid())
+        return cls(name, hardware, socket.gethostname(), os.getpid(), this_node())
 
 
 def devices_of(infos: Iterable[WorkerInfo]) -> str:

@@ -14,9 +14,19 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray import ObjectRef, exceptions
 
-from metadist.cluster.actors.connection import is_gone
+from metadist.cluster.actors.connection import draining_nodes, is_gone, this_node
 from metadist.cluster.actors.errors import ResourcesError, WorkerLostError, message
-from metadist.cluster.actors.failure import Event, Failures, History, Kind, Raise, Repeat, Retry
+from metadist.cluster.actors.failure import (
+    Event,
+    Failures,
+    History,
+    Kind,
+    Loss,
+    Raise,
+    Repeat,
+    Retry,
+    loss_of,
+)
 from metadist.cluster.actors.placement import WorkerInfo
 from metadist.retry import Pace, in_short, type_name
 
@@ -25,6 +35,11 @@ log = logging.getLogger("metadist.cluster")
 
 class Runtime:
     """The clock and the calls of Ray that pools and the supervisor use; tests pass a dummy."""
+
+    look_s = 5.0
+    """The seconds between two questions which nodes will stop."""
+    _draining: frozenset[str] = frozenset()
+    _looked_at = -math.inf
 
     def now(self) -> float:
         return time.perf_counter()
@@ -44,6 +59,15 @@ class Runtime:
     def is_gone(self) -> bool:
         return is_gone()
 
+    def draining(self) -> frozenset[str]:
+        """The ids of the nodes that will stop, as of a few seconds ago."""
+        if self.now() - self._looked_at >= self.look_s:
+            self._draining, self._looked_at = draining_nodes(), self.now()
+        return self._draining
+
+    def this_node(self) -> str:
+        return this_node()
+
     def ready(self, refs: Sequence[ObjectRef[Any]], limit_s: float = 0.0) -> list[ObjectRef[Any]]:
         """Those that are ready as soon as one is, or after `limit_s`, which may be infinite.
 
@@ -58,6 +82,22 @@ class Runtime:
 
 
 RAY = Runtime()
+
+
+class Notices:
+    """The nodes of which it was noted that they will stop."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.noted: frozenset[str] = frozenset()
+
+    def take(self, nodes: Sequence[str]) -> bool:
+        """Whether one of these nodes will stop, for which this is noted now."""
+        draining = self._runtime.draining()
+        new = frozenset(node for node in nodes if node in draining) if draining else draining
+        is_new = not new <= self.noted
+        self.noted |= new
+        return is_new
 
 
 @dataclass(eq=False)
@@ -96,6 +136,9 @@ class Slot:
         since: When it began with the first call, or has had none; or when it was lost.
         num_losses: Losses in a row.
         resume_at: It is left alone until then.
+        heir: Another actor, which takes its place when it is set up, or this one is lost: this one
+            is on a node that will stop. And its answer to `setup`.
+        is_heir_ready: Whether that has come.
     """
 
     name: str
@@ -108,6 +151,8 @@ class Slot:
     since: float = 0.0
     num_losses: int = 0
     resume_at: float = 0.0
+    heir: tuple[Any, ObjectRef[Any]] | None = None
+    is_heir_ready: bool = False
 
 
 S = TypeVar("S", bound=Slot)
@@ -205,6 +250,7 @@ class ActorPool(ABC, Generic[S]):
         """Set all actors up, creating those that lack; returns when `num_ready` are ready."""
         now = self._runtime.now()
         for slot in self._slots:
+            self._drop_heir(slot)
             # What is still being computed belongs to another workload.
             slot.is_alive, slot.setup, slot.calls, slot.info = False, None, [], None
             slot.since, slot.num_losses, slot.resume_at = now, 0, 0.0
@@ -224,16 +270,23 @@ class ActorPool(ABC, Generic[S]):
     def _wait(self, timeout_s: float) -> None:
         """Wait until something happened to a call, or something else is due; take care of it."""
         self._revive()
+        self._leave_nodes()
         watched: dict[ObjectRef[Any], tuple[S, Any]] = {}
         for slot in self._slots:
             if slot.setup is not None:
                 watched[slot.setup] = slot, None
             for call in slot.calls:
                 watched[call.ref] = slot, call
+            if slot.heir is not None and not slot.is_heir_ready:
+                watched[slot.heir[1]] = slot, slot.heir
         ready = set(self._runtime.ready(list(watched), min(timeout_s, self._next_check_s())))
         for ref, (slot, call) in watched.items():
+            if ref in ready and call is not None and call is slot.heir:
+                slot.is_heir_ready = True
+                if not slot.calls:
+                    self._succeed(slot)
             # A call may have been lost with its actor a moment ago.
-            if ref in ready and (call is None or call in slot.calls):
+            elif ref in ready and (call is None or call in slot.calls):
                 self._settle(slot, ref, call)
         self._report_slow()
         self._end_overdue()
@@ -280,6 +333,31 @@ class ActorPool(ABC, Generic[S]):
         self._losses.pop(call.work, None)
         self._errors.pop(call.work, None)
         self._answered(slot, call, answer)
+        if slot.is_heir_ready:
+            self._succeed(slot)
+
+    def _leave_nodes(self) -> None:
+        """Set actors up elsewhere ahead of the end of their nodes."""
+        draining = self._runtime.draining()
+        for number, slot in enumerate(self._slots):
+            if slot.is_alive and slot.heir is None and slot.info and slot.info.node in draining:
+                log.info("%s leaves node %s, which will stop", slot.name, slot.info.node)
+                self.notify("worker_moved", worker=slot.name, node=slot.info.node)
+                heir = self._make_actor(number)
+                slot.heir = heir, heir.setup.remote(*self._setup_of(slot))
+
+    def _succeed(self, slot: S) -> None:
+        """Let the heir take the place; calls that were sent ahead are sent again."""
+        lost, heir, slot.heir = slot.calls, slot.heir, None
+        assert heir is not None
+        self._discard(slot)
+        slot.actor, slot.setup = heir
+        self._lost(slot, lost, lost_data=False)
+
+    def _drop_heir(self, slot: S) -> None:
+        if slot.heir is not None:
+            self._runtime.kill(slot.heir[0])
+        slot.heir, slot.is_heir_ready = None, False
 
     def _failed(self, slot: S, call: Any, error: exceptions.RayError) -> None:
         """Do what `Failures.decide` says about a call that failed."""
@@ -287,6 +365,10 @@ class ActorPool(ABC, Generic[S]):
             # With an actor all its calls end, but it had begun with the first only.
             call = slot.calls[0]
         work = slot.work if call is None else call.work
+        if slot.heir is not None and loss_of(error) is Loss.ACTOR:
+            log.info("%s is gone with its node, which was to stop", slot.name)
+            self._succeed(slot)
+            return
         event = Event(self._kind, slot.name, work, error)
         is_awaited = call is not None and not call.is_redundant
         if not event.is_of_user:
@@ -321,6 +403,7 @@ class ActorPool(ABC, Generic[S]):
         """Kill the actor; it may be dead, or out of reach and still at work."""
         if slot.actor is not None:
             self._runtime.kill(slot.actor)
+        self._drop_heir(slot)
         slot.actor, slot.is_alive, slot.setup, slot.calls = None, False, None, []
         slot.since = self._runtime.now()
 
@@ -353,7 +436,7 @@ class ActorPool(ABC, Generic[S]):
     def _next_check_s(self) -> float:
         """Seconds until something must be looked at though no call has ended."""
         now = self._runtime.now()
-        times = self._more_checks()
+        times = [*self._more_checks(), now + self._runtime.look_s]
         for slot in self._slots:
             if slot.setup is None and (slot.resume_at > now or not slot.is_alive):
                 times.append(slot.resume_at)

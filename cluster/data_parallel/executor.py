@@ -22,10 +22,12 @@ from metadist.algorithm import (
 )
 from metadist.checks.values import check
 from metadist.cluster.actors.buffers import OuterSpec, to_array, to_tensor
+from metadist.cluster.actors.connection import this_node
 from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.metrics import RunMetrics
 from metadist.cluster.actors.options import Workers, check_kind, refuse_unused
 from metadist.cluster.actors.placement import Placement, devices_of
+from metadist.cluster.actors.pool import RAY, Notices
 from metadist.cluster.actors.runtime_env import pickle_by_value
 from metadist.cluster.data_parallel.data import FirstShard, check_classes, check_partition
 from metadist.cluster.data_parallel.exchange import Exchange
@@ -102,6 +104,7 @@ class DataParallelExecutor(Executor):
         self._failures = failures
         self._staleness = staleness
         self._allow_missing_classes = allow_missing_classes
+        self._notices = Notices(RAY)
         self._pool: ShardPool | None = None
         self._variable: OuterVariable | None = None
 
@@ -188,6 +191,7 @@ class DataParallelExecutor(Executor):
                 num_workers=pool.num_alive,
                 lost_workers=pool.take_num_lost(),
                 retried=pool.take_retried(),
+                is_draining=self._notices.take([this_node()]),
             )
 
     def _compute(self, lease: Lease, variable: OuterVariable, pool: ShardPool) -> Contribution:

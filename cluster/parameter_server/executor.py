@@ -21,6 +21,7 @@ from metadist.cluster.actors.buffers import (
     split_state,
     to_array,
 )
+from metadist.cluster.actors.connection import draining_nodes
 from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.metrics import RunMetrics
 from metadist.cluster.actors.options import Server, Workers, check_kind
@@ -59,6 +60,8 @@ class RayExecutor(Executor):
         the server, a shard  another one resumes from an earlier state, see
                              `Server.snapshot_every`, never one older than the last checkpoint; the
                              steps since are repeated and reported again
+        a node that Ray      its workers, and shards of the server, are started elsewhere ahead of
+        announces to stop    its end, and a checkpoint is written if x or the driver is there
         the driver, the head the run ends, and Ray with all it started; `metadist resume` (or
                              `Trainer.restore`) resumes from the last checkpoint
 
@@ -318,7 +321,7 @@ def _make_server(num_gpus: float, number: int) -> Any:
     # on other nodes, to use their memory and network.
     here = ray.get_runtime_context().get_node_id()
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    nodes = [here, *sorted(alive - {here})]
+    nodes = [here, *sorted(alive - {here} - draining_nodes())]
     # Ray often ignores a soft affinity; but a hard one would fail where not every node has a GPU. A
     # node that has died in the meantime is a loss like any other.
     place = NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=num_gpus > 0)

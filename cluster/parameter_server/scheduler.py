@@ -77,7 +77,7 @@ class Scheduler:
 
     def _advance(self) -> StepReport | None:
         """The report of an outer step; None if it waited for something to happen instead."""
-        if self._ledger is None:
+        if self._ledger is None or self._supervisor.leave_nodes():
             self._ledger = self._open_ledger()
         ledger = self._ledger
         if ledger.version >= self._until_version:
@@ -175,4 +175,5 @@ class Scheduler:
             reissued=reissued,
             lost_servers=self._supervisor.take_num_lost(),
             retried=self._pool.take_retried(),
+            is_draining=self._supervisor.take_notice(),
         )

@@ -18,6 +18,7 @@ from metadist.cluster.actors.buffers import (
     to_tensor,
     unpack_state,
 )
+from metadist.cluster.actors.connection import this_node
 from metadist.cluster.actors.errors import exits_raised
 from metadist.cluster.parameter_server.transport import (
     OBJECT_STORE,
@@ -56,8 +57,8 @@ class ParameterServer:
         num_threads: int | None,
         rules: bytes | None = None,
         transport: Transport = OBJECT_STORE,
-    ) -> None:
-        """Continue from `state`.
+    ) -> str:
+        """Continue from `state`; returns the id of the node that this runs on.
 
         Args:
             state: The state of x and its optimiser, or of a slice of it.
@@ -77,6 +78,7 @@ class ParameterServer:
             cloudpickle.loads(rules) if rules else None,
         )
         self._num_threads = num_threads
+        return this_node()
 
     @exits_raised()
     def apply(

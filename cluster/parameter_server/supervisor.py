@@ -14,7 +14,7 @@ from metadist.cluster.actors.buffers import OuterSpec, PackedState, owned, versi
 from metadist.cluster.actors.errors import ServerLostError, message
 from metadist.cluster.actors.failure import SERVER, Event, Failures, History, Raise, Retry
 from metadist.cluster.actors.options import Server
-from metadist.cluster.actors.pool import RAY, Runtime
+from metadist.cluster.actors.pool import RAY, Notices, Runtime
 from metadist.outer import LeaseResult, StepResult, norm_of_blocks
 from metadist.signals import signals_held
 
@@ -71,6 +71,9 @@ class Supervisor:
         self._num_losses = self._num_lost = 0
         self._checking: list[ObjectRef[Any]] = []
         self._checked_at = 0.0
+        self._notices = Notices(runtime)
+        self._nodes: list[str] = []
+        self._left: frozenset[str] = frozenset()
         self.servers: list[Any] = []
         """The actors, each a `ParameterServer`."""
 
@@ -128,7 +131,9 @@ class Supervisor:
 
     def _failed(self, error: exceptions.RayError) -> Exception:
         """The exception to raise for a call that failed with `error`."""
-        self._num_losses += 1
+        draining = self._runtime.draining()
+        if not draining or not any(node in draining for node in self._nodes):
+            self._num_losses += 1  # the end of a node that was announced is no failure
         work = f"the step from version {self._version}"
         event = Event(SERVER, "the parameter server", work, error)
         decision = self._failures.decide(event, History(self._num_losses))
@@ -286,6 +291,25 @@ class Supervisor:
             except ServerGone as again:
                 error = again
 
+    def take_notice(self) -> bool:
+        """Whether the end of a node of the server or of this process was announced just now."""
+        return self._notices.take([self._runtime.this_node(), *self._nodes])
+
+    def leave_nodes(self) -> bool:
+        """Whether the server was moved, between two steps, from nodes that will stop.
+
+        It stays on the driver's node, with which the run ends anyway.
+        """
+        left = self._notices.noted - self._left - {self._runtime.this_node()}
+        if not left or not any(node in left for node in self._nodes):
+            return False
+        self._left |= left  # once: there may be no other place
+        self.state()
+        log.info("the parameter server leaves nodes that will stop: %s", ", ".join(sorted(left)))
+        self.stop()
+        self._set_up()
+        return True
+
     def _set_up(self) -> None:
         """Set the server up with the last snapshot; makes one if there is none."""
         if not self.servers:
@@ -295,7 +319,7 @@ class Supervisor:
             server.setup.remote(ref, spec, *self._setup)
             for server, ref, spec in zip(self.servers, refs, self._specs, strict=True)
         ]
-        self.ask(calls, self._start_timeout_s)
+        self._nodes = self.ask(calls, self._start_timeout_s)
         self._version = self._asked_at = self._snapshot[0].version
         self._fetching, self._checking = [], []
         self._checked_at = self._runtime.now()

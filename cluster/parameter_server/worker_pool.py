@@ -233,7 +233,7 @@ class WorkerPool(ActorPool[_Slot]):
 
     def _room_at(self, slot: _Slot) -> float:
         """When the worker may have one more lease than now; inf while it may not."""
-        if not slot.is_alive or len(slot.calls) > self._prefetch:
+        if not slot.is_alive or slot.is_heir_ready or len(slot.calls) > self._prefetch:
             return math.inf
         if not slot.calls:
             return max(slot.since, slot.resume_at)

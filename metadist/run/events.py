@@ -19,7 +19,7 @@ log = logging.getLogger("metadist.run")
 # Configure logging to see these lines; on the terminal a failure shows as its exception.
 log.addHandler(logging.NullHandler())
 
-USUAL = ("run_started", "run_finished", "lease_reissued", "checkpoint_written")
+USUAL = ("run_started", "run_finished", "lease_reissued", "worker_moved", "checkpoint_written")
 """Events at the level INFO of the log; that of run_failed is ERROR, of the others WARNING."""
 
 
@@ -34,6 +34,8 @@ class EventLog:
         run_interrupted        by Ctrl-C or SIGTERM
         run_failed             error
         worker_lost            num_lost, num_workers (alive now)
+        worker_moved           worker, node, which Ray announced to stop; it is started elsewhere
+        node_draining          the node of x or of the driver will stop; a checkpoint is written
         server_recovered       num_lost; x went back to an earlier state where it had to
         lease_reissued         leases
         contribution_repeated  leases, which were in x before and are not added again
@@ -87,6 +89,8 @@ class EventLog:
             self.write("worker_lost", num_lost=report.lost_workers, num_workers=report.num_workers)
         if report.lost_servers:
             self.write("server_recovered", num_lost=report.lost_servers)
+        if report.is_draining:
+            self.write("node_draining")
         dropped = [task for result in report.results for task in result.dropped]
         for event, name, ids in (
             ("lease_reissued", "leases", report.reissued),

@@ -19,10 +19,13 @@ class DummyCall:
 class DummyRuntime(Runtime):
     """Time passes only where something waits for it."""
 
+    look_s = float("inf")
+
     def __init__(self) -> None:
         self.time = 1000.0
         self.killed: list[object] = []
         self.gone = False
+        self.stopping: set[str] = set()
 
     def now(self) -> float:
         return self.time
@@ -52,6 +55,12 @@ class DummyRuntime(Runtime):
         if isinstance(refs.answer, Exception):
             raise refs.answer
         return refs.answer
+
+    def draining(self) -> frozenset[str]:
+        return frozenset(self.stopping)
+
+    def this_node(self) -> str:
+        return "driver's"
 
     def is_gone(self) -> bool:
         return self.gone

@@ -241,3 +241,77 @@ def test_workers_go_where_the_gpus_are(home):
         "[1.0, 1.0, 0.5]",
         *(f"[{one}, {two}]", "same bytes True"),
     ]
+
+
+def test_a_cluster_that_is_not_there_is_reported(home):
+    source = """
+from metadist.cluster import ConnectError, RayExecutor
+from tests.cluster.toy import ADAM, first_state, make_workload
+try:
+    RayExecutor(address="127.0.0.1:1").start(make_workload(), ADAM, first_state())
+except ConnectError as error:
+    print(error)
+"""
+    output, _ = Script(source, home).finish()
+    assert output.startswith("address must name a running Ray cluster, got '127.0.0.1:1'")
+    assert "RAY_AUTH_MODE=token" in output
+
+
+DRAINED = (
+    CLUSTER
+    + """
+import subprocess, sys
+from metadist.cluster import Failures
+from tests.cluster.toy import ADAM, first_state, local_run, make_workload, state_bytes
+leaving = cluster.add_node(num_cpus=1, **node)
+ray.init(address=cluster.address, logging_level="WARNING", log_to_driver=False)
+executor = RayExecutor(
+    Workers(num_workers=2, start_timeout_s=300), failures=Failures(max_losses=1)
+)
+executor.start(make_workload(), ADAM, first_state())
+seen = []
+
+def run_until(condition):
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, seen[-1]
+        seen.extend(executor.run(len(seen) + 1))
+        time.sleep(0.1)
+
+def drain(node_id):
+    words = f"--reason DRAIN_NODE_REASON_PREEMPTION --node-id {node_id} --reason-message test"
+    words += f" --address {cluster.address} --deadline-remaining-seconds 600"
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", *words.split()]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+def where():
+    return {info.node for info in executor._pool.infos if executor._pool.num_alive == 2}
+
+run_until(lambda: len(seen) == 2)
+assert leaving.node_id in where()
+drain(leaving.node_id)
+run_until(lambda: any(slot.heir for slot in executor._pool._slots))
+print("alive", executor._pool.num_alive, flush=True)     # its place is yet to come
+other = cluster.add_node(num_cpus=1, **node)
+run_until(lambda: other.node_id in where() and leaving.node_id not in where())
+cluster.remove_node(leaving, allow_graceful=False)
+num_seen = len(seen)
+run_until(lambda: len(seen) == num_seen + 20)
+print("lost", sum(report.lost_workers + report.lost_servers for report in seen), flush=True)
+assert not any(report.is_draining for report in seen)
+drain(ray.get_runtime_context().get_node_id())
+run_until(lambda: seen[-1].is_draining)
+same = state_bytes(executor.state()) == state_bytes(local_run(len(seen))[0])
+print("same bytes", same, flush=True)
+executor.close()
+print("closed", flush=True)
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_workers_leave_a_node_that_ray_announces_to_stop(home):
+    lines = lines_until_closed(Script(DRAINED, home))
+    assert lines == ["alive 2", "lost 0", "same bytes True"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from metadist import CheckpointStore, TrainingDiverged
+from metadist import CheckpointStore, LocalExecutor, TrainingDiverged
 from metadist.run.background import Background
 from metadist.run.files import LOCK
 from metadist.run.storage import Folder
@@ -166,6 +166,18 @@ def test_a_callback_that_saves_has_its_checkpoint_when_that_returns(gate, tmp_pa
         return True
 
     trainer.fit(3, on_step)
+
+
+def test_a_node_that_will_stop_makes_a_checkpoint_due(tmp_path):
+    class Draining(LocalExecutor):
+        def run(self, until_version):
+            for report in super().run(until_version):
+                yield report._replace(is_draining=report.step.version == 3)
+
+    make_trainer(run_dir=tmp_path, checkpoint_every=None, executor=Draining()).fit(5)
+    events = [(e["event"], e["step"]) for e in read_events(Folder(tmp_path))]
+    assert ("node_draining", 3) in events
+    assert [step for event, step in events if event == "checkpoint_written"] == [0, 3, 5]
 
 
 KILLED = """

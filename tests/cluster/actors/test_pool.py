@@ -197,3 +197,67 @@ def test_work_that_may_hang_is_reported_once_and_goes_on(caplog, took_s, slow_s,
     assert said in caplog.text
     pool._wait(1000.0)
     assert len(events) == 1 and pool.lost == [] and pool.num_alive == 2
+
+
+def on(node: str) -> WorkerInfo:
+    return WorkerInfo("worker-0", "cpu", "here", 0, node)
+
+
+def started_on(node: str) -> Pool:
+    """A pool whose actor is on that node, which will stop; no loss is allowed."""
+    pool = Pool(1, 1, max_losses=1)
+    pool.answers = [on(node)]
+    pool._start(10.0, 1)
+    pool.clock.stopping = {node, "another"}
+    return pool
+
+
+def test_an_actor_leaves_a_node_that_will_stop_after_its_call():
+    pool = started_on("a")
+    events: list[tuple[str, dict[str, Any]]] = []
+    pool.notify = lambda event, **fields: events.append((event, fields))
+    pool.answers = [on("b")]
+    pool.send(0)
+    pool.send(0)
+    pool._wait(0.0)
+    assert len(pool.made_at) == 2 and pool.clock.killed == [] and pool.num_alive == 1
+    pool._slots[0].calls[0].ref.answer = "answer"
+    pool._wait(0.0)
+    assert pool.lost == [("worker-0", 1, False)] and len(pool.clock.killed) == 1
+    for _ in range(2):
+        pool._wait(0.0)
+        assert pool.infos == [on("b")] and pool.num_alive == 1 and len(pool.made_at) == 2
+    assert pool.take_num_lost() == 0
+    assert events == [("worker_moved", {"worker": "worker-0", "node": "a"})]
+
+
+def test_an_actor_without_a_call_leaves_at_once():
+    pool = started_on("a")
+    pool.answers = [on("b")]
+    pool._wait(0.0)
+    pool._wait(0.0)
+    assert pool.infos == [on("b")] and pool.lost == [("worker-0", 0, False)]
+
+
+def test_an_actor_that_is_lost_with_a_node_that_was_to_stop_is_no_failure():
+    pool = started_on("a")
+    pool.answers = [None]
+    pool.send(0)
+    pool._wait(0.0)
+    heir = pool._slots[0].heir
+    pool._slots[0].calls[0].ref.answer = DIED
+    pool._wait(0.0)
+    assert pool.lost == [("worker-0", 1, False)] and pool.take_num_lost() == 0
+    assert heir is not None
+    assert pool._slots[0].setup is heir[1] and len(pool.made_at) == 2
+    heir[1].answer = on("b")  # type: ignore[attr-defined]
+    pool._wait(0.0)
+    assert pool.infos == [on("b")] and pool.num_alive == 1
+
+
+def test_a_pool_that_stops_kills_those_that_wait_too():
+    pool = started_on("a")
+    pool.answers = [None]
+    pool._wait(0.0)
+    pool.stop()
+    assert len(pool.clock.killed) == 2

@@ -211,6 +211,37 @@ def test_the_last_state_of_a_lost_server_is_the_snapshot(start, lost):
     assert len(clock.killed) == (lost == "no server"), "it starts and stops nothing"
 
 
+def test_a_server_leaves_a_node_that_will_stop_once_and_that_is_no_loss(start):
+    supervisor, answers, clock = start(answers=["a"])
+    first = supervisor.server
+    assert not supervisor.take_notice() and not supervisor.leave_nodes()
+    clock.stopping = {"a", "another"}
+    assert not supervisor.leave_nodes()  # before a checkpoint was asked for
+    assert [supervisor.take_notice(), supervisor.take_notice()] == [True, False]
+    answers += [state(9), "a"]
+    assert supervisor.leave_nodes()
+    assert clock.killed == [first] and supervisor.server.resumed_from == 9
+    assert not supervisor.leave_nodes()  # though it was set up there again
+    assert supervisor.take_num_lost() == 0
+
+
+def test_a_server_stays_with_a_driver_whose_node_will_stop(start):
+    supervisor, _, clock = start(answers=["driver's"])
+    clock.stopping = {"driver's"}
+    assert supervisor.take_notice() and not supervisor.leave_nodes()
+    assert clock.killed == []
+
+
+def test_a_server_that_is_lost_with_a_node_that_was_to_stop_is_no_failure(start):
+    supervisor, answers, clock = start(answers=["a"], max_losses=2)
+    clock.stopping = {"a"}
+    for _ in range(4):
+        answers += [FULL, "a"]
+        with pytest.raises(ServerGone) as caught:
+            supervisor.ask(supervisor.versions())
+        supervisor.replace(caught.value)
+
+
 class Pair:
     """Two shards, the second of which is interrupted as it is sent its commit."""
 
