@@ -471,6 +471,7 @@ class Trainer:
             "tasks_per_lease": self._workload.tasks_per_lease,
             "seed": self._workload.compute.seed,
             "device": self._workload.compute.device,
+            "graph_budget": self._workload.compute.graph_budget,
             **self._executor.describe(),
         }
 
