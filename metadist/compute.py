@@ -20,12 +20,13 @@ class Compute:
 
     Args:
         vectorize: Run tasks together under `torch.func.vmap` (they must have equal shapes), or
-            one after another. "auto": together where the algorithm allows it and no inner
-            tensor is a convolution kernel on a CPU, where vmap is slower than a loop; what vmap
-            cannot run is run one after another, with a warning.
+            one after another. "auto": together where the algorithm allows it and, on a CPU, no
+            inner tensor is a convolution kernel and the inner variable takes no more than 512 KB,
+            since vmap is slower than a loop otherwise; what vmap cannot run is run one after
+            another, with a warning.
         chunk_size: The largest number of tasks under one vmap; bounds memory. None: in a
-            training all on a GPU and 4 on a CPU, where memory for more costs time and saves
-            none; in an evaluation 25.
+            training all on a GPU, and on a CPU by their sizes (see `metadist.chunks`), which is
+            written to checkpoints; in an evaluation 25.
         graph_budget: Bytes of graphs that a worker keeps from the forward steps of ITD for the way
             back; what does not fit is computed again. 0: memory does not grow with the number of
             steps, at about 1.3 times the time.

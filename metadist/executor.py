@@ -73,6 +73,10 @@ class Executor(Protocol):
     Derive from it: `probe`, `judge` and `last_state` have a body, the other methods have none.
     """
 
+    shares_leases: bool = True
+    """Whether several processes share the leases of a step; one process gains nothing from
+    leases of fewer tasks than go through vmap together."""
+
     def probe(self, sampler: TaskSampler) -> TaskSampler:
         """The sampler that is checked before a run; `sampler` itself, or parts of its tasks.
 
@@ -138,6 +142,8 @@ class LocalExecutor(Executor):
             does so only after all tries. 0: every exception ends the run.
         backoff_s: The pause before another try; it doubles with each, to 10 s at the most.
     """
+
+    shares_leases = False
 
     def __init__(self, max_user_errors: int = 3, backoff_s: float = 0.5) -> None:
         self._max_user_errors = check("max_user_errors", max_user_errors, is_integer=True, ge=0)

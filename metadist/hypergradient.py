@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metadist.algorithm import Algorithm, counters_of, flatten_state, split_own, unflatten_state
 from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_pure, is_known_pure
+from metadist.chunks import FEW, MAX_INNER_BYTES, chunk_of, num_bytes
 from metadist.compute import AS_TORCH_IS_SET, Compute, Vectorize, intra_op_threads
 from metadist.oracle import Constants, CountingOracle
 from metadist.problem import Problem, loss_and_metrics
@@ -105,8 +106,10 @@ def task_hypergradients(
     if not is_checked and not is_known_pure(problem):
         check_pure(problem, detach(split_own(outer)[0]), tasks[0], compute)
     if vectorizes(compute.vectorize, problem, algorithm, outer, tasks):
+        size = compute.chunk_size or len(tasks)
         on_cpu = next(iter(outer.values())).device.type == "cpu"
-        size = compute.chunk_size or (4 if on_cpu else len(tasks))
+        if compute.chunk_size is None and on_cpu and len(tasks) > FEW:
+            size = chunk_of(problem, outer, tasks[0])
         groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
     else:
         groups = [[task] for task in tasks]
@@ -370,7 +373,7 @@ def vectorizes(
         return True
     with torch.no_grad():
         inner = problem.init_inner(split_own(outer)[0], tasks[0])
-    return all(leaf.ndim < 3 for leaf in inner.values())
+    return num_bytes(inner) <= MAX_INNER_BYTES and all(leaf.ndim < 3 for leaf in inner.values())
 
 
 FAILS_UNDER_VMAP = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)

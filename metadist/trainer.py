@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +19,7 @@ from metadist.autograd import AutogradOracle
 from metadist.checks.preflight import (
     check_losses,
     check_trainable,
+    chunk_on_cpu,
     initial_outer,
     learns_start,
     preflight,
@@ -90,8 +91,9 @@ class Trainer:
         outer_optimizer: How the outer variable is stepped; None: Adam with its defaults.
         meta_batch_size: Tasks per (synchronous) outer step; None: all tasks of a sampler that says
             `num_tasks`, 16 of any other.
-        tasks_per_lease: Tasks that travel together, see `Workload`; None: a quarter of a
-            meta-batch, or 1 where that is no divisor.
+        tasks_per_lease: Tasks that travel together, see `Workload`; None: as in the checkpoint of
+            a resumed run; otherwise a quarter of a meta-batch (the largest divisor below that), and
+            in one process as many as go through vmap together if these are more.
         keep_state: True: every outer step has the same tasks and continues from what the algorithm
             keeps of each, see `Workload`; False: every task is new; None: True with a sampler that
             says `num_tasks`, else False; and False where the start of adaptation is learned (MAML),
@@ -200,9 +202,7 @@ class Trainer:
             sampler,
             algorithm,
             meta_batch_size=meta_batch_size,
-            tasks_per_lease=default_tasks_per_lease(meta_batch_size)
-            if tasks_per_lease is None
-            else tasks_per_lease,
+            tasks_per_lease=1 if tasks_per_lease is None else tasks_per_lease,
             keep_state=keep_state,
             report_every=log_every,
             compute=compute,
@@ -235,21 +235,22 @@ class Trainer:
         probed = replace(self._workload, sampler=self._probe)
         outer = initial_outer(probed)
         compute = preflight(probed, outer, is_whole=self._probe is sampler)
-        self._workload = replace(self._workload, compute=compute)
+        chunk = chunk_on_cpu(replace(probed, compute=compute), outer)
+        self._cuts_freely = tasks_per_lease is None
+        if tasks_per_lease is None:
+            shares = self._executor.shares_leases
+            tasks_per_lease = default_tasks_per_lease(meta_batch_size, 1 if shares else chunk)
+        self._workload = replace(
+            self._workload,
+            compute=compute,
+            tasks_per_lease=tasks_per_lease,
+            chunk_on_cpu=chunk,
+        )
         if val_sampler is not None:
             check_losses(problem, val_sampler, outer, "val_sampler", compute)
-        # What must not change between the parts of one run.
-        self._fixed: dict[str, Any] = {
-            "seed": compute.seed,
-            "tasks_per_lease": self._workload.tasks_per_lease,
-            "keep_state": keep_state,
-            "algorithm": algorithm,
-            "outer_optimizer": self._optimizer,
-        }
         self._info: dict[str, Any] = {}
         if self._store is not None:
-            self._info = {name: recorded(value, name) for name, value in self._fixed.items()}
-            self._info["metadist"] = __version__
+            self._info = self._recorded()
         rules = self._workload.stepping_rules()
         self._state = OuterVariable(outer, self._optimizer, rules).state()
         self._like = outer
@@ -315,6 +316,7 @@ class Trainer:
             self._events.write("checkpoint_skipped", checkpoint=damaged, reason=reason)
         check_same_model(checkpoint.state.outer, self._like, f"{self._store.uri}/{found}")
         info = checkpoint.info
+        self._adopt(info)
         for field, value in self._fixed.items():
             changed = difference(info[field], value, field) if field in info else None
             if changed is not None:
@@ -331,11 +333,48 @@ class Trainer:
             raise CheckpointError(
                 f"checkpoint {self._store.uri}/{found} is of another format: {error}"
             ) from error
+        self._info = self._recorded()
         self._state = checkpoint.state
         self._is_new = False
         self._goes_back = name is not None
         self._validated = None if checkpoint.score is None else self.version
         return found
+
+    @property
+    def _fixed(self) -> dict[str, Any]:
+        """What must not change between the parts of one run."""
+        return {
+            "seed": self._workload.compute.seed,
+            "tasks_per_lease": self._workload.tasks_per_lease,
+            "chunk_size": self._chunk_size,
+            "keep_state": self._workload.keep_state,
+            "algorithm": self.algorithm,
+            "outer_optimizer": self._optimizer,
+        }
+
+    @property
+    def _chunk_size(self) -> int:
+        """How many tasks go together on a CPU."""
+        assert self._workload.chunk_on_cpu is not None
+        return min(self._workload.chunk_on_cpu, self._workload.tasks_per_lease)
+
+    def _recorded(self) -> dict[str, Any]:
+        fixed = {name: recorded(value, name) for name, value in self._fixed.items()}
+        return {**fixed, "metadist": __version__}
+
+    def _adopt(self, info: Mapping[str, Any]) -> None:
+        """Cut leases and chunks as a checkpoint does, where no argument says how."""
+        per_lease, chunk = info.get("tasks_per_lease"), info.get("chunk_size")
+        work = self._workload
+        if (
+            self._cuts_freely
+            and isinstance(per_lease, int)
+            and not work.meta_batch_size % per_lease
+        ):
+            work = replace(work, tasks_per_lease=per_lease)
+        if work.compute.chunk_size is None and isinstance(chunk, int) and work.chunk_on_cpu != 1:
+            work = replace(work, chunk_on_cpu=chunk)
+        self._workload = work
 
     def fit(
         self, num_steps: int, on_step: Callable[[StepReport], bool] | None = None
@@ -469,6 +508,7 @@ class Trainer:
             "outer lr": optimizer.lr,
             "meta_batch_size": self._workload.meta_batch_size,
             "tasks_per_lease": self._workload.tasks_per_lease,
+            "chunk_size": self._chunk_size,
             "seed": self._workload.compute.seed,
             "device": self._workload.compute.device,
             "graph_budget": self._workload.compute.graph_budget,
@@ -703,10 +743,10 @@ class _Run:
             )
 
 
-def default_tasks_per_lease(meta_batch_size: int) -> int:
-    """The largest divisor that leaves at least four leases, or 1."""
-    sizes = [t for t in range(1, meta_batch_size // 4 + 1) if meta_batch_size % t == 0]
-    return max(sizes, default=1)
+def default_tasks_per_lease(meta_batch_size: int, chunk: int = 1) -> int:
+    """The largest divisor that leaves at least four leases, or is at most `chunk`."""
+    most = min(max(1, meta_batch_size // 4, chunk), meta_batch_size)
+    return max(size for size in range(1, most + 1) if meta_batch_size % size == 0)
 
 
 def headline(result: EvaluationResult) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -60,6 +60,8 @@ class Workload:
             Otherwise every task is new. The start of adaptation gets no hypergradient then.
         report_every: Outer steps between leases that report losses and metrics.
         compute: How leases are computed, and on which device.
+        chunk_on_cpu: The most tasks that go through vmap together on a CPU; None: as `compute`
+            says.
     """
 
     problem: Problem
@@ -70,6 +72,7 @@ class Workload:
     keep_state: bool = False
     report_every: int = rule(10, ge=1)
     compute: Compute = field(default_factory=Compute)
+    chunk_on_cpu: int | None = rule(None, ge=1, none="")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -89,6 +92,10 @@ class Workload:
                 "trains where adaptation starts, and a kept state starts where the last ended"
             )
         require_sampler("sampler", self.sampler)
+
+    @cached_property
+    def _on_cpu(self) -> Compute:
+        return replace(self.compute, chunk_size=self.chunk_on_cpu or self.compute.chunk_size)
 
     @property
     def leases_per_step(self) -> int:
@@ -140,12 +147,13 @@ class Workload:
         states: Mapping[int, Tensor] | None = None,
     ) -> HypergradientSum:
         """`task_hypergradients` of `tasks` with the settings of this workload."""
+        on_cpu = next(iter(outer.values())).device.type == "cpu"
         return task_hypergradients(
             self.problem,
             self.algorithm,
             outer,
             tasks,
-            compute=self.compute,
+            compute=self._on_cpu if on_cpu else self.compute,
             report=report,
             step=step,
             previous=previous,

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_pure, told
+from metadist.chunks import chunk_of
 from metadist.compute import DEFAULT, Compute, intra_op_threads
 from metadist.hypergradient import (
     FAILS_UNDER_VMAP,
@@ -474,6 +475,18 @@ def _hypergradient(workload: Workload, outer: Params, tasks: list[Task]) -> Hype
         if len(tasks) > 1 or not any(phrase in str(error) for phrase in NO_DERIVATIVE):
             raise
         raise _no_second_derivative(workload, error) from error
+
+
+def chunk_on_cpu(workload: Workload, outer: Params) -> int:
+    """How many tasks of the workload go through vmap together on a CPU; 1: a loop over tasks."""
+    problem, compute = workload.problem, workload.compute
+    if workload.meta_batch_size == 1:
+        return 1
+    tasks = [_task(workload.sampler, outer, index) for index in range(2)]
+    if not vectorizes(compute.vectorize, problem, workload.algorithm, outer, tasks):
+        return 1
+    with intra_op_threads(compute.num_threads):
+        return compute.chunk_size or chunk_of(problem, outer, tasks[0])
 
 
 def _vectorizes(workload: Workload, outer: Params, tasks: list[Task]) -> bool:

@@ -78,7 +78,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", ["MAML, SGD with momentum", "Reptile", "ANIL, Conv4"])
 def test_training_is_the_loop_that_one_would_write_by_hand(name):
-    options = {"outer_optimizer": SGD, **RUNS[name]}
+    options = {"outer_optimizer": SGD, **RUNS[name], "tasks_per_lease": 1}
     trainer = make_trainer(**options)
     start = trainer.outer
     trainer.fit(3)
@@ -290,7 +290,10 @@ def test_too_many_tasks_without_a_hypergradient_end_the_run_with_their_ids(tmp_p
 def test_dropped_tasks_are_counted_and_left_out():
     executor = Recording()
     trainer = make_trainer(
-        sampler=Spoiled(curves(), broken=(2, 4, 5, 6, 7, 11)), executor=executor, max_dropped=5
+        sampler=Spoiled(curves(), broken=(2, 4, 5, 6, 7, 11)),
+        executor=executor,
+        max_dropped=5,
+        tasks_per_lease=1,
     )
     result = trainer.fit(3)
     assert (result.num_tasks, result.num_dropped) == (6, 6)
@@ -390,7 +393,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
     ("changes", "message"),
     [
         ({"seed": 4}, r"seed must be 3 as in checkpoint .*step-00000002, got 4: start a new run"),
-        ({"tasks_per_lease": 2}, r"tasks_per_lease must be 1 as in checkpoint .*, got 2"),
+        ({"tasks_per_lease": 2}, r"tasks_per_lease must be 4 as in checkpoint .*, got 2"),
+        ({"chunk_size": 3}, r"chunk_size must be 4 as in checkpoint .*, got 3"),
+        ({"vectorize": False}, r"chunk_size must be 4 as in checkpoint .*, got 1"),
         ({"outer_optimizer": SGD}, r"outer_optimizer.name must be adam as in .*, got sgd: start"),
         (
             {"outer_optimizer": OuterOptimizer("adam", lr=0.02)},
@@ -662,6 +667,52 @@ def test_restoring_needs_a_run_folder():
 def test_a_meta_batch_is_cut_into_at_least_four_equal_leases(meta_batch_size, expected):
     assert default_tasks_per_lease(meta_batch_size) == expected
     assert meta_batch_size % expected == 0
+
+
+@pytest.mark.parametrize(
+    ("meta_batch_size", "chunk", "expected"),
+    [(25, 1000, 25), (25, 24, 5), (25, 4, 5), (16, 12, 8), (31, 31, 31), (31, 30, 1), (2, 1, 1)],
+)
+def test_where_one_process_computes_a_lease_takes_what_goes_together(
+    meta_batch_size, chunk, expected
+):
+    assert default_tasks_per_lease(meta_batch_size, chunk) == expected
+
+
+class Sharing(Recording):
+    shares_leases = True
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (25, 25)),
+        ({"executor": Sharing()}, (5, 5)),
+        ({"chunk_size": 7}, (5, 5)),
+        ({"tasks_per_lease": 25, "chunk_size": 7}, (25, 7)),
+        ({"vectorize": False}, (5, 1)),
+        ({"problem": regression(metadist.models.MLP(hidden=(500, 500)))}, (5, 1)),
+    ],
+)
+def test_leases_and_chunks_follow_from_the_size_of_a_task(options, expected):
+    trainer = make_trainer(meta_batch_size=25, **options)
+    settings = trainer.settings()
+    assert (settings["tasks_per_lease"], settings["chunk_size"]) == expected
+
+
+@pytest.mark.parametrize(
+    "first", [{}, {"tasks_per_lease": 2}, {"tasks_per_lease": 4, "chunk_size": 3}]
+)
+def test_a_resumed_run_cuts_leases_and_chunks_as_before(first, tmp_path):
+    whole = make_trainer(meta_batch_size=8, **first)
+    whole.fit(4)
+    make_trainer(meta_batch_size=8, run_dir=tmp_path, **first).fit(2)
+    for executor in (None, Sharing()):
+        trainer = make_trainer(meta_batch_size=8, run_dir=tmp_path, executor=executor)
+        trainer.restore()
+        trainer.fit(3 if executor is None else 4)
+    assert exact_state(trainer) == exact_state(whole)
+    assert trainer.workload.tasks_per_lease == whole.workload.tasks_per_lease
 
 
 class Failing(Exception):

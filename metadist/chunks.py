@@ -1,0 +1,68 @@
+"""How many tasks are computed together on a CPU.
+
+A call under vmap costs nearly the same for one small task as for many, until what it works on
+leaves the cache. So the sizes of a task decide, and nothing else: neither time nor the number of
+workers, so that every process finds the same number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from metadist.algorithm import split_own
+from metadist.problem import Problem
+from metadist.task import Task
+from metadist.trees import Params
+
+CACHE_BYTES = 8 << 20
+"""What the inner variables of a chunk may fill; measured, about a core's share of the cache."""
+
+MAX_INNER_BYTES = CACHE_BYTES // 16
+"""The largest inner variable that gains from vmap: above it a loop is as fast."""
+
+FORWARD_BYTES, FEW = 64 << 20, 4
+"""What the tasks of a chunk may take beside their inner variables, unless they are few."""
+
+
+def chunk_of(problem: Problem, outer: Params, task: Task) -> int:
+    """How many tasks like `task` go through vmap together, at least `FEW`.
+
+    As many as their inner variables fill 8 MB. And as many as their data, and what their encoding
+    and their losses compute in a forward pass, fill 64 MB: beyond that memory is all that grows.
+
+    Cost: a forward pass.
+    """
+    problem_outer, _ = split_own(outer)
+    with torch.no_grad(), _Results() as results:
+        context, inner = (
+            problem.encode(problem_outer, task),
+            problem.init_inner(problem_outer, task),
+        )
+        problem.inner_loss(context, inner, task.support)
+        problem.outer_loss(context, inner, task.query)
+    beside = results.num_bytes + num_bytes([*task.support.tensors, *task.query.tensors])
+    by_size = min(CACHE_BYTES // num_bytes(inner), FORWARD_BYTES // beside)
+    return max(FEW, by_size)
+
+
+def num_bytes(tensors: Any) -> int:
+    """The bytes that the tensors in a tree take; at least 1."""
+    found = (leaf for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor))
+    return max(1, sum(leaf.numel() * leaf.element_size() for leaf in found))
+
+
+class _Results(TorchDispatchMode):
+    """Adds up the bytes of what operators return, views left out."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.num_bytes += num_bytes(result)
+        return result
