@@ -150,10 +150,11 @@ def last_state(run: Path) -> OuterState:
 HEAD = """
 import sys
 import ray
-from metadist.cluster.actors.connection import connect
+from metadist.cluster.actors.connection import connect, disconnect
 connect("local", 4, False, 300 << 20)
 print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
+disconnect()
 """
 
 
