@@ -372,7 +372,8 @@ class _Check:
         """Hypergradients at x by the path of training, with other draws each."""
         found = []
         compute = self.workload.compute
-        states: dict[int, Tensor] | None = {} if keep else None
+        new: dict[int, Tensor] | None = {} if keep or self.algorithm.needs_kept_state else None
+        states = new
         for step in range(number):
             result = task_hypergradients(
                 self.problem,
@@ -390,7 +391,7 @@ class _Check:
                     f"the hypergradient must be finite, got NaN or Inf in estimate {step + 1} "
                     f"at the same x: the kept state diverges ({self.algorithm})"
                 )
-            states = result.states if keep else None
+            states = dict(result.states) if keep else new
             found.append(result.total)
         return found
 

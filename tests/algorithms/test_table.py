@@ -193,6 +193,7 @@ def test_a_report_of_tasks_together_is_that_of_a_loop(algorithm):
                 outer,
                 tasks,
                 compute=Compute(vectorize=vectorize, batch_size=2),
+                states={} if algorithm.needs_kept_state else None,
                 report=True,
             )
             for vectorize in (False, True)
@@ -210,7 +211,8 @@ def test_tasks_together_are_tasks_in_a_loop(name, case, kept):
     outer = outer_of(case, problem, tasks[0])
     found = {}
     for vectorize in (True, False):
-        states: dict[int, Tensor] | None = {} if kept else None
+        new: dict[int, Tensor] | None = {} if kept or case.algorithm.needs_kept_state else None
+        states = new
         for step in range(3):
             result = task_hypergradients(
                 problem,
@@ -221,7 +223,7 @@ def test_tasks_together_are_tasks_in_a_loop(name, case, kept):
                 step=step,
                 states=states,
             )
-            states = result.states if kept else None
+            states = dict(result.states) if kept else new
         assert result.num_tasks == 3
         found[vectorize] = result
     assert_close(found[True].total, found[False].total)
