@@ -48,7 +48,9 @@ LAST_STATE_S = 20.0
 
 
 class RayExecutor(Executor):
-    """Computes leases on Ray workers; under BSP to the same bytes as `LocalExecutor`.
+    """Computes leases on Ray workers.
+
+    Under BSP the bytes are those of `LocalExecutor` with the same `tasks_per_lease`.
 
     Uses the Ray connection that this process has; otherwise see `address`.
 
