@@ -195,7 +195,6 @@ def test_a_report_of_tasks_together_is_that_of_a_loop(algorithm):
                 compute=Compute(vectorize=vectorize, batch_size=2),
                 states={} if algorithm.needs_kept_state else None,
                 report=True,
-                states={} if algorithm.needs_kept_state else None,
             )
             for vectorize in (False, True)
         )
