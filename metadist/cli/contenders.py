@@ -73,7 +73,8 @@ def check_contender(
         )
     keep_state = parsed.keep_state
     if keep_state is None and workers is None:  # else the data may be on other machines only
-        keep_state = _keeps_state(parsed)
+        with suppress(Exception):  # a sampler or problem that fails does so in its own run
+            keep_state = _keeps_state(parsed)
     if keep_state is not None:
         _require_judges(parsed, keep_state)
 

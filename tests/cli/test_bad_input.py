@@ -235,16 +235,20 @@ UNAVAILABLE: dict[str, str] = {
         r"address must name a running Ray cluster, got '127.0.0.1:1': (.|\n)*Is it up(.|\n)*"
         r"RAY_AUTH_MODE=token"
     ),
+    "--executor.workers.num_workers 2": (
+        r"num_workers=2 must be free within start_timeout_s=1, got CPU: 2 needed "
+        r"\(1 each\), 1 in the cluster, 1 free: lower num_workers, cpus_per_worker or"
+    ),
     "--executor.workers.num_workers 2 --executor.workers.cpus_per_worker 999": (
-        r"num_workers=2 must be free within start_timeout_s=1, got CPU: 1998 needed "
-        r"\(999 each\), 1 in the cluster, 1 free: lower num_workers, cpus_per_worker or"
+        r"num_workers=2 must have nodes with CPU: 999 and GPU: 0 each, got nodes with CPU: 1 and "
+        r"GPU: 0 .*lower cpus_per_worker or gpus_per_worker"
     ),
     "--executor.workers.num_workers 1 --executor.workers.gpus_per_worker 1": (
-        r"num_workers=1 must be free within start_timeout_s=1, got .*GPU: 1 needed "
-        r"\(1 each\), 0 in the cluster, 0 free: lower .*gpus_per_worker, or add nodes"
+        r"num_workers=1 must have nodes with CPU: 1 and GPU: 1 each, got nodes with CPU: 1 and "
+        r"GPU: 0 .*lower cpus_per_worker or gpus_per_worker"
     ),
     "--executor.workers.num_workers 1 --compute.device cuda": (
-        r".*GPU: 1 needed \(1 each\), 0 in the"
+        r".*GPU: 1 each, got nodes with CPU: 1 and GPU: 0"
     ),
 }
 

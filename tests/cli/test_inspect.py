@@ -22,12 +22,12 @@ def test_inspect_shows_the_checkpoints_and_what_is_in_one(cli, run):
     for step in (2, 4, 5):
         mark = "good, best" if f"step-{step:08d}" == best else "good"
         assert re.search(rf"step-{step:08d} -\d+\.\d{{4}} {mark} ", out), out
-    assert "step-00000005: outer step 5, next lease 20" in out
+    assert "step-00000005: outer step 5, next lease 5" in out
     assert "seed: 0" in out and "OuterOptimizer(name='adam', " in out
     assert "outer.features.0.weight (8, 1) float32 8" in out
     assert "optimizer.exp_avg (25,) float32 25" in out
     named = cli.good("inspect", run, "--checkpoint", "step-00000002")
-    assert "step-00000002: outer step 2, next lease 8" in named
+    assert "step-00000002: outer step 2, next lease 2" in named
     assert "step-00000002: outer step 2" in cli.good(
         *("inspect", run / "checkpoints", "--checkpoint", "step-00000002")
     )

@@ -26,7 +26,7 @@ from tests.helpers import (
 FLAGS = words(
     "train --sampler my_tasks.MySampler --sampler.init_args.n_way 3 --problem.model mlp "
     "--problem.model.in_features 2 --problem.model.out_features 3 --problem.model.hidden [8] "
-    "--algorithm.inner_steps 2 --meta_batch_size 8 --num_steps 4"
+    "--algorithm.inner_steps 2 --meta_batch_size 8 --tasks_per_lease 2 --num_steps 4"
 )
 RAY = words("--executor ray --executor.workers.num_workers 2")
 

@@ -22,6 +22,7 @@ if __name__ == "__main__":
         MySampler(n_way=3),
         ITD(inner_steps=2),
         meta_batch_size=8,
+        tasks_per_lease=2,
         executor=RayExecutor(Workers(num_workers=2))
         if where == "ray"
         else metadist.LocalExecutor(),
