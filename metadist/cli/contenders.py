@@ -72,8 +72,9 @@ def check_contender(
             f"{parsed.executor.class_path}: every run is in a process of Ray already"
         )
     keep_state = parsed.keep_state
-    if keep_state is None and workers is None:  # else the data may be on other machines only
-        with suppress(Exception):  # a sampler or problem that fails does so in its own run
+    if keep_state is None:
+        # What fails does so in its own run; and the data may be on other machines only.
+        with suppress(Exception):
             keep_state = _keeps_state(parsed)
     if keep_state is not None:
         _require_judges(parsed, keep_state)

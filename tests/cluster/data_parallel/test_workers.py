@@ -332,6 +332,6 @@ def test_a_shard_that_changes_is_noticed(workers, tmp_path):
 
 def test_too_few_resources_are_told(ray_session):
     executor = DataParallelExecutor(Workers(num_workers=2, cpus_per_worker=64, start_timeout_s=0.5))
-    with pytest.raises(ResourcesError, match=r"num_workers=2 must be free within start_timeout_s"):
+    with pytest.raises(ResourcesError, match=r"num_workers=2 must have nodes with CPU: 64"):
         solve(executor, SOBA())
     assert ray.is_initialized()

@@ -246,8 +246,8 @@ def test_asynchronous_runs_go_on_from_any_state(executor):
             "cpu",
             r"min_workers=5 must be free within .*lower min_w",
         ),
-        ({"gpus_per_worker": 0.5}, "cpu", r"GPU: 1 needed \(0.5 each\), 0 in the cluster"),
-        ({}, "cuda", r"GPU: 2 needed \(1 each\), 0 in the cluster"),
+        ({"gpus_per_worker": 0.5}, "cpu", r"GPU: 0.5 each, got nodes with CPU: 4 and GPU: 0 "),
+        ({}, "cuda", r"GPU: 1 each, got nodes with CPU: 4 and GPU: 0 "),
     ],
 )
 def test_too_few_resources_are_reported_in_time(executor, workers, device, message):
