@@ -80,10 +80,14 @@ def test_children_of_children_are_found(chaos):
     assert chaos.descendants(process.pid) == {}
 
 
+STEPS = "--num_steps 600 --checkpoint_every 10 --tasks_per_lease 1"
+"""On Ray a lease of all tasks would leave one worker alone."""
+
+
 @pytest.fixture
 def whole(tmp_path):
     """An undisturbed run in this folder, called `whole`."""
-    train = ["-m", "metadist", "train", *CURVES, *words("--num_steps 150 --checkpoint_every 10")]
+    train = ["-m", "metadist", "train", *CURVES, *words(STEPS)]
     assert finish(start([*train, "--run_dir", "whole"], tmp_path), 300).code == 0
     return tmp_path / "whole"
 
@@ -117,6 +121,14 @@ def test_another_result_is_found_and_kept(whole):
     assert found.returncode == 1, found.stdout + found.stderr
     assert "DIFFERENT: outer" in found.stdout
     assert (whole.parent / "whole-chaos-1").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_runs_with_other_leases_are_not_compared(whole):
+    found = call(whole, *words("--kills 1 --signals 0 -- --tasks_per_lease 2"))
+    assert found.returncode == 1, found.stdout + found.stderr
+    assert "NOT COMPARABLE: tasks_per_lease is 2 here and 1 in the undisturbed run" in found.stdout
 
 
 @pytest.mark.slow
