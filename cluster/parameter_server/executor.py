@@ -149,7 +149,7 @@ class RayExecutor(Executor):
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         """See `Executor`; started again, it keeps its processes and sets them up anew."""
         if self._policy.is_synchronous and self._workers.num_workers > workload.leases_per_step:
-            way_out = "lower tasks_per_lease"
+            way_out = "lower num_workers, or begin a run with a lower tasks_per_lease"
             if workload.tasks_per_lease == 1:
                 way_out = (
                     "lower num_workers, or raise meta_batch_size"
