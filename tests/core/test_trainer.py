@@ -198,7 +198,8 @@ def test_a_run_that_was_killed_is_resumed_to_the_bytes_of_an_undisturbed_one(tmp
 
     resumed = make_trainer(run_dir=folder)
     resumed.restore()
-    assert 10 <= resumed.version < 60
+    # The checkpoint of step 5 was complete before that of step 10 began; this one may not be.
+    assert 5 <= resumed.version < 60
     resumed.fit(60)
     assert exact_state(resumed) == exact_state(undisturbed)
 
