@@ -17,6 +17,7 @@ if __name__ != "metadist.algorithms":
 from metadist.algorithm import Algorithm as _Algorithm
 from metadist.algorithms.aid import AID as AID
 from metadist.algorithms.amigo import AmIGO as AmIGO
+from metadist.algorithms.bda import BDA as BDA
 from metadist.algorithms.bome import BOME as BOME
 from metadist.algorithms.darts import DARTS as DARTS
 from metadist.algorithms.f2sa import F2SA as F2SA

@@ -94,6 +94,13 @@ class Algorithm(ABC):
     def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
         """The adapted inner variable alone: what evaluation needs, no hypergradient."""
 
+    def unrolled_map(self, oracle: Oracle, context: Params, inner: Params) -> Params:
+        """The y at which training takes f, where the method differentiates through its steps.
+
+        Only `check_hypergradient` asks for it; default: what `adapt` gives.
+        """
+        return self.adapt(oracle, context, inner)
+
     def recursive_weight(self, step: int) -> float | None:
         """For a two-point method, the weight a_k of the new hypergradient; None for all others.
 

@@ -162,9 +162,10 @@ class AutogradOracle(Oracle):
     def _linearise(self, derivative: Derivative, draw: Draw, x: Params, y: Params) -> _Point:
         loss, batch = _loss(self._problem, derivative), self.batch(draw)
         if self._eager:
-            return _Point(draw, x, y, ("x", "y"), *_eager_graph(loss, derivative, batch, x, y))
+            graph = _eager_graph(loss, derivative, batch, x, y)
+            return _Point(derivative.loss, draw, x, y, ("x", "y"), *graph)
         graph = _functional_graph(loss, derivative, batch, x, y)
-        return _Point(draw, x, y, derivative.gives, *graph)
+        return _Point(derivative.loss, draw, x, y, derivative.gives, *graph)
 
 
 Pull = Callable[[Sequence[Params], tuple[Role, ...], bool], tuple[Params, ...]]
@@ -172,12 +173,13 @@ Pull = Callable[[Sequence[Params], tuple[Role, ...], bool], tuple[Params, ...]]
 
 
 class _Point:
-    """The slopes of the inner loss at a point, with their graph.
+    """The slopes of a loss at a point, with their graph.
 
     The point is told by its tensors, which it holds, and by their versions: a change in place
     makes it another one.
 
     Args:
+        loss: The name of the loss.
         draw: The examples.
         x, y: The point.
         of: In what the slopes can be differentiated.
@@ -187,6 +189,7 @@ class _Point:
 
     def __init__(
         self,
+        loss: str,
         draw: Draw,
         x: Params,
         y: Params,
@@ -195,6 +198,7 @@ class _Point:
         pull: Pull,
     ) -> None:
         self.slopes = slopes
+        self._loss = loss
         self._draw = draw
         self._trees = x, y
         self._versions = _versions(x, y)
@@ -210,7 +214,7 @@ class _Point:
             known = set(derivative.gives) <= self.slopes.keys()
         return (
             known
-            and derivative.loss == "inner_loss"
+            and derivative.loss == self._loss
             and draw == self._draw
             and all(map(_is_same, self._trees, (x, y)))
             and self._versions == _versions(x, y)

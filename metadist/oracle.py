@@ -65,6 +65,9 @@ DERIVATIVES = {
     "inner_grads": Derivative("inner_loss", ("x", "y"), ("inner_grad", "inner_grad_x")),
     "outer_grads": Derivative("outer_loss", ("x", "y"), ("outer_grads",)),
     "second_order": Derivative("inner_loss", ("x", "y"), ("hvp", "jvp"), along=("y",)),
+    "outer_second_order": Derivative(
+        "outer_loss", ("x", "y"), ("outer_hvp", "outer_jvp"), along=("y",)
+    ),
     "hvp": Derivative("inner_loss", ("y",), ("hvp",), along=("y",)),
     "directional": Derivative("inner_loss", ("y",), ("directional",), along=("x", "y")),
     "inner_value": Derivative("inner_loss", ("value",), ("inner_value",)),
@@ -299,6 +302,13 @@ class Oracle(ABC):
         j_v, h_v = self.derive("second_order", draw, x, y, v)
         return j_v, h_v
 
+    def outer_second_order(
+        self, x: Params, y: Params, v: Params, draw: Draw
+    ) -> tuple[Params, Params]:
+        """(d2f/dxdy v shaped like x, d2f/dy2 v shaped like y). Cost: about two gradients of f."""
+        j_v, h_v = self.derive("outer_second_order", draw, x, y, v)
+        return j_v, h_v
+
     def hvp(self, x: Params, y: Params, v: Params, draw: Draw) -> Params:
         """H v. Cost: about two gradients."""
         return self.derive("hvp", draw, x, y, v)[0]
@@ -332,8 +342,8 @@ class CountingOracle(Oracle):
     """Another oracle, with `counts` of what it was asked; draws are the other's own.
 
     Keys: `inner_grad` (grad_y g), `inner_grad_x` (grad_x g), `outer_grads` (joint), `hvp` (H v),
-    `jvp` (J v), `directional` (J' dx + H dy), `inner_value`, `outer_value`. Under vmap over B
-    tasks one call is counted once.
+    `jvp` (J v), `directional` (J' dx + H dy), `outer_hvp` and `outer_jvp` (those of f),
+    `inner_value`, `outer_value`. Under vmap over B tasks one call is counted once.
     """
 
     def __init__(self, oracle: Oracle) -> None:

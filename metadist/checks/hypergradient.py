@@ -466,7 +466,7 @@ class _Check:
                 context = self.problem.encode(problem_outer, self.task)
             if trains != "context":
                 start = self.problem.init_inner(problem_outer, self.task)
-        adapted = self.algorithm.adapt(self._oracle(), {**context, **own}, start)
+        adapted = self.algorithm.unrolled_map(self._oracle(), {**context, **own}, start)
         return self.problem.outer_loss(context, adapted, self.task.query).detach()
 
     def _minimum(self, adapted: Params, max_dense: int) -> Minimum:
