@@ -23,6 +23,7 @@ from metadist.algorithms.darts import DARTS as DARTS
 from metadist.algorithms.f2sa import F2SA as F2SA
 from metadist.algorithms.fg2u import FG2U as FG2U
 from metadist.algorithms.fsla import FSLA as FSLA
+from metadist.algorithms.iaptt import IAPTT as IAPTT
 from metadist.algorithms.imaml import IMAML as IMAML
 from metadist.algorithms.itd import ITD as ITD
 from metadist.algorithms.lancbio import LancBiO as LancBiO

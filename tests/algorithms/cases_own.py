@@ -1,6 +1,6 @@
 """The algorithms that differentiate the inner loop, and Reptile."""
 
-from metadist.algorithms import BDA, ITD, Reptile
+from metadist.algorithms import BDA, IAPTT, ITD, Reptile
 from tests.algorithms.cases import Case
 
 CASES: dict[str, Case] = {
@@ -15,6 +15,11 @@ CASES: dict[str, Case] = {
         {"inner_grad": 20, "outer_grads": 20 + 1, "hvp": 20, "jvp": 20}
         | {"outer_hvp": 20, "outer_jvp": 20},
         tolerance=0.2,  # and the bias of the share of f
+    ),
+    "iaptt": Case(
+        IAPTT(inner_steps=20, inner_lr=0.3, start_lr=0.01),
+        {"inner_grad": 20, "outer_value": 20, "outer_grads": 1, "hvp": 20, "jvp": 20},
+        tolerance=0.3,  # f at the worst of 20 steps, and z fits f
     ),
     "reptile": Case(Reptile(inner_steps=5, inner_lr=0.3), {"inner_grad": 5}),
 }
