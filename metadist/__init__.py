@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from metadist.executor import StepReport as StepReport
     from metadist.hypergradient import HypergradientSum as HypergradientSum
     from metadist.hypergradient import task_hypergradients as task_hypergradients
+    from metadist.inference import adapt as adapt
+    from metadist.inference import export as export
+    from metadist.inference import predict as predict
     from metadist.optimizer import OuterOptimizer as OuterOptimizer
     from metadist.oracle import CountingOracle as CountingOracle
     from metadist.oracle import Draw as Draw

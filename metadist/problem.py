@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metadist.task import Batch, Task
 from metadist.trees import Params, gradients, leaves
@@ -107,6 +107,23 @@ class Problem(Protocol):
     def describe(self) -> dict[str, str]:
         """What one must know to reproduce a result, for example the batch-norm policy."""
         return {}
+
+
+@runtime_checkable
+class HasModel(Protocol):
+    """A problem whose inner loop trains a model: it can be asked for predictions."""
+
+    def predict(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        """The model's outputs on a batch of the query set, shape (examples, ...).
+
+        `context` is what `encode` returned for the task of that query set, `inner` is adapted. The
+        targets of the batch are not looked at.
+        """
+        ...
+
+    def module(self, outer: Params, inner: Params, task: Task) -> nn.Module:
+        """The model as a plain torch module that holds copies of the adapted weights."""
+        ...
 
 
 def has_few_shot_classes(problem: Problem) -> bool:

@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from metadist import __version__
-from metadist.algorithm import Algorithm, counters_of, split_own, unflatten_state
-from metadist.autograd import AutogradOracle
+from metadist.algorithm import Algorithm
 from metadist.checks.preflight import (
     check_losses,
     check_trainable,
@@ -29,6 +30,7 @@ from metadist.checks.values import check
 from metadist.compute import DEFAULT, Compute
 from metadist.evaluation import EvaluationResult, describe_sampler, evaluate, with_inner_steps
 from metadist.executor import Executor, LocalExecutor, StepReport
+from metadist.inference import adapt, export, kept_state, predict
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterVariable, check_state
 from metadist.problem import Problem, has_few_shot_classes
@@ -47,7 +49,7 @@ from metadist.run.monitor import Monitor, TerminalProgress, calls_of, mean_metri
 from metadist.run.settings import as_text, difference, recorded
 from metadist.run.storage import Folder, Mirror, is_part
 from metadist.signals import OneStop
-from metadist.task import TaskSampler, to_device
+from metadist.task import Batch, Task, TaskSampler
 from metadist.trees import Params
 from metadist.workload import Workload, tasks_of_steps
 
@@ -287,14 +289,45 @@ class Trainer:
                 "inner needs keep_state=True and a step taken on that task, got "
                 f"{sorted(self._state.states) or 'no states'} and index {index}"
             )
-        leaf = next(iter(self.outer.values()))
-        task = to_device(self.sampler.sample(index), leaf.device, leaf.dtype)
-        outer, own = split_own(self.outer)
-        context, start = self.problem.encode(outer, task), self.problem.init_inner(outer, task)
-        oracle = AutogradOracle(self.problem, task, self._workload.compute.batch_size)
-        like = self.algorithm.init(oracle, {**context, **own}, start)
-        inner: Params = unflatten_state(flat, like, counters_of(flat)).inner
-        return inner
+        inner = self._use(adapt, self.sampler.sample(index), flat)
+        return {name: leaf.cpu() for name, leaf in inner.items()}
+
+    def adapt(self, task: Task | Batch) -> Params:
+        """The inner variable after adaptation to a task, or to a support set alone.
+
+        It takes `eval_inner_steps`. With keep_state, a task of the training has its `inner`: what
+        training has made of it. See `metadist.adapt`.
+        """
+        return self._use(adapt, task, self._kept(task))
+
+    def predict(self, task: Task | Batch, inputs: Tensor | Batch | None = None) -> Tensor:
+        """The outputs of the problem's model after `adapt`, for `inputs` or the query set.
+
+        See `metadist.predict`.
+        """
+        return self._use(partial(predict, inputs=inputs), task, self._kept(task))
+
+    def export(self, task: Task | Batch) -> nn.Module:
+        """The problem's model with the weights of `adapt` in it: plain torch.
+
+        See `metadist.export`.
+        """
+        return self._use(export, task, self._kept(task))
+
+    def _use(self, use: Callable[..., Any], task: Task | Batch, state: Tensor | None) -> Any:
+        return use(
+            self.problem,
+            self.algorithm,
+            self.outer,
+            task,
+            inner_steps=self._eval_inner_steps,
+            state=state,
+            compute=self._workload.compute,
+        )
+
+    def _kept(self, task: Task | Batch) -> Tensor | None:
+        """The state that training has kept of this very task; None: it has none."""
+        return kept_state(self._state.states, self.sampler, task)
 
     @property
     def skipped(self) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from metadist.models import TaskBatchNorm
 from metadist.trees import Params
 
 
@@ -171,6 +172,79 @@ def _parametrized(plain: type[nn.Module], state: dict[str, Any]) -> nn.Module:
         parametrize._inject_property(layer, name)
     _make_picklable(layer, plain)
     return layer
+
+
+def plain_module(model: nn.Module, params: Params, inputs: Tensor) -> nn.Module:
+    """A copy of `model` with these parameters in it, of torch's own batch norm and weights.
+
+    Args:
+        model: As of `without_parameters`.
+        params: Its trainable parameters, named as by `trainable`.
+        inputs: The support inputs, whose statistics "inductive" batch norm keeps.
+    """
+    module = copy.deepcopy(model)
+    made: dict[str, nn.Parameter] = {}
+    for place in _places(module):
+        if place.key in params:
+            leaf = made.setdefault(place.key, nn.Parameter(params[place.key].detach().clone()))
+            place.owner[place.name] = leaf
+    move_constants(module, inputs.device)
+    for layer in module.modules():
+        if parametrize.is_parametrized(layer):
+            names = list(cast(nn.ModuleDict, layer.parametrizations))
+            # A copy shares its class with `model`, and torch takes the properties from the class.
+            layer.__class__ = type(layer).__bases__[0].__bases__[0]
+            parametrize._inject_new_class(layer)
+            for name in names:
+                parametrize._inject_property(layer, name)
+            for name in names:
+                parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+            hooks = layer._load_state_dict_pre_hooks
+            for number, hook in list(hooks.items()):  # for names that the weights had before
+                if getattr(hook, "hook", hook).__module__ == nn.utils.parametrizations.__name__:
+                    del hooks[number]
+    norms = _torch_batch_norms(module, inputs)
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child in norms:
+                parent._modules[name] = norms[child]
+    return norms.get(module, module)
+
+
+def _torch_batch_norms(module: nn.Module, inputs: Tensor) -> dict[nn.Module | None, nn.Module]:
+    """The layer of torch that does what each `TaskBatchNorm` does after this support set."""
+    seen: dict[TaskBatchNorm, list[Tensor]] = {}
+
+    def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, TaskBatchNorm)
+        seen.setdefault(layer, []).append(args[0].detach())
+
+    layers = [layer for layer in module.modules() if isinstance(layer, TaskBatchNorm)]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        with torch.no_grad():
+            module(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {layer: _torch_batch_norm(layer, passed) for layer, passed in seen.items()}
+
+
+def _torch_batch_norm(layer: TaskBatchNorm, passed: list[Tensor]) -> nn.Module:
+    is_inductive = layer.policy == "inductive"
+    if is_inductive and len(passed) > 1:
+        raise ValueError(
+            f"batch norm of policy 'inductive' must run once in a pass to be exported, got {layer} "
+            f"that runs {len(passed)} times: it has other statistics each time"
+        )
+    x = passed[0]
+    kind = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(x.ndim, nn.BatchNorm1d)
+    norm = kind(layer.num_features, eps=layer.eps, track_running_stats=is_inductive)
+    norm.weight, norm.bias = layer.weight, layer.bias
+    if is_inductive:
+        axes = [0, *range(2, x.ndim)]
+        norm.running_var, norm.running_mean = torch.var_mean(x, axes, correction=0)
+    return norm
 
 
 class Head:

@@ -80,6 +80,13 @@ def test_a_sampler_of_your_own_is_checked(my_tasks, capsys):
     assert "Blobs" in capsys.readouterr().out
 
 
+def test_what_was_trained_is_used_as_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (program,) = programs("docs/running.md")
+    exec(program.replace("fit(5)", "fit(1)"), {})
+    assert (tmp_path / "letters.pt").exists()
+
+
 @pytest.mark.parametrize(("page", "options"), list(train_commands()))
 def test_commands_are_accepted(page, options, my_tasks, monkeypatch):
     monkeypatch.chdir(ROOT)

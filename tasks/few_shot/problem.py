@@ -27,6 +27,7 @@ from metadist.tasks.network import (
     last_executed,
     last_registered,
     names_of,
+    plain_module,
     trainable,
     without_parameters,
 )
@@ -240,6 +241,11 @@ class FewShotProblem(Problem):
         with rows(sets=sizes):
             out = self._call(self._model, {**context, **inner}, torch.cat([support, inputs]))
         return out[sizes[0] :]
+
+    def module(self, outer: Params, inner: Params, task: Task) -> nn.Module:
+        """The model with the weights adapted to `task`, see `metadist.export`."""
+        weights = {**self._shared(outer), **inner}
+        return plain_module(self._model, weights, _inputs(task.support))
 
     def describe(self) -> dict[str, str]:
         norms = set()

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from metadist.checks.values import check, require_integer
 from metadist.problem import Problem
 from metadist.task import Batch, Task
-from metadist.tasks.network import call, check_model, trainable, without_parameters
+from metadist.tasks.network import (
+    call,
+    check_model,
+    plain_module,
+    trainable,
+    without_parameters,
+)
 from metadist.trees import Params, dot
 
 
@@ -77,6 +83,14 @@ class ExampleWeighting(Problem):
     def logits(self, inner: Params, inputs: Tensor) -> Tensor:
         """The outputs of the model for `inputs`, shape (examples, classes)."""
         return call(self._model, inner, inputs)
+
+    def predict(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        """The model's outputs on `batch`, shape (examples, classes)."""
+        return self.logits(inner, batch.fields("inputs", "targets")[0])
+
+    def module(self, outer: Params, inner: Params, task: Task) -> nn.Module:
+        """The model with the weights `inner`, see `metadist.export`."""
+        return plain_module(self._model, inner, task.support.fields("inputs", "targets")[0])
 
     def losses(self, inner: Params, batch: Batch) -> Tensor:
         """The cross entropy of each example, shape (examples,)."""
