@@ -19,6 +19,7 @@ from metadist.algorithms.aid import AID as AID
 from metadist.algorithms.amigo import AmIGO as AmIGO
 from metadist.algorithms.bda import BDA as BDA
 from metadist.algorithms.bome import BOME as BOME
+from metadist.algorithms.bvfsm import BVFSM as BVFSM
 from metadist.algorithms.darts import DARTS as DARTS
 from metadist.algorithms.f2sa import F2SA as F2SA
 from metadist.algorithms.fg2u import FG2U as FG2U
@@ -32,12 +33,14 @@ from metadist.algorithms.meta_sgd import MetaSGD as MetaSGD
 from metadist.algorithms.mrbo import MRBO as MRBO
 from metadist.algorithms.noloop_aid import NoLoopAID as NoLoopAID
 from metadist.algorithms.nystrom import Nystrom as Nystrom
+from metadist.algorithms.pbgd_free import PBGDFree as PBGDFree
 from metadist.algorithms.penalty import Penalty as Penalty
 from metadist.algorithms.pzobo import PZOBO as PZOBO
 from metadist.algorithms.reptile import Reptile as Reptile
 from metadist.algorithms.saba import SABA as SABA
 from metadist.algorithms.sama import SAMA as SAMA
 from metadist.algorithms.soba import SOBA as SOBA
+from metadist.algorithms.srba import SRBA as SRBA
 from metadist.algorithms.stocbio import StocBiO as StocBiO
 from metadist.algorithms.subbio import SubBiO as SubBiO
 from metadist.algorithms.sustain import SUSTAIN as SUSTAIN

@@ -7,10 +7,12 @@ second is counted too.
 from __future__ import annotations
 
 from metadist.algorithms.bome import BOME
+from metadist.algorithms.bvfsm import BVFSM
 from metadist.algorithms.darts import DARTS
 from metadist.algorithms.f2sa import F2SA
 from metadist.algorithms.meha import MEHA
 from metadist.algorithms.meta_sgd import MetaSGD
+from metadist.algorithms.pbgd_free import PBGDFree
 from metadist.algorithms.penalty import Penalty
 from metadist.algorithms.sama import SAMA
 from metadist.algorithms.t1t2 import T1T2
@@ -41,6 +43,16 @@ CASES: dict[str, Case] = {
         {"inner_grad": 5 + 2, "inner_grad_x": 2, "outer_grads": 1},
         outer_lr=0.5,
         tolerance=0.12,  # O(1 / gamma)
+    ),
+    "bvfsm": Case(
+        BVFSM(inner_steps=5, inner_lr=0.4, y_steps=20, y_lr=0.15, sigma=1e-3, mu=0.0, theta=0.0),
+        # two values for each weight of g
+        {"inner_grad": 5 + 20 + 2, "inner_grad_x": 2, "inner_value": 42, "outer_grads": 21},
+        tolerance=0.08,  # O(sigma^(1/3))
+    ),
+    "pbgdfree": Case(
+        PBGDFree(inner_steps=2, inner_lr=0.4),
+        {"inner_grad": 2, "outer_grads": 2 + 1},
     ),
     "penalty": Case(
         Penalty(inner_steps=5, inner_lr=0.2, eps=10.0),

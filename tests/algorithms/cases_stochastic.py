@@ -6,6 +6,7 @@ from metadist.algorithms.mrbo import MRBO
 from metadist.algorithms.pzobo import PZOBO
 from metadist.algorithms.saba import SABA
 from metadist.algorithms.soba import SOBA
+from metadist.algorithms.srba import SRBA
 from metadist.algorithms.stocbio import StocBiO
 from metadist.algorithms.sustain import SUSTAIN
 from metadist.algorithms.ufom import UFOM
@@ -47,6 +48,10 @@ CASES: dict[str, Case] = {
     "saba": Case(
         SABA(inner_lr=0.5, adjoint_lr=0.5),
         {"inner_grad": 1, "outer_grads": 1, "hvp": 1, "jvp": 1},
+    ),
+    "srba": Case(
+        SRBA(inner_lr=0.5, adjoint_lr=0.5),
+        {"inner_grad": 2, "outer_grads": 2, "hvp": 2, "jvp": 2},
     ),
     # The step of v takes grad_y f of a joint gradient, w one at each of its two points.
     "fsla": Case(
