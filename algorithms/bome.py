@@ -75,7 +75,7 @@ class BOME(InnerLoop):
         y_T = self.descend(oracle, context, y)
         draw = oracle.draw_inner()  # one for both: q is a difference
         g_x, g_y = oracle.inner_grads(context, y, draw)
-        g_x_at_y_T, _ = oracle.inner_grads(context, y_T, draw)
+        g_x_at_y_T = oracle.inner_grad_x(context, y_T, draw)
         q_x, q_y = sub(g_x, g_x_at_y_T), g_y  # y_T is a constant, so it adds nothing to q_y
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
 

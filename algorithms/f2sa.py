@@ -124,7 +124,7 @@ def _grad_x(
     oracle: Oracle, context: Params, y: Params, s: float, inner_draw: Draw, outer_draw: Draw
 ) -> Params:
     """g_x + s f_x; f is not evaluated where s = 0."""
-    g_x, _ = oracle.inner_grads(context, y, inner_draw)
+    g_x = oracle.inner_grad_x(context, y, inner_draw)
     if not s:
         return g_x
     f_x, _ = oracle.outer_grads(context, y, outer_draw)

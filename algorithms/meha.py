@@ -112,7 +112,7 @@ class MEHA(SingleLoop):
 
     def _lower_x(self, oracle: Oracle, context: Params, y: Params, draw: Draw) -> Params:
         """The gradient of g + r in x."""
-        g_x, _ = oracle.inner_grads(context, y, draw)
+        g_x = oracle.inner_grad_x(context, y, draw)
         return add(g_x, oracle.nonsmooth_grad(context, y))
 
     def _prox_step(

@@ -95,7 +95,7 @@ class VPBGD(InnerLoop):
         y, omega = state.inner, self.descend(oracle, context, state.lower_solution)
         draw = oracle.draw_inner()  # one for both, so that noise cancels in the difference
         g_x, g_y = oracle.inner_grads(context, y, draw)
-        g_x_at_omega, _ = oracle.inner_grads(context, omega, draw)
+        g_x_at_omega = oracle.inner_grad_x(context, omega, draw)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         rate = factor * decayed(self.y_lr, self.inner_decay, oracle.step)
         moved = add(y, add(f_y, g_y, gamma), -rate)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.func import vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metadist.autograd import AutogradOracle, functional
 from metadist.oracle import DERIVATIVES, Draw, Oracle, Program
@@ -73,7 +73,7 @@ class Kernels:
             compiled = CompiledOracle(oracle, self, graph_budget)
             try:
                 if any(map(is_batchedtensor, task.support.tensors)):
-                    found = _Outside.apply(compiled, program, task, trees)
+                    found = _outside(compiled, program, task, trees)
                 else:
                     found = program(compiled, *trees)
             except NotCompiled as reason:
@@ -257,8 +257,27 @@ class CompiledOracle(Oracle):
         return (graph.slope,)
 
 
-class _Outside(torch.autograd.Function):
+def _outside(
+    oracle: CompiledOracle, program: Program, task: Task, trees: tuple[Params, ...]
+) -> Any:
     """Under vmap, a program on plain trees with a leading axis of tasks."""
+    leaves, form = tree_flatten((task, trees))
+    form_found = None
+
+    def run(stacked: list[Tensor]) -> list[Tensor]:
+        nonlocal form_found
+        tasks, trees = tree_unflatten(stacked, form)
+        found, form_found = tree_flatten(program(oracle.stacked(tasks), *trees))
+        return found
+
+    # Tensors alone, since torch takes arguments and results apart several times on this way.
+    found = _Outside.apply(run, *leaves)
+    assert form_found is not None
+    return tree_unflatten(found, form_found)
+
+
+class _Outside(torch.autograd.Function):
+    """Calls a function of plain tensors from under vmap."""
 
     @staticmethod
     def forward(*_: Any) -> Any:
@@ -270,18 +289,11 @@ class _Outside(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any,
-        in_dims: Any,
-        oracle: CompiledOracle,
-        program: Program,
-        task: Task,
-        trees: tuple[Params, ...],
+        info: Any, in_dims: Any, run: Callable[[list[Tensor]], list[Tensor]], *tensors: Tensor
     ) -> tuple[Any, Any]:
-        def stacked(leaf: Tensor, axis: int | None) -> Tensor:
-            if axis is None:
-                return leaf.expand(info.batch_size, *leaf.shape)
-            return leaf.movedim(axis, 0)
-
-        tasks = tree_map(stacked, task, in_dims[2])
-        found = program(oracle.stacked(tasks), *tree_map(stacked, trees, in_dims[3]))
-        return found, tree_map(lambda _: 0, found)
+        stacked = [
+            leaf.expand(info.batch_size, *leaf.shape) if axis is None else leaf.movedim(axis, 0)
+            for leaf, axis in zip(tensors, in_dims[1:], strict=True)
+        ]
+        found = run(stacked)
+        return tuple(found), (0,) * len(found)

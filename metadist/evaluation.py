@@ -93,6 +93,7 @@ def evaluate(
     inner_steps: int | None = None,
     compute: Compute = AS_TORCH_IS_SET,
     executor: Executor | None = None,
+    before: bool = True,
 ) -> EvaluationResult:
     """Mean and 95 % t-interval over the tasks 0 .. num_tasks-1 of `sampler`.
 
@@ -108,6 +109,8 @@ def evaluate(
         executor: What computes; None: this process. The workers of a `RayExecutor` share the tasks,
             in pieces of `compute.chunk_size`. With the same number of threads the metrics are the
             same to the last bit.
+        before: Also judge the start of adaptation, at the cost of one more pass over each query
+            set; False: no metrics with `_before`.
 
     Raises:
         ValueError: num_tasks < 2, inner_steps with an algorithm that has none, or a problem that
@@ -128,7 +131,14 @@ def evaluate(
     if inner_steps is not None:
         algorithm = with_inner_steps(algorithm, inner_steps)
     values = evaluate_tasks(
-        problem, sampler, algorithm, outer, num_tasks, compute=compute, executor=executor
+        problem,
+        sampler,
+        algorithm,
+        outer,
+        num_tasks,
+        compute=compute,
+        executor=executor,
+        before=before,
     )
     dropped = _dropped(values)
     kept = {
@@ -203,6 +213,7 @@ def evaluate_tasks(
     *,
     compute: Compute = AS_TORCH_IS_SET,
     executor: Executor | None = None,
+    before: bool = True,
 ) -> dict[str, list[float]]:
     """The metrics of each of the tasks 0 .. num_tasks-1 by name; arguments as of `evaluate`.
 
@@ -216,7 +227,7 @@ def evaluate_tasks(
         together = vectorizes(compute.vectorize, problem, algorithm, here, twice)
         size = TASKS_AT_A_TIME if together else TASKS_ONE_BY_ONE
     chunks = [range(first, min(first + size, num_tasks)) for first in range(0, num_tasks, size)]
-    judge = _Judge(problem, sampler, algorithm, compute)
+    judge = _Judge(problem, sampler, algorithm, compute, before)
     metrics: dict[str, list[float]] = {}
     for of_task in (executor or LocalExecutor()).judge(judge, outer, chunks):
         for name, value in of_task.items():
@@ -231,11 +242,58 @@ class _Judge(NamedTuple):
     sampler: TaskSampler
     algorithm: Algorithm
     compute: Compute
+    before: bool
 
     def __call__(self, outer: Params, indices: range) -> list[dict[str, float]]:
         leaf = next(iter(outer.values()))
         tasks = [to_device(sample_task(self.sampler, i), leaf.device, leaf.dtype) for i in indices]
-        return _adapt_and_judge(self.problem, self.algorithm, outer, tasks, self.compute)
+        return self._of_tasks(outer, tasks, self.compute)
+
+    def _of_tasks(
+        self, outer: Params, tasks: list[Task], compute: Compute
+    ) -> list[dict[str, float]]:
+        problem, algorithm = self.problem, self.algorithm
+        problem_outer, own = split_own(outer)
+        together = vectorizes(compute.vectorize, problem, algorithm, outer, tasks)
+
+        def judge(context: Params, start: Params, task: Task) -> dict[str, torch.Tensor]:
+            oracle = AutogradOracle(
+                problem,
+                task,
+                compute.batch_size,
+                compute.seed,
+                compile=algorithm.compiles,
+                eager=not together,
+            )
+            adapted = algorithm.adapt(oracle, {**context, **own}, start)
+            return adaptation_metrics(
+                problem, context, start if self.before else None, adapted, task
+            )
+
+        if not together:
+            found = []
+            for task in tasks:
+                with torch.no_grad():
+                    context = problem.encode(problem_outer, task)
+                    start = problem.init_inner(problem_outer, task)
+                found.append({k: float(v) for k, v in judge(detach(context), start, task).items()})
+            return found
+        stacked = stack_tasks(tasks)
+        try:
+            with torch.no_grad():
+                context = problem.encode_tasks(problem_outer, stacked)
+                start = torch.func.vmap(problem.init_inner, in_dims=(None, 0))(
+                    problem_outer, stacked
+                )
+            start = tree_map(torch.Tensor.contiguous, start)
+            columns = torch.func.vmap(judge)(context, start, stacked)
+        except FAILS_UNDER_VMAP as error:
+            if not falls_back(compute.vectorize, error):
+                raise
+            one_by_one = dataclasses.replace(compute, vectorize=False)
+            return self._of_tasks(outer, tasks, one_by_one)
+        rows = [select(columns, b) for b in range(len(tasks))]
+        return [{name: float(value) for name, value in row.items()} for row in rows]
 
 
 def with_inner_steps(algorithm: Algorithm, inner_steps: int) -> Algorithm:
@@ -252,52 +310,6 @@ def with_inner_steps(algorithm: Algorithm, inner_steps: int) -> Algorithm:
     if "momentum" in fields and inner_steps == 1:
         changes["momentum"] = 0.0  # of no effect on the first step
     return dataclasses.replace(algorithm, **changes)  # type: ignore[type-var]
-
-
-def _adapt_and_judge(
-    problem: Problem,
-    algorithm: Algorithm,
-    outer: Params,
-    tasks: list[Task],
-    compute: Compute,
-) -> list[dict[str, float]]:
-    problem_outer, own = split_own(outer)
-    together = vectorizes(compute.vectorize, problem, algorithm, outer, tasks)
-
-    def judge(context: Params, start: Params, task: Task) -> dict[str, torch.Tensor]:
-        oracle = AutogradOracle(
-            problem,
-            task,
-            compute.batch_size,
-            compute.seed,
-            compile=algorithm.compiles,
-            eager=not together,
-        )
-        adapted = algorithm.adapt(oracle, {**context, **own}, start)
-        return adaptation_metrics(problem, context, start, adapted, task)
-
-    if not together:
-        found = []
-        for task in tasks:
-            with torch.no_grad():
-                context = problem.encode(problem_outer, task)
-                start = problem.init_inner(problem_outer, task)
-            found.append({k: float(v) for k, v in judge(detach(context), start, task).items()})
-        return found
-    stacked = stack_tasks(tasks)
-    try:
-        with torch.no_grad():
-            context = problem.encode_tasks(problem_outer, stacked)
-            start = torch.func.vmap(problem.init_inner, in_dims=(None, 0))(problem_outer, stacked)
-        start = tree_map(torch.Tensor.contiguous, start)
-        columns = torch.func.vmap(judge)(context, start, stacked)
-    except FAILS_UNDER_VMAP as error:
-        if not falls_back(compute.vectorize, error):
-            raise
-        one_by_one = dataclasses.replace(compute, vectorize=False)
-        return _adapt_and_judge(problem, algorithm, outer, tasks, one_by_one)
-    rows = [select(columns, b) for b in range(len(tasks))]
-    return [{name: float(value) for name, value in row.items()} for row in rows]
 
 
 def mean_interval(values: list[float]) -> Interval:

@@ -332,12 +332,13 @@ def _summed(tree: Params) -> Params:
 
 
 def adaptation_metrics(
-    problem: Problem, context: Params, start: Params, adapted: Params, task: Task
+    problem: Problem, context: Params, start: Params | None, adapted: Params, task: Task
 ) -> dict[str, Tensor]:
     """Losses and metrics of one task at `adapted`, and (names ending in `_before`) at `start`."""
+    points = {"": adapted} if start is None else {"": adapted, "_before": start}
     with torch.no_grad():
         metrics = {"support_loss": problem.inner_loss(context, adapted, task.support)}
-        for suffix, inner in (("", adapted), ("_before", start)):
+        for suffix, inner in points.items():
             loss, others = loss_and_metrics(problem, context, inner, task.query)
             for name, value in {"loss": loss, **others}.items():
                 metrics[f"query_{name}{suffix}"] = value

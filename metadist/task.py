@@ -100,7 +100,9 @@ class Batch(NamedTuple):
 
     def take(self, positions: Tensor) -> Batch:
         """The examples at `positions` (int64, shape (n,)) of this batch."""
-        return self.map(lambda tensor: tensor[positions])._replace(index=self.index[positions])
+        # Several times as fast as tensor[positions], which is written for any number of indices.
+        chosen = self.map(lambda tensor: tensor.index_select(0, positions))
+        return chosen._replace(index=self.index.index_select(0, positions))
 
 
 def targets_of(batch: Batch) -> Tensor | None:

@@ -508,7 +508,9 @@ class Trainer:
         self._save(waits=True)
         return self.version
 
-    def test(self, sampler: TaskSampler, num_tasks: int = 600) -> EvaluationResult:
+    def test(
+        self, sampler: TaskSampler, num_tasks: int = 600, *, before: bool = True
+    ) -> EvaluationResult:
         """Evaluation of the current outer variable, by the executor; see `evaluate`."""
         return evaluate(
             self.problem,
@@ -519,6 +521,7 @@ class Trainer:
             inner_steps=self._eval_inner_steps,
             compute=self._workload.compute,
             executor=self._executor,
+            before=before,
         )
 
     def record(self, split: str, result: EvaluationResult) -> None:
@@ -592,7 +595,7 @@ class Trainer:
         assert sampler is not None
         self._events.step = self.version
         try:
-            result = self.test(sampler, self._val_tasks)
+            result = self.test(sampler, self._val_tasks, before=False)
         except FloatingPointError as error:
             self._validated = self.version
             progress.say(f"step {self.version}: validation without a score: {error}")

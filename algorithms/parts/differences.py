@@ -20,8 +20,8 @@ def difference_product(
     """
     length = norm(v)
     unit = scale(v, torch.where(length > 0, 1 / length, torch.zeros_like(length)))
-    above, _ = oracle.inner_grads(context, add(y, unit, radius), draw)
-    below, _ = oracle.inner_grads(context, add(y, unit, -radius), draw)
+    above = oracle.inner_grad_x(context, add(y, unit, radius), draw)
+    below = oracle.inner_grad_x(context, add(y, unit, -radius), draw)
     return scale(sub(above, below), length / (2 * radius))
 
 

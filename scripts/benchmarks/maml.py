@@ -267,7 +267,7 @@ def evaluation_contest() -> Contest:
         sampler = FixedTasks(setting.tasks)
 
         def job() -> Tensor:
-            test = evaluate(problem, sampler, algorithm, outer, num_tasks)
+            test = evaluate(problem, sampler, algorithm, outer, num_tasks, before=False)
             return torch.tensor(test.metrics["query_loss"].mean)
 
         return job

@@ -83,6 +83,17 @@ def test_the_figures_are_those_of_adaptation_by_hand():
     assert result.score == -result.metrics["query_loss"].mean
 
 
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_without_metrics_before_adaptation_the_others_are_the_same(vectorize):
+    def judged(before):
+        compute = Compute(vectorize=vectorize)
+        arguments = (Smooth(), SMOOTH, ITD(inner_steps=3, inner_lr=0.1), smooth_outer(), 4)
+        return evaluate(*arguments, compute=compute, before=before).metrics
+
+    most, few = judged(True), judged(False)
+    assert few == {name: most[name] for name in ("query_loss", "query_error", "support_loss")}
+
+
 def test_after_many_steps_the_figures_are_those_of_the_exact_solution():
     problem = Quadratic(2, 4)
     outer = problem.init_outer(generator(0))

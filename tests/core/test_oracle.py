@@ -281,6 +281,13 @@ def test_a_mini_batch_gradient_is_that_of_its_examples():
     assert_close(oracle.inner_grad(x, y, draw), whole.inner_grad(x, y, whole.draw_inner()), 1e-14)
 
 
+def test_a_gradient_in_x_alone_is_that_of_both_and_asks_nothing_without_an_x(smooth):
+    oracle, x, y = smooth
+    draw = oracle.draw_inner()
+    assert_close(oracle.inner_grad_x(x, y, draw), oracle.inner_grads(x, y, draw)[0], 0)
+    assert oracle.inner_grad_x({}, y, draw) == {}
+
+
 @pytest.mark.parametrize("batch_size", [0, -3])
 def test_a_batch_size_below_one_is_refused(batch_size):
     with pytest.raises(ValueError, match=rf"batch_size must be >= 1 or None .*, got {batch_size}"):
@@ -296,6 +303,7 @@ def test_counting_oracle_counts_each_kind_of_call_and_changes_no_result(smooth):
         "inner_grad": ((x, y, inner), {"inner_grad": 1}),
         "kept_grad": ((x, y, inner), {"inner_grad": 1}),
         "inner_grads": ((x, y, inner), {"inner_grad": 1, "inner_grad_x": 1}),
+        "inner_grad_x": ((x, y, inner), {"inner_grad": 1, "inner_grad_x": 1}),
         "outer_grads": ((x, y, outer), {"outer_grads": 1}),
         "second_order": ((x, y, v, inner), {"hvp": 1, "jvp": 1}),
         "outer_second_order": ((x, y, v, outer), {"outer_hvp": 1, "outer_jvp": 1}),
