@@ -121,7 +121,7 @@ def export(
     with torch.no_grad(), intra_op_threads(compute.num_threads):
         module = model.module(adapted.outer, adapted.inner, adapted.task).eval()
         expected = model.predict(adapted.context, adapted.inner, adapted.task.query)
-        inputs = _inputs(adapted.task.support)
+        inputs = inputs_of(adapted.task.support)
         found = module(inputs)
     difference = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
     if not difference <= EXPORT_TOLERANCE:
@@ -236,7 +236,7 @@ def _batch(query: Tensor | Batch, like: Batch) -> Batch:
     return Batch.of(*tensors)._replace(names=like.names)
 
 
-def _inputs(batch: Batch) -> Tensor:
+def inputs_of(batch: Batch) -> Tensor:
     """The one tensor of a batch beside its targets."""
     targets = targets_of(batch)
     inputs = [tensor for tensor in batch.tensors if tensor is not targets]

@@ -7,6 +7,7 @@ declared below, one protocol for each member; the code asks for it with `isinsta
     Shardable      shard             workers read their part of a task without the rest of it
     Labelled       num_classes       the targets of a batch are the numbers of classes
     NamedClasses   class_names       two splits can be checked for a class that is in both
+    ReadsImages    read_images       image files can be predicted, `metadist predict`
     Measured       solution_metrics  solutions are also judged on data that only the sampler has
 
 Shape letters: S support examples, Q query examples, B tasks.
@@ -14,7 +15,8 @@ Shape letters: S support examples, Q query examples, B tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -184,6 +186,15 @@ class NamedClasses(Protocol):
     @property
     def class_names(self) -> Iterable[str]:
         """The name of each class, the same in every split."""
+        ...
+
+
+@runtime_checkable
+class ReadsImages(Protocol):
+    """A sampler of images that also reads files as it reads its own."""
+
+    def read_images(self, files: Sequence[Path]) -> Tensor:
+        """The inputs that a task has for these image files, float32 (n, C, H, W)."""
         ...
 
 

@@ -20,6 +20,8 @@ COMMANDS = {
     "train": "Train on tasks; write checkpoints and curves; test.",
     "resume": "Continue a run from its newest good checkpoint.",
     "evaluate": "Adapt to tasks of another split and report the metrics.",
+    "predict": "Adapt to images of classes, and say the class of others.",
+    "export": "Adapt to one task, and write the model as plain torch.",
     "inspect": "Show the checkpoints of a run and what one of them holds.",
     "status": "Show how a run stands, from its folder alone.",
     "compare": "Train several methods on one problem, on equal budgets.",

@@ -26,6 +26,15 @@ def add_checkpoint(parser: Parser) -> None:
     )
 
 
+def add_adaptation(parser: Parser) -> None:
+    """Add the options of how a trained run adapts: checkpoint, steps and device."""
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--inner_steps", type=int | None, help="Inner steps of adaptation; by default as trained."
+    )
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
+
+
 def search_parser(command: str, description: str, config: str) -> Parser:
     """The parser of a command that trains several times, as a YAML file with `config` says."""
     parser = Parser(prog=f"metadist {command}", description=description)

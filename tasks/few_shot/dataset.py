@@ -74,6 +74,6 @@ class FewShotDataset(EpisodeSampler):
         super().__init__(classes, n_way, k_shot, k_query, split, seed)
         self.transform = transform
 
-    def finish(self, images: Tensor, draws: Random) -> Tensor:
+    def finish(self, images: Tensor, draws: Random | None) -> Tensor:
         """The images through `transform`."""
         return images if self.transform is None else self.transform(images)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from metadist.checks.values import require_integer, require_word
 from metadist.task import Batch, Task
+from metadist.tasks.data.images import read_images
 from metadist.tasks.data.random import Random
 
 
@@ -107,6 +109,9 @@ class EpisodeSampler:
     Santoro et al. (2016).
     """
 
+    invert = False
+    """Whether files are read as 255 - x."""
+
     def __init__(
         self,
         classes: ClassImages,
@@ -167,9 +172,29 @@ class EpisodeSampler:
         chosen = draws.choose(stop - start, self.k_shot + self.k_query)
         return [start + position for position in chosen]
 
-    def finish(self, images: Tensor, draws: Random) -> Tensor:
-        """The images of one set as a task holds them, given them in [0, 1]."""
+    def finish(self, images: Tensor, draws: Random | None) -> Tensor:
+        """The images of one set as a task holds them, given them in [0, 1].
+
+        Without `draws` the images are to be predicted, and nothing may be drawn for them.
+        """
         return images
+
+    def read_images(self, files: Sequence[Path]) -> Tensor:
+        """Image files as this sampler has its own: in size, channels, inversion and `finish`.
+
+        Raises:
+            ValueError: A file cannot be read, or is of another size that is not resized to.
+        """
+        channels, height, width = self.classes.images.shape[1:]
+        size = height if height == width else None
+        images = read_images({"": list(files)}, size, channels, self.invert)[""]
+        for file, image in zip(files, images, strict=True):
+            if image.shape != (channels, height, width):
+                raise ValueError(
+                    f"images must be {width}x{height} as those of the run, which are no squares to "
+                    f"squeeze them to, got {file} of {image.shape[2]}x{image.shape[1]}: resize it"
+                )
+        return self.finish(torch.from_numpy(np.stack(images)).to(torch.float32).div_(255), None)
 
     def _batch(self, rows_NM: NDArray[Any], turns_N: NDArray[Any], draws: Random) -> Batch:
         images_NMCHW = self.classes.images[rows_NM]

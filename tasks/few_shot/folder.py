@@ -91,6 +91,7 @@ class ImageFolder(EpisodeSampler):
         tree.others += Counter({"files' frames after the first": len(animated)})
         self.left_out: dict[str, int] = dict(sorted(tree.others.items()))
         """How many files are no images, by kind: ".txt", "hidden", ..."""
+        self.invert = invert
         super().__init__(ClassImages.of(images), n_way, k_shot, k_query, split, seed)
         if tree.others.keys() - {"hidden"}:
             _say(f"ImageFolder {root} leaves out {self._left_out()}")

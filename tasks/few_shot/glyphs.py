@@ -127,9 +127,9 @@ class Glyphs(EpisodeSampler):
                 rest.extend(range(*run))
         return support + [rest[i] for i in draws.choose(len(rest), self.k_query)]
 
-    def finish(self, images: Tensor, draws: Random) -> Tensor:
+    def finish(self, images: Tensor, draws: Random | None) -> Tensor:
         """The images, each through its own random affine map."""
-        return random_affine(images, draws) if self.augment else images
+        return random_affine(images, draws) if self.augment and draws else images
 
     def _draw_families(self, runs_F: list[tuple[int, int]], draws: Random) -> set[int]:
         """Up to K families whose images leave Q for the query set."""

@@ -51,6 +51,8 @@ class Omniglot(EpisodeSampler):
     (Science 2015).
     """
 
+    invert = True
+
     def __init__(
         self,
         root: str | Path = "data",
@@ -74,7 +76,7 @@ class Omniglot(EpisodeSampler):
             folders = _find(root, names)
         files = {name: image_files(folder) for name, folder in folders.items() if folder}
         _require_all(root, names, [name for name in names if not files.get(name)])
-        classes = ClassImages.of(read_images(files, image_size, channels=1, invert=True))
+        classes = ClassImages.of(read_images(files, image_size, channels=1, invert=self.invert))
         super().__init__(classes, n_way, k_shot, k_query, split, seed, rotations)
 
 

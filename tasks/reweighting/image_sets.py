@@ -6,18 +6,21 @@ Shape letters: n images, C channels, H height, W width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from metadist.checks.values import check
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.tasks.data.datasets import LabelledDataset, decode, labels_of
+from metadist.tasks.data.images import read_images
 from metadist.tasks.fixed import metrics_on
 from metadist.trees import Params
 
@@ -145,6 +148,13 @@ class ImageProblemData:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sets": None}
+
+    def read_images(self, files: Sequence[Path]) -> Tensor:
+        """Image files as this sampler has its own: in size, channels and scale."""
+        channels, height, width = self.train.pixels.shape[1:]
+        size = height if height == width else None
+        pixels = np.stack(read_images({"": list(files)}, size, channels, invert=False)[""])
+        return self.scaling.batch(Images(pixels, np.zeros(len(pixels), np.int64))).tensors[0]
 
     @property
     def num_classes(self) -> int:

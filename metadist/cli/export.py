@@ -1,0 +1,89 @@
+"""`metadist export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import Namespace
+
+from metadist.cli.parsing import Parser
+from metadist.cli.runs import add_adaptation, run_parser
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PROGRAM, WEIGHTS = ".pt2", ".safetensors"
+
+
+def parser() -> Parser:
+    """Options of `metadist export`."""
+    parser = run_parser("export", "Adapt to one task, and write the model as plain torch.")
+    parser.add_argument(
+        "--support",
+        type=str | None,
+        metavar="FOLDER",
+        help="A folder of images for each class, to adapt to; by default --task.",
+    )
+    parser.add_argument(
+        "--task", type=int, default=0, help="The number of the run's task to adapt to."
+    )
+    parser.add_argument(
+        "--split",
+        type=str | None,
+        help="The split that this task is of; by default the training's.",
+    )
+    add_adaptation(parser)
+    parser.add_argument(
+        "--output",
+        type=str,
+        required=True,
+        metavar="FILE",
+        help=f"FILE{PROGRAM} is the whole program, which torch.export.load reads without metadist; "
+        f"FILE{WEIGHTS} its weights by name.",
+    )
+    return parser
+
+
+def run(config: Namespace) -> int:
+    """Run `metadist export`."""
+    from metadist.cli import train
+    from metadist.cli.images import support_of
+    from metadist.cli.trained import load
+    from metadist.inference import inputs_of
+    from metadist.task import Batch, Task
+
+    output = Path(config.output)
+    if output.suffix not in (PROGRAM, WEIGHTS):
+        raise ValueError(f"output must end in {PROGRAM} or {WEIGHTS}, got {config.output!r}")
+    if not output.parent.is_dir():
+        raise ValueError(f"output must be in a folder that exists, got {config.output!r}")
+    saved = train.saved_config(config.run_dir)
+    if config.split is not None:
+        train.set_split(saved, config.split)
+    trained = load(saved, config)
+    classes = None
+    task: Task | Batch = trained.sampler.sample(config.task)
+    if config.support is not None:
+        support = support_of(trained, config.support)
+        task, classes = support.task, support.classes
+    module = trained.export(task).cpu()
+    inputs = inputs_of(task.support if isinstance(task, Task) else task)
+    _write(module, inputs, output, {"classes": json.dumps(classes)})
+    print(f"{config.run_dir} {trained.checkpoint}, {trained.version} outer steps: {output}")
+    return 0
+
+
+def _write(module: nn.Module, inputs: Tensor, output: Path, notes: dict[str, str]) -> None:
+    if output.suffix == WEIGHTS:
+        from safetensors.torch import save_model
+
+        save_model(module, str(output), metadata=notes)
+        return
+    import torch
+
+    size = torch.export.Dim("examples", min=1, max=1 << 30)
+    example = inputs.float() if inputs.is_floating_point() else inputs
+    program = torch.export.export(module, (example,), dynamic_shapes=({0: size},))
+    torch.export.save(program, str(output), extra_files=notes)
