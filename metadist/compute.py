@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -34,7 +36,11 @@ class Compute:
         seed: The seed of these draws, and of the initial outer variable.
         num_threads: Intra-op threads of torch. The sums of a convolution depend on it, so every
             worker uses the same. None, which a training refuses: as torch is set.
-        device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ... (CUDA or ROCm)
+        precision: "highest": products of float32 are those of float32, whatever torch is set to.
+            "tf32": a GPU may round what it multiplies to 10 bits, which is faster. torch's own
+            default does so in convolutions, where it makes a hypergradient through several inner
+            steps wrong by a quarter and more.
     """
 
     vectorize: Vectorize = rule("auto", one_of=("auto", True, False))
@@ -44,6 +50,7 @@ class Compute:
     seed: int = 0
     num_threads: int | None = rule(1, ge=1, none="")
     device: str = "auto"
+    precision: Literal["highest", "tf32"] = rule("highest", one_of=("highest", "tf32"))
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -65,20 +72,93 @@ class Compute:
                 )
         return replace(self, **fields)
 
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block torch computes as this says: threads, precision, the same bytes again.
+
+        Nothing of it is left afterwards, whatever is raised.
+        """
+        is_tf32 = self.precision == "tf32"
+        wanted = ("high" if is_tf32 else "highest", is_tf32, False, True)
+        with intra_op_threads(self.num_threads):
+            if [_value_of(read) for read, _ in SWITCHES] == list(wanted):
+                yield
+                return
+            before = [(write, _value_of(read)) for read, write in (*SWITCHES, *NEWER_SWITCHES)]
+            try:
+                for (_, write), value in zip(SWITCHES, wanted, strict=True):
+                    write(value)
+                yield
+            finally:
+                for write, value in before:
+                    if value is not None:
+                        write(value)
+
+
+Switch = tuple[Callable[[], Any], Callable[[Any], None]]
+"""How a setting of torch is read and written."""
+
+
+def _attribute(owner: Any, name: str) -> Switch:
+    return partial(getattr, owner, name), partial(setattr, owner, name)
+
+
+SWITCHES: tuple[Switch, ...] = (
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    _attribute(torch.backends.cudnn, "allow_tf32"),
+    _attribute(torch.backends.cudnn, "benchmark"),
+    _attribute(torch.backends.cudnn, "deterministic"),
+)
+"""What the bytes of a result depend on: how products are rounded, which kernels cuDNN takes."""
+
+# The same precisions once more, by operator, as torch has them from 2.9 on. They follow what is
+# written above, but not the other way round.
+NEWER_SWITCHES: tuple[Switch, ...] = tuple(
+    _attribute(owner, "fp32_precision")
+    for owner in (
+        torch.backends.cuda.matmul,
+        getattr(torch.backends.cudnn, "conv", None),
+        getattr(torch.backends.cudnn, "rnn", None),
+        getattr(torch.backends.mkldnn, "matmul", None),
+    )
+    if getattr(torch.backends.cudnn, "conv", None) is not None
+)
+
+
+def _value_of(read: Callable[[], Any]) -> Any:
+    """A setting; None where the older way to read it is refused, since it was set the newer way."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
+
+
+CUBLAS_CONFIG = "CUBLAS_WORKSPACE_CONFIG"
+
 
 def parse_device(device: str) -> torch.device | None:
-    """The device of that name, whether it is there or not; None for "auto"."""
+    """The device of that name, whether it is there or not; None for "auto".
+
+    Raises:
+        ValueError: It is neither the CPU nor a GPU of CUDA or ROCm: on MPS and XPU numbers of
+            float64 and operators that we need are missing, or were never tried.
+    """
+    message = f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N' (CUDA or ROCm), got {device!r}"
     try:
-        return None if device == "auto" else torch.device(device)
+        parsed = None if device == "auto" else torch.device(device)
     except RuntimeError as error:
-        raise ValueError(
-            f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}"
-        ) from error
+        raise ValueError(message) from error
+    if parsed is not None and parsed.type not in ("cpu", "cuda"):
+        raise ValueError(f"{message}: metadist was never run on {parsed.type}")
+    return parsed
 
 
 def pick_device(device: str) -> torch.device:
     """The device of that name on this machine; "auto" is the GPU if there is one."""
     chosen = parse_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type == "cuda":
+        # Read when the first product is computed; without it cuBLAS may take any of its sums.
+        os.environ.setdefault(CUBLAS_CONFIG, ":4096:8")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be 'cpu' or 'auto' where torch sees no GPU, got {device!r}")
     return chosen
@@ -93,6 +173,33 @@ def intra_op_threads(num_threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class DeviceMemoryError(RuntimeError):
+    """The memory of a GPU does not hold what is computed together."""
+
+
+@contextmanager
+def device_memory(work: str, **sizes: int | None) -> Iterator[None]:
+    """Within the block memory of a GPU that ran out is an error that says what to change.
+
+    Args:
+        work: What is computed, in words.
+        **sizes: The fields that decide how much is computed at once.
+
+    Raises:
+        DeviceMemoryError: It ran out. Nothing is tried again with less, which would change bytes.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        got = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        reason = str(error).strip().partition("\n")[0]
+        # Without the traceback, which ends anywhere in the problem and says nothing more.
+        raise DeviceMemoryError(
+            f"{' or '.join(sizes)} must be lower, since the GPU has too little memory for {work}, "
+            f"got {got}. It said: {reason}"
+        ) from None
 
 
 DEFAULT = Compute()

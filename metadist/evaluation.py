@@ -15,7 +15,7 @@ import torch
 from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_pure, is_known_pure
-from metadist.compute import AS_TORCH_IS_SET, Compute, pick_device
+from metadist.compute import AS_TORCH_IS_SET, Compute, device_memory, pick_device
 from metadist.executor import Executor, LocalExecutor
 from metadist.hypergradient import (
     FAILS_UNDER_VMAP,
@@ -150,6 +150,7 @@ def evaluate(
         "sampler": describe_sampler(sampler),
         "algorithm": repr(algorithm),
         **problem.describe(),
+        "precision": compute.precision,
         "interval": "95 % Student t over tasks",
     }
     if dropped:
@@ -246,8 +247,13 @@ class _Judge(NamedTuple):
 
     def __call__(self, outer: Params, indices: range) -> list[dict[str, float]]:
         leaf = next(iter(outer.values()))
-        tasks = [to_device(sample_task(self.sampler, i), leaf.device, leaf.dtype) for i in indices]
-        return self._of_tasks(outer, tasks, self.compute)
+        work = f"tasks {indices.start} to {indices.stop - 1} of an evaluation"
+        with device_memory(work, chunk_size=self.compute.chunk_size):
+            tasks = [
+                to_device(sample_task(self.sampler, index), leaf.device, leaf.dtype)
+                for index in indices
+            ]
+            return self._of_tasks(outer, tasks, self.compute)
 
     def _of_tasks(
         self, outer: Params, tasks: list[Task], compute: Compute

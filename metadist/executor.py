@@ -112,7 +112,7 @@ class Executor(Protocol):
         """
         device = pick_device(judge.compute.device)
         here = {name: leaf.detach().to(device) for name, leaf in outer.items()}
-        with intra_op_threads(judge.compute.num_threads):
+        with judge.compute.applied():
             return [metrics for chunk in chunks for metrics in judge(here, chunk)]
 
     def state(self) -> OuterState:

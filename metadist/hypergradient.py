@@ -25,7 +25,7 @@ from metadist.algorithm import Algorithm, counters_of, flatten_state, split_own,
 from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_pure, is_known_pure
 from metadist.chunks import FEW, MAX_INNER_BYTES, chunk_of, num_bytes
-from metadist.compute import AS_TORCH_IS_SET, Compute, Vectorize, intra_op_threads
+from metadist.compute import AS_TORCH_IS_SET, Compute, Vectorize
 from metadist.oracle import Constants, CountingOracle
 from metadist.problem import Problem, loss_and_metrics
 from metadist.task import Task, shape_signature, stack_tasks
@@ -132,7 +132,7 @@ def task_hypergradients(
             calls=Counter(),
         )
         # The fused attention kernels have no double backward, the plain one has.
-        with intra_op_threads(compute.num_threads), sdpa_kernel(SDPBackend.MATH):
+        with compute.applied(), sdpa_kernel(SDPBackend.MATH):
             try:
                 found = run.hypergradients(outer, group, report)
                 before = None if previous is None else run.hypergradients(previous, group, False)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metadist.algorithm import Algorithm, counters_of, split_own, unflatten_state
 from metadist.autograd import AutogradOracle
-from metadist.compute import AS_TORCH_IS_SET, Compute, intra_op_threads, pick_device
+from metadist.compute import AS_TORCH_IS_SET, Compute, pick_device
 from metadist.evaluation import with_inner_steps
 from metadist.oracle import Source
 from metadist.problem import HasModel, Problem
@@ -80,7 +80,7 @@ def predict(
     """
     model = _model_of(problem)
     adapted = _Adapted(problem, algorithm, outer, task, inputs, inner_steps, state, compute)
-    with torch.no_grad(), intra_op_threads(compute.num_threads):
+    with torch.no_grad(), compute.applied():
         return model.predict(adapted.context, adapted.inner, adapted.task.query)
 
 
@@ -118,7 +118,7 @@ def export(
     model = _model_of(problem)
     support = task.support if isinstance(task, Task) else task
     adapted = _Adapted(problem, algorithm, outer, task, support, inner_steps, state, compute)
-    with torch.no_grad(), intra_op_threads(compute.num_threads):
+    with torch.no_grad(), compute.applied():
         module = model.module(adapted.outer, adapted.inner, adapted.task).eval()
         expected = model.predict(adapted.context, adapted.inner, adapted.task.query)
         inputs = inputs_of(adapted.task.support)
@@ -179,7 +179,7 @@ class _Adapted:
             task = task._replace(query=_batch(query, task.support))
         self.task = to_device(task, device, next(iter(outer.values())).dtype)
         self.outer, own = split_own(outer)
-        with intra_op_threads(compute.num_threads):
+        with compute.applied():
             with torch.no_grad():
                 self.context = detach(problem.encode(self.outer, self.task))
                 start = problem.init_inner(self.outer, self.task)

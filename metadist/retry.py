@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from metadist.compute import DeviceMemoryError
+
 log = logging.getLogger("metadist.retry")
 
 SLOW_FACTOR = 10.0
@@ -33,7 +35,7 @@ def is_worth_a_try(error: object, before: Sequence[str], max_user_errors: int) -
     """Whether the work in which user code raised `error` is tried again.
 
     An error of a type that this work has raised before would come for ever; but time alone may mend
-    a disk or a network that is away, however often it was.
+    a disk or a network that is away, however often it was. A GPU has as much memory as before.
 
     Args:
         error: What it raised now.
@@ -41,7 +43,7 @@ def is_worth_a_try(error: object, before: Sequence[str], max_user_errors: int) -
         max_user_errors: The largest number of further tries.
     """
     may_pass = isinstance(error, OSError) and not isinstance(error, (*_PERMANENT, PermissionError))
-    is_known = type_name(error) in before
+    is_known = type_name(error) in before or isinstance(error, DeviceMemoryError)
     return len(before) < max_user_errors and (may_pass or not is_known)
 
 

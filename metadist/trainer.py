@@ -380,6 +380,7 @@ class Trainer:
             "seed": self._workload.compute.seed,
             "tasks_per_lease": self._workload.tasks_per_lease,
             "chunk_size": self._chunk_size,
+            "precision": self._workload.compute.precision,
             "keep_state": self._workload.keep_state,
             "algorithm": self.algorithm,
             "outer_optimizer": self._optimizer,
@@ -547,6 +548,7 @@ class Trainer:
             "chunk_size": self._chunk_size,
             "seed": self._workload.compute.seed,
             "device": self._workload.compute.device,
+            "precision": self._workload.compute.precision,
             "graph_budget": self._workload.compute.graph_budget,
             **self._executor.describe(),
         }

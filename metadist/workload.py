@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.checks.values import check_fields, rule
-from metadist.compute import Compute, intra_op_threads
+from metadist.compute import Compute, device_memory
 from metadist.hypergradient import HypergradientSum, task_hypergradients
 from metadist.outer import Contribution, LeaseResult, StepRules
 from metadist.problem import Problem, is_constrained
@@ -175,11 +175,20 @@ class Workload:
             outer: x at the version of the lease.
             previous: x one version before; used where `needs_previous`.
             states: The states of the tasks that have one, by index; used where `keep_state`.
+
+        Raises:
+            DeviceMemoryError: The memory of the GPU does not hold it.
         """
         leaf = next(iter(outer.values()))
         if not self.needs_previous(lease.version):
             previous = None
-        with intra_op_threads(self.compute.num_threads):
+        sizes = {
+            "chunk_size": self.compute.chunk_size,
+            "tasks_per_lease": self.tasks_per_lease,
+            "meta_batch_size": self.meta_batch_size,
+            "graph_budget": self.compute.graph_budget,
+        }
+        with self.compute.applied(), device_memory(lease.in_words, **sizes):
             began = time.perf_counter()
             tasks = [
                 to_device(sample_task(self.sampler, index), leaf.device, leaf.dtype)

@@ -16,6 +16,7 @@ from metadist.cluster.actors.errors import (
     WorkerLostError,
     message,
 )
+from metadist.compute import DeviceMemoryError
 from metadist.retry import is_worth_a_try, pause_after
 
 
@@ -201,6 +202,8 @@ class Failures:
 def _fault(event: Event, attempt: int) -> ClusterError:
     """The error of the user's own code with its traceback, or what else no attempt can mend."""
     text = message(event.error)
+    if isinstance(event.cause, DeviceMemoryError):
+        text = str(event.cause)
     if event.work is None or not isinstance(event.error, exceptions.RayTaskError):
         error = ClusterError(f"{event.name} failed: {text}")
     else:

@@ -36,7 +36,6 @@ from metadist.cluster.data_parallel.oracle import ClusterOracle
 from metadist.cluster.data_parallel.pending import Rounds, known
 from metadist.cluster.data_parallel.worker import ShardWorker
 from metadist.cluster.data_parallel.worker_pool import ShardPool
-from metadist.compute import intra_op_threads
 from metadist.executor import Executor, StepReport
 from metadist.optimizer import OuterOptimizer
 from metadist.oracle import SOURCES, Constants, CountingOracle, MiniBatches
@@ -177,7 +176,7 @@ class DataParallelExecutor(Executor):
             computed_before = pool.computing_s
             (lease_id,) = variable.next_leases(1)
             lease = self._workload.lease(lease_id, variable.version)
-            with intra_op_threads(self._workload.compute.num_threads):
+            with self._workload.compute.applied():
                 contribution = self._compute(lease, variable, pool)
                 with signals_held():
                     step = variable.apply([contribution])

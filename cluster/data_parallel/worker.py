@@ -30,7 +30,7 @@ from metadist.cluster.data_parallel.layout import (
     ShardCheck,
     ShardInfo,
 )
-from metadist.compute import intra_op_threads, pick_device
+from metadist.compute import device_memory, pick_device
 from metadist.hypergradient import adaptation_metrics
 from metadist.oracle import DERIVATIVES, Oracle
 from metadist.task import Task, to_device
@@ -74,7 +74,7 @@ class ShardWorker:
     @exits_raised()
     def check(self, layout: Layout, shared: Array, own: Array) -> ShardCheck:
         """Whether this shard can be asked, at the given outer variable."""
-        with intra_op_threads(self._workload.compute.num_threads), sdpa_kernel(SDPBackend.MATH):
+        with self._workload.compute.applied(), sdpa_kernel(SDPBackend.MATH):
             problem = self._workload.problem
             outer = self._tree(layout, "outer", shared, own)
             shard = self._on_device(layout)
@@ -97,7 +97,15 @@ class ShardWorker:
         answered: list[bool] = []
         flats: list[Tensor] = []
         metrics: dict[str, float] = {}
-        with intra_op_threads(workload.compute.num_threads), sdpa_kernel(SDPBackend.MATH):
+        sizes = {
+            "batch_size": workload.compute.batch_size,
+            "graph_budget": workload.compute.graph_budget,
+        }
+        with (
+            workload.compute.applied(),
+            device_memory(f"the shard of {self._name}", **sizes),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             for request in message.requests:
                 trees = [self._trees[key] for key in request.trees]
                 if request.draw is None:

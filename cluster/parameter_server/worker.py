@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ray
@@ -21,7 +22,7 @@ from metadist.cluster.parameter_server.transport import (
     Transport,
     receive,
 )
-from metadist.compute import intra_op_threads, pick_device
+from metadist.compute import pick_device
 from metadist.executor import Judge
 from metadist.outer import Contribution, LeaseResult
 from metadist.workload import Lease, Workload
@@ -118,7 +119,8 @@ class Worker:
             self._judge = ref, cloudpickle.loads(ray.get(ref))
         judge = self._judge[1]
         x = {name: to_tensor(leaf).to(self._flat.device) for name, leaf in outer.items()}
-        with intra_op_threads(judge.compute.num_threads or num_threads):
+        compute = replace(judge.compute, num_threads=judge.compute.num_threads or num_threads)
+        with compute.applied():
             metrics = judge(x, indices)
         return Judged(metrics, time.perf_counter() - began)
 

@@ -232,7 +232,7 @@ def check_hypergradient(
     check_precision(workload, trained)
     preflight(workload, outer)
     # The fused attention kernels have no double backward, the plain one has.
-    with sdpa_kernel(SDPBackend.MATH):
+    with compute.applied(), sdpa_kernel(SDPBackend.MATH):
         return _Check(workload, outer, notes).report(num_directions, repeats, max_dense)
 
 

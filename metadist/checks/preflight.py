@@ -17,7 +17,7 @@ from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_pure, told
 from metadist.chunks import chunk_of
-from metadist.compute import DEFAULT, Compute, intra_op_threads
+from metadist.compute import DEFAULT, Compute
 from metadist.hypergradient import (
     FAILS_UNDER_VMAP,
     HypergradientSum,
@@ -91,7 +91,7 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compu
         )
     if is_whole:
         check_rows(workload.problem, problem_outer, len(tasks[0].support.index))
-    with intra_op_threads(workload.compute.num_threads):
+    with workload.compute.applied():
         check_losses(workload.problem, workload.sampler, outer, compute=workload.compute)
         if is_nonsmooth(workload.problem) and not algorithm.takes_prox:
             raise ValueError(
@@ -485,7 +485,7 @@ def chunk_on_cpu(workload: Workload, outer: Params) -> int:
     tasks = [_task(workload.sampler, outer, index) for index in range(2)]
     if not vectorizes(compute.vectorize, problem, workload.algorithm, outer, tasks):
         return 1
-    with intra_op_threads(compute.num_threads):
+    with compute.applied():
         return compute.chunk_size or chunk_of(problem, outer, tasks[0])
 
 

@@ -12,6 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import chain, count
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
@@ -25,7 +26,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.autograd import AutogradOracle
-from metadist.compute import Compute, intra_op_threads
+from metadist.compute import Compute
 from metadist.problem import Problem, is_constrained, is_nonsmooth
 from metadist.task import Task
 from metadist.trees import (
@@ -72,7 +73,8 @@ def check_pure(problem: Problem, outer: Params, task: Task, compute: Compute) ->
 
     Cost: eight values of every method, and two double backward passes of each loss.
     """
-    with intra_op_threads(1), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+    alone = replace(compute, num_threads=1)
+    with alone.applied(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         held, noted, given = _held(problem), {}, _digests(task)
         passes = []
         for seed in (1, 2):

@@ -569,10 +569,10 @@ def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path, val_every, s
     broken = trainer("broken")
     test = broken.test
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         if broken.version == step:
             raise KeyboardInterrupt
-        return test(*arguments)
+        return test(*arguments, **options)
 
     monkeypatch.setattr(broken, "test", interrupted)
     with suppress(KeyboardInterrupt):

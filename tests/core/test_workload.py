@@ -2,12 +2,22 @@
 
 import dataclasses
 import pickle
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 
+from metadist import evaluate
 from metadist.algorithms import ITD
-from metadist.compute import Compute, intra_op_threads, pick_device
+from metadist.compute import (
+    NEWER_SWITCHES,
+    SWITCHES,
+    Compute,
+    DeviceMemoryError,
+    intra_op_threads,
+    pick_device,
+)
 from metadist.hypergradient import task_hypergradients
 from metadist.trees import flatten
 from metadist.workload import Workload
@@ -101,6 +111,108 @@ def test_a_lease_computes_with_its_own_number_of_threads_and_gives_them_back():
     with pytest.raises(KeyError), intra_op_threads(2):
         raise KeyError
     assert torch.get_num_threads() == before
+
+
+def settings_of_torch():
+    return [read() for read, _ in (*SWITCHES, *NEWER_SWITCHES)]
+
+
+@pytest.fixture
+def loose():
+    """torch set to round what it multiplies and to try kernels; as it was, afterwards."""
+    before = settings_of_torch()
+    for (_, write), value in zip(SWITCHES, ("medium", True, True, False), strict=True):
+        write(value)
+    yield
+    for (_, write), value in zip((*SWITCHES, *NEWER_SWITCHES), before, strict=True):
+        write(value)
+
+
+class Noting(Quadratic):
+    """Notes the settings that it is computed with, and may fail."""
+
+    def __init__(self, error=None):
+        super().__init__(2, 4)
+        self.seen, self.error = set(), error
+
+    def outer_loss(self, context, inner, batch):
+        self.seen.add(tuple(read() for read, _ in SWITCHES))
+        if self.error is not None:
+            raise self.error
+        return super().outer_loss(context, inner, batch)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("highest", False), ("tf32", True)])
+@pytest.mark.parametrize("error", [None, KeyError("ours")])
+def test_precision_and_kernels_are_set_for_a_lease_and_given_back(
+    loose, precision, expected, error
+):
+    problem = Noting(error)
+    work = dataclasses.replace(workload(precision=precision), problem=problem)
+    before = settings_of_torch()
+    with nullcontext() if error is None else pytest.raises(KeyError, match="ours"):
+        work.compute_lease(work.lease(0, 0), problem.init_outer(generator(0)))
+    products = "high" if expected else "highest"
+    assert problem.seen == {(products, expected, False, True)}
+    assert settings_of_torch() == before
+
+
+@pytest.mark.parametrize("alone", ["evaluate", "hypergradients"])
+def test_evaluation_and_a_call_of_ours_compute_in_full_precision(loose, alone):
+    problem, before = Noting(), settings_of_torch()
+    outer = problem.init_outer(generator(0))
+    if alone == "evaluate":
+        evaluate(problem, QuadraticSampler(), ITD(inner_steps=1), outer, 2)
+    else:
+        tasks = [quadratic_task(0)]
+        task_hypergradients(problem, ITD(inner_steps=1), outer, tasks, is_checked=True)
+    assert problem.seen == {("highest", False, False, True)}
+    assert settings_of_torch() == before
+
+
+@pytest.mark.skipif(not NEWER_SWITCHES, reason="this torch has no precision by operator")
+def test_a_precision_that_was_set_by_operator_is_given_back(loose):
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    conv.fp32_precision = "ieee"  # the older way to ask is refused now
+    problem, before = Noting(), [read() for read, _ in NEWER_SWITCHES]
+    work = dataclasses.replace(workload(), problem=problem)
+    work.compute_lease(work.lease(0, 0), problem.init_outer(generator(0)))
+    assert problem.seen == {("highest", False, False, True)}
+    assert [read() for read, _ in NEWER_SWITCHES] == before
+
+
+def out_of_memory():
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd ten screens.")
+
+
+def test_a_lease_that_a_gpu_has_no_memory_for_says_what_to_lower():
+    problem = Noting(out_of_memory())
+    work = dataclasses.replace(workload(), problem=problem)
+    with pytest.raises(DeviceMemoryError) as caught:
+        work.compute_lease(work.lease(3, 0), problem.init_outer(generator(0)))
+    assert str(caught.value) == (
+        "chunk_size or tasks_per_lease or meta_batch_size or graph_budget must be lower, since the "
+        "GPU has too little memory for lease 3 (tasks 6, 7), got chunk_size=None, "
+        "tasks_per_lease=2, meta_batch_size=6, graph_budget=1000000000. It said: CUDA out of "
+        "memory. Tried to allocate 2 GiB."
+    )
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+def test_an_evaluation_that_a_gpu_has_no_memory_for_says_what_to_lower():
+    problem = Noting()
+    outer, compute = problem.init_outer(generator(0)), Compute(chunk_size=3)
+    evaluate(problem, QuadraticSampler(), ITD(inner_steps=1), outer, 2)
+    problem.error = out_of_memory()
+    message = "chunk_size must be lower.* tasks 0 to 2 of an evaluation, got chunk_size=3"
+    with pytest.raises(DeviceMemoryError, match=message):
+        evaluate(problem, QuadraticSampler(), ITD(inner_steps=1), outer, 5, compute=compute)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta", "gpu"])
+def test_other_devices_are_refused_by_name(device):
+    with pytest.raises(ValueError, match=rf"\(CUDA or ROCm\), got '{device}'"):
+        Compute(device=device)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from metadist.cluster.actors.failure import (
     Replace,
     Retry,
 )
+from metadist.compute import DeviceMemoryError
 
 LEASE = "lease 7 (tasks 14, 15)"
 
@@ -185,3 +186,12 @@ def test_too_many_losses_in_a_row_end_the_run(kind, history, error, text):
     assert str(decision.error).startswith(text)
     assert str(decision.error).endswith("The last loss, at WORK: the node is full")
     assert decision.error.__cause__ is lost
+
+
+def test_a_gpu_without_memory_ends_the_run_at_once_and_loses_no_worker():
+    error = raised_there(DeviceMemoryError("tasks_per_lease must be lower"))
+    decision = decide(error, History(0))
+    assert isinstance(decision, Raise) and isinstance(decision.error, LeaseError)
+    assert str(decision.error) == (
+        f"{LEASE} failed on worker-1, with this error there:\ntasks_per_lease must be lower"
+    )
