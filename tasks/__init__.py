@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from metadist.tasks.few_shot.cifar import CIFARFS as CIFARFS
     from metadist.tasks.few_shot.cifar import FC100 as FC100
     from metadist.tasks.few_shot.class_splits import read_splits as read_splits
+    from metadist.tasks.few_shot.closed_form import ProtoNet as ProtoNet
+    from metadist.tasks.few_shot.closed_form import RidgeHead as RidgeHead
     from metadist.tasks.few_shot.dataset import FewShotDataset as FewShotDataset
     from metadist.tasks.few_shot.episodes import ClassImages as ClassImages
     from metadist.tasks.few_shot.episodes import EpisodeSampler as EpisodeSampler

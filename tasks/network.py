@@ -190,6 +190,8 @@ def plain_module(model: nn.Module, params: Params, inputs: Tensor) -> nn.Module:
             place.owner[place.name] = leaf
     move_constants(module, inputs.device)
     for layer in module.modules():
+        if isinstance(layer, nn.Linear):  # a head may have as many outputs as its task has classes
+            layer.out_features = len(layer.weight)
         if parametrize.is_parametrized(layer):
             names = list(cast(nn.ModuleDict, layer.parametrizations))
             # A copy shares its class with `model`, and torch takes the properties from the class.

@@ -20,6 +20,7 @@ from metadist.checks.values import check
 from metadist.models import TaskBatchNorm, rows
 from metadist.problem import Problem
 from metadist.task import Batch, Task
+from metadist.tasks.few_shot.heads import prototypes
 from metadist.tasks.network import (
     Head,
     call,
@@ -89,6 +90,12 @@ class FewShotProblem(Problem):
             on a CPU one task at a time is faster). With batch norm this needs `TaskBatchNorm`.
         weight_decay: Adds weight_decay / 2 * |y|^2 to the inner loss, >= 0. Implicit methods need
             it: the loss of a head alone has no strict minimum, and often none at all.
+        head_start: Where a head that is adapted starts. "learned": it is a part of x, of n_way
+            outputs. "prototypes": at 2 c and -|c|^2 of the means c of the features of each class of
+            the support set, so that without a step it predicts the class whose mean is nearest
+            (`ProtoNet`), and with steps it is Proto-MAML for a head. The head is then no part of x,
+            and n_way may differ between training and test. Costs a second pass of the support set
+            through the body.
 
     Raises:
         ValueError: a pattern that matches nothing; a layer that the inner loop cannot replay
@@ -102,6 +109,7 @@ class FewShotProblem(Problem):
         loss: Literal["cross_entropy", "mse"] | Loss = "cross_entropy",
         batch_encode: Literal["auto"] | bool = "auto",
         weight_decay: float = 0.0,
+        head_start: Literal["learned", "prototypes"] = "learned",
     ) -> None:
         if isinstance(loss, str) and loss not in LOSSES:
             raise ValueError(f"loss must be one of {sorted(LOSSES)} or a function, got {loss!r}")
@@ -130,17 +138,32 @@ class FewShotProblem(Problem):
             self._adapted = list(self._split.of_head(self._start))
         else:
             self._adapted = _adapted_names(model, list(self._start), adapt)
+        self.head_start = head_start
+        if head_start != "learned":
+            self._check_head_start()
         if batch_encode is True:
             self._check_batch_encode()
 
     def init_outer(self, generator: torch.Generator) -> Params:
         """The initial weights of the model; nothing is drawn."""
-        return {name: leaf.clone() for name, leaf in self._start.items()}
+        start = self._start if self.head_start == "learned" else self._shared(self._start)
+        return {name: leaf.clone() for name, leaf in start.items()}
 
     def init_inner(self, outer: Params, task: Task) -> Params:
         if self._split is not None:
             self._find_head(_inputs(task.support))
+        if self._split is not None and self.head_start != "learned":
+            inputs, targets = task.support.fields("inputs", "targets")
+            features = self._call(
+                self._split.body, self._split.of_body(self._shared(outer)), inputs
+            )
+            weight, bias = self.head_of(outer, features, targets)
+            return dict(zip(self._adapted, (weight, bias), strict=True))
         return {name: outer[name] for name in self._adapted}
+
+    def head_of(self, outer: Params, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(weight, bias) of the head that adaptation starts from, given the support features."""
+        return prototypes(features, targets)
 
     def encode(self, outer: Params, task: Task) -> Params:
         if self._split is not None:
@@ -263,6 +286,8 @@ class FewShotProblem(Problem):
             "batch norm": ", ".join(sorted(norms)) or "none",
             "loss": self.loss if isinstance(self.loss, str) else own_name,
         }
+        if self.head_start != "learned":
+            described["head start"] = self.head_start
         if self.weight_decay:
             described["weight_decay"] = str(self.weight_decay)
         return described
@@ -293,6 +318,12 @@ class FewShotProblem(Problem):
                 self._model, lambda: call(self._model, self._start_at(probe), probe)
             )
         if name != self._split.name:
+            if self.head_start != "learned":
+                raise ValueError(
+                    f"head_start={self.head_start!r} needs a model whose last layer is registered "
+                    f"last, {name!r} runs last and {self._split.name!r} is registered last: assign "
+                    "it last in __init__"
+                )
             self._split = Head(self._model, name)
             self._adapted = list(self._split.of_head(self._start))
         self._head_is_found = True
@@ -371,6 +402,26 @@ class FewShotProblem(Problem):
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
             and not module.track_running_stats
         ]
+
+    def _check_head_start(self) -> None:
+        if self.head_start != "prototypes":
+            raise ValueError(
+                f"head_start must be 'learned' or 'prototypes', got {self.head_start!r}"
+            )
+        if self._split is None or not self.few_shot_classes:
+            raise ValueError(
+                "head_start='prototypes' needs adapt='head' and loss='cross_entropy', got "
+                f"adapt={self.adapt!r} and loss={self.loss!r}"
+            )
+        head = self._split.head
+        if type(head) is not nn.Linear or list(self._split.of_head(self._start)) != [
+            f"{self._split.name}.weight",
+            f"{self._split.name}.bias",
+        ]:
+            raise ValueError(
+                "head_start='prototypes' needs a last layer that is an nn.Linear with a trainable "
+                f"weight and bias, got {head}: replace the last layer"
+            )
 
     def _check_batch_encode(self) -> None:
         if self._split is None:
