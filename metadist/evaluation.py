@@ -25,10 +25,12 @@ from metadist.hypergradient import (
 )
 from metadist.problem import Problem
 from metadist.task import (
+    Stream,
     Task,
     TaskSampler,
     num_tasks_of,
     require_sampler,
+    require_steps,
     sample_task,
     stack_tasks,
     to_device,
@@ -94,6 +96,7 @@ def evaluate(
     compute: Compute = AS_TORCH_IS_SET,
     executor: Executor | None = None,
     before: bool = True,
+    step: int = 0,
 ) -> EvaluationResult:
     """Mean and 95 % t-interval over the tasks 0 .. num_tasks-1 of `sampler`.
 
@@ -111,22 +114,24 @@ def evaluate(
             same to the last bit.
         before: Also judge the start of adaptation, at the cost of one more pass over each query
             set; False: no metrics with `_before`.
+        step: The outer step whose data is asked of a `Stream`.
 
     Raises:
-        ValueError: num_tasks < 2, inner_steps with an algorithm that has none, or a problem that
-            is not pure (on a CPU, see `check_pure`).
+        ValueError: num_tasks < 2, inner_steps with an algorithm that has none, a stream that ends
+            before `step`, or a problem that is not pure (on a CPU, see `check_pure`).
         FloatingPointError: the losses are NaN or infinite in all tasks but one, or in all. Fewer
             such tasks are left out of the means, and `EvaluationResult` says which.
     """
     if num_tasks < 2:
         raise ValueError(f"num_tasks must be >= 2 for an interval, got {num_tasks}")
     require_sampler("sampler", sampler)
+    require_steps("step + 1", step + 1, sampler)
     if (size := num_tasks_of(sampler)) is not None:
         num_tasks = min(num_tasks, max(2, size))  # tasks that come again would narrow the interval
     on_a_cpu = pick_device(compute.device).type == "cpu"  # else equal sums may differ in bytes
     if on_a_cpu and not is_known_pure(problem):
         on_cpu = {name: leaf.detach().cpu() for name, leaf in outer.items()}
-        task = to_device(sample_task(sampler, 0), "cpu", next(iter(on_cpu.values())).dtype)
+        task = to_device(sample_task(sampler, 0, step), "cpu", next(iter(on_cpu.values())).dtype)
         check_pure(problem, split_own(on_cpu)[0], task, compute)
     if inner_steps is not None:
         algorithm = with_inner_steps(algorithm, inner_steps)
@@ -139,6 +144,7 @@ def evaluate(
         compute=compute,
         executor=executor,
         before=before,
+        step=step,
     )
     dropped = _dropped(values)
     kept = {
@@ -148,6 +154,7 @@ def evaluate(
     protocol = {
         "tasks": f"{num_tasks} (indices 0 .. {num_tasks - 1})",
         "sampler": describe_sampler(sampler),
+        **({"step": str(step)} if isinstance(sampler, Stream) else {}),
         "algorithm": repr(algorithm),
         **problem.describe(),
         "precision": compute.precision,
@@ -215,6 +222,7 @@ def evaluate_tasks(
     compute: Compute = AS_TORCH_IS_SET,
     executor: Executor | None = None,
     before: bool = True,
+    step: int = 0,
 ) -> dict[str, list[float]]:
     """The metrics of each of the tasks 0 .. num_tasks-1 by name; arguments as of `evaluate`.
 
@@ -224,11 +232,11 @@ def evaluate_tasks(
     if size is None:
         here = {name: leaf.to(pick_device(compute.device)) for name, leaf in outer.items()}
         leaf = next(iter(here.values()))
-        twice = [to_device(sample_task(sampler, 0), leaf.device, leaf.dtype)] * 2
+        twice = [to_device(sample_task(sampler, 0, step), leaf.device, leaf.dtype)] * 2
         together = vectorizes(compute.vectorize, problem, algorithm, here, twice)
         size = TASKS_AT_A_TIME if together else TASKS_ONE_BY_ONE
     chunks = [range(first, min(first + size, num_tasks)) for first in range(0, num_tasks, size)]
-    judge = _Judge(problem, sampler, algorithm, compute, before)
+    judge = _Judge(problem, sampler, algorithm, compute, before, step)
     metrics: dict[str, list[float]] = {}
     for of_task in (executor or LocalExecutor()).judge(judge, outer, chunks):
         for name, value in of_task.items():
@@ -244,13 +252,14 @@ class _Judge(NamedTuple):
     algorithm: Algorithm
     compute: Compute
     before: bool
+    step: int
 
     def __call__(self, outer: Params, indices: range) -> list[dict[str, float]]:
         leaf = next(iter(outer.values()))
         work = f"tasks {indices.start} to {indices.stop - 1} of an evaluation"
         with device_memory(work, chunk_size=self.compute.chunk_size):
             tasks = [
-                to_device(sample_task(self.sampler, index), leaf.device, leaf.dtype)
+                to_device(sample_task(self.sampler, index, self.step), leaf.device, leaf.dtype)
                 for index in indices
             ]
             return self._of_tasks(outer, tasks, self.compute)

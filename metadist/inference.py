@@ -13,7 +13,15 @@ from metadist.compute import AS_TORCH_IS_SET, Compute, pick_device
 from metadist.evaluation import with_inner_steps
 from metadist.oracle import Source
 from metadist.problem import HasModel, Problem
-from metadist.task import Batch, Task, TaskSampler, shape_signature, targets_of, to_device
+from metadist.task import (
+    Batch,
+    Task,
+    TaskSampler,
+    sample_task,
+    shape_signature,
+    targets_of,
+    to_device,
+)
 from metadist.trees import Params, detach
 
 EXPORT_TOLERANCE = 1e-3
@@ -134,12 +142,15 @@ def export(
 
 
 def kept_state(
-    states: Mapping[int, Tensor], sampler: TaskSampler, task: Task | Batch
+    states: Mapping[int, Tensor], sampler: TaskSampler, task: Task | Batch, step: int = 0
 ) -> Tensor | None:
-    """The state among `states` that belongs to this very task of `sampler`; None: it has none."""
+    """The state among `states` that belongs to this very task of `sampler`; None: it has none.
+
+    Of a `Stream`, the task at the outer step `step`.
+    """
     if not isinstance(task, Task) or int(task.id) not in states:
         return None
-    ours = sampler.sample(int(task.id))
+    ours = sample_task(sampler, int(task.id), step)
     pairs = zip(
         (*ours.support.tensors, *ours.query.tensors),
         (*task.support.tensors, *task.query.tensors),

@@ -4,6 +4,8 @@ A class with a method `sample` is a sampler (`TaskSampler`). What else a sampler
 declared below, one protocol for each member; the code asks for it with `isinstance`:
 
     FixedSet       num_tasks         every step of the Trainer has these tasks and keeps states
+    Stream         sample_at         the data of a task changes from outer step to outer step
+    EndingStream   num_steps         it does so for that many outer steps, and then it ends
     Shardable      shard             workers read their part of a task without the rest of it
     Labelled       num_classes       the targets of a batch are the numbers of classes
     NamedClasses   class_names       two splits can be checked for a class that is in both
@@ -161,6 +163,34 @@ class FixedSet(TaskSampler, Protocol):
 
 
 @runtime_checkable
+class Stream(TaskSampler, Protocol):
+    """A sampler whose tasks have other data at other outer steps; `sample` is that of step 0.
+
+    The outer step is the number of steps that x has taken: a lease has the data of the version of
+    x that it is computed at, which under an asynchronous policy several leases may share, and which
+    is a later one where a lost lease is handed out again. Validation, test and metrics have the
+    step that x has taken last.
+    """
+
+    def sample_at(self, index: int, step: int) -> Task:
+        """The task number `index` at the outer step `step` >= 0: a pure function of both.
+
+        What went before, such as a memory of examples, is computed from `step` too.
+        """
+        ...
+
+
+@runtime_checkable
+class EndingStream(Stream, Protocol):
+    """A stream that has data for the outer steps 0 .. num_steps-1 only."""
+
+    @property
+    def num_steps(self) -> int:
+        """How many outer steps there are; `Trainer.fit` refuses more."""
+        ...
+
+
+@runtime_checkable
 class Shardable(TaskSampler, Protocol):
     """A sampler that can give a part of a task without reading all its data."""
 
@@ -213,21 +243,59 @@ def num_tasks_of(sampler: TaskSampler) -> int | None:
     Raises:
         ValueError: It is no integer >= 1.
     """
-    if not isinstance(sampler, FixedSet):
-        return None
-    name = f"num_tasks of {type(sampler).__name__}"
-    if callable(sampler.num_tasks):
+    return _count(sampler, "num_tasks") if isinstance(sampler, FixedSet) else None
+
+
+def num_steps_of(sampler: TaskSampler) -> int | None:
+    """The number of outer steps a stream has data for; None for any other sampler.
+
+    Raises:
+        ValueError: It is no integer >= 1.
+    """
+    return _count(sampler, "num_steps") if isinstance(sampler, EndingStream) else None
+
+
+def _count(sampler: TaskSampler, field: str) -> int:
+    name, value = f"{field} of {type(sampler).__name__}", getattr(sampler, field)
+    if callable(value):
         raise ValueError(f"{name} must be an integer >= 1, got a method: make it a property")
-    require_integer(name, sampler.num_tasks, 1)
-    return int(sampler.num_tasks)
+    require_integer(name, value, 1)
+    return int(value)
 
 
-def sample_task(sampler: TaskSampler, index: int) -> Task:
-    """The task number `index`; those of a fixed set begin again after the last."""
+def last_step(version: int) -> int:
+    """The outer step that was taken last where x has taken `version` steps, at the start the first.
+
+    A `Stream` is asked for its data there in validation and test, and for metrics of a solution.
+    """
+    return max(version - 1, 0)
+
+
+def require_steps(field: str, num_steps: int, sampler: TaskSampler) -> None:
+    """Raise ValueError if a stream has data for fewer than `num_steps` outer steps."""
+    limit = num_steps_of(sampler)
+    if limit is not None and num_steps > limit:
+        raise ValueError(
+            f"{field} must be <= {limit}, the num_steps of {type(sampler).__name__}, got "
+            f"{num_steps}: the stream has no data after that. Ask for fewer steps, or give it more"
+        )
+
+
+def sample_task(sampler: TaskSampler, index: int, step: int = 0) -> Task:
+    """The task number `index`; those of a fixed set begin again after the last.
+
+    A stream gives its data at the outer step `step`.
+    """
+
+    def sample(index: int) -> Task:
+        return (
+            sampler.sample_at(index, step) if isinstance(sampler, Stream) else sampler.sample(index)
+        )
+
     num_tasks = num_tasks_of(sampler)
     if num_tasks is not None and index >= num_tasks:
-        return sampler.sample(index % num_tasks)._replace(id=index)
-    task = sampler.sample(index)
+        return sample(index % num_tasks)._replace(id=index)
+    task = sample(index)
     # What is drawn for a task depends on its id, whose arithmetic must be that of Python.
     is_counted = isinstance(task, Task) and isinstance(task.id, np.integer)
     return task._replace(id=int(task.id)) if is_counted else task

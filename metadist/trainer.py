@@ -49,7 +49,7 @@ from metadist.run.monitor import Monitor, TerminalProgress, calls_of, mean_metri
 from metadist.run.settings import as_text, difference, recorded
 from metadist.run.storage import Folder, Mirror, is_part
 from metadist.signals import OneStop
-from metadist.task import Batch, Task, TaskSampler
+from metadist.task import Batch, Task, TaskSampler, last_step, require_steps, sample_task
 from metadist.trees import Params
 from metadist.workload import Workload, tasks_of_steps
 
@@ -289,7 +289,7 @@ class Trainer:
                 "inner needs keep_state=True and a step taken on that task, got "
                 f"{sorted(self._state.states) or 'no states'} and index {index}"
             )
-        inner = self._use(adapt, self.sampler.sample(index), flat)
+        inner = self._use(adapt, sample_task(self.sampler, index, self.last_step), flat)
         return {name: leaf.cpu() for name, leaf in inner.items()}
 
     def adapt(self, task: Task | Batch) -> Params:
@@ -327,7 +327,12 @@ class Trainer:
 
     def _kept(self, task: Task | Batch) -> Tensor | None:
         """The state that training has kept of this very task; None: it has none."""
-        return kept_state(self._state.states, self.sampler, task)
+        return kept_state(self._state.states, self.sampler, task, self.last_step)
+
+    @property
+    def last_step(self) -> int:
+        """See `metadist.task.last_step`."""
+        return last_step(self.version)
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -420,7 +425,7 @@ class Trainer:
         which then do what they would have done (SIGUSR1: what SIGTERM does).
 
         Args:
-            num_steps: The outer step to end at.
+            num_steps: The outer step to end at; at most the `num_steps` of a stream.
             on_step: Called with the report of every outer step; False ends the run there, as at
                 `num_steps`. Within it, `save` brings `outer` and `inner` to that step.
 
@@ -430,6 +435,9 @@ class Trainer:
         """
         num_steps = check("num_steps", num_steps, is_integer=True, ge=1)
         self.has_started = False
+        require_steps("num_steps", num_steps, self.sampler)
+        if self._val_sampler is not None:
+            require_steps("num_steps", num_steps, self._val_sampler)
         self._check_new()
         run = _Run(num_steps, self._log_every, self._quiet, self._events)
         try:
@@ -523,6 +531,7 @@ class Trainer:
             compute=self._workload.compute,
             executor=self._executor,
             before=before,
+            step=self.last_step,
         )
 
     def record(self, split: str, result: EvaluationResult) -> None:

@@ -21,8 +21,9 @@ from metadist.checks.values import check_fields, rule
 from metadist.compute import Compute, device_memory
 from metadist.hypergradient import HypergradientSum, task_hypergradients
 from metadist.outer import Contribution, LeaseResult, StepRules
-from metadist.problem import Problem, is_constrained
+from metadist.problem import Problem, check_rows, is_constrained
 from metadist.task import (
+    Stream,
     Task,
     TaskSampler,
     num_tasks_of,
@@ -55,9 +56,10 @@ class Workload:
         problem, sampler, algorithm: What is trained, on which tasks, by which method.
         meta_batch_size: Tasks per synchronous outer step; a multiple of `tasks_per_lease`.
         tasks_per_lease: Tasks that travel together; the smallest piece that can be lost.
-        keep_state: Every outer step has the same tasks, 0 .. meta_batch_size-1, and what the
-            algorithm keeps of each (the inner variable, an adjoint, ...) goes from step to step.
-            Otherwise every task is new. The start of adaptation gets no hypergradient then.
+        keep_state: Every outer step has the same tasks, 0 .. meta_batch_size-1 (of a stream, with
+            the data of that step), and what the algorithm keeps of each (the inner variable, an
+            adjoint, ...) goes from step to step. Otherwise every task is new. The
+            start of adaptation gets no hypergradient then.
         report_every: Outer steps between leases that report losses and metrics.
         compute: How leases are computed, and on which device.
         chunk_on_cpu: The most tasks that go through vmap together on a CPU; None: as `compute`
@@ -191,7 +193,7 @@ class Workload:
         with self.compute.applied(), device_memory(lease.in_words, **sizes):
             began = time.perf_counter()
             tasks = [
-                to_device(sample_task(self.sampler, index), leaf.device, leaf.dtype)
+                to_device(self._sample(index, lease.version, outer), leaf.device, leaf.dtype)
                 for index in lease.indices
             ]
             sampled = time.perf_counter()
@@ -212,6 +214,12 @@ class Workload:
             calls=found.calls,
         )
         return Contribution(result, total, found.states)
+
+    def _sample(self, index: int, step: int, outer: Params) -> Task:
+        task = sample_task(self.sampler, index, step)
+        if isinstance(self.sampler, Stream):  # the sizes at step 0, checked before, tell nothing
+            check_rows(self.problem, split_own(outer)[0], len(task.support.index))
+        return task
 
 
 def trains_start(algorithm: Algorithm, learns_start: bool) -> bool:

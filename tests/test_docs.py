@@ -1,5 +1,6 @@
 """The pages say what is so: programs run, commands are accepted, links lead somewhere."""
 
+import importlib
 import re
 import runpy
 import shlex
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from metadist.cli import train
+from metadist.tasks import check_sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -85,6 +87,14 @@ def test_what_was_trained_is_used_as_the_page_says(tmp_path, monkeypatch):
     (program,) = programs("docs/running.md")
     exec(program.replace("fit(5)", "fit(1)"), {})
     assert (tmp_path / "letters.pt").exists()
+
+
+def test_the_stream_of_the_docs_is_one(tmp_path, monkeypatch):
+    (tmp_path / "my_stream.py").write_text(programs("docs/tasks.md")[2])
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("my_stream")
+    assert check_sampler(module.Drift(), 2, processes=False, allow_equal_examples=True)
+    assert len(module.Drift().sample_at(0, 9).support.index) == 24
 
 
 @pytest.mark.parametrize(("page", "options"), list(train_commands()))

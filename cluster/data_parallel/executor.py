@@ -42,7 +42,7 @@ from metadist.oracle import SOURCES, Constants, CountingOracle, MiniBatches
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable
 from metadist.problem import check_rows
 from metadist.signals import signals_held
-from metadist.task import Shardable, TaskSampler
+from metadist.task import Shardable, Stream, TaskSampler
 from metadist.trees import Params, flatten, zeros_like
 from metadist.workload import Lease, Workload
 
@@ -314,6 +314,12 @@ def check_workload(workload: Workload, staleness: int) -> None:
             "keep_state must be True and meta_batch_size 1 with DataParallelExecutor, which cuts "
             f"one task into shards, got {workload.keep_state} and {workload.meta_batch_size}: for "
             "many tasks use RayExecutor"
+        )
+    if isinstance(workload.sampler, Stream):
+        raise ValueError(
+            "sampler must have no sample_at with DataParallelExecutor, whose workers keep their "
+            f"part of the data for the whole run, got {type(workload.sampler).__name__}: use "
+            "LocalExecutor or RayExecutor"
         )
     if algorithm.differentiates_values:
         raise ValueError(

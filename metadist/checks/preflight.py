@@ -24,7 +24,7 @@ from metadist.hypergradient import (
     falls_back,
     vectorizes,
 )
-from metadist.oracle import CountingOracle, Oracle
+from metadist.oracle import CountingOracle, Draw, Oracle, Source
 from metadist.problem import (
     Problem,
     check_rows,
@@ -32,7 +32,7 @@ from metadist.problem import (
     is_nonsmooth,
     start_depends_on,
 )
-from metadist.task import Task, TaskSampler, sample_task, targets_of, to_device
+from metadist.task import Stream, Task, TaskSampler, sample_task, targets_of, to_device
 from metadist.trees import (
     Params,
     add,
@@ -99,6 +99,8 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compu
                 f"{type(algorithm).__name__}, which would leave the non-smooth part out: use MEHA"
             )
         algorithm.check(workload.problem, problem_outer, tasks[0])
+        if workload.keep_state and isinstance(workload.sampler, Stream):
+            _check_no_tables(workload, outer, tasks[0])
         check_precision(workload, outer)
         result = _hypergradient(workload, outer, tasks[:1])
         _check_twice_differentiable(workload, outer, tasks[0])
@@ -181,11 +183,29 @@ def _estimate_once(workload: Workload, outer: Params, task: Task, oracle: Oracle
     workload.algorithm.estimate(oracle, x, workload.algorithm.init(oracle, x, start))
 
 
+def _check_no_tables(workload: Workload, outer: Params, task: Task) -> None:
+    """Raise ValueError if the algorithm keeps something of each part of sets that change."""
+    compute = workload.compute
+    oracle = _Watched(workload.problem, task, compute.batch_size, compute.seed, eager=True)
+    _estimate_once(workload, outer, task, oracle)
+    if oracle.is_cut:
+        raise ValueError(
+            "algorithm must not go through whole sets in parts with a sampler that has sample_at "
+            f"and kept states, got {type(workload.algorithm).__name__}: what it keeps of them "
+            "would be of the data of earlier steps. Use SOBA or MRBO"
+        )
+
+
 class _Watched(AutogradOracle):
-    """An oracle that knows whether it was asked for random numbers, or for the step."""
+    """An oracle that knows whether it was asked for random numbers, the step, or parts of sets."""
 
     is_random = False
     varies = False
+    is_cut = False
+
+    def parts(self, source: Source) -> list[Draw]:
+        self.is_cut = True
+        return super().parts(source)
 
     @property
     def step(self) -> int:

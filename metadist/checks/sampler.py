@@ -23,7 +23,9 @@ from metadist.checks.values import normal_form, require_integer
 from metadist.task import (
     Batch,
     NamedClasses,
+    Stream,
     Task,
+    num_steps_of,
     num_tasks_of,
     require_sampler,
     sample_task,
@@ -36,6 +38,39 @@ OTHER_TARGETS = (
     "; where targets are other numbers: few_shot_classes=False, in training a problem without it "
     "(FewShotProblem with its loss as a function, such as torch.nn.functional.cross_entropy)"
 )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A task of a sampler; `step` is None if it is no stream."""
+
+    index: int
+    step: int | None = None
+
+    def __str__(self) -> str:
+        return f"task {self.index}" + ("" if self.step is None else f" at step {self.step}")
+
+    @property
+    def call(self) -> str:
+        """What gives it."""
+        if self.step is None:
+            return f"sample({self.index})"
+        return f"sample_at({self.index}, {self.step})"
+
+    def of(self, sampler: Any) -> Task:
+        return sample_task(sampler, self.index, self.step or 0)
+
+
+STEPS = (0, 1, 2, 17)
+"""The outer steps at which a stream is looked at, and its last one."""
+
+
+def _places(sampler: Any, num_tasks: int) -> list[_Place]:
+    if not isinstance(sampler, Stream):
+        return [_Place(index) for index in range(num_tasks)]
+    limit = num_steps_of(sampler)
+    steps = {*STEPS} if limit is None else {min(step, limit - 1) for step in (*STEPS, limit)}
+    return [_Place(index, step) for step in sorted(steps) for index in range(num_tasks)]
 
 
 class SamplerError(ValueError):
@@ -95,6 +130,8 @@ def check_sampler(
     in a fresh process with another hash seed and another number of threads; the global random
     states are left alone; no example is in both sets.
 
+    A `Stream` is looked at in the same way at several outer steps, and `sample` must be its step 0.
+
     Examples are compared byte by byte: the inputs of a classification, inputs and targets of
     anything else. Continuous data almost never repeats by chance, so an example in both sets is
     a leak there too. What this cannot see: an example that comes back augmented.
@@ -122,14 +159,16 @@ def check_sampler(
     try:
         require_sampler("it", sampler)
         num_tasks_of(sampler)
+        places = _places(sampler, num_tasks)
     except ValueError as error:
         raise SamplerError(name, [str(error)]) from None
     states = _random_states()
     start = time.perf_counter()
     try:
-        tasks = [sample_task(sampler, index) for index in range(num_tasks)]
+        tasks = [place.of(sampler) for place in places]
     except Exception as error:
-        raise SamplerError(name, [f"sample(index) must give a task, got {error!r}"]) from error
+        call = "sample(index)" if places[0].step is None else "sample_at(index, step)"
+        raise SamplerError(name, [f"{call} must give a task, got {error!r}"]) from error
     seconds = time.perf_counter() - start
     now = _random_states()
     violations = [
@@ -138,18 +177,25 @@ def check_sampler(
         for owner in states
         if states[owner] != now[owner]
     ]
-    malformed = [v for index, task in enumerate(tasks) for v in _malformed(task, index)]
+    malformed = [
+        violation
+        for place, task in zip(places, tasks, strict=True)
+        for violation in _malformed(task, place)
+    ]
     if malformed:
         raise SamplerError(name, _first_of_each(violations + malformed))
-    for index, task in enumerate(tasks):
-        violations += _wrong_values(task, index)
-        violations += _wrong_classes(task, index) if few_shot_classes else ()
+    for place, task in zip(places, tasks, strict=True):
+        violations += _wrong_values(task, place)
+        violations += _wrong_classes(task, place) if few_shot_classes else ()
         if not allow_equal_examples:
-            violations += _leaks(task, index)
+            violations += _leaks(task, place)
     digests = [_digest(task) for task in tasks]
-    violations += _irreproducible(sampler, digests, processes)
+    violations += _irreproducible(sampler, places, digests, processes)
+    if isinstance(sampler, Stream):
+        size = num_tasks_of(sampler) or num_tasks
+        violations += _other_start(sampler, digests[: min(size, num_tasks)])
     if other is not None:
-        violations += _impure(sampler, other, tasks, allow_equal_examples)
+        violations += _impure(sampler, other, tasks, num_tasks, allow_equal_examples)
     if violations:
         raise SamplerError(name, _first_of_each(violations))
     return SamplerReport(
@@ -159,38 +205,38 @@ def check_sampler(
         support_shapes=tuple(tuple(t.shape) for t in tasks[0].support.tensors),
         query_shapes=tuple(tuple(t.shape) for t in tasks[0].query.tensors),
         constant_shapes=len({shape_signature(task) for task in tasks}) == 1,
-        distinct_tasks=len(set(digests)),
-        tasks_per_second=num_tasks / seconds,
+        distinct_tasks=len(set(digests[:num_tasks])),
+        tasks_per_second=len(tasks) / seconds,
         pickle_bytes=len(pickle.dumps(sampler)),
         processes=processes,
     )
 
 
-def _malformed(task: Any, index: int) -> Iterator[str]:
+def _malformed(task: Any, place: _Place) -> Iterator[str]:
     """The faults of a task that rule out all further checks."""
     if not isinstance(task, Task):
-        yield f"sample must return a metadist.task.Task, got {type(task).__name__} (task {index})"
+        yield f"sample must return a metadist.task.Task, got {type(task).__name__} ({place})"
         return
     sets: dict[str, Any] = {"support": task.support, "query": task.query}
     for name, batch in sets.items():
         if not isinstance(batch, Batch):
-            yield f"{name} must be a metadist.task.Batch, got {type(batch).__name__} (task {index})"
+            yield f"{name} must be a metadist.task.Batch, got {type(batch).__name__} ({place})"
             continue
         tensors = batch.tensors
         if not isinstance(tensors, tuple) or not tensors or not _all_tensors(tensors):
             yield (
                 f"{name}.tensors must be a non-empty tuple of tensors, got {_kinds(tensors)} "
-                f"(task {index})"
+                f"({place})"
             )
             continue
         if any(tensor.ndim == 0 for tensor in tensors):
-            yield f"{name}.tensors must have an axis of examples, got a scalar (task {index})"
+            yield f"{name}.tensors must have an axis of examples, got a scalar ({place})"
             continue
         lengths = {len(tensor) for tensor in tensors}
         if len(lengths) > 1 or 0 in lengths:
             yield (
                 f"{name}.tensors must have one length >= 1 along axis 0, got "
-                f"{[tuple(tensor.shape) for tensor in tensors]} (task {index})"
+                f"{[tuple(tensor.shape) for tensor in tensors]} ({place})"
             )
             continue
         expected = torch.arange(lengths.pop())
@@ -198,7 +244,7 @@ def _malformed(task: Any, index: int) -> Iterator[str]:
         if not isinstance(given, Tensor) or not torch.equal(given.cpu(), expected):
             yield (
                 f"{name}.index must be int64 0, 1, ... {len(expected) - 1}, got "
-                f"{given!r:.60} (task {index}): build the set with Batch.of(...)"
+                f"{given!r:.60} ({place}): build the set with Batch.of(...)"
             )
 
 
@@ -210,57 +256,74 @@ def _kinds(tensors: Any) -> str:
     return f"({inside})" if isinstance(tensors, tuple) else f"[{inside}]"
 
 
-def _wrong_values(task: Task, index: int) -> Iterator[str]:
-    if isinstance(task.id, bool) or not isinstance(task.id, int | np.integer) or task.id != index:
-        yield f"id must be the index, got {task.id!r} (task {index})"
+def _wrong_values(task: Task, place: _Place) -> Iterator[str]:
+    if (
+        isinstance(task.id, bool)
+        or not isinstance(task.id, int | np.integer)
+        or task.id != place.index
+    ):
+        yield f"id must be the index, got {task.id!r} ({place})"
     for name, batch in (("support", task.support), ("query", task.query)):
         for position, tensor in enumerate(batch.tensors):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                yield f"{name}.tensors[{position}] must be finite, got NaN or Inf (task {index})"
+                yield f"{name}.tensors[{position}] must be finite, got NaN or Inf ({place})"
 
 
-def _wrong_classes(task: Task, index: int) -> Iterator[str]:
+def _wrong_classes(task: Task, place: _Place) -> Iterator[str]:
     try:
         labels, asked = _classes_of(task.support), _classes_of(task.query)
     except ValueError as error:
-        yield f"{error} (task {index})"
+        yield f"{error} ({place})"
         return
     if labels is None or asked is None:
         return
     for name, tensor in (("support", labels), ("query", asked)):
         if tensor.dtype != torch.int64:
-            yield f"labels of {name} must be int64, got {tensor.dtype} (task {index})"
+            yield f"labels of {name} must be int64, got {tensor.dtype} ({place})"
     present = labels.unique().tolist()
     if present != list(range(len(present))):
         yield (
-            f"labels of support must be 0 .. N-1 with each present, got {_few(present)} (task "
-            f"{index}): number the classes of each task anew{OTHER_TARGETS}"
+            f"labels of support must be 0 .. N-1 with each present, got {_few(present)} ({place}): "
+            f"number the classes of each task anew{OTHER_TARGETS}"
         )
     unseen = sorted(set(asked.unique().tolist()) - set(present))
     if unseen:
         yield (
-            f"labels of query must occur in support, got {_few(unseen)} besides (task {index})"
+            f"labels of query must occur in support, got {_few(unseen)} besides ({place})"
             f"{OTHER_TARGETS}"
         )
 
 
-def _leaks(task: Task, index: int) -> Iterator[str]:
+def _leaks(task: Task, place: _Place) -> Iterator[str]:
     support, query = set(_examples(task.support)), _examples(task.query)
     both = [position for position, example in enumerate(query) if example in support]
     if both:
         yield (
             f"support and query must be disjoint, got {len(both)} query examples that are in the "
-            f"support set, such as {both[0]} (task {index}): draw both sets in one go without "
+            f"support set, such as {both[0]} ({place}): draw both sets in one go without "
             "replacement, or pass allow_equal_examples=True if different examples may be equal"
         )
 
 
-def _irreproducible(sampler: Any, digests: list[bytes], processes: bool) -> Iterator[str]:
-    backwards = list(range(len(digests)))[::-1]
-    advice = "seed all randomness with (seed, split, index) and keep no state"
+def _other_start(stream: Stream, digests: list[bytes]) -> Iterator[str]:
+    for index, digest in enumerate(digests):
+        if _digest(stream.sample(index)) != digest:
+            yield (
+                f"sample({index}) must give the same bytes as sample_at({index}, 0), got others: "
+                "write `return self.sample_at(index, 0)` as the body of sample"
+            )
+            return
+
+
+def _irreproducible(
+    sampler: Any, places: list[_Place], digests: list[bytes], processes: bool
+) -> Iterator[str]:
+    backwards = places[::-1]
+    of_what = "(seed, split, index)" if places[0].step is None else "(seed, split, index, step)"
+    advice = f"seed all randomness with {of_what} and keep no state"
     again = _digests(sampler, backwards)[::-1]
     if (got := _differing(digests, again)) is not None:
-        yield f"sample({got}) must give the same bytes again, got others: {advice}"
+        yield f"{places[got].call} must give the same bytes again, got others: {advice}"
         return
     try:
         pickled = pickle.dumps(sampler)
@@ -271,17 +334,18 @@ def _irreproducible(sampler: Any, digests: list[bytes], processes: bool) -> Iter
         )
         return
     if processes:
-        yield from _other_process(pickled, digests, backwards, advice)
+        yield from _other_process(pickled, digests, places, advice)
     elif (got := _differing(digests, _digests(pickle.loads(pickled), backwards)[::-1])) is not None:
-        yield f"sample({got}) of a pickled copy must give the same bytes, got others: {advice}"
+        call = places[got].call
+        yield f"{call} of a pickled copy must give the same bytes, got others: {advice}"
 
 
 def _other_process(
-    pickled: bytes, digests: list[bytes], order: list[int], advice: str
+    pickled: bytes, digests: list[bytes], places: list[_Place], advice: str
 ) -> Iterator[str]:
     threads = 2 if torch.get_num_threads() == 1 else 1
     try:
-        there = in_fresh_process(_digests_there, pickled, order, threads)[::-1]
+        there = in_fresh_process(_digests_there, pickled, places[::-1], threads)[::-1]
     except BrokenProcessPool:
         yield (
             "a fresh process must be able to start, got none: call check_sampler under "
@@ -295,8 +359,8 @@ def _other_process(
     else:
         if (got := _differing(digests, there)) is not None:
             yield (
-                f"sample({got}) must give the same bytes in another process, got others: {advice}; "
-                "do not use hash(), the order of sets, the time or the number of threads"
+                f"{places[got].call} must give the same bytes in another process, got others: "
+                f"{advice}; do not use hash(), the order of sets, the time or the number of threads"
             )
 
 
@@ -321,7 +385,7 @@ def _hash_seed() -> Iterator[None]:
 
 
 def _impure(
-    sampler: Any, other: Any, tasks: list[Task], allow_equal_examples: bool
+    sampler: Any, other: Any, tasks: list[Task], num_tasks: int, allow_equal_examples: bool
 ) -> Iterator[str]:
     names: set[str] = set()
     if isinstance(sampler, NamedClasses) and isinstance(other, NamedClasses):
@@ -336,7 +400,7 @@ def _impure(
         )
     if allow_equal_examples:
         return
-    other_tasks = [other.sample(index) for index in range(len(tasks))]
+    other_tasks = [place.of(other) for place in _places(other, num_tasks)]
 
     def everything(tasks: list[Task]) -> set[bytes]:
         batches = [batch for task in tasks for batch in (task.support, task.query)]
@@ -345,18 +409,18 @@ def _impure(
     shared = everything(tasks) & everything(other_tasks)
     if shared:
         yield (
-            f"splits must share no example, got {len(shared)} in tasks 0 .. {len(tasks) - 1} of "
+            f"splits must share no example, got {len(shared)} in tasks 0 .. {num_tasks - 1} of "
             "both: split by class, from a fixed file"
         )
 
 
-def _digests(sampler: Any, indices: list[int]) -> list[bytes]:
-    return [_digest(sample_task(sampler, index)) for index in indices]
+def _digests(sampler: Any, places: list[_Place]) -> list[bytes]:
+    return [_digest(place.of(sampler)) for place in places]
 
 
-def _digests_there(pickled: bytes, indices: list[int], threads: int) -> list[bytes]:
+def _digests_there(pickled: bytes, places: list[_Place], threads: int) -> list[bytes]:
     torch.set_num_threads(threads)
-    return _digests(pickle.loads(pickled), indices)
+    return _digests(pickle.loads(pickled), places)
 
 
 def _digest(task: Task) -> bytes:

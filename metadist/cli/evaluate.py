@@ -60,6 +60,7 @@ def run(config: Namespace) -> int:
         inner_steps=trained.inner_steps,
         compute=trained.compute,
         executor=None if config.executor is None else trained.executor,
+        step=trained.last_step,
     )
     print(f"{config.run_dir} {trained.checkpoint}, {trained.version} outer steps")
     train.print_evaluation(result)

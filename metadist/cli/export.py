@@ -52,7 +52,7 @@ def run(config: Namespace) -> int:
     from metadist.cli.images import support_of
     from metadist.cli.trained import load
     from metadist.inference import inputs_of
-    from metadist.task import Batch, Task
+    from metadist.task import Batch, Task, sample_task
 
     output = Path(config.output)
     if output.suffix not in (PROGRAM, WEIGHTS):
@@ -64,7 +64,7 @@ def run(config: Namespace) -> int:
         train.set_split(saved, config.split)
     trained = load(saved, config)
     classes = None
-    task: Task | Batch = trained.sampler.sample(config.task)
+    task: Task | Batch = sample_task(trained.sampler, config.task, trained.last_step)
     if config.support is not None:
         support = support_of(trained, config.support)
         task, classes = support.task, support.classes

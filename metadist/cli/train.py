@@ -23,6 +23,7 @@ from metadist.run.checkpoint import CheckpointStore
 from metadist.run.files import CHECKPOINTS, CONFIG, RESULT
 from metadist.run.storage import Folder, write_json
 from metadist.run.text import printable
+from metadist.task import require_steps
 from metadist.trainer import Trainer, headline
 
 SECTIONS = {
@@ -212,6 +213,8 @@ def fit(config: Namespace, trainer: Trainer, samplers: dict[str, Any]) -> int:
 
 
 def _fit_and_test(config: Namespace, trainer: Trainer, samplers: dict[str, Any]) -> int:
+    if "test" in samplers:
+        require_steps("num_steps", config.num_steps, samplers["test"])
     result = trainer.fit(config.num_steps)
     summary: dict[str, Any] = {
         "num_steps": result.num_steps,

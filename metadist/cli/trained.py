@@ -21,7 +21,7 @@ from metadist.problem import Problem
 from metadist.run.checkpoint import CheckpointStore, check_same_model
 from metadist.run.files import CHECKPOINTS
 from metadist.run.storage import Folder
-from metadist.task import Batch, Task, TaskSampler
+from metadist.task import Batch, Task, TaskSampler, last_step
 from metadist.trees import Params
 from metadist.workload import Workload
 
@@ -51,6 +51,11 @@ class Trained:
     outer: Params
     states: Mapping[int, Tensor]
 
+    @property
+    def last_step(self) -> int:
+        """See `metadist.task.last_step`."""
+        return last_step(self.version)
+
     def predict(self, task: Task | Batch, inputs: Tensor | None = None) -> Tensor:
         """As `metadist.predict`."""
         tensor: Tensor = self._use(partial(predict, inputs=inputs), task)
@@ -68,7 +73,7 @@ class Trained:
             self.outer,
             task,
             inner_steps=self.inner_steps,
-            state=kept_state(self.states, self.sampler, task),
+            state=kept_state(self.states, self.sampler, task, self.last_step),
             compute=self.compute,
         )
 

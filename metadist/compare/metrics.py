@@ -8,13 +8,18 @@ import torch
 
 from metadist.algorithm import split_own
 from metadist.problem import Problem
-from metadist.task import Measured, TaskSampler, to_device
+from metadist.task import Measured, TaskSampler, sample_task, to_device
 from metadist.trainer import Trainer
 from metadist.trees import Params
 
 
 def solution_metrics(
-    problem: Problem, sampler: TaskSampler, outer: Params, inner: Params, index: int = 0
+    problem: Problem,
+    sampler: TaskSampler,
+    outer: Params,
+    inner: Params,
+    index: int = 0,
+    step: int = 0,
 ) -> dict[str, float]:
     """The metrics of a solution (x, y) of one problem, by name.
 
@@ -29,10 +34,11 @@ def solution_metrics(
         outer: The variable x; the algorithm's own variables in it are ignored.
         inner: The variable y, for example `Trainer.inner(index)`.
         index: The index of the task.
+        step: The outer step whose data is asked of a `Stream`.
     """
     outer, _ = split_own(outer)
     leaf = next(iter(outer.values()))
-    task = to_device(sampler.sample(index), leaf.device, leaf.dtype)
+    task = to_device(sample_task(sampler, index, step), leaf.device, leaf.dtype)
     with torch.no_grad():
         context = problem.encode(outer, task)
         found = {
@@ -52,7 +58,12 @@ def kept_metrics(trainer: Trainer) -> dict[str, float]:
     """`solution_metrics` of a training that keeps states, at its x; means over its tasks."""
     found = [
         solution_metrics(
-            trainer.problem, trainer.sampler, trainer.outer, trainer.inner(index), index
+            trainer.problem,
+            trainer.sampler,
+            trainer.outer,
+            trainer.inner(index),
+            index,
+            trainer.last_step,
         )
         for index in range(trainer.workload.meta_batch_size)
     ]

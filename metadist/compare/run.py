@@ -16,6 +16,7 @@ from metadist.run.checkpoint import CheckpointError, CheckpointStore, name_of
 from metadist.run.files import CHECKPOINTS, TENSORBOARD
 from metadist.run.monitor import Curves, calls_of
 from metadist.run.storage import Folder
+from metadist.task import Stream, sample_task
 from metadist.trainer import Trainer
 
 RECORDS = "records.jsonl"
@@ -246,17 +247,20 @@ class _Meter:
     """Adds up what a training spends, step by step."""
 
     def __init__(self, trainer: Trainer, spent: Spent) -> None:
-        task = trainer.sampler.sample(0)
-        size = trainer.workload.compute.batch_size
-        # A call on a mini-batch counts as its share of the whole set.
-        self._shares = [1.0, 1.0]
-        if size is not None:
-            sets = (task.support, task.query)
-            self._shares = [min(1.0, size / len(batch.index)) for batch in sets]
+        self._sampler = trainer.sampler
+        self._batch_size = trainer.workload.compute.batch_size
+        self._shares = self._shares_at(0)
         self._spent = {spent.step: spent}
         self._resumed: float | None = None
         self.traffic: dict[str, float] = {}
         self.reported: dict[str, float] = {}
+
+    def _shares_at(self, step: int) -> list[float]:
+        """As what share of a gradient on whole sets a call on a mini-batch counts."""
+        if self._batch_size is None:
+            return [1.0, 1.0]
+        sets = sample_task(self._sampler, 0, step)[:2]
+        return [min(1.0, self._batch_size / len(batch.index)) for batch in sets]
 
     def add(self, report: StepReport) -> Spent:
         """The budget spent after this step; a step that is repeated replaces itself."""
@@ -277,6 +281,8 @@ class _Meter:
         # Workers draw their tasks at the same time, so the slowest of them counts.
         training_s = max(0.0, seconds - max(sampling.values(), default=0.0))
         before = self._spent[report.step.version - 1]
+        if isinstance(self._sampler, Stream):
+            self._shares = self._shares_at(before.step)
         spent = Spent(
             step=report.step.version,
             seconds=before.seconds + training_s,

@@ -353,3 +353,96 @@ def test_all_samplers_draw_the_same_tasks_in_another_process(tmp_path: Path):
     report = check_sampler(samplers, num_tasks=50)
     assert report.processes and report.distinct_tasks == 50
     assert "deterministic in this process and a fresh process" in str(report)
+
+
+@dataclass
+class Streaming:
+    """A stream of a user: `change` spoils the good task."""
+
+    change: Callable[[Task, int, int], Any] | None = None
+    num_steps: int = 40
+
+    def sample(self, index: int) -> Any:
+        return self.sample_at(index, 0)
+
+    def sample_at(self, index: int, step: int) -> Any:
+        assert step < self.num_steps
+        task = tables(index, shift=step)
+        return task if self.change is None else self.change(task, index, step)
+
+
+class Remembering(Streaming):
+    """Its support set also has what the call before it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: Batch | None = None
+
+    def sample_at(self, index: int, step: int) -> Any:
+        task = tables(index, shift=step)
+        before, self.memory = self.memory or task.support, task.support
+        both = zip(task.support.tensors, before.tensors, strict=True)
+        return support(task, *(torch.cat(pair) for pair in both))
+
+
+class OtherStart(Streaming):
+    def sample(self, index: int) -> Any:
+        return self.sample_at(index, 1)
+
+
+class HashedSteps(Streaming):
+    """Depends on the hash seed of the process, from step 17 on."""
+
+    def sample_at(self, index: int, step: int) -> Any:
+        return tables(index, shift=hash(str(step)) % 2**31 if step >= 17 else step)
+
+
+class ProcessBound(Streaming):
+    """What a pickled copy has forgotten, from step 2 on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = 5
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "offset": 6}
+
+    def sample_at(self, index: int, step: int) -> Any:
+        return tables(index, shift=step + self.offset * (step >= 2))
+
+
+def test_a_stream_is_looked_at_at_several_steps_and_its_last():
+    seen = set()
+
+    def watch(task: Task, index: int, step: int) -> Task:
+        seen.add(step)
+        return task
+
+    sampler = Streaming(watch)
+    sampler.__class__ = type("Local", (Streaming,), {"__reduce__": lambda self: (Streaming, ())})
+    report = check_sampler(sampler, 2, processes=False)
+    assert seen == {0, 1, 2, 17, 39}
+    assert report.distinct_tasks == report.num_tasks == 2
+    assert check_sampler(Streaming(num_steps=1), 2, processes=False).num_tasks == 2
+
+
+def test_a_stream_that_is_no_function_of_index_and_step_is_found():
+    seeds = "seed all randomness with (seed, split, index, step) and keep no state"
+    again = "must give the same bytes again, got others: " + seeds
+    assert violations(Remembering(), allow_equal_examples=True)[0].endswith(again)
+    copied = "of a pickled copy must give the same bytes, got others: " + seeds
+    assert violations(ProcessBound()) == (f"sample_at(0, 2) {copied}",)
+    assert violations(OtherStart()) == (
+        "sample(0) must give the same bytes as sample_at(0, 0), got others: write "
+        "`return self.sample_at(index, 0)` as the body of sample",
+    )
+    assert violations(HashedSteps(), processes=True)[0].startswith(
+        "sample_at(0, 17) must give the same bytes in another process"
+    )
+
+
+def test_the_faults_of_a_stream_name_their_step():
+    def late(task: Task, index: int, step: int) -> Any:
+        return task if step < 17 else support(task, task.support.tensors[0] * torch.nan)
+
+    assert "got NaN or Inf (task 0 at step 17)" in violations(Streaming(late))[0]

@@ -137,6 +137,17 @@ class Lines:
         )
 
 
+@dataclass(frozen=True)
+class Moving(Lines):
+    """Lines with other data at every outer step."""
+
+    def sample(self, index: int) -> Task:
+        return self.sample_at(index, 0)
+
+    def sample_at(self, index: int, step: int) -> Task:
+        return super().sample(10_000 * step + index)._replace(id=index)
+
+
 def happens_first(folder: str, name: str) -> bool:
     """Whether nobody has asked for this `name` in `folder` before."""
     try:

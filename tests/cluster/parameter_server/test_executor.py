@@ -26,6 +26,7 @@ from metadist.cluster import (
 )
 from metadist.cluster.actors.connection import _sigterm_kept, reserve
 from metadist.compute import Compute
+from metadist.evaluation import evaluate
 from metadist.optimizer import OuterOptimizer
 from tests.cluster.toy import (
     ADAM,
@@ -33,6 +34,7 @@ from tests.cluster.toy import (
     Flaky,
     Leaving,
     Lines,
+    Moving,
     Regression,
     Slow,
     Steady,
@@ -324,3 +326,18 @@ def test_ray_does_not_take_the_handler_of_sigterm_away():
         assert signal.getsignal(signal.SIGTERM) is mine
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_stream_on_workers_has_the_bytes_of_one_process(executor):
+    work = make_workload(Moving())
+    expected, _ = local_run(4, work)
+    running = executor(work)
+    list(running.run(4))
+    assert state_bytes(running.state()) == state_bytes(expected)
+    assert state_bytes(expected) != state_bytes(local_run(4)[0])
+    # Validation has the data of the step it is told.
+    found = evaluate(
+        work.problem, Moving(), work.algorithm, expected.outer, 6, executor=running, step=3
+    )
+    there = evaluate(work.problem, Moving(), work.algorithm, expected.outer, 6, step=3)
+    assert found.metrics["query_loss"].mean == pytest.approx(there.metrics["query_loss"].mean)
