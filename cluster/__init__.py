@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from metadist.cluster.actors.errors import ClusterError as ClusterError
     from metadist.cluster.actors.errors import ConnectError as ConnectError
     from metadist.cluster.actors.errors import LeaseError as LeaseError
+    from metadist.cluster.actors.errors import MixedDevicesError as MixedDevicesError
     from metadist.cluster.actors.errors import ResourcesError as ResourcesError
     from metadist.cluster.actors.errors import ServerLostError as ServerLostError
     from metadist.cluster.actors.errors import WorkerLostError as WorkerLostError

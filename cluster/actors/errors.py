@@ -4,6 +4,7 @@ RuntimeError
   ClusterError
     ConnectError       the cluster cannot be reached
     ResourcesError     it has too few CPUs or GPUs
+    MixedDevicesError  workers on different hardware or libraries would give different bytes
     LeaseError         user code raised an exception on a worker or on the parameter server
     WorkerLostError    workers die again and again
     ServerLostError    the parameter server dies again and again, or cannot start
@@ -26,6 +27,10 @@ class ConnectError(ClusterError):
 
 class ResourcesError(ClusterError):
     """The cluster has too few CPUs or GPUs for the workers."""
+
+
+class MixedDevicesError(ClusterError):
+    """Results would depend on which worker computed them, since hardware or libraries differ."""
 
 
 class LeaseError(ClusterError):

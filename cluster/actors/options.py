@@ -24,6 +24,10 @@ class Workers:
         start_timeout_s: How long to wait for free resources, and again for the workers. What a
             cluster of our own on this machine does not have at all, or no node of another cluster
             without an autoscaler, is not waited for.
+        allow_mixed_devices: Whether workers may differ in hardware, versions of torch, CUDA and
+            cuDNN, or flags of these. Where a result has the same bytes whichever worker computes
+            what (policy "bsp"; `DataParallelExecutor` without staleness), that holds for equal
+            workers alone, and others are refused unless this gives it up.
         show_output: Whether to print what workers print, with Ray's own messages. Errors of user
             code come with their traceback in any case.
     """
@@ -33,6 +37,7 @@ class Workers:
     cpus_per_worker: float = rule(1.0, gt=0)
     gpus_per_worker: float | None = rule(None, ge=0, none="")
     start_timeout_s: float = rule(300.0, gt=0)
+    allow_mixed_devices: bool = False
     show_output: bool = False
 
     def __post_init__(self) -> None:
@@ -95,7 +100,7 @@ def check_kind(field: str, value: object, kind: type, example: str) -> None:
         raise ValueError(f"{field} must be a {kind.__name__}, such as {example}, got {value!r}")
 
 
-JOB_UNUSED = ("min_workers", "start_timeout_s", "show_output")
+JOB_UNUSED = ("min_workers", "start_timeout_s", "allow_mixed_devices", "show_output")
 """The fields of `Workers` that runs side by side (tune, compare) do not use."""
 
 

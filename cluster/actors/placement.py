@@ -29,6 +29,7 @@ from metadist.cluster.actors.connection import (
     this_node,
 )
 from metadist.cluster.actors.options import Workers
+from metadist.compute import CUBLAS_CONFIG
 
 
 class Placement:
@@ -138,19 +139,43 @@ def _node_of(group: PlacementGroup, index: int) -> str | None:
 
 
 class WorkerInfo(NamedTuple):
-    """Where a worker runs; `device` is the name of the hardware, `node` Ray's id."""
+    """Where a worker runs; `device` is the name of the hardware, `node` Ray's id.
+
+    `computes_as` is what decides on the bytes of its results, beside its workload.
+    """
 
     name: str
     device: str
     host: str
     pid: int
     node: str = ""
+    computes_as: str = ""
 
     @classmethod
     def here(cls, name: str, device: torch.device) -> WorkerInfo:
         """The description of this process."""
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        return cls(name, hardware, socket.gethostname(), os.getpid(), this_node())
+        return cls(
+            name=name,
+            device=hardware,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            node=this_node(),
+            computes_as=_fingerprint(hardware, device),
+        )
+
+
+def _fingerprint(hardware: str, device: torch.device) -> str:
+    """The hardware, libraries and flags of this process that the bytes of a result depend on."""
+    parts = [hardware, f"torch {torch.__version__}"]
+    if device.type != "cuda":
+        return ", ".join([*parts, torch.backends.cpu.get_cpu_capability()])
+    parts.append(
+        f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    )
+    parts.append(f"cuDNN {torch.backends.cudnn.version()}")
+    flags = (CUBLAS_CONFIG, "NVIDIA_TF32_OVERRIDE")
+    return ", ".join([*parts, *(f"{name}={os.environ.get(name)}" for name in flags)])
 
 
 def devices_of(infos: Iterable[WorkerInfo]) -> str:

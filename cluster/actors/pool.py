@@ -15,7 +15,12 @@ import ray
 from ray import ObjectRef, exceptions
 
 from metadist.cluster.actors.connection import draining_nodes, is_gone, this_node
-from metadist.cluster.actors.errors import ResourcesError, WorkerLostError, message
+from metadist.cluster.actors.errors import (
+    MixedDevicesError,
+    ResourcesError,
+    WorkerLostError,
+    message,
+)
 from metadist.cluster.actors.failure import (
     Event,
     Failures,
@@ -197,6 +202,8 @@ class ActorPool(ABC, Generic[S]):
         """By kind of work."""
         self.notify: Callable[..., None] = ignore
         """Called with an event that must be known before a step ends, see `Executor.notify`."""
+        self.must_agree = False
+        """Whether all actors must compute to the same bytes."""
 
     @abstractmethod
     def _setup_of(self, slot: S) -> tuple[Any, ...]:
@@ -323,7 +330,10 @@ class ActorPool(ABC, Generic[S]):
             self._failed(slot, call, error)
             return
         if call is None:
-            slot.info = self._ready(slot, answer)
+            info = self._ready(slot, answer)
+            if self.must_agree:
+                _require_same_bytes(info, self.infos)
+            slot.info = info
             slot.is_alive, slot.setup, slot.since = True, None, self._runtime.now()
             log.info("%s is ready: %s on %s", *slot.info[:3])
             return
@@ -447,6 +457,19 @@ class ActorPool(ABC, Generic[S]):
         if self.num_alive < self._num_needed:
             times.append(now + 1.0)
         return max(0.0, min(times, default=math.inf) - now)
+
+
+def _require_same_bytes(info: WorkerInfo, others: Sequence[WorkerInfo]) -> None:
+    """Raise MixedDevicesError unless the actor computes as the others do, or did."""
+    for other in others:
+        if info.computes_as != other.computes_as:
+            raise MixedDevicesError(
+                "allow_mixed_devices must be True for workers that compute differently, got "
+                f"{other.name} on {other.host} ({other.computes_as}) and {info.name} on "
+                f"{info.host} ({info.computes_as}): the result would depend on which of them "
+                "computed what. Reserve nodes of one kind with the same packages, or pass "
+                "Workers(allow_mixed_devices=True), which gives up equal bytes"
+            )
 
 
 def ignore(event: str, **fields: Any) -> None:

@@ -127,6 +127,7 @@ class DataParallelExecutor(Executor):
                     make_worker, self._workers.num_workers, self._failures, self._staleness
                 )
             self._pool.notify = self.notify
+            self._pool.must_agree = not (self._staleness or self._workers.allow_mixed_devices)
             infos = self._pool.start(self._workers.start_timeout_s, ray.put(payload))
             self._open(self._pool, infos, workload, optimizer, state)
         except BaseException:

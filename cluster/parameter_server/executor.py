@@ -284,6 +284,9 @@ class RayExecutor(Executor):
                 self._backup_factor,
             )
         self._pool.notify = self.notify
+        self._pool.must_agree = (
+            self._policy.is_synchronous and not self._workers.allow_mixed_devices
+        )
         # Put once, owned by the driver: workers that start later, anywhere, read it too.
         self._pool.start(
             self._workers.start_timeout_s,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ray import exceptions
 
-from metadist.cluster import ResourcesError, WorkerLostError
+from metadist.cluster import MixedDevicesError, ResourcesError, WorkerLostError
 from metadist.cluster.actors.failure import WORKER, Failures
 from metadist.cluster.actors.placement import WorkerInfo
 from metadist.cluster.actors.pool import ActorPool, Call, Slot
@@ -261,3 +261,37 @@ def test_a_pool_that_stops_kills_those_that_wait_too():
     pool._wait(0.0)
     pool.stop()
     assert len(pool.clock.killed) == 2
+
+
+def like(computes_as: str, number: int = 0) -> WorkerInfo:
+    return WorkerInfo(f"worker-{number}", "cpu", "there", 0, computes_as=computes_as)
+
+
+@pytest.mark.parametrize("must_agree", [True, False])
+def test_workers_that_compute_differently_are_refused_where_bytes_must_agree(must_agree):
+    pool = Pool(2, 1)
+    pool.must_agree = must_agree
+    pool.answers = [like("H100, torch 2.14"), like("A100, torch 2.14", 1)]
+    if must_agree:
+        message = (
+            r"allow_mixed_devices must be True .*worker-0 on there \(H100, torch 2.14\) and "
+            r"worker-1 on there \(A100, torch 2.14\)"
+        )
+        with pytest.raises(MixedDevicesError, match=message):
+            pool._start(10.0, 2)
+    else:
+        pool._start(10.0, 2)
+        assert pool.num_alive == 2
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_worker_that_joins_must_compute_as_those_before_it(others):
+    pool = Pool(1 + others, 1, backoff_s=0.0)
+    pool.must_agree = True
+    pool.answers = [like("H100")] * (1 + others)
+    pool._start(10.0, 1 + others)
+    pool.send(0, DIED)
+    pool.answers = [like("A100")]
+    pool._wait(1.0)
+    with pytest.raises(MixedDevicesError, match=r"\(H100\) and worker-0 on there \(A100\)"):
+        pool._wait(1.0)
