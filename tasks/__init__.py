@@ -1,10 +1,12 @@
 """Task samplers, and the problems posed on them: a folder for each family.
 
+    architecture/ the operations in the cells of a convolutional network
     few_shot/     N-way K-shot tasks of images, sinusoids; any nn.Module, adapted to each task
     reweighting/  weights for training examples or classes: data cleaning, long-tailed classes
     text/         a regularisation strength for each feature of texts
     synthetic/    problems of the papers, with a known solution or a dense Hessian
     data/         what the families share: downloads, images, random numbers
+    image_sets.py labelled images in memory, as a sampler of one task
     fixed.py      a single task, or a fixed set of tasks, as a sampler
 
 To add a sampler, write a class with `sample(index)` in a new file of its family (the protocols of
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
     from metadist.checks.sampler import SamplerError as SamplerError
     from metadist.checks.sampler import SamplerReport as SamplerReport
     from metadist.checks.sampler import check_sampler as check_sampler
+    from metadist.tasks.architecture.genotype import Genotype as Genotype
+    from metadist.tasks.architecture.network import Network as Network
+    from metadist.tasks.architecture.problem import ArchitectureSearch as ArchitectureSearch
+    from metadist.tasks.architecture.retraining import retrain as retrain
+    from metadist.tasks.architecture.supernet import Supernet as Supernet
     from metadist.tasks.data.random import Random as Random
     from metadist.tasks.data.sources import FetchError as FetchError
     from metadist.tasks.data.sources import fetch as fetch
@@ -42,6 +49,7 @@ if TYPE_CHECKING:
     from metadist.tasks.few_shot.problem import FewShotProblem as FewShotProblem
     from metadist.tasks.few_shot.sinusoid import Sinusoid as Sinusoid
     from metadist.tasks.fixed import FixedTasks as FixedTasks
+    from metadist.tasks.image_sets import ImageData as ImageData
     from metadist.tasks.reweighting.corrupted_images import CorruptedImages as CorruptedImages
     from metadist.tasks.reweighting.long_tail import LongTail as LongTail
     from metadist.tasks.reweighting.problem import ClassWeights as ClassWeights

@@ -29,7 +29,7 @@ from metadist.tasks import (
     TextRegularisation,
 )
 from metadist.tasks.fixed import metrics_on
-from metadist.tasks.reweighting.image_sets import Images
+from metadist.tasks.image_sets import Images
 from metadist.trees import dot
 
 DECAYS = (0.01, 0.02, 0.04)

@@ -15,7 +15,7 @@ from metadist.problem import Problem
 from metadist.task import Batch, to_device
 from metadist.tasks.data.datasets import LabelledDataset, open_dataset
 from metadist.tasks.data.random import Random
-from metadist.tasks.reweighting.image_sets import (
+from metadist.tasks.image_sets import (
     Drawing,
     ImageProblemData,
     Images,

@@ -13,7 +13,7 @@ from metadist.problem import Problem
 from metadist.tasks.data.datasets import LabelledDataset, open_dataset
 from metadist.tasks.data.random import Random
 from metadist.tasks.fixed import metrics_on
-from metadist.tasks.reweighting.image_sets import (
+from metadist.tasks.image_sets import (
     Drawing,
     ImageProblemData,
     Images,

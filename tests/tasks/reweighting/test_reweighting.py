@@ -20,7 +20,7 @@ from metadist.tasks import (
     check_sampler,
 )
 from metadist.tasks.data.datasets import ArrayDataset
-from metadist.tasks.reweighting.image_sets import Drawing
+from metadist.tasks.image_sets import Drawing
 from metadist.trees import add, scale
 from tests.problems import DOUBLE, assert_close, central_difference, oracle_of, random_like
 from tests.tasks.helpers import assert_shards_add_up, equal, refusal

@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metadist.checks.values import check
+from metadist.checks.values import check, require_integer, require_word
 from metadist.problem import Problem
 from metadist.task import Batch, Task
-from metadist.tasks.data.datasets import LabelledDataset, decode, labels_of
+from metadist.tasks.data.datasets import LabelledDataset, decode, labels_of, open_dataset
 from metadist.tasks.data.images import read_images
+from metadist.tasks.data.random import Random
 from metadist.tasks.fixed import metrics_on
 from metadist.trees import Params
 
@@ -168,6 +169,51 @@ class ImageProblemData:
             examples = self.scaling.batch(self.selection)
             metrics |= metrics_on(problem, outer, inner, examples, "selection")
         return metrics
+
+
+class ImageData(ImageProblemData):
+    """A sampler of one task: images for training and others for validation, labelled as they are.
+
+    Args:
+        dataset, root: The data set and the folder of the data, see `open_dataset`.
+        num_train, num_val, num_test: Images >= 1, all of them different. Test images are from the
+            test part of the data set, where it has one.
+        seed: The seed of the choice of images, 0 <= seed < 2^64.
+        mean, std: Inputs are (pixels / 255 - mean) / std.
+
+    Raises:
+        ValueError: more images asked for than there are, a class without training or validation
+            image, pictures that cannot be read, an argument out of its range.
+        FetchError: the data set is missing and cannot be fetched.
+    """
+
+    def __init__(
+        self,
+        dataset: str | LabelledDataset = "fashion_mnist",
+        root: str | Path | None = None,
+        num_train: int = 25000,
+        num_val: int = 25000,
+        num_test: int = 10000,
+        seed: int = 0,
+        mean: float = 0.0,
+        std: float = 1.0,
+    ) -> None:
+        for field, value in (("train", num_train), ("val", num_val), ("test", num_test)):
+            require_integer(f"num_{field}", value, 1)
+        require_word("seed", seed)
+        scaling = Scaling(mean, std)
+        whole, held_out = open_dataset(dataset, root)
+        drawing = Drawing(whole)
+        order = iter(Random(seed, "images", 0).choose(len(whole), len(whole)))
+        train = drawing.take(order, num_train, "num_train")
+        val = drawing.take(order, num_val, "num_val (beside num_train)")
+        if held_out is not None:
+            drawing = drawing.of(held_out)
+            order = iter(Random(seed, "images", 1).choose(len(held_out), len(held_out)))
+        test = drawing.take(order, num_test, "num_test")
+        require_classes(train, drawing.classes, "num_train")
+        require_classes(val, drawing.classes, "num_val")
+        super().__init__(train, val, test, scaling)
 
 
 def require_classes(images: Images, classes: NDArray[np.int64], field: str) -> None:
