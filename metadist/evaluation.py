@@ -11,6 +11,7 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
@@ -23,8 +24,9 @@ from metadist.hypergradient import (
     falls_back,
     vectorizes,
 )
-from metadist.problem import Problem
+from metadist.problem import HasModel, Problem
 from metadist.task import (
+    NamesTasks,
     Stream,
     Task,
     TaskSampler,
@@ -33,6 +35,7 @@ from metadist.task import (
     require_steps,
     sample_task,
     stack_tasks,
+    targets_of,
     to_device,
 )
 from metadist.trees import Params, detach, select, tree_map
@@ -61,12 +64,19 @@ class EvaluationResult:
     of adaptation, `support_loss`. `dropped` has, for each metric, the tasks that are not in its
     mean; those whose own loss is not finite are in no mean. `penalty` is the difference they
     make to the score, where each counts as the worst.
+
+    With `per_task`, `per_task` has the metrics of each task by name, and for a classification
+    `confusion` counts the query examples of all tasks: confusion[true][predicted], by the names
+    that the sampler has for the classes of each task (`NamesTasks`), else by number. Tasks in
+    which adaptation diverges are not counted.
     """
 
     metrics: dict[str, Interval]
     protocol: dict[str, str]
     dropped: dict[str, list[int]] = field(default_factory=dict)
     penalty: float = 0.0
+    per_task: dict[str, list[float]] = field(default_factory=dict)
+    confusion: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def score(self) -> float:
@@ -81,8 +91,23 @@ class EvaluationResult:
         return len(set().union(*self.dropped.values()))
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON data."""
-        return dataclasses.asdict(self)
+        """The same as JSON data, in which what is not finite is null."""
+        data = dataclasses.asdict(self)
+        if not self.per_task:
+            del data["per_task"], data["confusion"]
+            return data
+        data["per_task"] = {
+            name: [value if math.isfinite(value) else None for value in column]
+            for name, column in self.per_task.items()
+        }
+        return data
+
+    def confused(self) -> list[tuple[str, str, int]]:
+        """(true, predicted, how often) of the wrong predictions, the most frequent first."""
+        wrong = []
+        for true, row in self.confusion.items():
+            wrong += [(true, predicted, n) for predicted, n in row.items() if predicted != true]
+        return sorted(wrong, key=lambda pair: -pair[2])
 
 
 def evaluate(
@@ -97,6 +122,7 @@ def evaluate(
     executor: Executor | None = None,
     before: bool = True,
     step: int = 0,
+    per_task: bool = False,
 ) -> EvaluationResult:
     """Mean and 95 % t-interval over the tasks 0 .. num_tasks-1 of `sampler`.
 
@@ -115,6 +141,8 @@ def evaluate(
         before: Also judge the start of adaptation, at the cost of one more pass over each query
             set; False: no metrics with `_before`.
         step: The outer step whose data is asked of a `Stream`.
+        per_task: Also give the metrics of each task, and for a classification which classes were
+            taken for which, see `EvaluationResult`.
 
     Raises:
         ValueError: num_tasks < 2, inner_steps with an algorithm that has none, a stream that ends
@@ -135,17 +163,10 @@ def evaluate(
         check_pure(problem, split_own(on_cpu)[0], task, compute)
     if inner_steps is not None:
         algorithm = with_inner_steps(algorithm, inner_steps)
-    values = evaluate_tasks(
-        problem,
-        sampler,
-        algorithm,
-        outer,
-        num_tasks,
-        compute=compute,
-        executor=executor,
-        before=before,
-        step=step,
-    )
+    judge = _Judge(problem, sampler, algorithm, compute, before, step, per_task)
+    found = _judged(judge, outer, num_tasks, executor)
+    counts = [_without_confusion(of_task) for of_task in found]
+    values = _columns(found)
     dropped = _dropped(values)
     kept = {
         name: [value for index, value in enumerate(column) if index not in dropped.get(name, ())]
@@ -171,6 +192,8 @@ def evaluate(
         protocol=protocol,
         dropped=dropped,
         penalty=_penalty(kept, dropped, num_tasks),
+        per_task=values if per_task else {},
+        confusion=_confusion(sampler, counts, dropped.get("query_loss", [])),
     )
 
 
@@ -228,20 +251,80 @@ def evaluate_tasks(
 
     Those of a task in which adaptation diverges are NaN or infinite.
     """
+    judge = _Judge(problem, sampler, algorithm, compute, before, step)
+    return _columns(_judged(judge, outer, num_tasks, executor))
+
+
+def _judged(
+    judge: _Judge, outer: Params, num_tasks: int, executor: Executor | None
+) -> list[dict[str, float]]:
+    """What `judge` finds of each of the tasks 0 .. num_tasks-1."""
+    compute = judge.compute
     size = compute.chunk_size
     if size is None:
         here = {name: leaf.to(pick_device(compute.device)) for name, leaf in outer.items()}
         leaf = next(iter(here.values()))
-        twice = [to_device(sample_task(sampler, 0, step), leaf.device, leaf.dtype)] * 2
-        together = vectorizes(compute.vectorize, problem, algorithm, here, twice)
+        twice = [to_device(sample_task(judge.sampler, 0, judge.step), leaf.device, leaf.dtype)] * 2
+        together = vectorizes(compute.vectorize, judge.problem, judge.algorithm, here, twice)
         size = TASKS_AT_A_TIME if together else TASKS_ONE_BY_ONE
     chunks = [range(first, min(first + size, num_tasks)) for first in range(0, num_tasks, size)]
-    judge = _Judge(problem, sampler, algorithm, compute, before, step)
-    metrics: dict[str, list[float]] = {}
-    for of_task in (executor or LocalExecutor()).judge(judge, outer, chunks):
+    return (executor or LocalExecutor()).judge(judge, outer, chunks)
+
+
+def _columns(found: list[dict[str, float]]) -> dict[str, list[float]]:
+    columns: dict[str, list[float]] = {}
+    for of_task in found:
         for name, value in of_task.items():
-            metrics.setdefault(name, []).append(value)
-    return metrics
+            columns.setdefault(name, []).append(value)
+    return columns
+
+
+COUNTED = "confusion/"
+"""Before TRUE/PREDICTED among the metrics of a task: how many query examples were that."""
+
+
+def _counts(problem: Problem, context: Params, inner: Params, task: Task) -> dict[str, Tensor]:
+    """How many query examples of each class are taken for each; nothing but of classes."""
+    targets = targets_of(task.query)
+    if not isinstance(problem, HasModel) or targets is None or targets.is_floating_point():
+        return {}
+    with torch.no_grad():
+        outputs = problem.predict(context, inner, task.query)
+    if outputs.ndim != 2 or targets.ndim != 1:
+        return {}
+    classes = torch.arange(outputs.shape[1], device=targets.device)
+    is_of = (targets[:, None] == classes).double()
+    counts = is_of.T @ (outputs.argmax(1)[:, None] == classes).double()
+    size = range(len(classes))
+    return {
+        f"{COUNTED}{true}/{predicted}": counts[true, predicted]
+        for true in size
+        for predicted in size
+    }
+
+
+def _without_confusion(of_task: dict[str, float]) -> dict[str, float]:
+    """The counts of a task, which are taken out of its metrics."""
+    names = [name for name in of_task if name.startswith(COUNTED)]
+    return {name: of_task.pop(name) for name in names}
+
+
+def _confusion(
+    sampler: TaskSampler, counts: list[dict[str, float]], diverged: list[int]
+) -> dict[str, dict[str, int]]:
+    """The sum of the counts of the tasks, by the names of their classes."""
+    total: dict[str, dict[str, int]] = {}
+    for index, of_task in enumerate(counts):
+        if not of_task or index in diverged:
+            continue
+        names = sampler.classes_of(index) if isinstance(sampler, NamesTasks) else None
+        for name, count in of_task.items():
+            pair = name.removeprefix(COUNTED).split("/")
+            true, predicted = (names[int(part)] for part in pair) if names else pair
+            if count:
+                row = total.setdefault(true, {})
+                row[predicted] = row.get(predicted, 0) + int(count)
+    return total
 
 
 class _Judge(NamedTuple):
@@ -253,6 +336,8 @@ class _Judge(NamedTuple):
     compute: Compute
     before: bool
     step: int
+    counts: bool = False
+    """Whether predictions are counted by class."""
 
     def __call__(self, outer: Params, indices: range) -> list[dict[str, float]]:
         leaf = next(iter(outer.values()))
@@ -281,9 +366,10 @@ class _Judge(NamedTuple):
                 eager=not together,
             )
             adapted = algorithm.adapt(oracle, {**context, **own}, start)
-            return adaptation_metrics(
+            found = adaptation_metrics(
                 problem, context, start if self.before else None, adapted, task
             )
+            return found | (_counts(problem, context, adapted, task) if self.counts else {})
 
         if not together:
             found = []

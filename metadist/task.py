@@ -9,6 +9,7 @@ declared below, one protocol for each member; the code asks for it with `isinsta
     Shardable      shard             workers read their part of a task without the rest of it
     Labelled       num_classes       the targets of a batch are the numbers of classes
     NamedClasses   class_names       two splits can be checked for a class that is in both
+    NamesTasks     classes_of        predictions can be counted by the classes of each task
     ReadsImages    read_images       image files can be predicted, `metadist predict`
     Measured       solution_metrics  solutions are also judged on data that only the sampler has
 
@@ -216,6 +217,15 @@ class NamedClasses(Protocol):
     @property
     def class_names(self) -> Iterable[str]:
         """The name of each class, the same in every split."""
+        ...
+
+
+@runtime_checkable
+class NamesTasks(Protocol):
+    """A sampler that names the classes of each of its tasks."""
+
+    def classes_of(self, index: int) -> Sequence[str]:
+        """The names of the classes 0 .. N-1 of a task."""
         ...
 
 

@@ -8,6 +8,9 @@ from metadist.cli.names import ExecutorBase, SamplerBase, class_path
 from metadist.cli.parsing import Parser
 from metadist.cli.runs import add_adaptation, run_parser
 
+MOST_CONFUSED = 8
+"""How many pairs of classes are printed."""
+
 
 def parser() -> Parser:
     """Options of `metadist evaluate`."""
@@ -26,6 +29,12 @@ def parser() -> Parser:
         "executor",
         required=False,
         help="Where tasks are computed: ray, by its workers, or, by default, local.",
+    )
+    parser.add_argument(
+        "--per_task",
+        type=bool,
+        default=False,
+        help="Also the metrics of each task, and which classes were taken for which.",
     )
     parser.add_argument("--output", type=str | None, help="A JSON file for the result.")
     return parser
@@ -61,9 +70,18 @@ def run(config: Namespace) -> int:
         compute=trained.compute,
         executor=None if config.executor is None else trained.executor,
         step=trained.last_step,
+        per_task=config.per_task,
     )
     print(f"{config.run_dir} {trained.checkpoint}, {trained.version} outer steps")
     train.print_evaluation(result)
+    for name, column in result.per_task.items():
+        ordered = sorted(column)
+        print(f"  {name} of tasks: {ordered[0]:.4f} .. {ordered[-1]:.4f}")
+    if result.confusion:
+        print("  most often taken for another class:")
+    for true, predicted, count in result.confused()[:MOST_CONFUSED]:
+        share = count / sum(result.confusion[true].values())
+        print(f"    {true}  for  {predicted}: {count} times, {share:.1%} of its examples")
     if config.output:
         write_json(config.output, {"checkpoint": trained.checkpoint, **result.to_json()})
     return 0

@@ -158,13 +158,26 @@ class EpisodeSampler:
 
     def sample(self, index: int) -> Task:
         """The task number `index`, 0 <= index < 2^64."""
-        draws = Random(self.seed, self.split, index)
-        chosen = draws.choose(self.num_classes, self.n_way)
+        draws, chosen = self._drawn(index)
         rows_NM = np.array([self.draw_rows(c // self._turns, draws) for c in chosen])
         turns_N = np.array(chosen) % self._turns
         support = self._batch(rows_NM[:, : self.k_shot], turns_N, draws)
         query = self._batch(rows_NM[:, self.k_shot :], turns_N, draws)
         return Task(support, query, int(index))
+
+    def classes_of(self, index: int) -> list[str]:
+        """The names of the classes 0 .. N-1 of a task, with the angle of those that are turned."""
+        names = []
+        for number in self._drawn(index)[1]:
+            turns = number % self._turns
+            turned = f" turned by {90 * turns}" if turns else ""
+            names.append(self.class_names[number // self._turns] + turned)
+        return names
+
+    def _drawn(self, index: int) -> tuple[Random, list[int]]:
+        """The random numbers of a task after those of its classes, and these."""
+        draws = Random(self.seed, self.split, index)
+        return draws, draws.choose(self.num_classes, self.n_way)
 
     def draw_rows(self, class_: int, draws: Random) -> list[int]:
         """The rows of the images drawn from a class: K of support, then Q of query."""

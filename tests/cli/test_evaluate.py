@@ -88,3 +88,17 @@ def test_evaluate_computes_as_the_run_did(cli, run, monkeypatch):
 def test_evaluate_refuses_what_it_cannot_do(cli, run, flags, message):
     code, _, err = cli("evaluate", run, *flags)
     assert code == 2 and re.search("metadist evaluate: error: " + message, err), err
+
+
+def test_evaluate_says_what_was_taken_for_what(cli):
+    flags = (
+        "train --sampler glyphs --sampler.n_way 3 --sampler.k_query 3 --problem.model.width 4 "
+        "--problem.model.n_way 3 --num_steps 1 --meta_batch_size 2 --quiet true --run_dir letters"
+    )
+    cli.good(*flags.split())
+    flags = "evaluate letters --num_tasks 3 --per_task true --output x.json --device cpu"
+    out = cli.good(*flags.split())
+    found = json.loads(Path("x.json").read_text())
+    assert len(found["per_task"]["query_accuracy"]) == 3
+    assert sum(sum(row.values()) for row in found["confusion"].values()) == 3 * 9
+    assert re.search(r"(?m)^    \w+ U\+[0-9A-F]{4}  for  \w+ U\+[0-9A-F]{4}: \d times", out)

@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 import torch
 
-from metadist import AutogradOracle, LocalExecutor, evaluate
+from metadist import AutogradOracle, LocalExecutor, evaluate, predict
 from metadist.algorithms import ITD, Reptile
 from metadist.compute import AS_TORCH_IS_SET, Compute
 from metadist.evaluation import (
@@ -23,8 +23,9 @@ from metadist.evaluation import (
     student_t,
     with_inner_steps,
 )
+from metadist.models import Conv4
 from metadist.problem import Problem
-from metadist.tasks import FewShotProblem
+from metadist.tasks import FewShotProblem, Glyphs
 from metadist.tasks.few_shot.problem import QUERY
 from tests.helpers import Images, Spoiled, curves, regression, small_conv4, with_compute
 from tests.problems import (
@@ -397,3 +398,50 @@ def test_without_accuracy_the_score_is_the_negative_loss():
     assert result.score == -2.0
     result.metrics["query_accuracy"] = Interval(0.0, 0.0)
     assert result.score == 0.0
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_per_task_has_every_task_and_counts_what_was_taken_for_what(vectorize):
+    sampler = Glyphs(n_way=3, k_query=4)
+    problem = FewShotProblem(Conv4(n_way=3, width=4), adapt="head")
+    outer = problem.init_outer(generator(0))
+    compute = Compute(vectorize=vectorize, num_threads=None)
+    algorithm = ITD(inner_steps=2, inner_lr=0.1)
+    result = evaluate(problem, sampler, algorithm, outer, 7, compute=compute, per_task=True)
+    plain = evaluate(problem, sampler, algorithm, outer, 7, compute=compute)
+    assert result.metrics == plain.metrics and not plain.per_task and not plain.confusion
+    expected: dict[str, dict[str, int]] = {}
+    for index in range(7):
+        task, names = sampler.sample(index), sampler.classes_of(index)
+        logits = predict(problem, algorithm, outer, task)
+        targets = task.query.tensors[1]
+        hits = (logits.argmax(1) == targets).double().mean()
+        assert result.per_task["query_accuracy"][index] == pytest.approx(float(hits))
+        for true, found in zip(targets.tolist(), logits.argmax(1).tolist(), strict=True):
+            row = expected.setdefault(names[true], {})
+            row[names[found]] = row.get(names[found], 0) + 1
+    assert result.confusion == expected
+    counts = [count for _, _, count in result.confused()]
+    assert counts == sorted(counts, reverse=True)
+    wrong = 7 * 12 * (1 - result.metrics["query_accuracy"].mean)
+    assert sum(counts) == pytest.approx(wrong)
+
+
+class NoPixels(Images):
+    """Task 1 has images of NaN."""
+
+    def sample(self, index):
+        task = super().sample(index)
+        if index == 1:
+            task.support.tensors[0].fill_(torch.nan)
+        return task
+
+
+def test_a_task_that_diverges_is_in_per_task_as_null_and_is_not_counted():
+    problem = FewShotProblem(small_conv4(), adapt="head")
+    outer = problem.init_outer(generator(0))
+    result = evaluate(problem, NoPixels(), ITD(inner_steps=1), outer, 4, per_task=True)
+    assert result.to_json()["per_task"]["query_loss"][1] is None
+    assert len(result.per_task["query_loss"]) == 4
+    assert sum(sum(row.values()) for row in result.confusion.values()) == 3 * 6
+    assert set(result.confusion) <= {"0", "1", "2"}
