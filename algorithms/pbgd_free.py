@@ -49,10 +49,6 @@ class PBGDFree(InnerLoop):
     inner_steps: int = rule(1, ge=1)
     gamma: float = rule(10.0, gt=0)
 
-    @property
-    def tolerates_staleness(self) -> bool:
-        return True
-
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         y = state.inner
         optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))

@@ -75,6 +75,8 @@ class Algorithm(ABC):
     or "both"."""
     takes_prox: bool = False
     """Whether it can handle a lower objective with a non-smooth part (`Problem.prox_inner`)."""
+    takes_map: bool = False
+    """Whether it can go through the fixed point of `Problem.inner_map`."""
     takes_differences: bool = False
     """Whether h has differences between first derivatives, or inner variables, at points that are
     near one another, over their distance: these drown in the rounding of less than float32."""

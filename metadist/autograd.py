@@ -103,6 +103,14 @@ class AutogradOracle(Oracle):
         if derivative.gives == ("value",):
             return ({"value": _loss(self._problem, derivative)(*trees, self.batch(draw))},)
         x, y, *directions = trees
+        if derivative.loss == "inner_map":
+            return _of_map(self._problem, name, self.batch(draw), x, y, *directions)
+        if derivative.loss == "inner_loss" and self.has_inner_map:
+            raise ValueError(
+                f"an algorithm must take the inner_map of {type(self._problem).__name__}, as AID "
+                f"and ITD do, got one that asks for {name} of inner_loss, which that problem only "
+                "reports"
+            )
         draw = self._mini_batches.canonical(draw)
         point = self._known(derivative, draw, x, y)
         if derivative.along:
@@ -323,6 +331,28 @@ def _functional_graph(
         return tuple(by_role[role] for role in gives)
 
     return dict(zip(derivative.along, slopes, strict=True)), pull
+
+
+def _of_map(
+    problem: Problem, name: str, batch: Batch, x: Params, y: Params, *directions: Params
+) -> tuple[Params, ...]:
+    """Phi(x, y), or a product with its Jacobian."""
+    if name == "inner_map":
+        with torch.no_grad():
+            return (problem.inner_map(x, y, batch),)
+    (direction,) = directions
+
+    def back(v: Params) -> tuple[Params, Params]:
+        value, pull = torch.func.vjp(lambda x, y: problem.inner_map(x, y, batch), x, y)  # type: ignore[misc]
+        found: tuple[Params, Params] = pull({name: v[name] for name in value})
+        return found
+
+    if name == "map_products":
+        return tuple(map(detach, back(direction)))
+    # The product with the transpose is linear in v, and its own transpose is the product: unlike
+    # forward mode, that takes nothing that first derivatives do not have.
+    _, push = torch.func.vjp(lambda v: back(v)[1], direction)  # type: ignore[misc]
+    return (detach(push({name: direction[name] for name in y})[0]),)
 
 
 def functional(problem: Problem, derivative: Derivative) -> Callable[..., tuple[Params, ...]]:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metadist.problem import Problem, is_nonsmooth
+from metadist.problem import Problem, has_inner_map, is_nonsmooth
 from metadist.trees import Params, num_elements, unflatten, zeros_like
 
 Source = Literal["support", "query"]
@@ -38,7 +38,8 @@ class Derivative:
     """What a derivative takes and gives.
 
     Args:
-        loss: The loss that is differentiated.
+        loss: The loss that is differentiated; "inner_map" is `Problem.inner_map`, of which the
+            slope along given directions is differentiated.
         gives: The variables of the result, a tree for each; "value" is the loss itself.
         counts: What one call adds to the counts of `CountingOracle`. The first name stands for
             the cost of the whole call.
@@ -47,7 +48,7 @@ class Derivative:
         is_kept: Whether a second derivative at the same point will follow.
     """
 
-    loss: Literal["inner_loss", "outer_loss"]
+    loss: Literal["inner_loss", "outer_loss", "inner_map"]
     gives: tuple[Role, ...]
     counts: tuple[str, ...]
     along: tuple[Role, ...] = ()
@@ -71,6 +72,9 @@ DERIVATIVES = {
     ),
     "hvp": Derivative("inner_loss", ("y",), ("hvp",), along=("y",)),
     "directional": Derivative("inner_loss", ("y",), ("directional",), along=("x", "y")),
+    "inner_map": Derivative("inner_map", ("y",), ("inner_map",)),
+    "map_products": Derivative("inner_map", ("x", "y"), ("map_vjp",), along=("y",)),
+    "map_along": Derivative("inner_map", ("y",), ("map_jvp",), along=("y",)),
     "inner_value": Derivative("inner_loss", ("value",), ("inner_value",)),
     "outer_value": Derivative("outer_loss", ("value",), ("outer_value",)),
 }
@@ -227,6 +231,7 @@ class Oracle(ABC):
         self._problem = problem
         self._mini_batches = mini_batches
         self.constants = constants
+        self.has_inner_map = has_inner_map(problem)
 
     @abstractmethod
     def derive(self, name: str, draw: Draw, *trees: Params) -> tuple[Params, ...]:
@@ -322,6 +327,19 @@ class Oracle(ABC):
         """J' dx + H dy: how grad_y g changes along (dx, dy). Cost: about two gradients."""
         return self.derive("directional", draw, x, y, dx, dy)[0]
 
+    def inner_map(self, x: Params, y: Params, draw: Draw) -> Params:
+        """Phi(x, y), see `Problem.inner_map`. Cost: less than one gradient."""
+        return self.derive("inner_map", draw, x, y)[0]
+
+    def map_products(self, x: Params, y: Params, v: Params, draw: Draw) -> tuple[Params, Params]:
+        """((dPhi/dx)' v shaped like x, (dPhi/dy)' v shaped like y). Cost: about one gradient."""
+        phi_x, phi_y = self.derive("map_products", draw, x, y, v)
+        return phi_x, phi_y
+
+    def map_along(self, x: Params, y: Params, u: Params, draw: Draw) -> Params:
+        """(dPhi/dy) u: how Phi changes along u. Cost: about two gradients."""
+        return self.derive("map_along", draw, x, y, u)[0]
+
     def inner_value(self, x: Params, y: Params, draw: Draw) -> Tensor:
         """g, shape (); differentiable in a local oracle."""
         return self.derive("inner_value", draw, x, y)[0]["value"]
@@ -348,7 +366,8 @@ class CountingOracle(Oracle):
 
     Keys: `inner_grad` (grad_y g), `inner_grad_x` (grad_x g), `outer_grads` (joint), `hvp` (H v),
     `jvp` (J v), `directional` (J' dx + H dy), `outer_hvp` and `outer_jvp` (those of f),
-    `inner_value`, `outer_value`. Under vmap over B tasks one call is counted once.
+    `inner_map`, `map_vjp`, `map_jvp` (Phi and its products), `inner_value`, `outer_value`. Under
+    vmap over B tasks one call is counted once.
     """
 
     def __init__(self, oracle: Oracle) -> None:
@@ -381,11 +400,12 @@ def in_gradients(
     A gradient, joint or not, and a value count 1; H v, with or without J v, and J' dx + H dy
     count 2. The shares are those of the sets that a draw holds.
     """
-    totals = {"inner_loss": 0, "outer_loss": 0}
+    totals = {"inner_loss": 0, "outer_loss": 0, "inner_map": 0}
     costs = {row.counts[0]: (row.loss, 2 if row.along else 1) for row in DERIVATIVES.values()}
     for name, (loss, num_gradients) in costs.items():
         totals[loss] += num_gradients * counts.get(name, 0)
-    return support_share * totals["inner_loss"] + query_share * totals["outer_loss"]
+    on_support = totals["inner_loss"] + totals["inner_map"]
+    return support_share * on_support + query_share * totals["outer_loss"]
 
 
 def random_keys(index: Tensor, *seeds: int | Tensor) -> Tensor:

@@ -74,6 +74,17 @@ class Problem(Protocol):
         """argmin_z r(context, z) + |z - inner|^2 / (2 step_size), for algorithms with a prox."""
         return inner
 
+    def inner_map(self, context: Params, inner: Params, batch: Batch) -> Params:
+        """Phi: where y moves to in one inner step, for a lower level that minimises nothing.
+
+        Override it where the lower solution is the fixed point y = Phi(x, y) of a contraction: an
+        equilibrium model, a projected or any other solver's step. ITD then makes inner_steps of
+        y <- Phi(x, y) and differentiates through them; AID differentiates the fixed point; all
+        other methods refuse the problem. `inner_loss` is only reported (for example
+        |Phi(x, y) - y|^2). Differentiable in both arguments; the result is shaped like `inner`.
+        """
+        return inner  # stands for "none", see `has_inner_map`
+
     def project_outer(self, outer: Params) -> Params:
         """The point of the feasible set nearest to x, applied after every outer step."""
         return outer
@@ -150,6 +161,11 @@ def loss_and_metrics(
 def is_nonsmooth(problem: Problem) -> bool:
     """Whether the problem has a non-smooth part in its lower objective."""
     return _overrides(problem, "prox_inner")
+
+
+def has_inner_map(problem: Problem) -> bool:
+    """Whether the lower solution is the fixed point of the problem's own map."""
+    return _overrides(problem, "inner_map")
 
 
 def is_constrained(problem: Problem) -> bool:

@@ -129,6 +129,26 @@ def golden_quadratic() -> tuple[Quadratic, Params, Task]:
     return Quadratic(2, 2), {"x": torch.tensor([2.0, -4.0], dtype=DOUBLE)}, task
 
 
+class LinearMap(Quadratic):
+    """Quadratic's data, but y is the fixed point of  Phi = My + (Bx + c),  M not symmetric.
+
+    M = 0.9 (A R) / |A R| for a fixed rotation R, so it is a contraction.
+    """
+
+    def matrix(self, batch: Batch) -> Tensor:
+        a = batch.tensors[0].mean(0)
+        rotated = a @ torch.linalg.qr(randn(77, self.num_inner, self.num_inner))[0]
+        return 0.9 * rotated / torch.linalg.matrix_norm(rotated, 2)
+
+    def inner_map(self, context: Params, inner: Params, batch: Batch) -> Params:
+        _, b, c = (tensor.mean(0) for tensor in batch.tensors)
+        return {"y": self.matrix(batch) @ inner["y"] + b @ context["x"] + c}
+
+    def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        moved = self.inner_map(context, inner, batch)
+        return (moved["y"] - inner["y"]).square().sum()
+
+
 class QuadraticSampler:
     """Tasks of `Quadratic` by index; those of `broken` have NaN in them."""
 

@@ -59,10 +59,10 @@ def adjoint_rate(loop: InnerLoop | SingleLoop, adjoint_lr: float | None) -> floa
 
 def check_adjoint_lr(loop: InnerLoop, adjoint_lr: float | None, solver: str = "") -> None:
     """Raise ValueError unless `solver` has the rate for its steps on v that it needs."""
-    if solver == "cg":
+    if solver in ("cg", "normal_cg"):
         if adjoint_lr is not None:
             raise ValueError(
-                f"adjoint_lr must be None with solver='cg', got {adjoint_lr}: conjugate "
+                f"adjoint_lr must be None with solver={solver!r}, got {adjoint_lr}: conjugate "
                 "gradients have no rate"
             )
     elif adjoint_lr is not None:

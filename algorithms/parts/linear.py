@@ -1,10 +1,11 @@
 """Linear solvers for H v = b by products alone.
 
-`product` is v -> H v, symmetric; damping is in it (`implicit.hessian`). All solvers are pure and
-run under vmap, where one program serves many systems. So no branch depends on data: a system that
-is done is frozen by torch.where while others continue, and v is the same as alone. A system
-without a sensible solution is reported in the metrics and leaves v finite; only NaN in `product`
-or b gives NaN. P: elements of v. K: vectors of a basis, or columns of H.
+`product` is v -> H v, symmetric unless a solver says otherwise; damping is in it
+(`implicit.hessian`). All solvers are pure and run under vmap, where one program serves many
+systems. So no branch depends on data: a system that is done is frozen by torch.where while others
+continue, and v is the same as alone. A system without a sensible solution is reported in the
+metrics and leaves v finite; only NaN in `product` or b gives NaN.
+P: elements of v. K: vectors of a basis, or columns of H.
 """
 
 from __future__ import annotations
@@ -86,6 +87,32 @@ def conjugate_gradient(
         "recursive_residual": _ratio(square.sqrt(), b_P.norm()),
     }
     return Solution(unflatten(v_P, b), metrics)
+
+
+def normal_conjugate_gradient(
+    product: Product,
+    transposed: Product,
+    b: Params,
+    num_steps: int,
+    start: Params | None = None,
+    tolerance: float = 0.0,
+) -> Solution:
+    """The solution of M v = b by conjugate gradients on M'M v = M'b, for any regular M.
+
+    M need be neither symmetric nor definite; the price is that the condition number is squared.
+    Stops at |M'(b - M v)| <= tolerance |M'b|, which is also what `recursive_residual` follows.
+
+    Args:
+        product: v -> M v, the same matrix at every call.
+        transposed: u -> M'u.
+        b: The right-hand side.
+        num_steps: The largest number of steps, of one product of each kind.
+        start: Where to start, at the cost of two more products; None: 0.
+        tolerance: Relative, >= 0.
+    """
+    return conjugate_gradient(
+        lambda v: transposed(product(v)), transposed(b), num_steps, start, tolerance
+    )
 
 
 def fixed_point(

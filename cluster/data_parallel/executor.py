@@ -40,7 +40,7 @@ from metadist.executor import Executor, StepReport
 from metadist.optimizer import OuterOptimizer
 from metadist.oracle import SOURCES, Constants, CountingOracle, MiniBatches
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable
-from metadist.problem import check_rows
+from metadist.problem import check_rows, has_inner_map
 from metadist.signals import signals_held
 from metadist.task import Shardable, Stream, TaskSampler
 from metadist.trees import Params, flatten, zeros_like
@@ -321,6 +321,12 @@ def check_workload(workload: Workload, staleness: int) -> None:
             "sampler must have no sample_at with DataParallelExecutor, whose workers keep their "
             f"part of the data for the whole run, got {type(workload.sampler).__name__}: use "
             "LocalExecutor or RayExecutor"
+        )
+    if has_inner_map(workload.problem):
+        raise ValueError(
+            "problem must have no inner_map with DataParallelExecutor, got "
+            f"{type(workload.problem).__name__}: a map need not be the mean of those of the "
+            "shards. Use LocalExecutor"
         )
     if algorithm.differentiates_values:
         raise ValueError(

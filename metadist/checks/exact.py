@@ -17,7 +17,10 @@ class NoMinimiser(ValueError):
 
 
 class Minimum(NamedTuple):
-    """A strict minimiser y of g, (P,); the Hessian there, (P, P), its extreme eigenvalues."""
+    """A strict minimiser y of g, (P,); the Hessian there, (P, P), its extreme eigenvalues.
+
+    Or the fixed point of `Problem.inner_map`, I - dPhi/dy and its extreme singular values.
+    """
 
     y: Tensor
     hessian: Tensor
@@ -99,6 +102,45 @@ def implicit_gradient(oracle: Oracle, context: Params, y: Params, hessian: Tenso
     v = unflatten(torch.linalg.solve(hessian, flatten(along_y)), y)
     j_v, _ = oracle.second_order(context, y, v, oracle.draw_inner())
     return add(along_x, j_v, -1.0)
+
+
+def fixed_point(oracle: Oracle, context: Params, y: Params, num_steps: int) -> Minimum:
+    """The fixed point of `Problem.inner_map` that Newton's method finds from `y`.
+
+    Raises:
+        NoMinimiser: There is none near, or it was not reached.
+
+    Cost: P products with dPhi/dy and a solve per step.
+    """
+    draw = oracle.draw_inner()
+    tiny = torch.finfo(flatten(y).dtype).eps ** 0.6
+    for _ in range(num_steps):
+        columns = [flatten(oracle.map_along(context, y, axis, draw)) for axis in axes(y)]
+        matrix = -torch.stack(columns, 1)
+        matrix.diagonal().add_(1)
+        if not bool(matrix.isfinite().all()):
+            raise NoMinimiser("the Jacobian of inner_map is not finite where the map has led")
+        singular = torch.linalg.svdvals(matrix)
+        low, high = float(singular[-1]), float(singular[0])
+        if low <= tiny * high:
+            raise NoMinimiser("I - dPhi/dy is singular where the map has led")
+        residual = flatten(y) - flatten(oracle.inner_map(context, y, draw))
+        step = torch.linalg.solve(matrix, residual)
+        if float(step.norm()) <= tiny * (1 + float(flatten(y).norm())):
+            return Minimum(flatten(y), matrix, (low, high))
+        y = unflatten(flatten(y) - step, y)
+    raise NoMinimiser(
+        f"no fixed point of inner_map was reached, |y - Phi(x, y)| is still "
+        f"{float(residual.norm()):.2g} after {num_steps} Newton steps"
+    )
+
+
+def fixed_point_gradient(oracle: Oracle, context: Params, y: Params, matrix: Tensor) -> Params:
+    """grad_x f + (dPhi/dx)' M'^-1 grad_y f: the hypergradient at the fixed point y."""
+    along_x, along_y = oracle.outer_grads(context, y, oracle.draw_outer())
+    v = unflatten(torch.linalg.solve(matrix.mT, flatten(along_y)), y)
+    phi_x, _ = oracle.map_products(context, y, v, oracle.draw_inner())
+    return add(along_x, phi_x)
 
 
 def axes(tree: Params) -> list[Params]:

@@ -30,6 +30,8 @@ from metadist.checks.exact import (
     NoMinimiser,
     axes,
     dense_hessian,
+    fixed_point,
+    fixed_point_gradient,
     implicit_gradient,
     lbfgs,
     newton,
@@ -59,6 +61,7 @@ from metadist.trees import (
     norm,
     num_elements,
     scale,
+    sub,
     tree_map,
     unflatten,
 )
@@ -322,9 +325,12 @@ class _Check:
         estimate = self.algorithm.estimate(drawn, x, self.algorithm.init(drawn, x, self.start))
         adapted = detach(estimate.state.inner)
         first, other = self._estimates(2)
+        has_map = self._oracle().has_inner_map
+        what = "|y - Phi(x, y)|" if has_map else "|grad_y g|"
+        matrix = "singular value of I - dPhi/dy" if has_map else "eigenvalue of H"
         metrics = {
-            "|grad_y g| at the start": self._inner_gradient(self.start),
-            "|grad_y g| after adaptation": self._inner_gradient(adapted),
+            f"{what} at the start": self._residual(self.start),
+            f"{what} after adaptation": self._residual(adapted),
             **{name: float(value) for name, value in estimate.metrics.items()},
         }
         references = [self._unrolled(num_directions)]
@@ -337,8 +343,8 @@ class _Check:
             low, high = found.eigenvalues
             metrics |= {
                 "|y - y*| / |y*| after adaptation": _relative(flatten(adapted) - found.y, found.y),
-                "smallest eigenvalue of H at y*": low,
-                "largest eigenvalue of H at y*": high,
+                f"smallest {matrix} at y*": low,
+                f"largest {matrix} at y*": high,
             }
         if metrics.get("adjoint_residual", 0.0) > LARGE_RESIDUAL:
             self.notes.append(
@@ -364,8 +370,10 @@ class _Check:
             self.problem, self.task, batch_size, self.workload.compute.seed, eager=True
         )
 
-    def _inner_gradient(self, y: Params) -> float:
+    def _residual(self, y: Params) -> float:
         oracle = self._oracle()
+        if oracle.has_inner_map:
+            return float(norm(sub(y, oracle.inner_map(self.context, y, oracle.draw_inner()))))
         return float(norm(oracle.inner_grad(self.context, y, oracle.draw_inner())))
 
     def _estimates(self, number: int, *, keep: bool = False) -> list[Params]:
@@ -480,6 +488,8 @@ class _Check:
             raise NoMinimiser("the lower objective has a non-smooth part")
         if size > max_dense:
             raise NoMinimiser(f"y has {size:,} numbers, more than max_dense = {max_dense:,}")
+        if self._oracle().has_inner_map:
+            return fixed_point(self._oracle(), self.context, adapted, NEWTON_STEPS)
         y = lbfgs(self._lower_loss, adapted)
 
         def gradient(flat: Tensor) -> Tensor:
@@ -498,7 +508,9 @@ class _Check:
     def _solution(self, found: Minimum) -> _Reference:
         """The exact hypergradient of x -> f(x, y*(x)): the implicit gradient, through `encode`."""
         y = unflatten(found.y, self.start)
-        at_context = implicit_gradient(self._oracle(), self.context, y, found.hessian)
+        oracle = self._oracle()
+        exact_gradient = fixed_point_gradient if oracle.has_inner_map else implicit_gradient
+        at_context = exact_gradient(oracle, self.context, y, found.hessian)
         x = leaves(split_own(self.outer)[0])
         with torch.enable_grad():
             context = self.problem.encode(x, self.task)

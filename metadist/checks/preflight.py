@@ -29,6 +29,7 @@ from metadist.problem import (
     Problem,
     check_rows,
     context_depends_on,
+    has_inner_map,
     is_nonsmooth,
     start_depends_on,
 )
@@ -38,6 +39,7 @@ from metadist.trees import (
     add,
     check_flattenable,
     detach,
+    dot,
     gradients,
     leaves,
     multiply,
@@ -97,6 +99,11 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compu
             raise ValueError(
                 f"algorithm must take a prox for a problem with prox_inner, got "
                 f"{type(algorithm).__name__}, which would leave the non-smooth part out: use MEHA"
+            )
+        if has_inner_map(workload.problem) and not algorithm.takes_map:
+            raise ValueError(
+                f"algorithm must take the inner_map of {type(workload.problem).__name__}, got "
+                f"{type(algorithm).__name__}, which descends on inner_loss: use AID, or ITD"
             )
         algorithm.check(workload.problem, problem_outer, tasks[0])
         if workload.keep_state and isinstance(workload.sampler, Stream):
@@ -236,6 +243,8 @@ def _enters(workload: Workload, outer: Params, task: Task) -> set[str]:
         y = add(detach(start), drawn(start))
         at = leaves(context)
         losses = problem.inner_loss(at, y, task.support) + problem.outer_loss(at, y, task.query)
+        if has_inner_map(problem):
+            losses = losses + dot(problem.inner_map(at, y, task.support), drawn(start))
     (along,) = gradients([losses], [None], at)
     along = multiply(along, drawn(context))
     back = zeros_like(start) if workload.algorithm.trains == "context" else drawn(start)
@@ -291,6 +300,9 @@ def check_losses(
                 f"{name} must be finite on task 0 of {field} at the start, got {float(value)}: "
                 "look for NaN in the data or the initial weights"
             )
+    if has_inner_map(problem):
+        moved = attempt("inner_map", problem.inner_map, context, start, task.support)
+        _require_like("inner_map", moved, start)
     with torch.no_grad():
         metrics = attempt("metrics", problem.metrics, context, start, task.query)
     if not isinstance(metrics, dict):
@@ -304,6 +316,19 @@ def _require_scalar(name: str, value: Any) -> None:
     if not isinstance(value, torch.Tensor) or value.shape != ():
         got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"{name} must return a tensor of shape (), got {got}")
+
+
+def _require_like(name: str, value: Any, start: Params) -> None:
+    def form(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return type(tree).__name__
+        return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in sorted(tree.items())}
+
+    if form(value) != form(start):
+        raise ValueError(
+            f"{name} must return tensors of the names, shapes and dtypes of the inner variable, "
+            f"{form(start)}, got {form(value)}"
+        )
 
 
 def check_precision(workload: Workload, outer: Params) -> None:
@@ -463,27 +488,32 @@ def _check_twice_differentiable(workload: Workload, outer: Params, task: Task) -
         for tree in (context, start)
     )
     oracle = AutogradOracle(problem, task, compute.batch_size, compute.seed)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            loss = oracle.inner_value(x, y, oracle.draw_inner())
-            gradients = torch.autograd.grad(
-                loss, list(y.values()), create_graph=True, allow_unused=True
-            )
-            total = sum(leaf.sum() for leaf in gradients if leaf is not None)
-            if isinstance(total, torch.Tensor) and total.requires_grad:
-                total.backward()
-    except RuntimeError as error:
-        if "once_differentiable" in str(error) and _takes_second_derivatives(workload, outer, task):
-            raise _no_second_derivative(workload, error) from error
+    losses = (
+        (oracle.inner_value, oracle.draw_inner(), ("hvp", "jvp", "inner_value")),
+        (oracle.outer_value, oracle.draw_outer(), ("outer_hvp", "outer_jvp")),
+    )
+    for value, draw, asked in losses:
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                gradients = torch.autograd.grad(
+                    value(x, y, draw), list(y.values()), create_graph=True, allow_unused=True
+                )
+                total = sum(leaf.sum() for leaf in gradients if leaf is not None)
+                if isinstance(total, torch.Tensor) and total.requires_grad:
+                    total.backward()
+        except RuntimeError as error:
+            if "once_differentiable" in str(error) and _asks(workload, outer, task, asked):
+                raise _no_second_derivative(workload, error) from error
 
 
-def _takes_second_derivatives(workload: Workload, outer: Params, task: Task) -> bool:
+def _asks(workload: Workload, outer: Params, task: Task, names: tuple[str, ...]) -> bool:
+    """Whether one estimate asks for one of these, as they are counted."""
     compute = workload.compute
     oracle = CountingOracle(
         AutogradOracle(workload.problem, task, compute.batch_size, compute.seed, eager=True)
     )
     _estimate_once(workload, outer, task, oracle)
-    return any(oracle.counts[name] for name in ("hvp", "jvp", "inner_value"))
+    return any(oracle.counts[name] for name in names)
 
 
 def _hypergradient(workload: Workload, outer: Params, tasks: list[Task]) -> HypergradientSum:

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.autograd import AutogradOracle
 from metadist.compute import Compute
-from metadist.problem import Problem, is_constrained, is_nonsmooth
+from metadist.problem import Problem, has_inner_map, is_constrained, is_nonsmooth
 from metadist.task import Task
 from metadist.trees import (
     Params,
@@ -188,6 +188,9 @@ def _calls(
     call("inner_loss", _Differentiated(inner_loss, twice=True), context, start, support)
     call("outer_loss", _Differentiated(outer_loss, twice=True), context, start, query)
     call("metrics", problem.metrics, context, start, query)
+    if has_inner_map(problem):
+        inner_map = _Differentiated(problem.inner_map, twice=True)
+        call("inner_map", inner_map, context, start, support)
     if is_nonsmooth(problem):
         call("nonsmooth_loss", problem.nonsmooth_loss, context, start)
         call("prox_inner", problem.prox_inner, context, start, 0.1)

@@ -21,6 +21,11 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (AID, {"adjoint_lr": 0.1}, "adjoint_lr must be None with solver='cg', got 0.1: conjugate"),
     (
         AID,
+        {"solver": "normal_cg", "adjoint_lr": 0.1},
+        "adjoint_lr must be None with solver='normal_cg', got 0.1: conjugate",
+    ),
+    (
+        AID,
         {"solver": "neumann", "adjoint_lr": 0.0},
         "adjoint_lr must be > 0 and finite, got 0.0",
     ),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from metadist import Trainer, check_hypergradient
-from metadist.algorithms import AID, ALGORITHMS, DARTS, ITD, UFOM, Reptile
+from metadist.algorithms import AID, ALGORITHMS, BDA, DARTS, ITD, UFOM, Reptile
 from metadist.checks.preflight import NoSecondDerivative, initial_outer, preflight
 from metadist.compute import Compute
 from metadist.evaluation import evaluate
@@ -283,6 +283,14 @@ def test_an_operator_without_a_second_derivative_is_refused(function, algorithm)
         check(problem=regression(Net(function.apply)), sampler=curves(), algorithm=algorithm)
 
 
+def test_an_outer_loss_without_a_second_derivative_is_refused_where_it_is_taken():
+    problem = Lossy(outer_loss=lambda loss: OnceNew.apply(loss).square())
+    with pytest.raises(NoSecondDerivative, match=r"must be differentiable twice for BDA, got: .*"):
+        check(problem=problem, sampler=SMOOTH, algorithm=BDA(inner_steps=2))
+    for algorithm in (BDA(inner_steps=2, alpha=0.0), ITD(inner_steps=2)):
+        check(problem=problem, sampler=SMOOTH, algorithm=algorithm)
+
+
 @pytest.mark.parametrize("algorithm", [ITD(inner_steps=2, first_order=True), Reptile()])
 def test_it_is_accepted_by_algorithms_of_first_order(algorithm):
     for function in (OnceNew, OnceOld):
@@ -471,7 +479,7 @@ class Rough(Quadratic):
         return super().outer_loss(context, {"y": inner["y"].to(context["x"].dtype)}, batch)
 
 
-DIFFERENCES = ["bome", "darts", "f2sa", "meha", "pzobo", "sama", "vpbgd"]
+DIFFERENCES = ["bome", "bvfsm", "darts", "f2sa", "meha", "pzobo", "sama", "vpbgd"]
 
 
 def test_which_algorithms_take_differences():

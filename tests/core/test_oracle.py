@@ -312,7 +312,8 @@ def test_counting_oracle_counts_each_kind_of_call_and_changes_no_result(smooth):
         "inner_value": ((x, y, inner), {"inner_value": 1}),
         "outer_value": ((x, y, outer), {"outer_value": 1}),
     }
-    assert calls.keys() == DERIVATIVES.keys()
+    of_losses = {name for name, row in DERIVATIVES.items() if row.loss != "inner_map"}
+    assert calls.keys() == of_losses
     for name, (arguments, counts) in calls.items():
         counting.counts.clear()
         counted = getattr(counting, name)(*arguments)
