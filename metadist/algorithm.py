@@ -18,7 +18,7 @@ from torch import Tensor
 from metadist.oracle import Oracle
 from metadist.problem import Problem
 from metadist.task import Task
-from metadist.trees import Params
+from metadist.trees import Params, num_elements, unflatten
 
 State = Any
 """What persists between estimates: a NamedTuple with a field `inner`.
@@ -269,6 +269,13 @@ def unflatten_state(flat: Tensor, like: Any, counters: tuple[int, ...]) -> Any:
         piece.reshape(leaf.shape).to(leaf.dtype) for piece, leaf in zip(pieces, shapes, strict=True)
     )
     return _build(like, iter(counters), tensors)
+
+
+def split_state(flat: Tensor, last: Params) -> tuple[Tensor, Params]:
+    """(state, tree) of a flat (state, tree), the state still flat; `last` is like the tree."""
+    size = num_elements(last) if last else 0
+    state, rest = flat.split([len(flat) - size, size])
+    return state, unflatten(rest, last) if last else {}
 
 
 def _collect(node: Any, counters: list[int], tensors: list[Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from metadist.algorithm import split_own
-from metadist.problem import Problem
+from metadist.problem import Problem, context_of
 from metadist.task import Task
 from metadist.trees import Params
 
@@ -57,7 +57,7 @@ def _measure(problem: Problem, outer: Params, task: Task) -> int:
     problem_outer, _ = split_own(outer)
     with torch.no_grad(), _Results() as results:
         context, inner = (
-            problem.encode(problem_outer, task),
+            context_of(problem, problem_outer, task),
             problem.init_inner(problem_outer, task),
         )
         problem.inner_loss(context, inner, task.support)

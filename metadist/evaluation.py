@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -24,7 +24,14 @@ from metadist.hypergradient import (
     falls_back,
     vectorizes,
 )
-from metadist.problem import HasModel, Problem
+from metadist.problem import (
+    HasModel,
+    Problem,
+    carries,
+    context_of,
+    start_carried,
+    with_carried,
+)
 from metadist.task import (
     NamesTasks,
     Stream,
@@ -375,7 +382,7 @@ class _Judge(NamedTuple):
             found = []
             for task in tasks:
                 with torch.no_grad():
-                    context = problem.encode(problem_outer, task)
+                    context = context_of(problem, problem_outer, task)
                     start = problem.init_inner(problem_outer, task)
                 found.append({k: float(v) for k, v in judge(detach(context), start, task).items()})
             return found
@@ -383,6 +390,9 @@ class _Judge(NamedTuple):
         try:
             with torch.no_grad():
                 context = problem.encode_tasks(problem_outer, stacked)
+                if carries(problem):
+                    start_of = partial(start_carried, problem, problem_outer)
+                    context = with_carried(context, torch.func.vmap(start_of)(stacked))
                 start = torch.func.vmap(problem.init_inner, in_dims=(None, 0))(
                     problem_outer, stacked
                 )

@@ -21,15 +21,38 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metadist.algorithm import Algorithm, counters_of, flatten_state, split_own, unflatten_state
+from metadist.algorithm import (
+    Algorithm,
+    State,
+    counters_of,
+    flatten_state,
+    split_own,
+    split_state,
+    unflatten_state,
+)
 from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_pure, is_known_pure
 from metadist.chunks import FEW, MAX_INNER_BYTES, chunk_of, num_bytes
 from metadist.compute import AS_TORCH_IS_SET, Compute, Vectorize
 from metadist.oracle import Constants, CountingOracle
-from metadist.problem import Problem, loss_and_metrics
+from metadist.problem import (
+    Problem,
+    carries,
+    carry,
+    loss_and_metrics,
+    start_carried,
+    with_carried,
+)
 from metadist.task import Task, shape_signature, stack_tasks
-from metadist.trees import Params, add, detach, gradients, leaves, tree_map, zeros_like
+from metadist.trees import (
+    Params,
+    add,
+    detach,
+    gradients,
+    leaves,
+    tree_map,
+    zeros_like,
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +125,12 @@ def task_hypergradients(
         raise ValueError(
             f"states must be given with {algorithm}, got None: {algorithm.needs_kept_state}, or "
             "pass the states of the last step"
+        )
+    if states is None and start_carried(problem, split_own(outer)[0], tasks[0]):
+        raise ValueError(
+            f"keep_state must be True with {type(problem).__name__}, which carries a state from "
+            "step to step, got False: a new task has none. Use a sampler with num_tasks, or leave "
+            "out init_carried"
         )
     if not is_checked and not is_known_pure(problem):
         check_pure(problem, detach(split_own(outer)[0]), tasks[0], compute)
@@ -237,8 +266,12 @@ class _Run(NamedTuple):
         together = len(tasks) > 1
         task = stack_tasks(tasks) if together else tasks[0]
         x = leaves(problem_outer)
+        flats = [flat for flat, _ in self.kept or () if flat is not None]
+        flat = (torch.stack(flats) if together else flats[0]) if flats else None
+        carried, flat = self._carried(detach(x), task, flat, together)
         with torch.enable_grad():
             contexts, starts = self._encode(x, task, together)
+        contexts = with_carried(contexts, carried)
         constants = Constants(
             frozenset(name for name, leaf in contexts.items() if not leaf.requires_grad),
             frozenset(
@@ -250,11 +283,14 @@ class _Run(NamedTuple):
 
         def one(context: Params, start: Params, task: Task, flat: Tensor | None) -> _Estimated:
             arguments = ({**context, **own}, context, start, task, flat)
-            return self._one(*arguments, constants, together, report)
+            found, state = self._one(*arguments, constants, together, report)
+            if self.kept is not None:
+                own_state = {name: context[name] for name in carried}
+                own_state = carry(self.problem, detach(x), state.inner, task, own_state)
+                found = found._replace(state=flatten_state((state, own_state)))
+            return found
 
-        flats = [flat for flat, _ in self.kept or () if flat is not None]
         if together:
-            flat = torch.stack(flats) if flats else None
             in_dims = (0, 0, 0, None if flat is None else 0)
             found = vmap(one, in_dims, randomness="error")(
                 detach(contexts), detach(starts), task, flat
@@ -262,7 +298,6 @@ class _Run(NamedTuple):
             own_gradient, metrics = _summed(found.own_gradient), _summed(found.metrics)
             states = found.state
         else:
-            flat = flats[0] if flats else None
             found = one(detach(contexts), detach(starts), task, flat)
             own_gradient, metrics, states = found.own_gradient, found.metrics, found.state[None]
         (gradient,) = gradients(
@@ -281,6 +316,22 @@ class _Run(NamedTuple):
         starts = tree_map(Tensor.contiguous, starts)
         return self.problem.encode_tasks(x, task), starts
 
+    def _carried(
+        self, x: Params, task: Task, flat: Tensor | None, together: bool
+    ) -> tuple[Params, Tensor | None]:
+        """What the problem carries, and a flat state without it; each for a task, or for many."""
+        if not carries(self.problem):
+            return {}, flat
+
+        def one(task: Task) -> Params:
+            return start_carried(self.problem, x, task)
+
+        carried = vmap(one)(task) if together else one(task)
+        if flat is None or not carried:
+            return carried, flat
+        state, carried = (vmap(split_state) if together else split_state)(flat, carried)
+        return carried, state
+
     def _one(
         self,
         x: Params,
@@ -291,8 +342,11 @@ class _Run(NamedTuple):
         constants: Constants,
         together: bool,
         report: bool,
-    ) -> _Estimated:
-        """The estimate for one task; `x` is the context with the algorithm's own variables."""
+    ) -> tuple[_Estimated, State]:
+        """The estimate for one task, whose field `state` is left empty, and the next state.
+
+        `x` is the context with the algorithm's own variables.
+        """
         oracle = CountingOracle(
             AutogradOracle(
                 self.problem,
@@ -318,13 +372,14 @@ class _Run(NamedTuple):
         metrics = dict(estimate.metrics)
         if report:
             metrics |= adaptation_metrics(self.problem, context, start, estimate.state.inner, task)
-        return _Estimated(
+        found = _Estimated(
             context_gradient=context_gradient,
             start_gradient=start_gradient,
             own_gradient=own_gradient,
             metrics=metrics,
-            state=torch.zeros(0) if self.kept is None else flatten_state(estimate.state),
+            state=torch.zeros(0),
         )
+        return found, estimate.state
 
 
 def _summed(tree: Params) -> Params:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from metadist.algorithm import Algorithm, counters_of, split_own, unflatten_state
+from metadist.algorithm import Algorithm, counters_of, split_own, split_state, unflatten_state
 from metadist.autograd import AutogradOracle
 from metadist.compute import AS_TORCH_IS_SET, Compute, pick_device
 from metadist.evaluation import with_inner_steps
 from metadist.oracle import Source
-from metadist.problem import HasModel, Problem
+from metadist.problem import HasModel, Problem, context_of, start_carried
 from metadist.task import (
     Batch,
     Task,
@@ -192,7 +192,10 @@ class _Adapted:
         self.outer, own = split_own(outer)
         with compute.applied():
             with torch.no_grad():
-                self.context = detach(problem.encode(self.outer, self.task))
+                carried = start_carried(problem, self.outer, self.task)
+                if state is not None:
+                    state, carried = split_state(state.to(device), carried)
+                self.context = detach(context_of(problem, self.outer, self.task, carried))
                 start = problem.init_inner(self.outer, self.task)
             oracle = _OfSupport(problem, self.task, compute.batch_size, compute.seed, eager=True)
             context = {**self.context, **own}
@@ -200,7 +203,7 @@ class _Adapted:
                 self.inner = detach(algorithm.adapt(oracle, context, start))
             else:
                 like = algorithm.init(oracle, context, start)
-                kept = unflatten_state(state.to(device), like, counters_of(state))
+                kept = unflatten_state(state, like, counters_of(state))
                 self.inner = detach(kept.inner)
                 return
         broken = [name for name, leaf in self.inner.items() if not bool(leaf.isfinite().all())]

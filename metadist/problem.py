@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from metadist.task import Batch, Task
-from metadist.trees import Params, gradients, leaves
+from metadist.trees import Params, detach, gradients, leaves
 
 
 class Problem(Protocol):
@@ -62,6 +62,27 @@ class Problem(Protocol):
     @abstractmethod
     def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         """f, shape (): the loss of the adapted variable on (a batch of) the query set."""
+
+    def init_carried(self, outer: Params, task: Task) -> Params:
+        """What `carry` starts from, by default nothing: floating tensors in the dtype of x."""
+        return {}
+
+    def carry(self, outer: Params, inner: Params, task: Task, carried: Params) -> Params:
+        """State of the problem's own after an outer step: a teacher, targets of stored examples.
+
+        The losses find what the last step left in their context, beside what `encode` returned, as
+        a constant. It needs kept states, with which it is sent, saved and resumed.
+
+        Args:
+            outer: x before the step.
+            inner: The adapted variable.
+            task: The task, with the data of the step.
+            carried: What the last step left, of `init_carried` before the first.
+
+        Returns:
+            Tensors with the names and shapes of `carried`.
+        """
+        return carried
 
     def nonsmooth_loss(self, context: Params, inner: Params) -> Tensor:
         """r, shape (): a part of the lower objective g + r that is not smooth in y, else 0.
@@ -166,6 +187,76 @@ def is_nonsmooth(problem: Problem) -> bool:
 def has_inner_map(problem: Problem) -> bool:
     """Whether the lower solution is the fixed point of the problem's own map."""
     return _overrides(problem, "inner_map")
+
+
+def carries(problem: Problem) -> bool:
+    """Whether the problem may have a state of its own."""
+    return _overrides(problem, "init_carried")
+
+
+def start_carried(problem: Problem, outer: Params, task: Task) -> Params:
+    """The state of the problem's own before the first step, a constant; empty: it has none.
+
+    Raises:
+        ValueError: Not all of it is floating and in the dtype of x.
+    """
+    if not carries(problem):
+        return {}
+    with torch.no_grad():
+        carried = problem.init_carried(outer, task)
+    dtype = next(iter(outer.values())).dtype
+    for name, leaf in carried.items():
+        if leaf.dtype != dtype:
+            raise ValueError(
+                f"init_carried must return tensors of {dtype}, the dtype of x, got {name} of "
+                f"{leaf.dtype}: it is sent and saved with y; cast it, and cast it back in the loss"
+            )
+    return detach(carried)
+
+
+def carry(problem: Problem, outer: Params, inner: Params, task: Task, carried: Params) -> Params:
+    """The state of the problem's own after a step that found it to be `carried`.
+
+    Raises:
+        ValueError: It has other names or shapes than before.
+    """
+    if not carried:
+        return {}
+    with torch.no_grad():
+        found = problem.carry(outer, inner, task, carried)
+    shapes, expected = (
+        {name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in (found, carried)
+    )
+    if shapes != expected:
+        raise ValueError(
+            f"carry must return tensors of the names and shapes {expected}, as init_carried does, "
+            f"got {shapes}: a state is saved as one vector of a fixed length"
+        )
+    return {name: found[name].detach() for name in carried}
+
+
+def context_of(
+    problem: Problem, outer: Params, task: Task, carried: Params | None = None
+) -> Params:
+    """What the losses of a task receive: that of `encode`, and what is carried (None: its start).
+
+    Raises:
+        ValueError: A name is in both.
+    """
+    if carried is None:
+        carried = start_carried(problem, outer, task)
+    return with_carried(problem.encode(outer, task), carried)
+
+
+def with_carried(context: Params, carried: Params) -> Params:
+    """A context of `encode` with what is carried; ValueError if a name is in both."""
+    both = sorted(context.keys() & carried.keys())
+    if both:
+        raise ValueError(
+            f"init_carried must have names that encode has not, got {', '.join(both)} in both: "
+            "choose others, the losses find both in one context"
+        )
+    return {**context, **carried}
 
 
 def is_constrained(problem: Problem) -> bool:

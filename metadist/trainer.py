@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metadist import __version__
-from metadist.algorithm import Algorithm
+from metadist.algorithm import Algorithm, split_own, split_state
 from metadist.checks.preflight import (
     check_losses,
     check_trainable,
@@ -33,7 +33,7 @@ from metadist.executor import Executor, LocalExecutor, StepReport
 from metadist.inference import adapt, export, kept_state, predict
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterVariable, check_state
-from metadist.problem import Problem, has_few_shot_classes
+from metadist.problem import Problem, has_few_shot_classes, start_carried
 from metadist.run.background import Background
 from metadist.run.checkpoint import (
     Checkpoint,
@@ -49,7 +49,15 @@ from metadist.run.monitor import Monitor, TerminalProgress, calls_of, mean_metri
 from metadist.run.settings import as_text, difference, recorded
 from metadist.run.storage import Folder, Mirror, is_part
 from metadist.signals import OneStop
-from metadist.task import Batch, Task, TaskSampler, last_step, require_steps, sample_task
+from metadist.task import (
+    Batch,
+    Task,
+    TaskSampler,
+    last_step,
+    require_steps,
+    sample_task,
+    to_device,
+)
 from metadist.trees import Params
 from metadist.workload import Workload, tasks_of_steps
 
@@ -283,14 +291,28 @@ class Trainer:
 
     def inner(self, index: int) -> Params:
         """With keep_state: the inner variable of the task at `index` after the last step."""
+        inner = self._use(adapt, self._task(index), self._flat(index))
+        return {name: leaf.cpu() for name, leaf in inner.items()}
+
+    def carried(self, index: int) -> Params:
+        """With keep_state: what the problem carries of the task, see `Problem.carry`."""
+        outer, _ = split_own(self.outer)
+        leaf = next(iter(outer.values()))
+        task = to_device(self._task(index), leaf.device, leaf.dtype)
+        return split_state(self._flat(index), start_carried(self.problem, outer, task))[1]
+
+    def _task(self, index: int) -> Task:
+        return sample_task(self.sampler, index, self.last_step)
+
+    def _flat(self, index: int) -> Tensor:
+        """The flat state of a task."""
         flat = self._state.states.get(index)
         if flat is None:
             raise ValueError(
                 "inner needs keep_state=True and a step taken on that task, got "
                 f"{sorted(self._state.states) or 'no states'} and index {index}"
             )
-        inner = self._use(adapt, sample_task(self.sampler, index, self.last_step), flat)
-        return {name: leaf.cpu() for name, leaf in inner.items()}
+        return flat
 
     def adapt(self, task: Task | Batch) -> Params:
         """The inner variable after adaptation to a task, or to a support set alone.

@@ -3,6 +3,7 @@
     architecture/ the operations in the cells of a convolutional network
     few_shot/     N-way K-shot tasks of images, sinusoids; any nn.Module, adapted to each task
     reweighting/  weights for training examples or classes: data cleaning, long-tailed classes
+    continual/    images that come once, task after task, with a memory of some of them
     text/         a regularisation strength for each feature of texts
     synthetic/    problems of the papers, with a known solution or a dense Hessian
     data/         what the families share: downloads, images, random numbers
@@ -32,6 +33,17 @@ if TYPE_CHECKING:
     from metadist.tasks.architecture.problem import ArchitectureSearch as ArchitectureSearch
     from metadist.tasks.architecture.retraining import retrain as retrain
     from metadist.tasks.architecture.supernet import Supernet as Supernet
+    from metadist.tasks.continual.accuracies import AccuracyMatrix as AccuracyMatrix
+    from metadist.tasks.continual.accuracies import JudgeAfterEachTask as JudgeAfterEachTask
+    from metadist.tasks.continual.images import PermutedImages as PermutedImages
+    from metadist.tasks.continual.images import SplitGlyphs as SplitGlyphs
+    from metadist.tasks.continual.images import SplitImages as SplitImages
+    from metadist.tasks.continual.memory import Reservoir as Reservoir
+    from metadist.tasks.continual.memory import Ring as Ring
+    from metadist.tasks.continual.problem import ContextualNetwork as ContextualNetwork
+    from metadist.tasks.continual.problem import ContinualLearning as ContinualLearning
+    from metadist.tasks.continual.stream import ImageStream as ImageStream
+    from metadist.tasks.continual.stream import Stage as Stage
     from metadist.tasks.data.random import Random as Random
     from metadist.tasks.data.sources import FetchError as FetchError
     from metadist.tasks.data.sources import fetch as fetch

@@ -40,7 +40,7 @@ from metadist.executor import Executor, StepReport
 from metadist.optimizer import OuterOptimizer
 from metadist.oracle import SOURCES, Constants, CountingOracle, MiniBatches
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable
-from metadist.problem import check_rows, has_inner_map
+from metadist.problem import carries, check_rows, has_inner_map
 from metadist.signals import signals_held
 from metadist.task import Shardable, Stream, TaskSampler
 from metadist.trees import Params, flatten, zeros_like
@@ -327,6 +327,12 @@ def check_workload(workload: Workload, staleness: int) -> None:
             "problem must have no inner_map with DataParallelExecutor, got "
             f"{type(workload.problem).__name__}: a map need not be the mean of those of the "
             "shards. Use LocalExecutor"
+        )
+    if carries(workload.problem):
+        raise ValueError(
+            "a problem must carry no state with DataParallelExecutor, whose workers each see a "
+            f"part of the task, got {type(workload.problem).__name__} with init_carried: use "
+            "RayExecutor or LocalExecutor"
         )
     if algorithm.differentiates_values:
         raise ValueError(

@@ -47,7 +47,7 @@ from metadist.checks.values import check
 from metadist.compute import DEFAULT, Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.oracle import CountingOracle
-from metadist.problem import Problem, is_nonsmooth
+from metadist.problem import Problem, carries, context_of, is_nonsmooth
 from metadist.task import Task, TaskSampler, to_device
 from metadist.trees import (
     Params,
@@ -226,7 +226,7 @@ def check_hypergradient(
     # The task goes alone, however many a training has go together.
     compute = replace(compute, vectorize=False)
     # The report has a kept state beside new ones.
-    keep_state = bool(algorithm.needs_kept_state)
+    keep_state = bool(algorithm.needs_kept_state) or carries(problem)
     workload = Workload(problem, sampler, algorithm, keep_state=keep_state, compute=compute)
     if outer is None:
         outer = initial_outer(workload)
@@ -314,7 +314,7 @@ class _Check:
         self.task = to_device(workload.sampler.sample(0), "cpu", self.dtype)
         problem_outer, self.own = split_own(outer)
         with torch.no_grad():
-            self.context = detach(self.problem.encode(problem_outer, self.task))
+            self.context = detach(context_of(self.problem, problem_outer, self.task))
             self.start = detach(self.problem.init_inner(problem_outer, self.task))
 
     def report(
@@ -380,7 +380,7 @@ class _Check:
         """Hypergradients at x by the path of training, with other draws each."""
         found = []
         compute = self.workload.compute
-        new: dict[int, Tensor] | None = {} if keep or self.algorithm.needs_kept_state else None
+        new: dict[int, Tensor] | None = {} if keep or self.workload.keep_state else None
         states = new
         for step in range(number):
             result = task_hypergradients(
@@ -471,7 +471,7 @@ class _Check:
         with torch.no_grad():
             context, start = self.context, self.start
             if trains != "start":
-                context = self.problem.encode(problem_outer, self.task)
+                context = context_of(self.problem, problem_outer, self.task)
             if trains != "context":
                 start = self.problem.init_inner(problem_outer, self.task)
         adapted = self.algorithm.unrolled_map(self._oracle(), {**context, **own}, start)
@@ -513,7 +513,7 @@ class _Check:
         at_context = exact_gradient(oracle, self.context, y, found.hessian)
         x = leaves(split_own(self.outer)[0])
         with torch.enable_grad():
-            context = self.problem.encode(x, self.task)
+            context = context_of(self.problem, x, self.task)
         (exact,) = gradients(list(context.values()), list(at_context.values()), x)
         return _Reference(
             f"{SOLUTION} x -> f(x, y*(x))", SOLUTION, self.measure == SOLUTION, flatten(exact)

@@ -29,9 +29,12 @@ from metadist.problem import (
     Problem,
     check_rows,
     context_depends_on,
+    context_of,
     has_inner_map,
     is_nonsmooth,
+    start_carried,
     start_depends_on,
+    with_carried,
 )
 from metadist.task import Stream, Task, TaskSampler, sample_task, targets_of, to_device
 from metadist.trees import (
@@ -185,7 +188,7 @@ def _without_hypergradient(
 def _estimate_once(workload: Workload, outer: Params, task: Task, oracle: Oracle) -> None:
     """Let the algorithm ask `oracle` for all that one estimate from a new state needs."""
     problem_outer, own = split_own(outer)
-    x = {**workload.problem.encode(problem_outer, task), **own}
+    x = {**context_of(workload.problem, problem_outer, task), **own}
     start = workload.problem.init_inner(problem_outer, task)
     workload.algorithm.estimate(oracle, x, workload.algorithm.init(oracle, x, start))
 
@@ -238,7 +241,7 @@ def _enters(workload: Workload, outer: Params, task: Task) -> set[str]:
 
     x = leaves(outer)
     with torch.enable_grad():
-        context, start = problem.encode(x, task), problem.init_inner(x, task)
+        context, start = context_of(problem, x, task), problem.init_inner(x, task)
         # Beside the start, where a loss may happen to be flat: a weight decay is so at y = 0.
         y = add(detach(start), drawn(start))
         at = leaves(context)
@@ -288,6 +291,8 @@ def check_losses(
         return _attempt(problem, field, task, name, function, *arguments)
 
     context = attempt("encode", problem.encode, outer, task)
+    carried = attempt("init_carried", start_carried, problem, outer, task)
+    context = with_carried(context, carried)
     start = attempt("init_inner", problem.init_inner, outer, task)
     for name, loss, batch in (
         ("inner_loss", problem.inner_loss, task.support),
@@ -343,7 +348,7 @@ def check_precision(workload: Workload, outer: Params) -> None:
     outer, _ = split_own(outer)
     task = _task(workload.sampler, outer)
     with torch.no_grad():
-        context, start = problem.encode(outer, task), problem.init_inner(outer, task)
+        context, start = context_of(problem, outer, task), problem.init_inner(outer, task)
         with _Dtypes() as computed:
             problem.inner_loss(context, start, task.support)
     for where, dtypes in (
@@ -478,7 +483,7 @@ def _check_twice_differentiable(workload: Workload, outer: Params, task: Task) -
     """
     problem, compute = workload.problem, workload.compute
     with torch.no_grad():
-        context = problem.encode(split_own(outer)[0], task)
+        context = context_of(problem, split_own(outer)[0], task)
         start = problem.init_inner(outer, task)
     x, y = (
         {

@@ -27,7 +27,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.autograd import AutogradOracle
 from metadist.compute import Compute
-from metadist.problem import Problem, has_inner_map, is_constrained, is_nonsmooth
+from metadist.problem import (
+    Problem,
+    has_inner_map,
+    is_constrained,
+    is_nonsmooth,
+    start_carried,
+    with_carried,
+)
 from metadist.task import Task
 from metadist.trees import (
     Params,
@@ -182,6 +189,8 @@ def _calls(
 
     context = detach(call("encode", _Differentiated(problem.encode), outer, task).value)
     start = detach(call("init_inner", _Differentiated(problem.init_inner), outer, task).value)
+    carried = detach(call("init_carried", start_carried, problem, outer, task))
+    context = with_carried(context, carried)
     oracle = AutogradOracle(problem, task, compute.batch_size, compute.seed)
     support, query = oracle.batch(oracle.draw_inner()), oracle.batch(oracle.draw_outer())
     inner_loss, outer_loss = problem.inner_loss, problem.outer_loss
@@ -191,6 +200,8 @@ def _calls(
     if has_inner_map(problem):
         inner_map = _Differentiated(problem.inner_map, twice=True)
         call("inner_map", inner_map, context, start, support)
+    if carried:
+        call("carry", problem.carry, outer, start, task, carried)
     if is_nonsmooth(problem):
         call("nonsmooth_loss", problem.nonsmooth_loss, context, start)
         call("prox_inner", problem.prox_inner, context, start, 0.1)

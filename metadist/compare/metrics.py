@@ -7,7 +7,7 @@ from statistics import fmean
 import torch
 
 from metadist.algorithm import split_own
-from metadist.problem import Problem
+from metadist.problem import Problem, context_of
 from metadist.task import Measured, TaskSampler, sample_task, to_device
 from metadist.trainer import Trainer
 from metadist.trees import Params
@@ -20,6 +20,7 @@ def solution_metrics(
     inner: Params,
     index: int = 0,
     step: int = 0,
+    carried: Params | None = None,
 ) -> dict[str, float]:
     """The metrics of a solution (x, y) of one problem, by name.
 
@@ -35,12 +36,14 @@ def solution_metrics(
         inner: The variable y, for example `Trainer.inner(index)`.
         index: The index of the task.
         step: The outer step whose data is asked of a `Stream`.
+        carried: What the problem carries, for example `Trainer.carried(index)`; None: as at the
+            start.
     """
     outer, _ = split_own(outer)
     leaf = next(iter(outer.values()))
     task = to_device(sample_task(sampler, index, step), leaf.device, leaf.dtype)
     with torch.no_grad():
-        context = problem.encode(outer, task)
+        context = context_of(problem, outer, task, carried)
         found = {
             "query_loss": problem.outer_loss(context, inner, task.query),
             "support_loss": problem.inner_loss(context, inner, task.support),
@@ -64,6 +67,7 @@ def kept_metrics(trainer: Trainer) -> dict[str, float]:
             trainer.inner(index),
             index,
             trainer.last_step,
+            trainer.carried(index),
         )
         for index in range(trainer.workload.meta_batch_size)
     ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from metadist.tasks.data.glyphs import load_glyphs
 from metadist.tasks.data.random import Random
 from metadist.tasks.few_shot.class_splits import require_split
 from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler, require_episode
@@ -183,25 +183,21 @@ class _Glyphs:
 
 @cache
 def _load() -> _Glyphs:
-    file = resources.files("metadist.tasks") / "data" / "glyphs.npz"
-    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as data:
-        images, labels, families = data["images"], data["label"], data["family"]
-        scripts, splits = data["script"].tolist(), data["split"].tolist()
-        codepoints = data["codepoint"].tolist()
-    order = np.lexsort((families, labels))
-    labels, families = labels[order], families[order]
+    glyphs = load_glyphs()
+    labels, families = glyphs.labels, glyphs.families
     changes = np.flatnonzero(np.diff(labels) | np.diff(families)) + 1
     edges = [0, *changes.tolist(), len(labels)]
-    runs: list[list[tuple[int, int]]] = [[] for _ in scripts]
+    runs: list[list[tuple[int, int]]] = [[] for _ in glyphs.scripts]
     for start, stop in pairwise(edges):
         runs[labels[start]].append((start, stop))
-    names = tuple(f"{s} U+{c:04X}" for s, c in zip(scripts, codepoints, strict=True))
-    starts = np.searchsorted(labels, np.arange(len(scripts) + 1)).astype(np.int64)
+    letters = zip(glyphs.scripts, glyphs.codepoints, strict=True)
+    names = tuple(f"{script} U+{codepoint:04X}" for script, codepoint in letters)
+    starts = np.searchsorted(labels, np.arange(len(names) + 1)).astype(np.int64)
     return _Glyphs(
-        classes=ClassImages(images[order][:, None], starts, names),
+        classes=ClassImages(glyphs.images, starts, names),
         runs=runs,
-        scripts=scripts,
-        splits=splits,
+        scripts=glyphs.scripts,
+        splits=glyphs.splits,
     )
 
 
