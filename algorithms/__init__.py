@@ -17,12 +17,14 @@ if __name__ != "metadist.algorithms":
 from metadist.algorithm import Algorithm as _Algorithm
 from metadist.algorithms.aid import AID as AID
 from metadist.algorithms.amigo import AmIGO as AmIGO
+from metadist.algorithms.bamm import BAMM as BAMM
 from metadist.algorithms.bda import BDA as BDA
 from metadist.algorithms.bome import BOME as BOME
 from metadist.algorithms.bvfsm import BVFSM as BVFSM
 from metadist.algorithms.darts import DARTS as DARTS
 from metadist.algorithms.f2sa import F2SA as F2SA
 from metadist.algorithms.fg2u import FG2U as FG2U
+from metadist.algorithms.free_pbgd import FreePBGD as FreePBGD
 from metadist.algorithms.fsla import FSLA as FSLA
 from metadist.algorithms.iaptt import IAPTT as IAPTT
 from metadist.algorithms.imaml import IMAML as IMAML
@@ -33,7 +35,6 @@ from metadist.algorithms.meta_sgd import MetaSGD as MetaSGD
 from metadist.algorithms.mrbo import MRBO as MRBO
 from metadist.algorithms.noloop_aid import NoLoopAID as NoLoopAID
 from metadist.algorithms.nystrom import Nystrom as Nystrom
-from metadist.algorithms.pbgd_free import PBGDFree as PBGDFree
 from metadist.algorithms.penalty import Penalty as Penalty
 from metadist.algorithms.pzobo import PZOBO as PZOBO
 from metadist.algorithms.reptile import Reptile as Reptile

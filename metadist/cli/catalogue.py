@@ -12,8 +12,8 @@ from metadist.cli.classes import PublicClass
 
 LEGEND = (
     "Cost is per outer step and task: G = grad_y g, Gx = grad_x g, F = both gradients of f, "
-    "H = H v, J = J v; T inner steps, Q adjoint steps, b directions, k columns, m vectors of a "
-    "window, q a probability. "
+    "H = H v, J = J v, H_f and J_f those of f; T inner steps, Q adjoint steps, b directions, "
+    "k columns, m vectors of a window, q a probability. "
     "State is what a task keeps from one outer step to the next beside x."
 )
 

@@ -10,9 +10,9 @@ from metadist.algorithms.bome import BOME
 from metadist.algorithms.bvfsm import BVFSM
 from metadist.algorithms.darts import DARTS
 from metadist.algorithms.f2sa import F2SA
+from metadist.algorithms.free_pbgd import FreePBGD
 from metadist.algorithms.meha import MEHA
 from metadist.algorithms.meta_sgd import MetaSGD
-from metadist.algorithms.pbgd_free import PBGDFree
 from metadist.algorithms.penalty import Penalty
 from metadist.algorithms.sama import SAMA
 from metadist.algorithms.t1t2 import T1T2
@@ -50,8 +50,8 @@ CASES: dict[str, Case] = {
         {"inner_grad": 5 + 20 + 2, "inner_grad_x": 2, "inner_value": 42, "outer_grads": 21},
         tolerance=0.08,  # O(sigma^(1/3))
     ),
-    "pbgdfree": Case(
-        PBGDFree(inner_steps=2, inner_lr=0.4),
+    "freepbgd": Case(
+        FreePBGD(inner_steps=2, inner_lr=0.4),
         {"inner_grad": 2, "outer_grads": 2 + 1},
     ),
     "penalty": Case(

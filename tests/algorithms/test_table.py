@@ -73,7 +73,7 @@ def test_no_algorithm_is_left_out():
 
 # Reptile moves the start of adaptation, which this problem does not have, and PBGD-Free leaves out
 # all that x does through y, which is the most of it here.
-SOLVERS = [name for name in CASES if name not in ("reptile", "pbgdfree")]
+SOLVERS = [name for name in CASES if name not in ("reptile", "freepbgd")]
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (4, 3)], ids=["wide", "tall"])
@@ -339,6 +339,7 @@ KEPT_OPTIONS = [
     ("penalty", {"eps": 1e6}),
     ("saba", {"adjoint_lr": 0.02}),
     ("soba", {"adjoint_decay": 0.5}),
+    ("bamm", {"adjoint_lr": 0.02}),
     ("srba", {"adjoint_lr": 0.02}),
     ("srba", {"inner_steps": 2, "period": 2}),
     ("iaptt", {"start_lr": 0.02}),

@@ -17,7 +17,7 @@ from metadist.trees import Params, add, gradients, leaves, norm, tree_map
 
 
 @dataclass(frozen=True)
-class PBGDFree(InnerLoop):
+class FreePBGD(InnerLoop):
     """Value-function-free penalty-based bilevel gradient descent (PBGD-Free).
 
         y <- inner_steps of  y - inner_lr (g_y + f_y / gamma)(x, y);    h = f_x(x, y)
@@ -79,7 +79,7 @@ class PBGDFree(InnerLoop):
         unused = sorted(name for name in reached if not f_x[name].any())
         if unused:
             raise ValueError(
-                "algorithm PBGDFree needs an outer loss in which every outer variable stands, but "
+                "algorithm FreePBGD needs an outer loss in which every outer variable stands, but "
                 f"its gradient is zero in {', '.join(unused)}: what they do to it through the "
                 "inner variable is left out, and they would never move. Use VPBGD or F2SA"
             )

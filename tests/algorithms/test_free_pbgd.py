@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from metadist.algorithms.f2sa import F2SA
-from metadist.algorithms.pbgd_free import PBGDFree
+from metadist.algorithms.free_pbgd import FreePBGD
 from metadist.trees import add, scale, sub
 from tests.algorithms.toys import estimate, point
 from tests.problems import (
@@ -23,7 +23,7 @@ from tests.problems import (
 
 def test_one_step_on_the_golden_instance():
     problem, outer, task = golden_quadratic()
-    found = estimate(PBGDFree(inner_lr=0.2, gamma=10.0), problem, outer, task)
+    found = estimate(FreePBGD(inner_lr=0.2, gamma=10.0), problem, outer, task)
     # -.2 ((-2, 4) + (-1, -1) / 10)
     assert_close(found.state.inner, {"y": point(0.42, -0.78)}, 1e-12)
     assert_close(found.hypergradient, {"x": point(0.2, -0.4)}, 1e-12)
@@ -36,7 +36,7 @@ def test_y_ends_where_the_penalty_method_says(gamma):
     (a, b, c, t), x = quadratic_terms(task), outer["x"]
     eye = torch.eye(5, dtype=x.dtype)
     y = torch.linalg.solve(a + eye / gamma, b @ x + c + t / gamma)
-    found = estimate(PBGDFree(200, 0.3, gamma=gamma), problem, outer, task)
+    found = estimate(FreePBGD(200, 0.3, gamma=gamma), problem, outer, task)
     assert_close(found.state.inner, {"y": y})
 
 
@@ -45,7 +45,7 @@ def test_it_is_f2sa_without_the_difference_of_the_gradients_of_g():
     outer = problem.init_outer(generator(3))
     lam = 5.0
     # Both make their steps on g + f / lam; F2SA's other variable follows g.
-    mine = estimate(PBGDFree(8, 0.1, gamma=lam), problem, outer, task)
+    mine = estimate(FreePBGD(8, 0.1, gamma=lam), problem, outer, task)
     theirs = estimate(F2SA(8, 0.1, lam=lam, y_lr=0.1 * (1 + 1 / lam)), problem, outer, task)
     y = add(theirs.state.inner, theirs.state.offset)
     assert_close(mine.state.inner, y, 1e-12)
@@ -66,7 +66,7 @@ class Unused(Quadratic):
 def test_an_outer_variable_that_f_does_not_see_is_refused():
     problem, task = Unused(2, 4), quadratic_task(0)
     outer = {"x": randn(0, 2)}
-    with pytest.raises(ValueError, match=r"PBGDFree needs an outer loss in .* zero in x: .* F2SA"):
-        PBGDFree().check(problem, outer, task)
-    PBGDFree().check(Quadratic(2, 4), outer, task)
-    PBGDFree().check(Smooth(), Smooth().init_outer(generator(0)), smooth_task(0))
+    with pytest.raises(ValueError, match=r"FreePBGD needs an outer loss in .* zero in x: .* F2SA"):
+        FreePBGD().check(problem, outer, task)
+    FreePBGD().check(Quadratic(2, 4), outer, task)
+    FreePBGD().check(Smooth(), Smooth().init_outer(generator(0)), smooth_task(0))
