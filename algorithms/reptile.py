@@ -56,7 +56,7 @@ class Reptile(Algorithm):
         return InnerState(inner)
 
     def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
-        rates = {name: leaf.new_tensor(self.inner_lr) for name, leaf in inner.items()}
+        rates = {name: leaf.new_full((), self.inner_lr) for name, leaf in inner.items()}
         return sgd(oracle, context, inner, self.inner_steps, rates, self.momentum)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:

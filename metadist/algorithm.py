@@ -186,6 +186,8 @@ def split_own(outer: Params) -> tuple[Params, Params]:
 # large for the dtype, all are written byte by byte, and their number is negative.
 
 _BYTES = 8
+_MOST = 33
+"""Numbers of a flat state that are read at once: four counters in bytes."""
 
 
 def flatten_state(state: Any) -> Tensor:
@@ -194,8 +196,9 @@ def flatten_state(state: Any) -> Tensor:
     tensors: list[Tensor] = []
     _collect(state, counters, tensors)
     dtype = reduce(torch.promote_types, map(_exact_in, tensors))
-    head = torch.tensor(_head(counters, dtype), dtype=dtype, device=tensors[0].device)
-    return torch.cat([head, *(leaf.reshape(-1) for leaf in tensors)])
+    # Filled on the device: one tensor of them would be copied there, and be waited for.
+    head = [tensors[0].new_full((1,), number, dtype=dtype) for number in _head(counters, dtype)]
+    return torch.cat([*head, *(leaf.reshape(-1) for leaf in tensors)])
 
 
 def _exact_in(leaf: Tensor) -> torch.dtype:
@@ -224,13 +227,16 @@ def counters_of(flat: Tensor) -> tuple[int, ...]:
     Raises:
         ValueError: An earlier version may have rounded one of them.
     """
-    count = int(flat[0])
+    head = flat[:_MOST].tolist()
+    count = int(head[0])
     if count < 0:
-        pieces = flat[1 : 1 - count * _BYTES].reshape(-count, _BYTES).tolist()
-        return tuple(
-            int.from_bytes(bytes(map(int, piece)), "little", signed=True) for piece in pieces
-        )
-    counters = tuple(int(number) for number in flat[1 : 1 + count])
+        end = 1 - count * _BYTES
+        numbers = list(map(int, head[1:end] if end <= _MOST else flat[1:end].tolist()))
+        pieces = [bytes(numbers[at : at + _BYTES]) for at in range(0, len(numbers), _BYTES)]
+        return tuple(int.from_bytes(piece, "little", signed=True) for piece in pieces)
+    if count >= _MOST:
+        head = flat[: 1 + count].tolist()
+    counters = tuple(map(int, head[1 : 1 + count]))
     limit = _first_inexact(flat.dtype)
     if any(abs(number) >= limit for number in counters):
         raise ValueError(

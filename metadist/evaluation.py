@@ -45,7 +45,7 @@ from metadist.task import (
     targets_of,
     to_device,
 )
-from metadist.trees import Params, detach, select, tree_map
+from metadist.trees import Params, detach, tree_map
 
 TASKS_AT_A_TIME = 25
 TASKS_ONE_BY_ONE = 5
@@ -384,7 +384,8 @@ class _Judge(NamedTuple):
                 with torch.no_grad():
                     context = context_of(problem, problem_outer, task)
                     start = problem.init_inner(problem_outer, task)
-                found.append({k: float(v) for k, v in judge(detach(context), start, task).items()})
+                metrics = judge(detach(context), start, task)
+                found += _figures({name: value[None] for name, value in metrics.items()})
             return found
         stacked = stack_tasks(tasks)
         try:
@@ -403,8 +404,13 @@ class _Judge(NamedTuple):
                 raise
             one_by_one = dataclasses.replace(compute, vectorize=False)
             return self._of_tasks(outer, tasks, one_by_one)
-        rows = [select(columns, b) for b in range(len(tasks))]
-        return [{name: float(value) for name, value in row.items()} for row in rows]
+        return _figures(columns)
+
+
+def _figures(columns: Mapping[str, torch.Tensor]) -> list[dict[str, float]]:
+    """By task, what the columns have along their axis of tasks; a GPU is waited for once."""
+    rows = torch.stack([column.double() for column in columns.values()]).mT.tolist()
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def with_inner_steps(algorithm: Algorithm, inner_steps: int) -> Algorithm:

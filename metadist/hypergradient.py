@@ -9,6 +9,7 @@ lease, in this process or in a worker.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -171,13 +172,15 @@ def task_hypergradients(
                 groups[:0] = [[task] for task in group]
                 continue
         calls.update({name: count * len(group) for name, count in run.calls.items()})
-        if not _is_finite(found.total) or (before and not _is_finite(before.total)):
+        totals = [found.total] if before is None else [found.total, before.total]
+        metrics = _read(totals, found.metrics)
+        if metrics is None:
             if len(group) == 1:
                 dropped.append(int(group[0].id))
             else:
                 groups[:0] = [[task] for task in group]
             continue
-        sums.add(found, before, group)
+        sums.add(found, before, metrics, group)
     return HypergradientSum(
         total=sums.total,
         num_tasks=sums.num_tasks,
@@ -205,13 +208,19 @@ class _Sums:
     metrics: dict[str, float] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, found: _Found, before: _Found | None, group: list[Task]) -> None:
+    def add(
+        self,
+        found: _Found,
+        before: _Found | None,
+        metrics: Mapping[str, float],
+        group: list[Task],
+    ) -> None:
         self.total = add(self.total, found.total)
         if before is not None and self.previous is not None:
             self.previous = add(self.previous, before.total)
         self.num_tasks += len(group)
-        for name, value in found.metrics.items():
-            self.metrics[name] = self.metrics.get(name, 0.0) + float(value)
+        for name, value in metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + value
         if found.states is not None:
             for task, flat in zip(group, found.states, strict=True):
                 self.states[int(task.id)] = flat
@@ -458,8 +467,17 @@ def warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def _is_finite(tree: Params) -> bool:
+def _read(totals: list[Params], metrics: Mapping[str, Tensor]) -> dict[str, float] | None:
+    """The metrics, read at once with what tells whether the totals are finite; None: they are not.
+
+    One look for all of it, since a GPU has to be waited for each time.
+    """
+    leaves = [leaf for total in totals for leaf in total.values()]
     # A sum is finite only if all terms are, and costs one pass without a temporary.
-    return all(bool(leaf.sum().isfinite()) for leaf in tree.values()) or all(
-        bool(leaf.isfinite().all()) for leaf in tree.values()
-    )
+    numbers = [leaf.sum() for leaf in leaves] + [value.detach() for value in metrics.values()]
+    read: list[float] = torch.stack([number.double() for number in numbers]).tolist()
+    if not all(map(math.isfinite, read[: len(leaves)])) and not all(
+        bool(leaf.isfinite().all()) for leaf in leaves
+    ):
+        return None
+    return dict(zip(metrics, read[len(leaves) :], strict=True))

@@ -362,8 +362,16 @@ def stack_tasks(tasks: list[Task]) -> Task:
         )
 
     device = tasks[0].support.index.device
+    ids = [int(task.id) for task in tasks]
+    # Counted there where they can be: what is copied to a GPU is waited for.
+    in_order = ids == list(range(ids[0], ids[0] + len(ids)))
+    stacked_ids = (
+        torch.arange(ids[0], ids[0] + len(ids), device=device)
+        if in_order
+        else torch.tensor(ids, device=device)
+    )
     return Task(
         stack([task.support for task in tasks]),
         stack([task.query for task in tasks]),
-        torch.tensor([int(task.id) for task in tasks], device=device),
+        stacked_ids,
     )

@@ -217,7 +217,7 @@ class InnerOptimizer:
             return y
         if self._rates is None:
             # Tensors, since `sgd_step` also serves rates that are outer variables (Meta-SGD).
-            self._rates = {name: leaf.new_tensor(self._lr) for name, leaf in y.items()}
+            self._rates = {name: leaf.new_full((), self._lr) for name, leaf in y.items()}
         y, self._kept = sgd_step(y, self._kept, gradient, self._rates, self._momentum)
         return y
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from metadist.trees import Params, flatten, norm, sub, unflatten
 
@@ -343,12 +344,10 @@ def _flat(product: Product, like: Params) -> FlatProduct:
 def _known(done: Tensor) -> bool:
     """Whether this is one system and it is done, so that the loop can stop early.
 
-    Under vmap `done` has a value per system that Python cannot read; then all steps are made.
+    Under vmap `done` has a value per system that Python cannot read, and on a GPU a look at it
+    would wait for all that was asked before: then all steps are made, to the same v.
     """
-    try:
-        return bool(done)
-    except RuntimeError:
-        return False
+    return done.device.type == "cpu" and not is_functorch_wrapped_tensor(done) and bool(done)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ class Unrolling(Algorithm):
 
     def _rates(self, own: Params, inner: Params) -> Params:
         if self.learn_lr == "no":
-            return {name: leaf.new_tensor(self.inner_lr) for name, leaf in inner.items()}
+            return {name: leaf.new_full((), self.inner_lr) for name, leaf in inner.items()}
         return {name: own[RATE + name] for name in inner}
 
 
