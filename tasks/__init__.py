@@ -70,9 +70,15 @@ if TYPE_CHECKING:
     from metadist.tasks.reweighting.problem import LinearClassifier as LinearClassifier
     from metadist.tasks.reweighting.problem import LossWeighting as LossWeighting
     from metadist.tasks.synthetic.lancbio import LancBiOData as LancBiOData
+    from metadist.tasks.synthetic.lancbio import LancBiOMatrixFree as LancBiOMatrixFree
+    from metadist.tasks.synthetic.lancbio import LancBiOMatrixFreeData as LancBiOMatrixFreeData
     from metadist.tasks.synthetic.lancbio import LancBiOSynthetic as LancBiOSynthetic
     from metadist.tasks.synthetic.quadratics import QuadraticData as QuadraticData
     from metadist.tasks.synthetic.quadratics import Quadratics as Quadratics
+    from metadist.tasks.synthetic.sparse_regression import SparseRegression as SparseRegression
+    from metadist.tasks.synthetic.sparse_regression import (
+        SparseRegressionData as SparseRegressionData,
+    )
     from metadist.tasks.synthetic.toys import AmigoToy as AmigoToy
     from metadist.tasks.synthetic.toys import Coreset as Coreset
     from metadist.tasks.synthetic.toys import Degenerate as Degenerate

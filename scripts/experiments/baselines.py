@@ -1,7 +1,8 @@
-"""Baselines of the comparisons of data cleaning and of text regularisation, with L-BFGS.
+"""Baselines of the comparisons of data cleaning, text regularisation and sparse regression.
 
     .venv/bin/python scripts/experiments/baselines.py scripts/experiments/cleaning_mnist.yaml
     .venv/bin/python scripts/experiments/baselines.py scripts/experiments/text_regularisation.yaml
+    .venv/bin/python scripts/experiments/baselines.py scripts/experiments/meha_group_lasso.yaml
 
 The data is that of the config, drawn with `--seed`.
 """
@@ -9,6 +10,7 @@ The data is that of the config, drawn with `--seed`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,8 @@ from metadist.tasks import (
     CorruptedImages,
     HyperCleaning,
     LinearClassifier,
+    SparseRegression,
+    SparseRegressionData,
     TextFeatures,
     TextRegularisation,
 )
@@ -35,6 +39,8 @@ from metadist.trees import dot
 DECAYS = (0.01, 0.02, 0.04)
 STRENGTHS = tuple(10 ** (k / 4) for k in range(-28, -3))
 """Four per decade, from 1e-7 to 0.1."""
+SPARSE_STRENGTHS = tuple(10 ** (k / 4) for k in range(-16, 5))
+"""Four per decade, from 1e-4 to 10."""
 
 
 def cleaning_baselines(
@@ -169,6 +175,44 @@ def text_baselines(
     }
 
 
+def sparse_baselines(
+    data: SparseRegressionData,
+    problem: SparseRegression,
+    strengths: Sequence[float] = SPARSE_STRENGTHS,
+    max_iter: int = 1000,
+) -> dict[str, dict[str, float]]:
+    """The best strengths by validation loss, one for each term of `problem`, by grid search.
+
+    Learned strengths of groups have to beat this.
+
+    Args:
+        data: The examples.
+        problem: Its terms.
+        strengths: The grid of every term, at least one, all > 0.
+        max_iter: Iterations for each point, >= 1; it starts from the solution of the last one.
+
+    Returns:
+        Under "tied strengths": the strengths, and the metrics of the data.
+    """
+    require_integer("max_iter", max_iter, 1)
+    if not strengths or not min(strengths) > 0:
+        raise ValueError(f"strengths must be numbers > 0, at least one, got {strengths}")
+    tied = SparseRegression(problem.num_features, problem.num_groups, problem.terms, tied=True)
+    start = tied.init_outer(torch.Generator())
+    inner = tied.init_inner(start, data.sample(0))
+    val_loss, best, solution = math.inf, start, inner
+    for point in itertools.product(sorted(strengths, reverse=True), repeat=len(start)):
+        outer = {
+            n: torch.full_like(start[n], math.log(s)) for n, s in zip(start, point, strict=True)
+        }
+        inner = tied.solve(outer, inner, data.support, max_iter)
+        loss = float(tied.outer_loss(outer, inner, data.query))
+        if loss < val_loss:
+            val_loss, best, solution = loss, outer, inner
+    found = {name.removeprefix("log_"): float(leaf.exp()) for name, leaf in best.items()}
+    return {"tied strengths": {**found, **data.solution_metrics(tied, best, solution)}}
+
+
 def main() -> None:
     """Print the baselines of a config."""
     parser = argparse.ArgumentParser(
@@ -176,18 +220,35 @@ def main() -> None:
     )
     parser.add_argument("config", type=Path, help="a comparison of scripts/experiments")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampler (0)")
+    parser.add_argument(
+        "--weight_decays",
+        type=float,
+        nargs="+",
+        default=DECAYS,
+        help="of data cleaning, chosen by the images for selection (%(default)s)",
+    )
+    parser.add_argument("--terms", nargs="+", help="of sparse regression (those of the config)")
     options = parser.parse_args()
-    sampler = yaml.safe_load(options.config.read_text())["sampler"]
-    arguments = {**sampler["init_args"], "seed": options.seed}
+    config = yaml.safe_load(options.config.read_text())
+    sampler, problem = config["sampler"], config["problem"]
+    if isinstance(sampler, str):
+        sampler = {"class_path": sampler}
+    arguments = {**sampler.get("init_args", {}), "seed": options.seed}
     found: Mapping[str, object]
     if sampler["class_path"] == "metadist.tasks.CorruptedImages":
-        found = cleaning_baselines(CorruptedImages(**arguments), weight_decays=DECAYS)
+        found = cleaning_baselines(
+            CorruptedImages(**arguments), weight_decays=options.weight_decays
+        )
     elif sampler["class_path"] == "metadist.tasks.TextFeatures":
         found = text_baselines(TextFeatures(**arguments))
+    elif sampler["class_path"] == "metadist.tasks.SparseRegressionData":
+        settings = dict(problem["init_args"])
+        settings["terms"] = options.terms or settings["terms"]
+        found = sparse_baselines(SparseRegressionData(**arguments), SparseRegression(**settings))
     else:
         parser.error(
-            f"the sampler of config must be CorruptedImages or TextFeatures of metadist.tasks, got "
-            f"{sampler['class_path']}"
+            "the sampler of config must be CorruptedImages, TextFeatures or SparseRegressionData "
+            f"of metadist.tasks, got {sampler['class_path']}"
         )
     for name, value in found.items():
         print(f"{name}: {value}")

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from metadist.checks.values import normal_form
 from metadist.tasks.data.images import is_grey, picture, pixels
-from metadist.tasks.data.sources import MNIST_5K, data_root, fetch
+from metadist.tasks.data.sources import MNIST_5K, ROOT_VARIABLE, FetchError, data_root, fetch
 
 
 class LabelledDataset(Protocol):
@@ -55,6 +55,10 @@ def open_dataset(
             `fetch`); "digits" (scikit-learn); the import path of a class that is called with
             (root, train=...), as torchvision's are; or a data set as for `FewShotDataset`.
         root: The folder of the data, see `data_root`.
+
+    Raises:
+        ValueError: there is no such name.
+        FetchError: the files are missing.
     """
     if not isinstance(dataset, str):
         return dataset, None
@@ -74,7 +78,16 @@ def open_dataset(
         kind: Any = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"dataset must be an import path, got {dataset!r}: {error}") from error
-    return kind(data_root(root), train=True), kind(data_root(root), train=False)
+    folder = data_root(root)
+    try:
+        return kind(folder, train=True), kind(folder, train=False)
+    except (RuntimeError, FileNotFoundError) as error:
+        # So torchvision says that files are missing, and to set an argument that is not ours.
+        raise FetchError(
+            f"root must hold the files of dataset {dataset!r}, got {folder} ({error}): run "
+            f"{dataset}({str(folder)!r}, download=True) where there is internet, or set root or "
+            f"{ROOT_VARIABLE} to a folder that has them"
+        ) from error
 
 
 _TORCHVISION = {

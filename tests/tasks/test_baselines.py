@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metadist.tasks import CorruptedImages, TextFeatures
+from metadist.tasks import CorruptedImages, SparseRegression, SparseRegressionData, TextFeatures
 from tests.tasks.helpers import refusal
 from tests.tasks.reweighting.test_reweighting import cleaning
 from tests.tasks.text.test_text import dense, features
@@ -15,6 +15,7 @@ from tests.tasks.text.test_text import dense, features
 FILE = Path(__file__).resolve().parents[2] / "scripts" / "experiments" / "baselines.py"
 SCRIPT: dict[str, Any] = runpy.run_path(str(FILE))
 cleaning_baselines, text_baselines = SCRIPT["cleaning_baselines"], SCRIPT["text_baselines"]
+sparse_baselines = SCRIPT["sparse_baselines"]
 
 
 def test_baselines_have_the_decay_that_the_images_for_selection_choose():
@@ -98,6 +99,34 @@ def test_one_strength_is_that_of_a_grid_search_with_scikit_learn(num_selection):
 @pytest.mark.parametrize("strengths", [[], [1, 0]])
 def test_strengths_are_checked(strengths):
     message = refusal(lambda: text_baselines(features(), strengths))
+    assert message.startswith("strengths must be numbers > 0, at least one, got ")
+
+
+def test_tied_strengths_are_those_of_a_grid_search_with_scikit_learn():
+    from sklearn.linear_model import ElasticNet
+
+    data = SparseRegressionData(12, 3, 1, (1, -2), num_train=20, num_val=30, num_test=50)
+    (inputs, targets), val, test = (
+        tuple(tensor.numpy() for tensor in part.tensors)
+        for part in (data.support, data.query, data.test)
+    )
+    strengths = (1e-3, 1e-2, 1e-1, 1.0)
+
+    def losses(lasso, ridge):
+        total = lasso + ridge
+        model = ElasticNet(
+            alpha=total, l1_ratio=lasso / total, fit_intercept=False, tol=1e-10, max_iter=100_000
+        ).fit(inputs, targets)
+        return [float(((model.predict(a) - b) ** 2).mean() / 2) for a, b in (val, test)]
+
+    grid = {(one, two): losses(one, two) for one in strengths for two in strengths}
+    best = min(grid, key=lambda point: grid[point][0])
+    found = sparse_baselines(data, SparseRegression(12, 3, ("lasso", "ridge")), strengths)
+    tied = found["tied strengths"]
+    assert (tied["lasso"], tied["ridge"]) == pytest.approx(best)
+    assert tied["solved_val_loss"] == pytest.approx(grid[best][0], abs=1e-6)
+    assert tied["solved_test_loss"] == pytest.approx(grid[best][1], abs=1e-6)
+    message = refusal(lambda: sparse_baselines(data, SparseRegression(12, 3), ()))
     assert message.startswith("strengths must be numbers > 0, at least one, got ")
 
 

@@ -10,7 +10,10 @@ from metadist.tasks.data.sources import SOURCES
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "problems.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-NEW = "CorruptedImages LongTail TextFeatures QuadraticData LancBiOData NoData LinearClassifier"
+NEW = (
+    "CorruptedImages LongTail TextFeatures QuadraticData LancBiOData LancBiOMatrixFreeData "
+    "SparseRegressionData NoData LinearClassifier"
+)
 
 
 @pytest.mark.filterwarnings("ignore:these outer variables got no hypergradient")

@@ -20,6 +20,7 @@ from metadist.tasks import (
     check_sampler,
 )
 from metadist.tasks.data.datasets import ArrayDataset
+from metadist.tasks.data.sources import FetchError
 from metadist.tasks.image_sets import Drawing
 from metadist.trees import add, scale
 from tests.problems import DOUBLE, assert_close, central_difference, oracle_of, random_like
@@ -306,6 +307,21 @@ def test_a_data_set_is_named_by_its_import_path(tmp_path):
     data = CorruptedImages(path, tmp_path, num_train=30, num_val=30, num_test=60)
     held_out = {image.tobytes() for image in Torchvision(tmp_path, train=False).images}
     assert {image.tobytes() for image in data.test.pixels} == held_out
+
+
+class Missing(Torchvision):
+    """A data set of torchvision without its files."""
+
+    def __init__(self, root, train=True):
+        raise RuntimeError("Dataset not found. You can use download=True to download it.")
+
+
+def test_a_data_set_whose_files_are_missing_is_refused_with_a_way_out(tmp_path):
+    path = f"{__name__}.Missing"
+    message = refusal(lambda: CorruptedImages(path, tmp_path), FetchError)
+    assert message.startswith(f"root must hold the files of dataset {path!r}, got {tmp_path} (Data")
+    assert f"run {path}({str(tmp_path)!r}, download=True) where" in message
+    assert "set root or METADIST_DATA to a folder that has them" in message
 
 
 def broken(value):

@@ -3,15 +3,20 @@
 import pytest
 import torch
 
-from metadist import OuterOptimizer, Trainer, check_hypergradient
+from metadist import Batch, OuterOptimizer, Trainer, check_hypergradient
 from metadist.algorithms import AID, SOBA, LancBiO
 from metadist.tasks import check_sampler
-from metadist.tasks.synthetic.dense import implicit_hypergradient
-from metadist.tasks.synthetic.lancbio import LancBiOData, LancBiOSynthetic
+from metadist.tasks.synthetic.dense import DenseTask, implicit_hypergradient
+from metadist.tasks.synthetic.lancbio import (
+    LancBiOData,
+    LancBiOMatrixFree,
+    LancBiOMatrixFreeData,
+    LancBiOSynthetic,
+)
 from metadist.tasks.synthetic.quadratics import QuadraticData, Quadratics
 from metadist.trees import add, scale
 from tests.problems import DOUBLE, assert_close, central_difference, oracle_of, randn
-from tests.tasks.helpers import refusal
+from tests.tasks.helpers import assert_shards_add_up, refusal
 
 LANCBIO = LancBiOSynthetic(6, gamma=0.5), LancBiOData(6, condition=10, seed=3)
 QUADRATICS = Quadratics(3, 4), QuadraticData(3, 4, num_examples=8, cross=0.7, seed=1)
@@ -45,6 +50,42 @@ def test_the_derivatives_of_lancbio_are_those_of_its_paper():
     expected = wave + x.square() * p * v - (x * p) @ v * (x * p) + matrix @ v
     assert torch.allclose(h_v["y"], expected)
     assert torch.allclose(j_v["x"], wave + (1 + x * y) * p * v - (x * p) @ v * (y * p))
+
+
+def test_the_matrix_free_problem_is_that_with_its_dense_matrix():
+    free, data = LancBiOMatrixFree(9, rotation=5), LancBiOMatrixFreeData(9, condition=40, seed=3)
+    identity = torch.eye(9, dtype=DOUBLE)
+    assert torch.allclose(free.rotated_back(free.rotated(identity)), identity)
+    q = free.rotated(identity)  # rows are Q' e_i: this is Q itself
+    assert (q.abs() > 1e-3).double().mean() > 0.9
+    (values, e), (c, d) = data.support.tensors, data.query.tensors
+    matrix = (q * values) @ q.T + e.diag()
+    assert torch.allclose(values, torch.linspace(1, 40, 9, dtype=DOUBLE))
+    rows = torch.linalg.cholesky(matrix).T * 3
+    dense = LancBiOSynthetic(9), DenseTask(Batch.of(rows), Batch.of(c, d))
+    oracle, outer, inner, v = at(free, data)
+    reference, *_ = at(*dense)
+    for one, two in zip(
+        oracle.second_order(outer, inner, v, oracle.draw_inner()),
+        reference.second_order(outer, inner, v, reference.draw_inner()),
+        strict=True,
+    ):
+        assert_close(one, two, 1e-10)
+    expected = dense[1].solution_metrics(dense[0], outer, inner)
+    assert data.solution_metrics(free, outer, inner) == pytest.approx(expected, rel=1e-8)
+    check_sampler(data, processes=False)
+    assert_shards_add_up(free, data.sample(0), outer, inner, v, 4)
+    batch = data.support.take(torch.tensor([1, 7]))
+    both = [free.quadratic(inner["y"], data.support.take(torch.tensor([i]))) for i in (1, 7)]
+    assert torch.allclose(free.quadratic(inner["y"], batch), torch.stack(both).mean())
+
+
+def test_the_matrix_free_problem_is_judged_at_any_condition():
+    problem, data = LancBiOMatrixFree(500), LancBiOMatrixFreeData(500, seed=1)
+    x = problem.init_outer(torch.Generator())
+    y = problem.init_inner(x, data.sample(0))
+    metrics = data.solution_metrics(problem, x, y)
+    assert 0 < metrics["hypergradient_norm"] < 1e3 and 0 < metrics["inner_distance"] < 1e3
 
 
 def test_the_matrix_of_lancbio_has_the_condition_asked_for():
