@@ -55,6 +55,7 @@ class BOME(InnerLoop):
     momentum on the step of y; `rounds` is an addition.
     """
 
+    takes_second_derivatives = False
     takes_differences = True
 
     y_lr: float = rule(0.1, gt=0)

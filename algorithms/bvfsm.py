@@ -64,6 +64,7 @@ class BVFSM(InnerLoop):
     barrier, only a fixed weight sigma / v of g, and fails where v is not positive.
     """
 
+    takes_second_derivatives = False
     takes_differences = True
 
     y_steps: int = rule(10, ge=1)

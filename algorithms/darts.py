@@ -43,6 +43,7 @@ class DARTS(InnerLoop):
     the difference at y_T, as SAMA here, and xi = 1.
     """
 
+    takes_second_derivatives = False
     takes_differences = True
 
     epsilon: float = rule(0.01, gt=0)

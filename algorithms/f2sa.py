@@ -65,6 +65,7 @@ class F2SA(InnerLoop):
     re-implementation evaluates the g_y of y at z; here it is at y.
     """
 
+    takes_second_derivatives = False
     takes_differences = True
 
     y_lr: float | None = rule(None, gt=0, none="for inner_lr")

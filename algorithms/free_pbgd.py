@@ -46,6 +46,8 @@ class FreePBGD(InnerLoop):
     Differs: no constraints, coupled or not; x is stepped by the outer optimiser.
     """
 
+    takes_second_derivatives = False
+
     inner_steps: int = rule(1, ge=1)
     gamma: float = rule(10.0, gt=0)
 

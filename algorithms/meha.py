@@ -63,6 +63,7 @@ class MEHA(SingleLoop):
     it; thresholds of the prox are the step times the weight.
     """
 
+    takes_second_derivatives = False
     takes_prox = True
     takes_differences = True
 

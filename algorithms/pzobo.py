@@ -46,6 +46,7 @@ class PZOBO(InnerLoop):
     start of adaptation gets a gradient too.
     """
 
+    takes_second_derivatives = False
     trains = "both"
     takes_differences = True
 

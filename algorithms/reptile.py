@@ -42,6 +42,7 @@ class Reptile(Algorithm):
     from task to task.
     """
 
+    takes_second_derivatives = False
     trains = "start"
 
     inner_steps: int = rule(5, ge=1)

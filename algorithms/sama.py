@@ -66,6 +66,7 @@ class SAMA(InnerLoop):
     beside y, where the official code has 1.
     """
 
+    takes_second_derivatives = False
     keeps_moments = True
     takes_differences = True
 

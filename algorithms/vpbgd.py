@@ -54,6 +54,7 @@ class VPBGD(InnerLoop):
     Differs: x is stepped by the outer optimiser.
     """
 
+    takes_second_derivatives = False
     takes_differences = True
 
     y_lr: float = rule(0.1, gt=0)

@@ -128,6 +128,15 @@ class Algorithm(ABC):
         return True
 
     @property
+    def takes_second_derivatives(self) -> bool:
+        """Whether it differentiates a gradient of a loss.
+
+        Attention then computes by plain operators, since its fused kernels have no double backward
+        pass; a method that says False keeps those, which are faster and smaller.
+        """
+        return True
+
+    @property
     def compiles(self) -> bool:
         """Whether the oracle compiles what is asked in `Oracle.together` (`torch.compile`)."""
         return False

@@ -13,6 +13,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -135,9 +136,9 @@ def task_hypergradients(
         )
     if not is_checked and not is_known_pure(problem):
         check_pure(problem, detach(split_own(outer)[0]), tasks[0], compute)
+    on_cpu = next(iter(outer.values())).device.type == "cpu"
     if vectorizes(compute.vectorize, problem, algorithm, outer, tasks):
         size = compute.chunk_size or len(tasks)
-        on_cpu = next(iter(outer.values())).device.type == "cpu"
         if compute.chunk_size is None and on_cpu and len(tasks) > FEW:
             size = chunk_of(problem, outer, tasks[0])
         groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
@@ -161,8 +162,8 @@ def task_hypergradients(
             kept=kept,
             calls=Counter(),
         )
-        # The fused attention kernels have no double backward, the plain one has.
-        with compute.applied(), sdpa_kernel(SDPBackend.MATH):
+        under_vmap = len(group) > 1
+        with compute.applied(), attention_for(algorithm, under_vmap and on_cpu):
             try:
                 found = run.hypergradients(outer, group, report)
                 before = None if previous is None else run.hypergradients(previous, group, False)
@@ -190,6 +191,15 @@ def task_hypergradients(
         states=sums.states,
         calls=dict(calls),
     )
+
+
+def attention_for(
+    algorithm: Algorithm, under_vmap_on_cpu: bool = False
+) -> AbstractContextManager[object]:
+    """Within the block attention can be differentiated as often as the algorithm does."""
+    # The fused kernels have no double backward, and that of the CPU no rule for vmap.
+    needs_plain = algorithm.takes_second_derivatives or under_vmap_on_cpu
+    return sdpa_kernel(SDPBackend.MATH) if needs_plain else nullcontext()
 
 
 class _Found(NamedTuple):

@@ -96,6 +96,10 @@ class Unrolling(Algorithm):
         return self.engine != "higher"
 
     @property
+    def takes_second_derivatives(self) -> bool:
+        return self.second_order_steps > 0
+
+    @property
     def compiles(self) -> bool:
         return self.compile
 

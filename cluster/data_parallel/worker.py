@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from ray import cloudpickle
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.cluster.actors.buffers import Array, to_array, to_tensor
 from metadist.cluster.actors.errors import exits_raised
@@ -31,7 +30,7 @@ from metadist.cluster.data_parallel.layout import (
     ShardInfo,
 )
 from metadist.compute import device_memory, pick_device
-from metadist.hypergradient import adaptation_metrics
+from metadist.hypergradient import adaptation_metrics, attention_for
 from metadist.oracle import DERIVATIVES, Oracle
 from metadist.task import Task, to_device
 from metadist.trees import Params, check_flattenable
@@ -74,7 +73,7 @@ class ShardWorker:
     @exits_raised()
     def check(self, layout: Layout, shared: Array, own: Array) -> ShardCheck:
         """Whether this shard can be asked, at the given outer variable."""
-        with self._workload.compute.applied(), sdpa_kernel(SDPBackend.MATH):
+        with self._workload.compute.applied(), attention_for(self._workload.algorithm):
             problem = self._workload.problem
             outer = self._tree(layout, "outer", shared, own)
             shard = self._on_device(layout)
@@ -104,7 +103,7 @@ class ShardWorker:
         with (
             workload.compute.applied(),
             device_memory(f"the shard of {self._name}", **sizes),
-            sdpa_kernel(SDPBackend.MATH),
+            attention_for(workload.algorithm),
         ):
             for request in message.requests:
                 trees = [self._trees[key] for key in request.trees]
