@@ -28,6 +28,10 @@ def test_your_own_problem(run):
     assert penalties[:5].mean() < penalties[5:].mean() / 3
 
 
+def test_equilibrium_model(run):
+    assert run("equilibrium_model", num_steps=60) > 0.7
+
+
 def test_hyper_cleaning(run):
     metrics = run("hyper_cleaning", num_steps=40)
     assert metrics["precision"] > 0.8
