@@ -11,7 +11,7 @@ from metadist.algorithms import AID, MEHA
 from metadist.problem import is_constrained, is_nonsmooth
 from metadist.tasks import SparseRegression, SparseRegressionData, check_sampler
 from tests.problems import DOUBLE, assert_close, central_difference, oracle_of, randn
-from tests.tasks.helpers import refusal
+from tests.tasks.helpers import assert_shards_add_up, refusal
 
 ALL: Any = ("groups", "lasso", "ridge")
 
@@ -88,6 +88,7 @@ def test_the_prox_is_a_minimiser_and_gradients_are_right(terms):
     assert_close(total, central_difference(lower, x), 1e-7)
     smooth = central_difference(lambda y: problem.inner_loss(x, y, data.support), inner)
     assert_close(g_y, smooth, 1e-7)
+    assert_shards_add_up(problem, data.sample(0), x, inner, {"weight": randn(3, 6)}, 40)
 
 
 def test_meha_learns_the_strengths_of_groups():
