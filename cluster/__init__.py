@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from metadist.cluster.actors.errors import ServerLostError as ServerLostError
     from metadist.cluster.actors.errors import WorkerLostError as WorkerLostError
     from metadist.cluster.actors.failure import Failures as Failures
+    from metadist.cluster.actors.network import reach_nodes as reach_nodes
+    from metadist.cluster.actors.network import versions as versions
     from metadist.cluster.actors.options import Server as Server
     from metadist.cluster.actors.options import Workers as Workers
     from metadist.cluster.actors.runtime_env import metadist_runtime_env as metadist_runtime_env

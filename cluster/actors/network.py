@@ -1,0 +1,70 @@
+"""How the nodes of a running cluster reach one another: versions, latency, throughput."""
+
+from __future__ import annotations
+
+import platform
+import time
+from typing import Any, NamedTuple
+
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from metadist.cluster.actors.connection import connect, disconnect
+
+TIMEOUT_S = 60.0
+SIZE_BYTES = 32_000_000
+
+
+class Reach(NamedTuple):
+    """What this process finds of a node.
+
+    Args:
+        node: Its address.
+        versions: Of Python, torch and Ray there.
+        bytes_per_s: How fast a block of `SIZE_BYTES` went there.
+        error: Why it was not reached, else None.
+    """
+
+    node: str
+    versions: str
+    bytes_per_s: float
+    error: str | None
+
+
+def versions() -> str:
+    """Those of Python, torch and Ray in this process, which must be equal on all nodes."""
+    return f"Python {platform.python_version()}, torch {torch.__version__}, Ray {ray.__version__}"
+
+
+def reach_nodes(address: str) -> list[Reach]:
+    """Every live node of the cluster at `address`, reached by a task that receives a block.
+
+    Raises:
+        ConnectError: There is no such cluster.
+    """
+    ours = connect(address, num_cpus=1, show_worker_output=False, object_store_bytes=None)
+    try:
+        block = ray.put(torch.zeros(SIZE_BYTES, dtype=torch.uint8).numpy())
+        return [_reach(node, block) for node in ray.nodes() if node["Alive"]]
+    finally:
+        if ours:
+            disconnect()
+
+
+def _reach(node: dict[str, Any], block: Any) -> Reach:
+    place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    make: Any = ray.remote  # whose types know only some strategies
+    there = make(num_cpus=0, max_retries=0, scheduling_strategy=place)
+    try:
+        found = ray.get(there(versions).remote(), timeout=TIMEOUT_S)
+        began = time.perf_counter()
+        ray.get(there(_size).remote(block), timeout=TIMEOUT_S)
+    except ray.exceptions.RayError as error:
+        return Reach(node["NodeManagerAddress"], "", 0.0, str(error).splitlines()[0])
+    seconds = time.perf_counter() - began
+    return Reach(node["NodeManagerAddress"], found, SIZE_BYTES / seconds, None)
+
+
+def _size(block: Any) -> int:
+    return len(block)
