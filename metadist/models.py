@@ -261,6 +261,8 @@ class Conv4(nn.Module):
         _check_sizes(n_way=n_way, in_channels=in_channels, width=width)
         if image_size < 16:
             raise ValueError(f"image_size must be >= 16 for four poolings, got {image_size}")
+        self.n_way, self.in_channels, self.width = n_way, in_channels, width
+        self.image_size, self.batch_norm = image_size, batch_norm
         channels = [in_channels, width, width, width, width]
         blocks: list[nn.Module] = []
         for i in range(4):
@@ -324,6 +326,8 @@ class ResNet12(nn.Module):
         _check_sizes(n_way=n_way, in_channels=in_channels, widths=min(widths))
         if image_size < 16:
             raise ValueError(f"image_size must be >= 16 for four poolings, got {image_size}")
+        self.n_way, self.in_channels, self.widths = n_way, in_channels, widths
+        self.image_size, self.batch_norm = image_size, batch_norm
         channels = [in_channels, *widths]
         self.features = nn.Sequential(
             *(ResidualBlock(channels[i], channels[i + 1], batch_norm) for i in range(4)),
@@ -352,6 +356,7 @@ class MLP(nn.Module):
         _check_sizes(
             in_features=in_features, out_features=out_features, hidden=min(hidden, default=1)
         )
+        self.in_features, self.out_features, self.hidden = in_features, out_features, hidden
         sizes = [in_features, *hidden]
         layers: list[nn.Module] = []
         for i in range(len(hidden)):

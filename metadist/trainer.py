@@ -43,9 +43,17 @@ from metadist.run.checkpoint import (
     name_of,
 )
 from metadist.run.events import EventLog
-from metadist.run.files import CHECKPOINTS, CONFIG, EVENTS, LOCK, TENSORBOARD
+from metadist.run.files import (
+    CHECKPOINTS,
+    CONFIG,
+    EVENTS,
+    LOCK,
+    MAX_CONFIG_BYTES,
+    TENSORBOARD,
+)
 from metadist.run.lock import RunLock
 from metadist.run.monitor import Monitor, TerminalProgress, calls_of, mean_metrics
+from metadist.run.rebuild import config_of, is_own
 from metadist.run.settings import as_text, difference, recorded
 from metadist.run.storage import Folder, Mirror, is_part
 from metadist.signals import OneStop
@@ -166,6 +174,7 @@ class Trainer:
         allow_equal_examples: bool = False,
         config: str | None = None,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name != "self"}
         check_trainable(problem, algorithm)
         compute = compute.given(batch_size=batch_size, seed=seed)
         checkpoint_every = check(
@@ -228,6 +237,7 @@ class Trainer:
         self._max_dropped = max_dropped
         self._quiet = quiet
         self._config = config
+        self._given = given
         self._folder = None if run_dir is None else Folder(run_dir)
         self._store: CheckpointStore | None = None
         self._mirror: Mirror | None = None
@@ -482,7 +492,7 @@ class Trainer:
             self._executor.notify = self._events.write  # type: ignore[method-assign]
             self._executor.start(self._workload, self._optimizer, self._state)
             if self.run_dir is not None:
-                self._open_run_dir(self.run_dir)
+                self._open_run_dir(self.run_dir, num_steps)
                 monitor = Monitor(self.run_dir / TENSORBOARD, self.version, run.curves_failed)
                 monitor.start(self.settings(), self._probe.sample(0))
             self.has_started = True
@@ -709,11 +719,34 @@ class Trainer:
             self._background.join()
             self._lock.release()
 
-    def _open_run_dir(self, run_dir: Path) -> None:
+    def _open_run_dir(self, run_dir: Path, num_steps: int) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._is_new = False
-        if self._folder is not None and self._config is not None:
+        assert self._folder is not None
+        if self._config is not None:
             self._folder.write(CONFIG, self._config.encode())
+        elif not self._has_foreign_config():
+            options = {name: value for name, value in self._given.items() if name != "config"}
+            compute = self._given["compute"].given(
+                batch_size=options["batch_size"], seed=options["seed"]
+            )
+            options |= {
+                "num_steps": num_steps,
+                "seed": compute.seed,
+                "executor": self._executor,
+                "outer_optimizer": vars(self._optimizer),
+                "compute": {**vars(compute), "seed": compute.seed},
+                "run_dir": str(self._folder.uri),
+            }
+            sampler = self.sampler if self._probe is self.sampler else None
+            self._folder.write(CONFIG, config_of(options, sampler).encode())
+
+    def _has_foreign_config(self) -> bool:
+        """Whether the config in the folder is that of the command line."""
+        assert self._folder is not None
+        if CONFIG not in self._folder.names():
+            return False
+        return not is_own(self._folder.read(CONFIG, MAX_CONFIG_BYTES).decode())
 
     def _abandon_newer(self, progress: TerminalProgress) -> None:
         """Move away the checkpoints after the one that the run was told to go back to."""

@@ -16,7 +16,6 @@ from jsonargparse import Namespace
 from metadist import __version__
 from metadist.checks.preflight import learns_start
 from metadist.cli.names import class_path
-from metadist.cli.parsing import MAX_CONFIG_BYTES
 from metadist.cli.train import build, parse_training, parser
 from metadist.cli.workload import instantiate
 from metadist.cluster import Workers
@@ -24,6 +23,7 @@ from metadist.compare.metrics import kept_metrics
 from metadist.compare.plan import differences
 from metadist.compare.run import MAX_STEPS, Contender
 from metadist.evaluation import EvaluationResult
+from metadist.run.files import MAX_CONFIG_BYTES
 from metadist.run.storage import Folder, write_json
 from metadist.task import num_tasks_of
 from metadist.workload import trains_start

@@ -17,9 +17,8 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 from metadist.cli.help import class_help, command_help, shown
 from metadist.cli.mistakes import explain, options_of
 from metadist.cli.names import expand, expand_names, expand_tree, kind_of
+from metadist.run.files import MAX_CONFIG_BYTES
 from metadist.run.uris import check_no_secrets
-
-MAX_CONFIG_BYTES = 1 << 20
 
 
 class Parser(ArgumentParser):

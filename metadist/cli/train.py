@@ -14,16 +14,17 @@ from jsonargparse import ArgumentError, Namespace
 from metadist.checks.preflight import check_losses
 from metadist.checks.sampler import check_sampler
 from metadist.cli.names import ExecutorBase, SamplerBase
-from metadist.cli.parsing import MAX_CONFIG_BYTES, Parser, check_yaml
+from metadist.cli.parsing import Parser, check_yaml
 from metadist.cli.workload import add_workload, instantiate
 from metadist.evaluation import EvaluationResult
 from metadist.optimizer import OuterOptimizer
-from metadist.problem import has_few_shot_classes
+from metadist.problem import Problem, has_few_shot_classes
 from metadist.run.checkpoint import CheckpointStore
-from metadist.run.files import CHECKPOINTS, CONFIG, RESULT
+from metadist.run.files import CHECKPOINTS, CONFIG, MAX_CONFIG_BYTES, RESULT
+from metadist.run.rebuild import require_known, require_same
 from metadist.run.storage import Folder, write_json
 from metadist.run.text import printable
-from metadist.task import require_steps
+from metadist.task import TaskSampler, require_steps
 from metadist.trainer import Trainer, headline
 
 SECTIONS = {
@@ -179,6 +180,7 @@ def build(config: Namespace) -> tuple[Trainer, dict[str, Any]]:
     options["outer_optimizer"] = objects.outer_optimizer
     options["config"] = options_of.dump(config, skip_unset=False)
     trainer = Trainer(**options)
+    require_rebuilt(config.run_dir, trainer.problem, trainer.sampler)
     if "test" in samplers:
         check_losses(
             trainer.problem,
@@ -188,6 +190,14 @@ def build(config: Namespace) -> tuple[Trainer, dict[str, Any]]:
             trainer.workload.compute,
         )
     return trainer, samplers
+
+
+def require_rebuilt(run_dir: str, problem: Problem, sampler: TaskSampler) -> None:
+    """Raise ValueError if a run was made in Python, of other objects than these."""
+    folder = Folder(run_dir)
+    if CONFIG in folder.names():
+        text = folder.read(CONFIG, MAX_CONFIG_BYTES).decode()
+        require_same(text, problem, sampler, run_dir)
 
 
 def set_split(config: Namespace, split: str) -> None:
@@ -271,6 +281,7 @@ def saved_config(run_dir: str) -> Namespace:
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{CONFIG} of run {run_dir!r} cannot be read: {error}") from error
+    require_known(text, run_dir)
     try:
         check_yaml(text)
         config = options_of.parse_string(text)

@@ -2,6 +2,7 @@
 
 CONFIG = "config.yaml"
 """The options that a run was started with."""
+MAX_CONFIG_BYTES = 1 << 20
 RESULT = "result.json"
 """How the run ended, with the metrics of its test."""
 EVENTS = "events.jsonl"

@@ -40,6 +40,7 @@ class _Cifar100Split(EpisodeSampler):
         verify: bool = True,
     ) -> None:
         require_episode(n_way, k_shot, k_query, seed)
+        self.root, self.download, self.verify = root, download, verify
         splits = packaged_splits(self.splits_file)
         require_split(split, list(splits))
         folder = _folder(Path(root).expanduser(), download)

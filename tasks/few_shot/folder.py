@@ -82,6 +82,8 @@ class ImageFolder(EpisodeSampler):
     ) -> None:
         require_episode(n_way, k_shot, k_query, seed)
         require_format(image_size, channels)
+        self.root, self.splits = root, splits
+        self.image_size, self.channels = image_size, channels
         root = Path(root).expanduser()
         tree = _Tree()
         files = tree.files_of_split(root, split, splits)

@@ -68,6 +68,8 @@ class Omniglot(EpisodeSampler):
     ) -> None:
         require_episode(n_way, k_shot, k_query, seed)
         require_format(image_size, 1)
+        self.root, self.download, self.splits = root, download, splits
+        self.image_size = image_size
         names = _names_of_split(splits, split)
         root = Path(root).expanduser()
         folders = _find(root, names)

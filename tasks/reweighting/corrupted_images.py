@@ -86,6 +86,11 @@ class CorruptedImages(ImageProblemData):
             raise ValueError(f"redraw must be 'any' or 'other', got {redraw!r}")
         require_word("seed", seed)
         scaling = Scaling(mean, std)
+        if isinstance(dataset, str):  # an object would travel with a pickled sampler
+            self.dataset = dataset
+        self.root, self.seed, self.mean, self.std = root, seed, mean, std
+        self.num_train, self.num_val, self.num_test = num_train, num_val, num_test
+        self.num_selection, self.corruption, self.redraw = num_selection, corruption, redraw
         whole, held_out = open_dataset(dataset, root)
         drawing = Drawing(whole)
         order = iter(Random(seed, "images", 0).choose(len(whole), len(whole)))

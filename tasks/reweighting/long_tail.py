@@ -64,6 +64,11 @@ class LongTail(ImageProblemData):
         require_integer("num_test", num_test, 1)
         require_word("seed", seed)
         scaling = Scaling(mean, std)
+        if isinstance(dataset, str):  # an object would travel with a pickled sampler
+            self.dataset = dataset
+        self.root, self.seed, self.mean, self.std = root, seed, mean, std
+        self.imbalance, self.num_largest = imbalance, num_largest
+        self.val_per_class, self.num_test = val_per_class, num_test
         whole, held_out = open_dataset(dataset, root)
         drawing = Drawing(whole)
         order = np.array(Random(seed, "images", 0).choose(len(whole), len(whole)))

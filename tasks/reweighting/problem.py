@@ -39,6 +39,7 @@ class LinearClassifier(nn.Module):
         super().__init__()
         require_integer("in_features", in_features, 1)
         require_integer("out_features", out_features, 1)
+        self.in_features, self.out_features = in_features, out_features
         self.head = nn.Linear(in_features, out_features)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
