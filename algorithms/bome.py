@@ -13,7 +13,7 @@ from metadist.algorithm import Estimate, InnerState
 from metadist.algorithms.parts.inner import InnerLoop, decayed, repeat
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
-from metadist.problem import Problem
+from metadist.problem import Problem, context_of
 from metadist.task import Task
 from metadist.trees import Params, add, dot, norm, sub, tree_map
 
@@ -97,7 +97,7 @@ class BOME(InnerLoop):
         )
 
     def check(self, problem: Problem, outer: Params, task: Task) -> None:
-        context, start = problem.encode(outer, task), problem.init_inner(outer, task)
+        context, start = context_of(problem, outer, task), problem.init_inner(outer, task)
         random = torch.Generator().manual_seed(0)
 
         def perturb(leaf: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from metadist.algorithm import Estimate, InnerState
 from metadist.algorithms.parts.inner import InnerLoop, InnerOptimizer, decayed
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
-from metadist.problem import Problem, context_depends_on
+from metadist.problem import Problem, context_depends_on, context_of
 from metadist.task import Task
 from metadist.trees import Params, add, gradients, leaves, norm, tree_map
 
@@ -75,7 +75,7 @@ class FreePBGD(InnerLoop):
         x = leaves(outer)
         y = tree_map(perturb, problem.init_inner(outer, task))
         with torch.enable_grad():
-            loss = problem.outer_loss(problem.encode(x, task), y, task.query)
+            loss = problem.outer_loss(context_of(problem, x, task), y, task.query)
         (f_x,) = gradients([loss], [None], x)
         reached = context_depends_on(problem, outer, task)
         unused = sorted(name for name in reached if not f_x[name].any())

@@ -36,3 +36,9 @@ def test_hyper_cleaning(run):
     metrics = run("hyper_cleaning", num_steps=40)
     assert metrics["precision"] > 0.8
     assert metrics["test_accuracy"] > 0.85
+
+
+def test_continual_learning(run):
+    metrics = run("continual_learning", num_tasks=2, per_task=150)
+    assert metrics["accuracy"] > 0.3
+    assert metrics["forgetting"] < 0.2

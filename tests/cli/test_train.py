@@ -11,6 +11,7 @@ from metadist import CheckpointStore, evaluate
 from metadist.algorithms import ALGORITHMS
 from metadist.cli import train
 from metadist.compute import Compute
+from metadist.outer import differences
 from tests.cli.helpers import saved
 from tests.helpers import (
     CURVES,
@@ -155,3 +156,24 @@ def test_a_named_algorithm_has_its_own_defaults(name):
     assert config.algorithm.class_path == f"metadist.algorithms.{ALGORITHMS[name].__name__}"
     found = ALGORITHMS[name](**vars(config.algorithm.init_args))
     assert found == ALGORITHMS[name]()
+
+
+def test_a_stream_trains_by_short_names_and_is_resumed(cli):
+    stream = words(
+        "--sampler permuted_images --sampler.dataset digits --sampler.num_tasks 2 "
+        "--sampler.per_task 20 --sampler.num_test 20 --sampler.batch 5"
+    )
+    problem = words(
+        "--problem continual_learning --problem.model contextual_network "
+        "--problem.model.in_features 64 --problem.model.num_tasks 2 "
+        "--problem.distillation 1.0 --problem.num_slots 80"
+    )
+    method = words("--algorithm bome --algorithm.inner_steps 1")
+    flags = ("train", *stream, *problem, *method)
+    cli.good(*flags, "--run_dir", "whole", "--num_steps", 16)
+    cli.good(*flags, "--run_dir", "parts", "--num_steps", 9)
+    cli.good("resume", "parts", "--num_steps", 16)
+    parts, whole = (CheckpointStore(f"{run}/checkpoints").load()[1] for run in ("parts", "whole"))
+    assert not differences(parts.state, whole.state)
+    ended = cli(*flags, "--run_dir", "more", "--num_steps", 17)
+    assert ended.code and "num_steps must be <= 16" in ended.err

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metadist import Batch, Compute, OuterOptimizer, Trainer, evaluate
-from metadist.algorithms import AID, ITD, SABA
+from metadist.algorithms import AID, BOME, ITD, MEHA, SABA, FreePBGD
 from metadist.checks.purity import Impure
 from metadist.cluster.data_parallel.executor import check_workload
 from metadist.hypergradient import task_hypergradients
@@ -141,6 +141,13 @@ def test_states_with_counters_have_room_for_it():
     trainer.fit(3)
     assert trainer.carried(0)["teacher"].norm() > 0
     assert trainer.inner(0)["w"].shape == (3,)
+
+
+@pytest.mark.parametrize("algorithm", [BOME(inner_steps=1), FreePBGD(), MEHA(), AID()])
+def test_what_looks_at_the_losses_beforehand_finds_it_too(algorithm):
+    trainer = Trainer(Taught(), tasks(), algorithm, outer_optimizer=SGD, quiet=True)
+    trainer.fit(2)
+    assert all(trainer.carried(k)["teacher"].norm() > 0 for k in range(3))
 
 
 class Names(Taught):
