@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from metadist.algorithm import Estimate, InnerState, State
 from metadist.algorithms.parts.implicit import (
@@ -14,7 +14,7 @@ from metadist.algorithms.parts.implicit import (
     hessian,
     implicit_gradient,
 )
-from metadist.algorithms.parts.inner import InnerLoop
+from metadist.algorithms.parts.inner import NO_MEMORY, InnerLoop
 from metadist.algorithms.parts.linear import (
     Product,
     Solution,
@@ -107,10 +107,13 @@ class AID(InnerLoop):
         return {"warm_start": ""}
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> State:
-        return AdjointState(inner, zeros_like(inner)) if self.warm_start else InnerState(inner)
+        return self.state(inner, zeros_like(inner), self.new_memory(inner))
+
+    def state(self, y: Params, v: Params, memory: Any) -> State:
+        return AdjointState(y, v, memory) if self.warm_start else InnerState(y, memory)
 
     def estimate(self, oracle: Oracle, context: Params, state: State) -> Estimate:
-        y = self.descend(oracle, context, state.inner)
+        y, memory = self.descend(oracle, context, state.inner, state.memory)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         draw = oracle.draw_inner()
         if oracle.has_inner_map:
@@ -125,22 +128,28 @@ class AID(InnerLoop):
         return Estimate(
             hypergradient=h,
             start_gradient=None,
-            state=AdjointState(y, v) if self.warm_start else InnerState(y),
+            state=self.state(y, v, memory),
             metrics={**metrics, **residual},
         )
 
     def descend(
-        self, oracle: Oracle, context: Params, y: Params, draws: Iterable[Draw] | None = None
-    ) -> Params:
+        self,
+        oracle: Oracle,
+        context: Params,
+        y: Params,
+        memory: Any = NO_MEMORY,
+        draws: Iterable[Draw] | None = None,
+        lr: float | None = None,
+    ) -> tuple[Params, Any]:
         if not oracle.has_inner_map:
-            return super().descend(oracle, context, y, draws)
-        refuse_options(self, "inner_lr", "inner_decay", "inner_optimizer", "momentum")
+            return super().descend(oracle, context, y, memory, draws, lr)
+        refuse_options(self, "inner_lr", "inner_optimizer")
         if self.solver == "cg":
             raise ValueError(
                 "solver must be 'normal_cg', 'fixed_point' or 'neumann' for a problem with "
                 "inner_map, got 'cg': the Jacobian of a map need not be symmetric"
             )
-        return iterate(oracle, context, y, self.inner_steps)[0]
+        return iterate(oracle, context, y, self.inner_steps)[0], NO_MEMORY
 
     def _solve(
         self, product: Product, transposed: Product, b: Params, eta: float, start: Params | None

@@ -62,10 +62,10 @@ class AmIGO(InnerLoop):
         return self.solver == "gd"
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> AdjointState:
-        return AdjointState(inner, zeros_like(inner))
+        return AdjointState(inner, zeros_like(inner), self.new_memory(inner))
 
     def estimate(self, oracle: Oracle, context: Params, state: AdjointState) -> Estimate:
-        y = self.descend(oracle, context, state.inner)
+        y, memory = self.descend(oracle, context, state.inner, state.memory)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         steps = self.adjoint_steps
         if self.solver == "gd":
@@ -78,6 +78,6 @@ class AmIGO(InnerLoop):
         return Estimate(
             hypergradient=h,
             start_gradient=None,
-            state=AdjointState(y, v),
+            state=AdjointState(y, v, memory),
             metrics={**metrics, **residual},
         )

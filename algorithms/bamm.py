@@ -30,7 +30,7 @@ class BAMM(AdjointLoop):
         mu: The share of f at the first outer step, in [0, 1).
         mu_decay: The exponent of its fall, in [0, 1]; the official code has 0.1.
 
-    In the paper the rates fall too: inner_decay, adjoint_decay, and for x a faster schedule of the
+    In the paper the rates fall too: a "power" schedule, adjoint_decay, and for x a faster one of the
     outer optimiser.
 
     Family: Implicit differentiation.
@@ -59,10 +59,10 @@ class BAMM(AdjointLoop):
         return dict.fromkeys(("adjoint_lr", "adjoint_decay"), "inner_steps")
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> AdjointState:
-        return AdjointState(inner, zeros_like(inner))
+        return AdjointState(inner, zeros_like(inner), self.new_memory(inner))
 
     def move(self, oracle: Oracle, context: Params, state: AdjointState) -> Estimate:
-        y, v = state
+        y, v, memory = state
         mu = decayed(self.mu, self.mu_decay, oracle.step)
         draw, outer_draw = oracle.draw_inner(), oracle.draw_outer()
         j_v, h_v = oracle.second_order(context, y, v, draw)
@@ -73,10 +73,8 @@ class BAMM(AdjointLoop):
             j_v = add(scale(j_v, 1 - mu), of_f[0], mu)
             h_v = add(scale(h_v, 1 - mu), of_f[1], mu)
             psi_y = add(scale(psi_y, 1 - mu), f_y, mu)
-        moved = AdjointState(
-            inner=self.descend_once(oracle, y, psi_y),
-            adjoint=self.step_adjoint(oracle, v, h_v, f_y),
-        )
+        y, memory = self.step_inner(oracle, y, memory, psi_y)
+        moved = AdjointState(y, self.step_adjoint(oracle, v, h_v, f_y), memory)
         return Estimate(
             hypergradient=sub(f_x, j_v),
             start_gradient=None,

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.func import grad
 
 from metadist.algorithm import Estimate, InnerState
-from metadist.algorithms.parts.inner import InnerLoop, decayed, repeat
+from metadist.algorithms.parts.inner import InnerLoop, check_first_step, repeat
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.problem import Problem, context_of
+from metadist.step_rules import SGD
 from metadist.task import Task
 from metadist.trees import Params, add, dot, norm, sub, tree_map
 
@@ -31,7 +32,8 @@ class BOME(InnerLoop):
     many `rounds` end where f + lam g is stationary in y: h has the bias of a finite lam.
 
     Args:
-        y_lr: xi, the step size of y, > 0; `inner_decay` applies to it too.
+        y_lr: xi, the rate of y, > 0, in the place of that of `inner_optimizer`, whose memory of y
+            lasts from round to round; each y_T starts anew.
         eta: How fast q must fall, > 0.
         phi: "gradient": eta (|q_x|^2 + |q_y|^2), "value": eta q.
         epsilon: > 0, added to the squared gradient of q, which is 0 at the lower solution. Where
@@ -64,16 +66,23 @@ class BOME(InnerLoop):
     epsilon: float = rule(1e-8, gt=0)
     rounds: int = rule(1, ge=1)
 
+    def _check_first_step(self) -> None:
+        super()._check_first_step()
+        if not isinstance(self.step_rule, SGD):
+            check_first_step("rounds", self.rounds, self.step_rule)
+
     @property
     def kept_options(self) -> dict[str, str]:
         return {"y_lr": "rounds"} if self.rounds == 1 else {}
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
-        return repeat(self._move, self.rounds, oracle, context, state)
+        found = repeat(self._move, self.rounds, oracle, context, state)
+        y, memory = found.state
+        return found._replace(state=InnerState(y, self.carried(memory)))
 
     def _move(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         y = state.inner
-        y_T = self.descend(oracle, context, y)
+        y_T, _ = self.descend(oracle, context, y)
         draw = oracle.draw_inner()  # one for both: q is a difference
         g_x, g_y = oracle.inner_grads(context, y, draw)
         g_x_at_y_T = oracle.inner_grad_x(context, y_T, draw)
@@ -88,11 +97,12 @@ class BOME(InnerLoop):
             phi = self.eta * gap
         slope = dot(f_x, q_x) + dot(f_y, q_y)
         lam = ((phi - slope) / (square + self.epsilon)).relu()
-        rate = decayed(self.y_lr, self.inner_decay, oracle.step)
+        rate = self.step_rule.with_lr(self.y_lr).lr_at(oracle.step)
+        y, memory = self.step_inner(oracle, y, state.memory, add(f_y, q_y, lam), rate)
         return Estimate(
             hypergradient=add(f_x, q_x, lam),
             start_gradient=None,
-            state=InnerState(add(y, add(f_y, q_y, lam), -rate)),
+            state=InnerState(y, memory),
             metrics={"lam": lam, "inner_gradient_norm": norm(q_y)},
         )
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.inner import InnerLoop, InnerOptimizer, decayed
+from metadist.algorithms.parts.inner import NO_MEMORY, InnerLoop, check_first_step, decayed
 from metadist.checks.values import rule
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, dot, scale, sub
@@ -19,6 +19,7 @@ class BVFSMState(NamedTuple):
 
     inner: Params
     lower_solution: Params
+    memory: Any = NO_MEMORY
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class BVFSM(InnerLoop):
     Args:
         y_steps: Steps of y per outer step, >= 1.
         y_lr: The step size of y, > 0; about 1 / (3 L). `inner_lr` is z's, and that of `adapt`.
-            `inner_decay` applies to both.
+            `inner_optimizer` moves both, y with y_lr for its rate.
         sigma: > 0; the smaller, the nearer y is to the minimum of g.
         mu: The weight of |z|^2, >= 0: of several minimisers of g it means the shortest.
         theta: The weight of |y|^2, >= 0.
@@ -74,24 +75,30 @@ class BVFSM(InnerLoop):
     theta: float = rule(0.001, ge=0)
     decay: float = rule(0.0, ge=0)
 
+    def _check_first_step(self) -> None:
+        super()._check_first_step()
+        check_first_step("y_steps", self.y_steps, self.step_rule)
+
     def init(self, oracle: Oracle, context: Params, inner: Params) -> BVFSMState:
-        return BVFSMState(inner, inner)
+        return BVFSMState(inner, inner, self.new_memory(inner, 2))
 
     def estimate(self, oracle: Oracle, context: Params, state: BVFSMState) -> Estimate:
         fall = decayed(1.0, self.decay, oracle.step)
         y, z = state.inner, state.lower_solution
-        optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))
+        y_memory, z_memory = state.memory or (NO_MEMORY, NO_MEMORY)
         for _ in range(self.inner_steps):
             g_z = oracle.inner_grad(context, z, oracle.draw_inner())
-            z = optimizer.step(z, add(g_z, z, self.mu * fall))
-        y_lr = decayed(self.y_lr, self.inner_decay, oracle.step)
+            direction = add(g_z, z, self.mu * fall)
+            z, z_memory = self.step_inner(oracle, z, z_memory, direction)
+        y_lr = self.step_rule.with_lr(self.y_lr).lr_at(oracle.step)
         for _ in range(self.y_steps):
             draw = oracle.draw_inner()
             lam = self._gap(oracle, context, y, z, draw).relu() / (self.sigma * fall)
             g_y = oracle.inner_grad(context, y, draw)
             _, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
             direction = add(add(f_y, y, self.theta * fall), g_y, lam)
-            y = sub(y, scale(direction, y_lr / (1 + lam)))
+            direction = scale(direction, 1 / (1 + lam))
+            y, y_memory = self.step_inner(oracle, y, y_memory, direction, y_lr)
 
         draw = oracle.draw_inner()  # one for all, so that noise cancels in the differences
         gap = self._gap(oracle, context, y, z, draw)
@@ -102,7 +109,7 @@ class BVFSM(InnerLoop):
         return Estimate(
             hypergradient=add(f_x, sub(g_x, g_x_at_z), lam),
             start_gradient=None,
-            state=BVFSMState(inner=y, lower_solution=z),
+            state=BVFSMState(inner=y, lower_solution=z, memory=self.carried((y_memory, z_memory))),
             metrics={"lam": lam, "value_gap": gap},
         )
 

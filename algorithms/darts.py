@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from metadist.algorithm import Estimate, InnerState
 from metadist.algorithms.parts.differences import difference_product
-from metadist.algorithms.parts.inner import InnerLoop, InnerOptimizer, decayed
+from metadist.algorithms.parts.inner import InnerLoop
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
+from metadist.step_rules import SGD
 from metadist.trees import Params, add
 
 
@@ -45,23 +46,31 @@ class DARTS(InnerLoop):
 
     takes_second_derivatives = False
     takes_differences = True
+    refuses_decay = ""
 
     epsilon: float = rule(0.01, gt=0)
     adjoint_lr: float | None = rule(None, gt=0, none="for the rate of the inner step")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adjoint_lr is None and not isinstance(self.step_rule, SGD):
+            raise ValueError(
+                f"adjoint_lr must be given with inner_optimizer={type(self.step_rule).__name__}, "
+                "got None: its last step has no single rate. SAMA has its derivative"
+            )
+
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
-        rate = decayed(self.inner_lr, self.inner_decay, oracle.step)
-        optimizer = InnerOptimizer(self, rate)
-        y = state.inner
+        y, memory = state
         for _ in range(self.inner_steps):
             before = y
-            y = optimizer.step(y, oracle.inner_grad(context, y, oracle.draw_inner()))
+            g_y = oracle.inner_grad(context, y, oracle.draw_inner())
+            y, memory = self.step_inner(oracle, y, memory, g_y)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         j_v = difference_product(oracle, context, before, f_y, oracle.draw_inner(), self.epsilon)
-        xi = rate if self.adjoint_lr is None else self.adjoint_lr
+        xi = self.adjoint_lr or self.step_rule.lr_at(oracle.step)
         return Estimate(
             hypergradient=add(f_x, j_v, -xi),
             start_gradient=None,
-            state=InnerState(y),
+            state=InnerState(y, self.carried(memory)),
             metrics={},
         )

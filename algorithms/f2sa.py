@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.inner import InnerLoop, InnerOptimizer, decayed
+from metadist.algorithms.parts.inner import NO_MEMORY, InnerLoop, decayed
 from metadist.checks.values import rule
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, scale, sub, zeros_like
 
 
 class F2SAState(NamedTuple):
-    """The solution of the lower problem, and how far the penalised one is from it."""
+    """The solution of the lower problem, and how far the penalised one is from it.
+
+    `memory` is that of both.
+    """
 
     inner: Params
     offset: Params
+    memory: Any = NO_MEMORY
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,9 @@ class F2SA(InnerLoop):
         lam_growth: lam_k = lam * (k+1)^lam_growth, in [0, 1].
         order: 1: bias O(1/lam), 2: O(1/lam^2).
 
-    `inner_lr` is z's; `inner_decay` applies to y too (the paper's k^-4/7 for z and k^-5/7 for y
-    are one exponent here, as lam_k grows with k^1/7).
+    `inner_lr` is z's; one `inner_optimizer` moves both, each with a memory of its own, and its
+    schedule applies to both (the paper's k^-4/7 for z and k^-5/7 for y are one exponent here, as
+    lam_k grows with k^1/7).
 
     Family: First derivatives of g.
     For: strongly convex.
@@ -78,25 +83,29 @@ class F2SA(InnerLoop):
         return True
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> F2SAState:
-        return F2SAState(inner, zeros_like(inner))
+        return F2SAState(inner, zeros_like(inner), self.new_memory(inner, 2))
 
     def estimate(self, oracle: Oracle, context: Params, state: F2SAState) -> Estimate:
         nu = 1 / decayed(self.lam, -self.lam_growth, oracle.step)
         above, below = add(state.inner, state.offset), state.inner
         low = 0.0
-        rate = self.inner_lr if self.y_lr is None else self.y_lr / (1 + nu)
-        lower_rate = self.inner_lr
+        steps = self.step_rule
+        rate = steps.lr if self.y_lr is None else self.y_lr / (1 + nu)
+        lower_rate = steps.lr
         if self.order == 2:
             below = sub(state.inner, state.offset)
             low = -nu
             lower_rate = rate
 
-        up = InnerOptimizer(self, decayed(rate, self.inner_decay, oracle.step))
-        down = InnerOptimizer(self, decayed(lower_rate, self.inner_decay, oracle.step))
+        up, down = state.memory or (NO_MEMORY, NO_MEMORY)
+        rate = steps.with_lr(rate).lr_at(oracle.step)
+        lower_rate = steps.with_lr(lower_rate).lr_at(oracle.step)
         for _ in range(self.inner_steps):
             draws = oracle.draw_inner(), oracle.draw_outer()
-            above = up.step(above, _grad_y(oracle, context, above, nu, *draws))
-            below = down.step(below, _grad_y(oracle, context, below, low, *draws))
+            upper_y = _grad_y(oracle, context, above, nu, *draws)
+            lower_y = _grad_y(oracle, context, below, low, *draws)
+            above, up = self.step_inner(oracle, above, up, upper_y, rate)
+            below, down = self.step_inner(oracle, below, down, lower_y, lower_rate)
 
         draws = oracle.draw_inner(), oracle.draw_outer()
         at_above = _grad_x(oracle, context, above, nu, *draws)
@@ -105,7 +114,7 @@ class F2SA(InnerLoop):
         return Estimate(
             hypergradient=scale(sub(at_above, at_below), 1 / (nu - low)),
             start_gradient=None,
-            state=F2SAState(inner=inner, offset=sub(above, inner)),
+            state=F2SAState(inner=inner, offset=sub(above, inner), memory=self.carried((up, down))),
             metrics={},
         )
 

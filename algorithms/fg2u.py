@@ -7,14 +7,15 @@ from typing import Literal
 
 from metadist.algorithm import Estimate, InnerState
 from metadist.algorithms.parts.differences import random_pair
-from metadist.algorithms.parts.inner import GradientDescent
+from metadist.algorithms.parts.inner import Descent
+from metadist.algorithms.parts.through import Trace, push
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, dot, scale, zeros_like
 
 
 @dataclass(frozen=True)
-class FG2U(GradientDescent):
+class FG2U(Descent):
     """Forward gradient unrolling with forward gradient, (FG)2U.
 
     No backward pass through the inner loop. For random directions (v, z_0) in the space of
@@ -45,6 +46,7 @@ class FG2U(GradientDescent):
     output, is left out; PZOBO comes nearest to it.
     """
 
+    inner_steps: int = rule(5, ge=1)
     num_directions: int = rule(8, ge=1)
     directions: Literal["rademacher", "normal"] = rule(
         "rademacher", one_of=("rademacher", "normal")
@@ -56,20 +58,30 @@ class FG2U(GradientDescent):
             random_pair(oracle, context, y, self.directions) for _ in range(self.num_directions)
         ]
         # All directions advance together, since they share y_t and so need no iterate kept.
-        tangents = [z_0 for _, z_0 in directions]
+        steps = self.step_rule
+        rate = steps.lr_at(oracle.step)
+        memory = state.memory or steps.start(y)
+        zeros = tuple(map(zeros_like, memory.means))
+        tangents = [(z_0, zeros) for _, z_0 in directions]
         for _ in range(self.inner_steps):
             draw = oracle.draw_inner()
-            for j, (v, _) in enumerate(directions):
-                slope_of_g_y = oracle.directional(context, y, v, tangents[j], draw)
-                tangents[j] = add(tangents[j], slope_of_g_y, -self.inner_lr)
-            y = self.next_inner(oracle, context, y, draw)
+            slopes = []
+            for (v, _), (z, _) in zip(directions, tangents, strict=True):
+                slopes.append(oracle.directional(context, y, v, z, draw))
+            trace = Trace(y, memory, oracle.inner_grad(context, y, draw))
+            for j, slope_of_g_y in enumerate(slopes):
+                tangents[j] = push(oracle, steps, trace, rate, *tangents[j], slope_of_g_y)
+            y, memory = steps.step(*trace, rate)
 
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         h, start_gradient = zeros_like(context), zeros_like(y)
-        for (v, z_0), z in zip(directions, tangents, strict=True):
+        for (v, z_0), (z, _) in zip(directions, tangents, strict=True):
             slope = (dot(f_x, v) + dot(f_y, z)) / self.num_directions
             h = add(h, scale(v, slope))
             start_gradient = add(start_gradient, scale(z_0, slope))
         return Estimate(
-            hypergradient=h, start_gradient=start_gradient, state=InnerState(y), metrics={}
+            hypergradient=h,
+            start_gradient=start_gradient,
+            state=InnerState(y, self.carried(memory)),
+            metrics={},
         )

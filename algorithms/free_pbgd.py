@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import Estimate, InnerState
-from metadist.algorithms.parts.inner import InnerLoop, InnerOptimizer, decayed
+from metadist.algorithms.parts.inner import InnerLoop
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.problem import Problem, context_depends_on, context_of
@@ -52,17 +52,17 @@ class FreePBGD(InnerLoop):
     gamma: float = rule(10.0, gt=0)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
-        y = state.inner
-        optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))
+        y, memory = state
         for _ in range(self.inner_steps):
             g_y = oracle.inner_grad(context, y, oracle.draw_inner())
             _, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
-            y = optimizer.step(y, add(g_y, f_y, 1 / self.gamma))
+            direction = add(g_y, f_y, 1 / self.gamma)
+            y, memory = self.step_inner(oracle, y, memory, direction)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         return Estimate(
             hypergradient=f_x,
             start_gradient=None,
-            state=InnerState(y),
+            state=InnerState(y, self.carried(memory)),
             metrics={"outer_gradient_in_y": norm(f_y)},
         )
 

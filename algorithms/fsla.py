@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from metadist.algorithm import Estimate
 from metadist.algorithms.parts.implicit import AdjointLoop
+from metadist.algorithms.parts.inner import NO_MEMORY
 from metadist.algorithms.parts.linear import relative_residual
 from metadist.algorithms.parts.recursion import falling_weight, recursion
 from metadist.checks.values import rule
@@ -17,13 +18,14 @@ from metadist.trees import Params, sub, zeros_like
 
 
 class FSLAState(NamedTuple):
-    """y, v, the context of the last estimate, its w (like x), and the number of estimates."""
+    """y, v, the context of the last estimate, its w (like x), the number of estimates."""
 
     inner: Params
     adjoint: Params
     previous_context: Params
     outer_direction: Params
     age: int
+    memory: Any = NO_MEMORY
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class FSLA(AdjointLoop):
     a_k = min(1, outer_weight k^-weight_decay), k being the age of the state; on new tasks w lives
     where x does, over the tasks of an outer step (see `recursive_weight`).
 
-    Falling rates: inner_decay=0.5, adjoint_decay=0.5, weight_decay=0.5, and for x
-    OuterOptimizer("sgd", schedule="power", schedule_power=0.5).
+    Falling rates: inner_optimizer=SGD(lr, schedule="power", exponent=0.5), adjoint_decay=0.5,
+    weight_decay=0.5, and for x OuterOptimizer("sgd", schedule="power", schedule_power=0.5).
 
     Args:
         outer_weight: eta of the paper, the factor of a_k, > 0; 1 with weight_decay=0 means no
@@ -79,6 +81,7 @@ class FSLA(AdjointLoop):
             previous_context=zero_x,
             outer_direction=zero_x,
             age=0,
+            memory=self.new_memory(inner),
         )
 
     def estimate(self, oracle: Oracle, context: Params, state: FSLAState) -> Estimate:
@@ -97,10 +100,11 @@ class FSLA(AdjointLoop):
 
     def move(self, oracle: Oracle, context: Params, state: FSLAState) -> Estimate:
         g_y = oracle.inner_grad(context, state.inner, oracle.draw_inner())
-        y = self.descend_once(oracle, state.inner, g_y)
+        y, memory = self.step_inner(oracle, state.inner, state.memory, g_y)
         h_v = oracle.hvp(context, y, state.adjoint, oracle.draw_inner())
         _, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
-        moved = state._replace(inner=y, adjoint=self.step_adjoint(oracle, state.adjoint, h_v, f_y))
+        v = self.step_adjoint(oracle, state.adjoint, h_v, f_y)
+        moved = state._replace(inner=y, adjoint=v, memory=memory)
         return Estimate(
             hypergradient=state.outer_direction, start_gradient=None, state=moved, metrics={}
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metadist.algorithm import Estimate
 from metadist.algorithms.parts.implicit import hessian, implicit_gradient
-from metadist.algorithms.parts.inner import InnerLoop, InnerOptimizer, decayed
+from metadist.algorithms.parts.inner import NO_MEMORY, InnerLoop
 from metadist.algorithms.parts.linear import conjugate_gradient
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
@@ -19,6 +19,7 @@ class IMAMLState(NamedTuple):
 
     inner: Params
     start: Params
+    memory: Any = NO_MEMORY
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,26 @@ class IMAML(InnerLoop):
     tolerance: float = rule(1e-10, ge=0, le=1)
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> IMAMLState:
-        return IMAMLState(inner, inner)
+        return IMAMLState(inner, inner, self.new_memory(inner))
 
     def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
-        return self.descend_near(oracle, context, inner, inner)
+        start = IMAMLState(inner, inner)
+        return self.descend_near(oracle, context, start, self.step_rule.lr).inner
 
-    def descend_near(self, oracle: Oracle, context: Params, y: Params, start: Params) -> Params:
-        """y after inner_steps steps on g + lam |y - start|^2 / 2."""
-        optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))
+    def descend_near(
+        self, oracle: Oracle, context: Params, state: IMAMLState, lr: float | None = None
+    ) -> IMAMLState:
+        """The state after inner_steps steps on g + lam |y - start|^2 / 2."""
+        y, start, memory = state
         for _ in range(self.inner_steps):
             g_y = oracle.inner_grad(context, y, oracle.draw_inner())
-            y = optimizer.step(y, add(g_y, sub(y, start), self.lam))
-        return y
+            direction = add(g_y, sub(y, start), self.lam)
+            y, memory = self.step_inner(oracle, y, memory, direction, lr)
+        return IMAMLState(y, start, self.carried(memory))
 
     def estimate(self, oracle: Oracle, context: Params, state: IMAMLState) -> Estimate:
-        y = self.descend_near(oracle, context, state.inner, state.start)
+        state = self.descend_near(oracle, context, state)
+        y = state.inner
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         damping = self.lam + self.damping
         product = hessian(oracle, context, y, oracle.draw_inner(), damping)
@@ -87,6 +93,6 @@ class IMAML(InnerLoop):
         return Estimate(
             hypergradient=h,
             start_gradient=scale(v, self.lam),
-            state=IMAMLState(y, state.start),
+            state=state,
             metrics={**metrics, **residual},
         )

@@ -51,6 +51,11 @@ class ITD(Unrolling):
         self._check_map()
         return iterate(oracle, context, inner, self.inner_steps)[0]
 
+    def unrolled_map(self, oracle: Oracle, context: Params, inner: Params) -> Params:
+        if not oracle.has_inner_map:
+            return super().unrolled_map(oracle, context, inner)
+        return self.adapt(oracle, context, inner)
+
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         if not oracle.has_inner_map:
             return super().estimate(oracle, context, state)
@@ -63,5 +68,5 @@ class ITD(Unrolling):
         return Estimate(hypergradient=h, start_gradient=w, state=InnerState(y), metrics={})
 
     def _check_map(self) -> None:
-        options = "inner_lr", "inner_optimizer", "momentum", "learn_lr", "engine", "compile"
+        options = "inner_lr", "inner_optimizer", "learn_lr", "engine", "compile"
         refuse_options(self, *options)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metadist.algorithm import Estimate
 from metadist.algorithms.parts.implicit import hessian, implicit_gradient
-from metadist.algorithms.parts.inner import InnerLoop
+from metadist.algorithms.parts.inner import NO_MEMORY, InnerLoop
 from metadist.algorithms.parts.linear import Krylov, empty_krylov, extend, project
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
@@ -23,6 +23,7 @@ class LancBiOState(NamedTuple):
     anchor: Params
     anchor_product: Params
     krylov: Krylov
+    memory: Any = NO_MEMORY
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,11 @@ class LancBiO(InnerLoop):
             anchor=zeros,
             anchor_product=zeros,
             krylov=empty_krylov(inner, self.subspace_cap),
+            memory=self.new_memory(inner),
         )
 
     def estimate(self, oracle: Oracle, context: Params, state: LancBiOState) -> Estimate:
-        y = self.descend(oracle, context, state.inner)
+        y, memory = self.descend(oracle, context, state.inner, state.memory)
         f_x, b = oracle.outer_grads(context, y, oracle.draw_outer())
         product = hessian(oracle, context, y, oracle.draw_inner())
 
@@ -132,7 +134,12 @@ class LancBiO(InnerLoop):
             hypergradient=h,
             start_gradient=None,
             state=LancBiOState(
-                inner=y, adjoint=v, anchor=anchor, anchor_product=anchor_product, krylov=krylov
+                inner=y,
+                adjoint=v,
+                anchor=anchor,
+                anchor_product=anchor_product,
+                krylov=krylov,
+                memory=memory,
             ),
             metrics={**metrics, **final},
         )

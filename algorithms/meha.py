@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.inner import SingleLoop, decayed
+from metadist.algorithms.parts.inner import NO_MEMORY, SingleLoop, decayed
 from metadist.checks.values import rule
 from metadist.oracle import Draw, Oracle
+from metadist.problem import Problem, is_nonsmooth
+from metadist.step_rules import SGD
+from metadist.task import Task
 from metadist.trees import Params, add, norm, sub
 
 
 class MEHAState(NamedTuple):
-    """y, the estimate theta of its proximal point, and the outer step of the last move (or -1)."""
+    """y, the estimate theta of its proximal point, and the outer step of the last move (or -1).
+
+    `memory` is that of both.
+    """
 
     inner: Params
     proximal_point: Params
     moved_at: int
+    memory: Any = NO_MEMORY
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,8 @@ class MEHA(SingleLoop):
 
     Args:
         y_lr: beta, the step size of y, > 0; `inner_lr` is theta's and that of `adapt`, the
-            proximal gradient method on g + r. `inner_decay` applies to both.
+            proximal gradient method on g + r. One `inner_optimizer` moves both, each with a
+            memory of its own, y with y_lr for its rate.
         gamma: The parameter of the envelope, > 0; below 1 / (2 rho) where g + r is
             rho-weakly convex.
         c: The weight that divides f, > 0; large beside |f_y| over the curvature of g.
@@ -81,15 +89,29 @@ class MEHA(SingleLoop):
         return dict.fromkeys(("y_lr", "gamma"), "inner_steps") if self.inner_steps == 1 else {}
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> MEHAState:
-        return MEHAState(inner=inner, proximal_point=inner, moved_at=-1)
+        return MEHAState(
+            inner=inner, proximal_point=inner, moved_at=-1, memory=self.new_memory(inner, 2)
+        )
+
+    def check(self, problem: Problem, outer: Params, task: Task) -> None:
+        steps = self.step_rule
+        is_gradient_step = isinstance(steps, SGD) and not steps.momentum and steps.clip_norm is None
+        if is_nonsmooth(problem) and not is_gradient_step:
+            raise ValueError(
+                f"inner_optimizer must be SGD without momentum and clip_norm in MEHA where the "
+                f"inner loss has a non-smooth part, got {steps!r}: with any other step the prox "
+                "stops at a point that is no solution"
+            )
 
     def move(self, oracle: Oracle, context: Params, state: MEHAState) -> Estimate:
         y, theta = state.inner, state.proximal_point
+        y_memory, theta_memory = state.memory or (NO_MEMORY, NO_MEMORY)
         if state.moved_at >= 0:
-            y = self._move_y(oracle, context, state)
+            y, y_memory = self._move_y(oracle, context, state, y_memory)
         g_y = oracle.inner_grad(context, theta, oracle.draw_inner())
         towards_y = add(g_y, sub(theta, y), 1 / self.gamma)
-        theta = self._prox_step(oracle, context, theta, towards_y, self.inner_lr, oracle.step)
+        rate = self.step_rule.lr_at(oracle.step)
+        theta, theta_memory = self._prox_step(oracle, context, theta, theta_memory, towards_y, rate)
 
         draw = oracle.draw_inner()  # one for both, so that noise cancels in the difference
         at_y = self._lower_x(oracle, context, y, draw)
@@ -98,18 +120,26 @@ class MEHA(SingleLoop):
         return Estimate(
             hypergradient=add(sub(at_y, at_theta), f_x, 1 / self._weight(oracle.step)),
             start_gradient=None,
-            state=MEHAState(inner=y, proximal_point=theta, moved_at=oracle.step),
+            state=MEHAState(
+                inner=y,
+                proximal_point=theta,
+                moved_at=oracle.step,
+                memory=(y_memory, theta_memory),
+            ),
             metrics={"envelope_gap": norm(sub(y, theta)) / self.gamma},
         )
 
-    def _move_y(self, oracle: Oracle, context: Params, state: MEHAState) -> Params:
+    def _move_y(
+        self, oracle: Oracle, context: Params, state: MEHAState, memory: Any
+    ) -> tuple[Params, Any]:
         """y after the step that the last move left for the x it led to, with that move's rates."""
         y = state.inner
         _, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         g_y = oracle.inner_grad(context, y, oracle.draw_inner())
         direction = add(g_y, sub(y, state.proximal_point), -1 / self.gamma)
         direction = add(direction, f_y, 1 / self._weight(state.moved_at))
-        return self._prox_step(oracle, context, y, direction, self.y_lr, state.moved_at)
+        rate = self.step_rule.with_lr(self.y_lr).lr_at(state.moved_at)
+        return self._prox_step(oracle, context, y, memory, direction, rate)
 
     def _lower_x(self, oracle: Oracle, context: Params, y: Params, draw: Draw) -> Params:
         """The gradient of g + r in x."""
@@ -117,16 +147,24 @@ class MEHA(SingleLoop):
         return add(g_x, oracle.nonsmooth_grad(context, y))
 
     def _prox_step(
-        self, oracle: Oracle, context: Params, y: Params, direction: Params, lr: float, step: int
-    ) -> Params:
-        step_size = decayed(lr, self.inner_decay, step)
-        return oracle.prox_inner(context, add(y, direction, -step_size), step_size)
+        self,
+        oracle: Oracle,
+        context: Params,
+        y: Params,
+        memory: Any,
+        direction: Params,
+        rate: float,
+    ) -> tuple[Params, Any]:
+        moved, memory = self.step_inner(oracle, y, memory, direction, rate)
+        return oracle.prox_inner(context, moved, rate), memory
 
     def _weight(self, step: int) -> float:
         return decayed(self.c, -self.c_power, step)
 
     def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
+        memory: Any = NO_MEMORY
+        rate = self.step_rule.lr
         for _ in range(self.inner_steps):
             g_y = oracle.inner_grad(context, inner, oracle.draw_inner())
-            inner = self._prox_step(oracle, context, inner, g_y, self.inner_lr, oracle.step)
+            inner, memory = self._prox_step(oracle, context, inner, memory, g_y, rate)
         return inner

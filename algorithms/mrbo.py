@@ -24,8 +24,8 @@ class MRBO(RecursiveMomentum):
 
     On new tasks w lives where x does, over the tasks of an outer step (see `recursive_weight`),
     and y and u make `inner_steps` steps on each: set more than 1, since w is at the last point
-    that y moves from. The paper's rates are inner_decay=1/3 here and, for x,
-    OuterOptimizer("sgd", schedule="power", schedule_power=1/3).
+    that y moves from. The paper's rates are SGD(lr, schedule="power", exponent=1/3) here and, for
+    x, OuterOptimizer("sgd", schedule="power", schedule_power=1/3).
 
     Family: Stochastic.
     For: strongly convex, mini-batches.

@@ -8,10 +8,11 @@ from metadist.algorithm import Estimate
 from metadist.algorithms.parts.implicit import (
     AdjointState,
     adjoint_rate,
+    check_adjoint_lr,
     hessian,
     implicit_gradient,
 )
-from metadist.algorithms.parts.inner import SingleLoop, decayed
+from metadist.algorithms.parts.inner import SingleLoop
 from metadist.algorithms.parts.linear import fixed_point
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
@@ -31,7 +32,7 @@ class NoLoopAID(SingleLoop):
     steps of both at one x.
 
     Args:
-        adjoint_lr: eta, > 0 and <= 1/L; decays like inner_lr. None: inner_lr.
+        adjoint_lr: eta, > 0 and <= 1/L; it has the schedule of `inner_optimizer`. None: its rate.
 
     Family: Implicit differentiation.
     For: strongly convex in y.
@@ -47,16 +48,23 @@ class NoLoopAID(SingleLoop):
 
     adjoint_lr: float | None = rule(None, gt=0, none="for inner_lr")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_adjoint_lr(self, self.adjoint_lr)
+
     def init(self, oracle: Oracle, context: Params, inner: Params) -> AdjointState:
-        return AdjointState(inner, zeros_like(inner))
+        return AdjointState(inner, zeros_like(inner), self.new_memory(inner))
 
     def move(self, oracle: Oracle, context: Params, state: AdjointState) -> Estimate:
         g_y = oracle.inner_grad(context, state.inner, oracle.draw_inner())
-        y = self.descend_once(oracle, state.inner, g_y)
+        y, memory = self.step_inner(oracle, state.inner, state.memory, g_y)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
-        eta = decayed(adjoint_rate(self, self.adjoint_lr), self.inner_decay, oracle.step)
+        eta = self.step_rule.with_lr(adjoint_rate(self, self.adjoint_lr)).lr_at(oracle.step)
         v = fixed_point(hessian(oracle, context, y), f_y, 1, eta, state.adjoint).v
         h, metrics = implicit_gradient(oracle, context, y, v, f_x, f_y)
         return Estimate(
-            hypergradient=h, start_gradient=None, state=AdjointState(y, v), metrics=metrics
+            hypergradient=h,
+            start_gradient=None,
+            state=AdjointState(y, v, memory),
+            metrics=metrics,
         )

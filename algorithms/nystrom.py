@@ -49,7 +49,7 @@ class Nystrom(InnerLoop):
     damping: float = rule(0.1, gt=0)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
-        y = self.descend(oracle, context, state.inner)
+        y, memory = self.descend(oracle, context, state.inner, state.memory)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         columns = choose(oracle, self.rank, num_elements(y))
         product = hessian(oracle, context, y, oracle.draw_inner())
@@ -58,7 +58,7 @@ class Nystrom(InnerLoop):
         return Estimate(
             hypergradient=h,
             start_gradient=None,
-            state=InnerState(y),
+            state=InnerState(y, memory),
             metrics={**metrics, **residual},
         )
 

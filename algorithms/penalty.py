@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.inner import InnerLoop, InnerOptimizer, decayed
+from metadist.algorithms.parts.inner import NO_MEMORY, InnerLoop
 from metadist.algorithms.parts.linear import relative_residual
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
@@ -22,6 +22,7 @@ class PenaltyState(NamedTuple):
     inner: Params
     multipliers: Params
     num_updates: Tensor
+    memory: Any = NO_MEMORY
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Penalty(InnerLoop):
             of x diverge once outer_lr rho |J|^2 > 2 unless the outer rate falls as well.
         lam_factor: In (0, 1].
         eps_factor: In (0, 1].
-        lr_factor: In (0, 1]; with "sgd" and rho_factor > 1 it should be 1 / rho_factor.
+        lr_factor: In (0, 1]; with SGD and rho_factor > 1 it should be 1 / rho_factor.
 
     Family: First derivatives of g.
     For: strongly convex near the solution.
@@ -61,7 +62,7 @@ class Penalty(InnerLoop):
     Differs: the official code's test squares the sums of squares once more, (s^2 + t^2) < eps^2;
     nu starts at 0; x is stepped by the outer optimiser, whose rate no update shrinks, so rho_factor
     and lr_factor are 1 by default where the code has 1.1 and 0.9; the default inner optimiser is
-    "sgd" where the code has Adam.
+    SGD where the code has Adam.
     """
 
     rho: float = rule(1.0, gt=0)
@@ -80,23 +81,28 @@ class Penalty(InnerLoop):
         leaf = next(iter(inner.values()))
         # A counter, so it must be exact: bfloat16 would end at 256.
         dtype = torch.promote_types(leaf.dtype, torch.float32)
-        return PenaltyState(inner, zeros_like(inner), leaf.new_zeros((), dtype=dtype))
+        return PenaltyState(
+            inner=inner,
+            multipliers=zeros_like(inner),
+            num_updates=leaf.new_zeros((), dtype=dtype),
+            memory=self.new_memory(inner),
+        )
 
     def estimate(self, oracle: Oracle, context: Params, state: PenaltyState) -> Estimate:
         # The number of updates is a tensor, not a counter: whether the test is met depends on
         # data, so under vmap each task has its own, and the weights follow it as tensors.
-        y, nu, num_updates = state
+        y, nu, num_updates, memory = state
         rho = self.rho * self.rho_factor**num_updates
         lam = self.lam * self.lam_factor**num_updates
         eps = self.eps * self.eps_factor**num_updates
         shrink = self.lr_factor**num_updates
-        optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))
         for _ in range(self.inner_steps):
             draw = oracle.draw_inner()
             g_y = oracle.kept_grad(context, y, draw)
             h_w = oracle.hvp(context, y, add(nu, g_y, rho), draw)
             _, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
-            moved = optimizer.step(y, add(add(f_y, h_w), g_y, lam))
+            direction = add(add(f_y, h_w), g_y, lam)
+            moved, memory = self.step_inner(oracle, y, memory, direction)
             y = add(y, sub(moved, y), shrink)
 
         draw = oracle.draw_inner()
@@ -111,6 +117,7 @@ class Penalty(InnerLoop):
             inner=y,
             multipliers=add(nu, g_y, torch.where(met, rho, 0.0)),
             num_updates=num_updates + met,
+            memory=self.carried(memory),
         )
         residual = relative_residual(scale(h_w, -1.0), f_y)  # -w is the adjoint
         return Estimate(

@@ -49,6 +49,7 @@ class PZOBO(InnerLoop):
     takes_second_derivatives = False
     trains = "both"
     takes_differences = True
+    refuses_decay = ""
 
     mu: float = rule(0.01, gt=0)
     num_directions: int = rule(8, ge=1)
@@ -56,15 +57,19 @@ class PZOBO(InnerLoop):
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         start = state.inner
         draws = [oracle.draw_inner() for _ in range(self.inner_steps)]
-        y = self.descend(oracle, context, start, draws)
+        y, memory = self.descend(oracle, context, start, state.memory, draws)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         h, start_gradient = f_x, zeros_like(y)
         for _ in range(self.num_directions):
             u, s = random_pair(oracle, context, start, "normal")
-            moved = self.descend(oracle, add(context, u, self.mu), add(start, s, self.mu), draws)
+            x_moved, start_moved = add(context, u, self.mu), add(start, s, self.mu)
+            moved, _ = self.descend(oracle, x_moved, start_moved, state.memory, draws)
             slope = dot(sub(moved, y), f_y) / (self.mu * self.num_directions)
             h = add(h, scale(u, slope))
             start_gradient = add(start_gradient, scale(s, slope))
         return Estimate(
-            hypergradient=h, start_gradient=start_gradient, state=InnerState(y), metrics={}
+            hypergradient=h,
+            start_gradient=start_gradient,
+            state=InnerState(y, memory),
+            metrics={},
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metadist.algorithm import Estimate
 from metadist.algorithms.parts.implicit import AdjointLoop
+from metadist.algorithms.parts.inner import NO_MEMORY
 from metadist.algorithms.parts.linear import relative_residual
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, norm, stack, sub, tree_map, zeros_like
@@ -27,6 +28,7 @@ class SABAState(NamedTuple):
         f_x_table: Gradients of f in x, by parts of the query set.
         f_y_table: Gradients of f in y, likewise.
         age: Steps so far.
+        memory: That of y.
     """
 
     inner: Params
@@ -37,6 +39,7 @@ class SABAState(NamedTuple):
     f_x_table: Params
     f_y_table: Params
     age: int
+    memory: Any = NO_MEMORY
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class SABA(AdjointLoop):
             f_x_table=stack([zero_x] * num_query),
             f_y_table=stack([zero_y] * num_query),
             age=0,
+            memory=self.new_memory(inner),
         )
 
     def move(self, oracle: Oracle, context: Params, state: SABAState) -> Estimate:
@@ -107,8 +111,9 @@ class SABA(AdjointLoop):
         j_v, j_v_table = saga(j_v, state.j_v_table, support, i)
         f_x, f_x_table = saga(f_x, state.f_x_table, query, j)
         f_y, f_y_table = saga(f_y, state.f_y_table, query, j)
+        y, memory = self.step_inner(oracle, y, state.memory, g_y)
         moved = SABAState(
-            inner=self.descend_once(oracle, y, g_y),
+            inner=y,
             adjoint=self.step_adjoint(oracle, v, h_v, f_y),
             g_y_table=g_y_table,
             h_v_table=h_v_table,
@@ -116,6 +121,7 @@ class SABA(AdjointLoop):
             f_x_table=f_x_table,
             f_y_table=f_y_table,
             age=state.age + 1,
+            memory=memory,
         )
         return Estimate(
             hypergradient=sub(f_x, j_v),

@@ -22,8 +22,9 @@ class SOBA(AdjointLoop):
     all at the same (x, y, v), h with the old v: three directions, each linear in f and g. One draw
     of the support set and one of the query set, so each is unbiased given (x, y, v).
 
-    With noisy draws the paper lets all rates fall: inner_decay=0.5, adjoint_decay=0.5, and for x
-    OuterOptimizer("sgd", schedule="power", schedule_power=0.5).
+    With noisy draws the paper lets all rates fall: inner_optimizer=SGD(lr,
+    schedule="power", exponent=0.5), adjoint_decay=0.5, and for x OuterOptimizer("sgd",
+    schedule="power", schedule_power=0.5).
 
     Family: Stochastic.
     For: strongly convex, mini-batches.
@@ -54,18 +55,16 @@ class SOBA(AdjointLoop):
         )
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> AdjointState:
-        return AdjointState(inner, zeros_like(inner))
+        return AdjointState(inner, zeros_like(inner), self.new_memory(inner))
 
     def move(self, oracle: Oracle, context: Params, state: AdjointState) -> Estimate:
-        y, v = state
+        y, v, memory = state
         draw = oracle.draw_inner()
         j_v, h_v = oracle.second_order(context, y, v, draw)
         g_y = oracle.inner_grad(context, y, draw)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
-        moved = AdjointState(
-            inner=self.descend_once(oracle, y, g_y),
-            adjoint=self.step_adjoint(oracle, v, h_v, f_y),
-        )
+        y, memory = self.step_inner(oracle, y, memory, g_y)
+        moved = AdjointState(y, self.step_adjoint(oracle, v, h_v, f_y), memory)
         return Estimate(
             hypergradient=sub(f_x, j_v),
             start_gradient=None,

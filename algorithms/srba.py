@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from metadist.algorithm import Estimate
 from metadist.algorithms.parts.implicit import AdjointLoop
+from metadist.algorithms.parts.inner import NO_MEMORY
 from metadist.algorithms.parts.linear import relative_residual
 from metadist.algorithms.parts.neumann import Sample, average
-from metadist.algorithms.parts.recursion import recursion
+from metadist.algorithms.parts.recursion import RECURSION_ALONE, recursion
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, norm, sub, zeros_like
@@ -35,6 +36,7 @@ class SRBAState(NamedTuple):
     previous_inner: Params
     previous_adjoint: Params
     age: int
+    memory: Any = NO_MEMORY
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class SRBA(AdjointLoop):
     Differs: the sign of v; v is not projected on a ball, as in the benchmark's code and unlike the
     paper; inner_steps > 1 moves y and v several times at one x, for new tasks.
     """
+
+    refuses_memory = RECURSION_ALONE
 
     period: int = rule(10, ge=1)
 
@@ -104,14 +108,16 @@ class SRBA(AdjointLoop):
             ]
             directions = Directions(*sums)
         zero = zeros_like(v)
+        moved_y, memory = self.step_inner(oracle, y, state.memory, directions.inner)
         moved = SRBAState(
-            inner=self.descend_once(oracle, y, directions.inner),
+            inner=moved_y,
             adjoint=self.step_adjoint(oracle, v, directions.adjoint, zero),
             directions=directions,
             previous_context=context,
             previous_inner=y,
             previous_adjoint=v,
             age=state.age + 1,
+            memory=memory,
         )
         return Estimate(
             hypergradient=directions.outer,

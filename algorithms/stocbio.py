@@ -46,12 +46,12 @@ class StocBiO(InnerLoop):
     adjoint_lr: float = rule(0.1, gt=0)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
-        y = self.descend(oracle, context, state.inner)
+        y, memory = self.descend(oracle, context, state.inner, state.memory)
         bundle = draw_bundle(oracle, self.adjoint_steps)
         h, _, residual = neumann_estimate(oracle, context, y, bundle, self.adjoint_lr)
         return Estimate(
             hypergradient=h,
             start_gradient=None,
-            state=InnerState(y),
+            state=InnerState(y, memory),
             metrics={"adjoint_residual": residual},
         )

@@ -62,10 +62,10 @@ class SubBiO(InnerLoop):
         return {"adjoint_lr": "adjoint_steps"} if self.adjoint_steps == 1 else {}
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> AdjointState:
-        return AdjointState(inner, zeros_like(inner))
+        return AdjointState(inner, zeros_like(inner), self.new_memory(inner))
 
     def estimate(self, oracle: Oracle, context: Params, state: AdjointState) -> Estimate:
-        y = self.descend(oracle, context, state.inner)
+        y, memory = self.descend(oracle, context, state.inner, state.memory)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         solution = Solution(state.adjoint, {})
         for _ in range(self.adjoint_steps):
@@ -77,7 +77,7 @@ class SubBiO(InnerLoop):
         return Estimate(
             hypergradient=h,
             start_gradient=None,
-            state=AdjointState(y, v),
+            state=AdjointState(y, v, memory),
             metrics={**metrics, **residual},
         )
 

@@ -38,11 +38,18 @@ class T1T2(InnerLoop):
     Regularization Hyperparameters", ICML 2016. Details beyond the formula were not checked.
     """
 
+    refuses_decay = ""
+
     adjoint_lr: float = rule(1.0, gt=0)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
-        y = self.descend(oracle, context, state.inner)
+        y, memory = self.descend(oracle, context, state.inner, state.memory)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
         v = scale(f_y, self.adjoint_lr)
         h, metrics = implicit_gradient(oracle, context, y, v, f_x, f_y)
-        return Estimate(hypergradient=h, start_gradient=None, state=InnerState(y), metrics=metrics)
+        return Estimate(
+            hypergradient=h,
+            start_gradient=None,
+            state=InnerState(y, memory),
+            metrics=metrics,
+        )

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 import torch
 
 from metadist.algorithm import Estimate, InnerState
-from metadist.algorithms.parts.inner import GradientDescent
+from metadist.algorithms.parts.inner import Descent
+from metadist.algorithms.parts.through import Trace, pull
+from metadist.checks.values import rule
 from metadist.oracle import Draw, Oracle
-from metadist.trees import Params, add, norm, sub
+from metadist.step_rules import Memory
+from metadist.trees import Params, add, norm, sub, zeros_like
 
 
 @dataclass(frozen=True)
-class UFOM(GradientDescent):
+class UFOM(Descent):
     """Unbiased first-order MAML.
 
         h_FOM = (f_x, f_y) at y_T  for (context, start), as if y_T were start + const
@@ -43,6 +46,7 @@ class UFOM(GradientDescent):
     Differs: q is fixed, where the paper also chooses q from running estimates.
     """
 
+    inner_steps: int = rule(5, ge=1)
     exact_probability: float = 0.2
     recompute: bool = False
 
@@ -57,38 +61,51 @@ class UFOM(GradientDescent):
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         exact = oracle.uniform() < self.exact_probability
         draws = [oracle.draw_inner() for _ in range(self.inner_steps)]
-        iterates: list[Params] = []
-        y = state.inner
         keeps = exact and not self.recompute
-        ask = oracle.kept_grad if keeps else oracle.inner_grad
-        for draw in draws:
-            if keeps:
-                iterates.append(y)
-            y = add(y, ask(context, y, draw), -self.inner_lr)
-
+        traces, y, memory = self._steps(oracle, context, state, draws, keeps)
         f_x, f_y = h, w = oracle.outer_grads(context, y, oracle.draw_outer())
         if exact:
+            steps = self.step_rule
+            rate = steps.lr_at(oracle.step)
+            w_means = tuple(map(zeros_like, memory.means))
             for t in reversed(range(self.inner_steps)):
-                y_t = self._iterate(oracle, context, state.inner, draws[:t], iterates)
-                j_w, h_w = oracle.second_order(context, y_t, w, draws[t])
-                h, w = add(h, j_w, -self.inner_lr), add(w, h_w, -self.inner_lr)
+                if self.recompute:
+                    _, y_t, memory_t = self._steps(oracle, context, state, draws[:t], False)
+                    g_y = {} if steps.is_linear else oracle.kept_grad(context, y_t, draws[t])
+                    trace = Trace(y_t, memory_t, g_y)
+                else:
+                    trace = traces.pop()
+                pulled = pull(oracle, steps, trace, rate, w, w_means)
+                w, w_means = pulled.y, pulled.means
+                j_u, h_u = oracle.second_order(context, trace.y, pulled.gradient, draws[t])
+                h, w = add(h, j_u), add(w, h_u)
             h = add(f_x, sub(h, f_x), 1 / self.exact_probability)
             w = add(f_y, sub(w, f_y), 1 / self.exact_probability)
         metrics = {"exact_steps": torch.ones_like(norm(w)) * float(exact)}
-        return Estimate(hypergradient=h, start_gradient=w, state=InnerState(y), metrics=metrics)
+        return Estimate(
+            hypergradient=h,
+            start_gradient=w,
+            state=InnerState(y, self.carried(memory)),
+            metrics=metrics,
+        )
 
-    def _iterate(
+    def _steps(
         self,
         oracle: Oracle,
         context: Params,
-        start: Params,
+        state: InnerState,
         draws: list[Draw],
-        iterates: list[Params],
-    ) -> Params:
-        """The iterate that `draws` lead to, kept or found again."""
-        if not self.recompute:
-            return iterates[len(draws)]
-        y = start
+        keeps: bool,
+    ) -> tuple[list[Trace], Params, Memory]:
+        """(what the way back needs of each step, y and memory after the last) on `draws`."""
+        steps = self.step_rule
+        rate = steps.lr_at(oracle.step)
+        traces: list[Trace] = []
+        y, memory = state.inner, state.memory or steps.start(state.inner)
         for draw in draws:
-            y = self.next_inner(oracle, context, y, draw)
-        return y
+            ask = oracle.kept_grad if keeps else oracle.inner_grad
+            trace = Trace(y, memory, ask(context, y, draw))
+            if keeps:
+                traces.append(trace.kept_for(steps))
+            y, memory = steps.step(*trace, rate)
+        return traces, y, memory

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.inner import InnerLoop, decayed, repeat
+from metadist.algorithms.parts.inner import NO_MEMORY, InnerLoop, check_first_step, repeat
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
+from metadist.step_rules import SGD
 from metadist.trees import Params, add, norm, scale, sub
 
 
 class VPBGDState(NamedTuple):
-    """y of the penalised problem, and omega, which follows the lower solution."""
+    """y of the penalised problem, omega, which follows the lower solution, and their memories."""
 
     inner: Params
     lower_solution: Params
+    memory: Any = NO_MEMORY
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,10 @@ class VPBGD(InnerLoop):
     with s = min(1 / gamma, 1), which keeps steps stable as gamma grows; so where gamma > 1, h is
     an estimate of the hypergradient divided by gamma. gamma rises linearly over gamma_steps outer
     steps. x and y move together. `adapt` and `inner_lr` are omega's; the adapted inner variable of
-    training is y, as in the paper. `inner_decay` applies to y too.
+    training is y, as in the paper.
 
     Args:
-        y_lr: The step size of y, > 0.
+        y_lr: The rate of y, > 0, in the place of that of `inner_optimizer`; s multiplies its rate.
         gamma_init: gamma at outer step 0, >= 0; needs gamma_steps.
         gamma_max: gamma from outer step gamma_steps on, > 0 and >= gamma_init.
         gamma_steps: The length of the rise, >= 0; with 0, gamma is gamma_max throughout.
@@ -80,7 +82,7 @@ class VPBGD(InnerLoop):
         return {"y_lr": "rounds"} if self.rounds == 1 else {}
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> VPBGDState:
-        return VPBGDState(inner, inner)
+        return VPBGDState(inner, inner, self.new_memory(inner, 2))
 
     def penalty(self, step: int) -> float:
         """gamma at an outer step."""
@@ -88,21 +90,30 @@ class VPBGD(InnerLoop):
         return self.gamma_init + done * (self.gamma_max - self.gamma_init)
 
     def estimate(self, oracle: Oracle, context: Params, state: VPBGDState) -> Estimate:
-        return repeat(self._move, self.rounds, oracle, context, state)
+        found = repeat(self._move, self.rounds, oracle, context, state)
+        memory = self.carried(found.state.memory)
+        return found._replace(state=found.state._replace(memory=memory))
+
+    def _check_first_step(self) -> None:
+        super()._check_first_step()
+        if not isinstance(self.step_rule, SGD):
+            check_first_step("rounds", self.rounds, self.step_rule)
 
     def _move(self, oracle: Oracle, context: Params, state: VPBGDState) -> Estimate:
         gamma = self.penalty(oracle.step)
         factor = 1 / max(gamma, 1.0)
-        y, omega = state.inner, self.descend(oracle, context, state.lower_solution)
+        y_memory, omega_memory = state.memory or (NO_MEMORY, NO_MEMORY)
+        y = state.inner
+        omega, omega_memory = self.descend(oracle, context, state.lower_solution, omega_memory)
         draw = oracle.draw_inner()  # one for both, so that noise cancels in the difference
         g_x, g_y = oracle.inner_grads(context, y, draw)
         g_x_at_omega = oracle.inner_grad_x(context, omega, draw)
         f_x, f_y = oracle.outer_grads(context, y, oracle.draw_outer())
-        rate = factor * decayed(self.y_lr, self.inner_decay, oracle.step)
-        moved = add(y, add(f_y, g_y, gamma), -rate)
+        rate = factor * self.step_rule.with_lr(self.y_lr).lr_at(oracle.step)
+        moved, y_memory = self.step_inner(oracle, y, y_memory, add(f_y, g_y, gamma), rate)
         return Estimate(
             hypergradient=scale(add(f_x, sub(g_x, g_x_at_omega), gamma), factor),
             start_gradient=None,
-            state=VPBGDState(inner=moved, lower_solution=omega),
+            state=VPBGDState(inner=moved, lower_solution=omega, memory=(y_memory, omega_memory)),
             metrics={"inner_gradient_norm": norm(g_y)},
         )

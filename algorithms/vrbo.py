@@ -12,7 +12,12 @@ from metadist.algorithms.parts.neumann import (
     neumann_estimate,
     whole_bundle,
 )
-from metadist.algorithms.parts.recursion import RecursiveState, new_recursive_state, recursion
+from metadist.algorithms.parts.recursion import (
+    RECURSION_ALONE,
+    RecursiveState,
+    new_recursive_state,
+    recursion,
+)
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, norm
@@ -57,6 +62,8 @@ class VRBO(SingleLoop):
     of the same x.
     """
 
+    refuses_memory = RECURSION_ALONE
+
     inner_steps: int = rule(3, ge=1)
     adjoint_steps: int = rule(10, ge=0)
     adjoint_lr: float = rule(0.1, gt=0)
@@ -100,13 +107,15 @@ class VRBO(SingleLoop):
             old = neumann_estimate(oracle, *previous, bundle, self.adjoint_lr)
             w = recursion(new.hypergradient, old.hypergradient, w, 0.0)
             metrics = {"adjoint_residual": new.residual}
+        moved_y, memory = self.step_inner(oracle, y, state.memory, u)
         moved = RecursiveState(
-            inner=self.descend_once(oracle, y, u),
+            inner=moved_y,
             previous_context=context,
             previous_inner=y,
             inner_direction=u,
             outer_direction=w,
             age=state.age + 1,
+            memory=memory,
         )
         return Estimate(hypergradient=w, start_gradient=None, state=moved, metrics=metrics)
 

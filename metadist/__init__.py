@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from metadist.run.checkpoint import Checkpoint as Checkpoint
     from metadist.run.checkpoint import CheckpointError as CheckpointError
     from metadist.run.checkpoint import CheckpointStore as CheckpointStore
+    from metadist.step_rules import SGD as SGD
+    from metadist.step_rules import Adam as Adam
+    from metadist.step_rules import AdamW as AdamW
+    from metadist.step_rules import StepRule as StepRule
     from metadist.task import Batch as Batch
     from metadist.task import Task as Task
     from metadist.task import TaskSampler as TaskSampler

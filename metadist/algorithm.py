@@ -30,9 +30,13 @@ vector.
 
 
 class InnerState(NamedTuple):
-    """The state of algorithms that keep nothing but the inner variable."""
+    """The state of algorithms that keep nothing but the inner variable.
+
+    `memory` is a `metadist.step_rules.Memory` if they carry one, else ().
+    """
 
     inner: Params
+    memory: Any = ()
 
 
 class Estimate(NamedTuple):

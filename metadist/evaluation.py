@@ -32,6 +32,7 @@ from metadist.problem import (
     start_carried,
     with_carried,
 )
+from metadist.step_rules import SGD
 from metadist.task import (
     NamesTasks,
     Stream,
@@ -424,8 +425,10 @@ def with_inner_steps(algorithm: Algorithm, inner_steps: int) -> Algorithm:
     changes: dict[str, Any] = {"inner_steps": inner_steps}
     if "truncate" in fields:
         changes["truncate"] = None  # of no effect on adaptation
-    if "momentum" in fields and inner_steps == 1:
-        changes["momentum"] = 0.0  # of no effect on the first step
+    steps = getattr(algorithm, "inner_optimizer", None)
+    if isinstance(steps, SGD) and inner_steps == 1:
+        # of no effect on the first step
+        changes["inner_optimizer"] = dataclasses.replace(steps, momentum=0.0, carry=False)
     return dataclasses.replace(algorithm, **changes)  # type: ignore[type-var]
 
 

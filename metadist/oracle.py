@@ -240,8 +240,8 @@ class Oracle(ABC):
         A value is the only leaf, "value", of a tree.
         """
 
-    def apply(self, function: Callable[..., Params], arguments: Any, like: Params) -> Params:
-        """`function(*arguments)`, a tree like `like`; `function` needs no data.
+    def apply(self, function: Callable[..., Any], arguments: Any, like: Any) -> Any:
+        """`function(*arguments)`, trees like `like`; `function` needs no data.
 
         Override it where arguments may not be known yet.
         """
@@ -388,7 +388,7 @@ class CountingOracle(Oracle):
 
         return self._oracle.together(counted, *trees)
 
-    def apply(self, function: Callable[..., Params], arguments: Any, like: Params) -> Params:
+    def apply(self, function: Callable[..., Any], arguments: Any, like: Any) -> Any:
         return self._oracle.apply(function, arguments, like)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from metadist.algorithms.parts.inner import InnerLoop, SingleLoop, decayed
+from metadist.algorithms.parts.inner import NO_MEMORY, Descent, SingleLoop, decayed
 from metadist.algorithms.parts.linear import Product, relative_residual
 from metadist.checks.values import check, rule
 from metadist.oracle import Draw, Oracle
+from metadist.step_rules import SGD
 from metadist.trees import Params, add, sub
 
 
@@ -19,6 +20,7 @@ class AdjointState(NamedTuple):
 
     inner: Params
     adjoint: Params
+    memory: Any = NO_MEMORY
 
 
 def hessian(
@@ -52,12 +54,12 @@ def implicit_gradient(
     return sub(f_x, j_v), {"adjoint_residual": residual}
 
 
-def adjoint_rate(loop: InnerLoop | SingleLoop, adjoint_lr: float | None) -> float:
+def adjoint_rate(loop: Descent, adjoint_lr: float | None) -> float:
     """`adjoint_lr`, by default the rate of the inner loop (both should be 1/L)."""
-    return loop.inner_lr if adjoint_lr is None else adjoint_lr
+    return loop.step_rule.lr if adjoint_lr is None else adjoint_lr
 
 
-def check_adjoint_lr(loop: InnerLoop, adjoint_lr: float | None, solver: str = "") -> None:
+def check_adjoint_lr(loop: Descent, adjoint_lr: float | None, solver: str = "") -> None:
     """Raise ValueError unless `solver` has the rate for its steps on v that it needs."""
     if solver in ("cg", "normal_cg"):
         if adjoint_lr is not None:
@@ -67,10 +69,10 @@ def check_adjoint_lr(loop: InnerLoop, adjoint_lr: float | None, solver: str = ""
             )
     elif adjoint_lr is not None:
         check("adjoint_lr", adjoint_lr, gt=0)
-    elif loop.inner_optimizer != "sgd":
+    elif not isinstance(loop.step_rule, SGD):
         raise ValueError(
-            f"adjoint_lr must be given with inner_optimizer={loop.inner_optimizer!r}, got None: "
-            "the rate of that optimizer says nothing of steps on v, for which 1/L is good"
+            f"adjoint_lr must be given with inner_optimizer={type(loop.step_rule).__name__}, got "
+            "None: the rate of that rule says nothing of steps on v, for which 1/L is good"
         )
 
 

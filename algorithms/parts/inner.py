@@ -1,105 +1,18 @@
-"""The inner loop: optimisers as pure functions, and the bases that most methods stand on."""
+"""The inner loop: the bases that most methods stand on, and the steps that they make."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
-
-from torch import Tensor
+from functools import cached_property
+from typing import Any
 
 from metadist.algorithm import Algorithm, Estimate, InnerState, State
 from metadist.checks.values import check_fields, rule
 from metadist.oracle import Draw, Oracle
-from metadist.trees import Params, add, multiply, sub, tree_map, zeros_like
-
-
-def sgd_step(
-    y: Params, velocity: Params | None, g_y: Params, rates: Params, momentum: float
-) -> tuple[Params, Params]:
-    """(y, velocity) after one step of `torch.optim.SGD` (no dampening).
-
-    velocity <- momentum * velocity + g_y;   y <- y - rates * velocity
-
-    Args:
-        y: The inner variable.
-        velocity: None before the first step.
-        g_y: The gradient of g at y.
-        rates: Learning rates, each of shape () or of the shape of its inner tensor.
-        momentum: 0 for plain gradient descent.
-    """
-    if velocity is not None and momentum:
-        velocity = add(g_y, velocity, momentum)
-    else:
-        velocity = g_y
-    return sub(y, multiply(rates, velocity)), velocity
-
-
-def sgd(
-    oracle: Oracle,
-    context: Params,
-    y: Params,
-    num_steps: int,
-    rates: Params,
-    momentum: float = 0.0,
-) -> Params:
-    """y after `num_steps` steps on g, each on a fresh draw. Cost: num_steps gradients."""
-    velocity = None
-    for _ in range(num_steps):
-        g_y = oracle.inner_grad(context, y, oracle.draw_inner())
-        y, velocity = sgd_step(y, velocity, g_y, rates, momentum)
-    return y
-
-
-class Moments(NamedTuple):
-    """Adam after `num_steps` steps: running means of the gradient and of its square."""
-
-    first: Params
-    second: Params
-    num_steps: int
-
-
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-
-
-def adam_step(y: Params, moments: Moments | None, g_y: Params, lr: float) -> tuple[Params, Moments]:
-    """(y, moments) after one step of `torch.optim.Adam` (Kingma and Ba, 2015).
-
-    Its defaults: decay rates 0.9 and 0.999, 1e-8 added to the bias-corrected root.
-    """
-    if moments is None:
-        moments = Moments(zeros_like(y), zeros_like(y), 0)
-    count = moments.num_steps + 1
-    first = tree_map(lambda m, g: BETA1 * m + (1 - BETA1) * g, moments.first, g_y)
-    second = tree_map(lambda s, g: BETA2 * s + (1 - BETA2) * g * g, moments.second, g_y)
-    rate, root = lr / (1 - BETA1**count), math.sqrt(1 - BETA2**count)
-
-    def move(y: Tensor, m: Tensor, s: Tensor) -> Tensor:
-        return y - rate * m / (s.sqrt() / root + EPSILON)
-
-    return tree_map(move, y, first, second), Moments(first, second, count)
-
-
-def check_first_step(inner_steps: int, optimizer: str, momentum: float) -> None:
-    """Raise ValueError for an inner optimiser that ends before its memory has any effect.
-
-    The first step of "sgd" with momentum is that of "sgd"; the first step of an adaptive optimiser
-    is the sign of the gradient, times the rate.
-    """
-    if inner_steps > 1 or (optimizer == "sgd" and not momentum):
-        return
-    if optimizer == "sgd":
-        option, plain = f"momentum={momentum}", "momentum=0"
-        does = "its one step has no velocity yet, so that momentum does nothing"
-    else:
-        option, plain = f"inner_optimizer={optimizer!r}", "inner_optimizer='sgd'"
-        does = "its one step is the sign of the gradient alone"
-    raise ValueError(
-        f"inner_steps must be >= 2 with {option}, got {inner_steps}: the inner optimiser starts "
-        f"anew at every outer step, and {does}. Set more inner_steps, or {plain}"
-    )
+from metadist.step_rules import SGD, Memory, StepRule
+from metadist.trees import Params, add
 
 
 def decayed(rate: float, exponent: float, step: int) -> float:
@@ -149,82 +62,172 @@ class GradientDescent(Algorithm):
         return inner
 
 
+NO_MEMORY: tuple[()] = ()
+"""What a state has in the place of a `Memory` if its method keeps none."""
+
+DECAY_OF_G = (
+    "y would then solve another problem than h is the gradient of. Write the decay into inner_loss"
+)
+
+
 @dataclass(frozen=True)
-class InnerLoop(Algorithm):
-    """A base for methods that run `inner_steps` steps on g at every outer step.
+class Descent(Algorithm):
+    """A base for methods that move y along gradients, by a step rule.
 
     Args:
         inner_steps: T, >= 1.
-        inner_lr: alpha, > 0.
-        inner_decay: The rate at outer step k is inner_lr * (k+1)^-inner_decay, in [0, 1].
-            Evaluation is at k = 0: it adapts with inner_lr.
-        inner_optimizer: "sgd" or "adam" (with torch's defaults); as in torch.optim, started
-            anew at every outer step and in evaluation, so "adam" needs inner_steps >= 2.
-        momentum: The momentum of "sgd", in [0, 1); it needs inner_steps >= 2.
+        inner_lr: alpha, > 0, the rate of plain gradient descent; short for
+            inner_optimizer=SGD(lr=inner_lr).
+        inner_optimizer: The rule of the inner steps, `metadist.SGD`, `Adam` or `AdamW`, whose `lr`
+            then is inner_lr.
     """
 
-    trains = "context"
-    keeps_moments = False  # whether those of "adam" are part of the state
+    # What a method cannot take, with the reason; empty: it takes it.
+    refuses_decay = ""
+    refuses_memory = ""
+    refuses_adam = ""
 
     inner_steps: int = rule(10, ge=1)
     inner_lr: float = rule(0.1, gt=0)
-    inner_decay: float = rule(0.0, ge=0, le=1)
-    inner_optimizer: Literal["sgd", "adam"] = rule("sgd", one_of=("sgd", "adam"))
-    momentum: float = rule(0.0, ge=0, lt=1)
+    inner_optimizer: StepRule | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.inner_optimizer == "adam" and self.momentum:
+        steps = self.inner_optimizer
+        if steps is None:
+            return
+        if not isinstance(steps, StepRule):
             raise ValueError(
-                f"momentum must be 0 with inner_optimizer='adam', got {self.momentum}: it is the "
-                "momentum of 'sgd'"
+                f"inner_optimizer must be SGD(...), Adam(...) or AdamW(...), got {steps!r}"
             )
-        if not (self.inner_optimizer == "adam" and self.keeps_moments):
-            check_first_step(self.inner_steps, self.inner_optimizer, self.momentum)
+        if self.inner_lr != type(self).inner_lr:
+            raise ValueError(
+                f"inner_lr must be left out with inner_optimizer={steps!r}, got {self.inner_lr}: "
+                "the rate is inner_optimizer.lr"
+            )
+        name = type(self).__name__
+        if self.refuses_decay and steps.weight_decay:
+            raise ValueError(
+                f"inner_optimizer.weight_decay must be 0 in {name}, got {steps.weight_decay}: "
+                f"{self.refuses_decay}"
+            )
+        if self.refuses_memory and steps.num_means:
+            raise ValueError(
+                f"inner_optimizer must be SGD(momentum=0) in {name}, got {steps!r}: "
+                f"{self.refuses_memory}"
+            )
+        if self.refuses_adam and not isinstance(steps, SGD):
+            raise ValueError(
+                f"inner_optimizer must be SGD in {name}, got {steps!r}: {self.refuses_adam}"
+            )
+        self._check_first_step()
+
+    def _check_first_step(self) -> None:
+        """Raise ValueError for a rule that ends before what it remembers has any effect."""
+        check_first_step("inner_steps", self.inner_steps, self.step_rule)
+
+    @cached_property
+    def step_rule(self) -> StepRule:
+        """The rule of the inner steps."""
+        return self.inner_optimizer or SGD(lr=self.inner_lr)
+
+    @property
+    def needs_kept_state(self) -> str:
+        if self.step_rule.carry:
+            return (
+                "inner_optimizer.carry=True continues the velocity or the moments of a kept state "
+                "alone. Leave it out"
+            )
+        return super().needs_kept_state
+
+    def new_memory(self, y: Params, num_variables: int = 1) -> Any:
+        """The memory in a state before the first step: nothing, unless it is carried.
+
+        If the rule moves several variables like y, it is a tuple of theirs.
+        """
+        if not self.step_rule.carry:
+            return NO_MEMORY
+        memory = self.step_rule.start(y)
+        return memory if num_variables == 1 else (memory,) * num_variables
+
+    def carried(self, memory: Any) -> Any:
+        """What a state keeps of a memory, or of several."""
+        return memory if self.step_rule.carry else NO_MEMORY
+
+    def step_inner(
+        self,
+        oracle: Oracle,
+        y: Params,
+        memory: Any,
+        direction: Params,
+        lr: float | None = None,
+    ) -> tuple[Params, Memory]:
+        """(y, memory) after one step along `direction`.
+
+        Args:
+            oracle: For the outer step, by which the schedule goes.
+            y: What moves.
+            memory: That of the step before; `NO_MEMORY`: this is the first one.
+            direction: Shaped like y.
+            lr: The rate if it is not that of the rule at this outer step.
+        """
+        steps = self.step_rule
+        rate = steps.lr_at(oracle.step) if lr is None else lr
+        return steps.step(y, memory or steps.start(y), direction, rate)
 
     def descend(
-        self, oracle: Oracle, context: Params, y: Params, draws: Iterable[Draw] | None = None
-    ) -> Params:
-        """y after the inner loop, on `draws` or, if None, fresh ones. Cost: T gradients."""
-        optimizer = InnerOptimizer(self, decayed(self.inner_lr, self.inner_decay, oracle.step))
+        self,
+        oracle: Oracle,
+        context: Params,
+        y: Params,
+        memory: Any = NO_MEMORY,
+        draws: Iterable[Draw] | None = None,
+        lr: float | None = None,
+    ) -> tuple[Params, Any]:
+        """(y, what a state keeps of its memory) after inner_steps steps on g.
+
+        The steps are on `draws` or, if None, on fresh ones. Cost: T gradients.
+        """
         if draws is None:
             draws = (oracle.draw_inner() for _ in range(self.inner_steps))
         for draw in draws:
-            y = optimizer.step(y, oracle.inner_grad(context, y, draw))
-        return y
+            g_y = oracle.inner_grad(context, y, draw)
+            y, memory = self.step_inner(oracle, y, memory, g_y, lr)
+        return y, self.carried(memory)
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> State:
-        return InnerState(inner)
+        return InnerState(inner, self.new_memory(inner))
 
     def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
-        return self.descend(oracle, context, inner)
+        return self.descend(oracle, context, inner, lr=self.step_rule.lr)[0]
 
 
-class InnerOptimizer:
-    """The optimiser of an `InnerLoop` within one loop: keeps velocity or moments in between."""
-
-    def __init__(self, loop: InnerLoop, lr: float) -> None:
-        self._adam = loop.inner_optimizer == "adam"
-        self._momentum = loop.momentum
-        self._lr = lr
-        self._kept: Any = None
-        self._rates: Params | None = None
-
-    def step(self, y: Params, gradient: Params) -> Params:
-        """y after one step along `gradient`."""
-        if self._adam:
-            y, self._kept = adam_step(y, self._kept, gradient, self._lr)
-            return y
-        if self._rates is None:
-            # Tensors, since `sgd_step` also serves rates that are outer variables (Meta-SGD).
-            self._rates = {name: leaf.new_full((), self._lr) for name, leaf in y.items()}
-        y, self._kept = sgd_step(y, self._kept, gradient, self._rates, self._momentum)
-        return y
+def check_first_step(field: str, num_steps: int, steps: StepRule) -> None:
+    """Raise ValueError if `num_steps` from nothing remembered are too few for a rule."""
+    if num_steps > 1 or steps.carry or not steps.first_step:
+        return
+    if isinstance(steps, SGD):
+        option, plain = f"momentum={steps.momentum}", "momentum=0"
+    else:
+        option, plain = f"inner_optimizer={type(steps).__name__}", "SGD"
+    raise ValueError(
+        f"{field} must be >= 2 with {option}, got {num_steps}: the inner optimiser starts anew at "
+        f"every outer step, and {steps.first_step}. Set more {field}, or {plain}, or carry=True "
+        "where states are kept"
+    )
 
 
 @dataclass(frozen=True)
-class SingleLoop(Algorithm):
-    """A base for single loops: y makes one step of SGD where other methods solve for it.
+class InnerLoop(Descent):
+    """A base for methods that run `inner_steps` steps on g at every outer step."""
+
+    trains = "context"
+    refuses_decay = DECAY_OF_G
+
+
+@dataclass(frozen=True)
+class SingleLoop(Descent):
+    """A base for single loops: y makes one step where other methods solve for it.
 
     With states kept from one outer step to the next that is all. On a new task a single step
     says little, so `inner_steps` of them can be made at one x; only the last one's
@@ -232,32 +235,18 @@ class SingleLoop(Algorithm):
 
     Args:
         inner_steps: Steps of y (and of what else moves) per outer step; the papers have 1.
-        inner_lr: alpha, > 0.
-        inner_decay: The rate at outer step k is inner_lr * (k+1)^-inner_decay, in [0, 1].
     """
 
     trains = "context"
+    refuses_decay = DECAY_OF_G
 
     inner_steps: int = rule(1, ge=1)
-    inner_lr: float = rule(0.1, gt=0)
-    inner_decay: float = rule(0.0, ge=0, le=1)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @abstractmethod
     def move(self, oracle: Oracle, context: Params, state: State) -> Estimate:
         """One step of everything, and the hypergradient that goes with it."""
 
     def estimate(self, oracle: Oracle, context: Params, state: State) -> Estimate:
-        return repeat(self.move, self.inner_steps, oracle, context, state)
-
-    def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
-        for _ in range(self.inner_steps):
-            g_y = oracle.inner_grad(context, inner, oracle.draw_inner())
-            inner = self.descend_once(oracle, inner, g_y)
-        return inner
-
-    def descend_once(self, oracle: Oracle, y: Params, direction: Params) -> Params:
-        """y - alpha_k * direction."""
-        return add(y, direction, -decayed(self.inner_lr, self.inner_decay, oracle.step))
+        found = repeat(self.move, self.inner_steps, oracle, context, state)
+        memory = self.carried(found.state.memory)
+        return found._replace(state=found.state._replace(memory=memory))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.inner import SingleLoop
+from metadist.algorithms.parts.inner import NO_MEMORY, SingleLoop
 from metadist.algorithms.parts.neumann import NeumannEstimate
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
@@ -16,6 +16,12 @@ from metadist.trees import Params, add, norm, sub, zeros_like
 
 Estimator = Callable[[Params, Params], NeumannEstimate]
 """(context, y) -> hypergradient, always on the same draws."""
+
+
+RECURSION_ALONE = (
+    "its direction is a recursion on differences already, whose noise cancels only while steps are "
+    "short multiples of it"
+)
 
 
 def recursion(new: Params, old: Params, direction: Params, weight: float) -> Params:
@@ -37,6 +43,7 @@ class RecursiveState(NamedTuple):
     inner_direction: Params
     outer_direction: Params
     age: int
+    memory: Any = NO_MEMORY
 
 
 def new_recursive_state(context: Params, inner: Params) -> RecursiveState:
@@ -65,6 +72,8 @@ class RecursiveMomentum(SingleLoop):
         inner_weight: The factor of b_k, > 0.
         weight_decay: The exponent of both weights, in [0, 1]; the paper has 2/3.
     """
+
+    refuses_memory = RECURSION_ALONE
 
     adjoint_steps: int = rule(10, ge=0)
     adjoint_lr: float = rule(0.1, gt=0)
@@ -113,13 +122,15 @@ class RecursiveMomentum(SingleLoop):
             old = oracle.inner_grad(state.previous_context, state.previous_inner, draw)
             weight = falling_weight(self.inner_weight, self.weight_decay, state.age)
             u = recursion(u, old, state.inner_direction, weight)
+        y, memory = self.step_inner(oracle, state.inner, state.memory, u)
         moved = RecursiveState(
-            inner=self.descend_once(oracle, state.inner, u),
+            inner=y,
             previous_context=context,
             previous_inner=state.inner,
             inner_direction=u,
             outer_direction=state.outer_direction,
             age=state.age + 1,
+            memory=memory,
         )
         return Estimate(
             hypergradient=state.outer_direction, start_gradient=None, state=moved, metrics={}

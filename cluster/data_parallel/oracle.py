@@ -48,6 +48,5 @@ class ClusterOracle(Oracle):
         like = tuple(likes[role] for role in DERIVATIVES[name].gives)
         return self._rounds.ask(Question(name, draw, trees), like)
 
-    def apply(self, function: Callable[..., Params], arguments: Any, like: Params) -> Params:
-        moved: Params = self._rounds.later(function, arguments, like)
-        return moved
+    def apply(self, function: Callable[..., Any], arguments: Any, like: Any) -> Any:
+        return self._rounds.later(function, arguments, like)

@@ -50,6 +50,7 @@ ALGORITHM = ("init", "estimate", "adapt")
 PROBLEM = ("init_outer", "init_inner", "inner_loss", "outer_loss")
 EXECUTOR = ("start", "run", "state", "close")
 POLICY = ("leases_to_apply", "may_issue")
+STEP_RULE = ("start", "step", "lr_at")
 
 SamplerBase = _any_with("Tasks", "sample")
 ProblemBase = _any_with("Problem", *PROBLEM)
@@ -66,6 +67,7 @@ KINDS = {
     ),
     "executors": Kind(("executor",), ("metadist", "metadist.cluster"), EXECUTOR, "Executor"),
     "policies": Kind(("executor.policy",), ("metadist.cluster",), POLICY),
+    "step_rules": Kind(("algorithm.inner_optimizer",), ("metadist",), STEP_RULE),
 }
 
 

@@ -22,7 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metadist import Algorithm, AutogradOracle, Batch, CountingOracle, Params, Problem, Task
+from metadist import (
+    SGD,
+    Adam,
+    Algorithm,
+    AutogradOracle,
+    Batch,
+    CountingOracle,
+    Params,
+    Problem,
+    Task,
+)
 from metadist.algorithm import split_own
 from metadist.algorithms import (
     AID,
@@ -257,6 +267,10 @@ def kept(
     return run
 
 
+def falling(lr: float, exponent: float) -> SGD:
+    return SGD(lr, schedule="power", exponent=exponent)
+
+
 def spaced(points: Points, per_decade: int = 12) -> Points:
     """Points at even distances of log(cost): root mean squares over what lies between."""
     groups: dict[int, Points] = {}
@@ -300,15 +314,28 @@ FAMILIES: dict[str, dict[str, Run]] = {
     },
     "Stochastic": {
         "StocBiO": kept(lambda a: StocBiO(5, a, adjoint_steps=30, adjoint_lr=a), batches=True),
-        "MRBO": kept(lambda a: MRBO(5, a, 1 / 3, adjoint_steps=30, adjoint_lr=a), batches=True),
+        "MRBO": kept(
+            lambda a: MRBO(5, inner_optimizer=falling(a, 1 / 3), adjoint_steps=30, adjoint_lr=a),
+            batches=True,
+        ),
         "VRBO": kept(lambda a: VRBO(3, a, adjoint_steps=30, adjoint_lr=a), batches=True),
         "SUSTAIN": kept(
-            lambda a: SUSTAIN(5, a, 1 / 3, adjoint_steps=30, adjoint_lr=a), batches=True
+            lambda a: SUSTAIN(5, inner_optimizer=falling(a, 1 / 3), adjoint_steps=30, adjoint_lr=a),
+            batches=True,
         ),
-        "SOBA": kept(lambda a: SOBA(1, a, 0.3, adjoint_lr=a, adjoint_decay=0.3), batches=True),
+        "SOBA": kept(
+            lambda a: SOBA(1, inner_optimizer=falling(a, 0.3), adjoint_lr=a, adjoint_decay=0.3),
+            batches=True,
+        ),
         "SABA": kept(lambda a: SABA(1, a / 2, adjoint_lr=a / 2), batches=True),
         "FSLA": kept(
-            lambda a: FSLA(1, a, 0.3, adjoint_lr=a, adjoint_decay=0.3, weight_decay=0.5),
+            lambda a: FSLA(
+                1,
+                inner_optimizer=falling(a, 0.3),
+                adjoint_lr=a,
+                adjoint_decay=0.3,
+                weight_decay=0.5,
+            ),
             batches=True,
         ),
     },
@@ -331,7 +358,7 @@ FAMILIES: dict[str, dict[str, Run]] = {
         "T1T2": sweep(lambda t, a: T1T2(t, a), STEPS, None),
         "DARTS": sweep(lambda t, a: DARTS(t, a), STEPS, None),
         "SAMA, SGD": sweep(lambda t, a: SAMA(t, a), STEPS, None),
-        "SAMA, Adam": kept(lambda a: SAMA(10, 0.01, inner_optimizer="adam"), None),
+        "SAMA, Adam": kept(lambda a: SAMA(10, inner_optimizer=Adam(0.01, carry=True)), None),
     },
 }
 

@@ -7,9 +7,9 @@ import torch
 
 from metadist.algorithms.aid import AID
 from metadist.algorithms.parts.implicit import AdjointState
-from metadist.algorithms.parts.inner import sgd
 from metadist.autograd import AutogradOracle
 from metadist.problem import Problem
+from metadist.step_rules import SGD, Adam
 from metadist.task import Batch, Task
 from metadist.trees import flatten, unflatten
 from tests.algorithms.toys import estimate, point
@@ -93,7 +93,7 @@ def test_an_ill_conditioned_quadratic():
     assert estimate(slow, problem, outer, task).metrics["adjoint_residual"] > 0.1
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", [SGD(1e-9), Adam(1e-9)], ids=["SGD", "Adam"])
 def test_it_is_exact_at_the_lower_solution_of_a_problem_that_is_no_quadratic(optimizer):
     problem, task = Smooth(), smooth_task(3)
     outer = problem.init_outer(generator(3))
@@ -107,9 +107,9 @@ def test_it_is_exact_at_the_lower_solution_of_a_problem_that_is_no_quadratic(opt
             y = unflatten(flat - torch.linalg.solve(curvature, slope), start)
         return y
 
-    rates = {name: torch.tensor(0.2, dtype=DOUBLE) for name in start}
-    solution = solve(context, sgd(oracle, context, start, 100, rates), 8)
-    algorithm = AID(2, 1e-9, inner_optimizer=optimizer, adjoint_steps=8)
+    near = AID(100, 0.2).adapt(oracle, context, start)
+    solution = solve(context, near, 8)
+    algorithm = AID(2, inner_optimizer=optimizer, adjoint_steps=8)
     result = algorithm.estimate(oracle, context, algorithm.init(oracle, context, solution))
     expected = central_difference(
         lambda x: problem.outer_loss(x, solve(x, solution), task.query), context

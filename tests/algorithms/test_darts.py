@@ -5,6 +5,7 @@ import pytest
 from metadist.algorithms.darts import DARTS
 from metadist.algorithms.itd import ITD
 from metadist.algorithms.t1t2 import T1T2
+from metadist.step_rules import SGD
 from tests.algorithms.toys import estimate, point
 from tests.problems import (
     Quadratic,
@@ -59,6 +60,8 @@ def test_it_is_the_derivative_through_the_last_step(steps):
 def test_the_rate_of_the_step_is_that_of_the_outer_step():
     problem, task = Quadratic(2, 4), quadratic_task(0)
     outer = problem.init_outer(generator(0))
-    decayed = estimate(DARTS(2, 0.3, inner_decay=0.5), problem, outer, task, step=3)
+    decayed = estimate(
+        DARTS(2, inner_optimizer=SGD(0.3, schedule="power")), problem, outer, task, step=3
+    )
     expected = estimate(DARTS(2, 0.15), problem, outer, task, step=3)
     assert_close(decayed.hypergradient, expected.hypergradient)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metadist.algorithms.f2sa import F2SA
-from metadist.algorithms.parts.inner import sgd
+from metadist.algorithms.reptile import Reptile
 from metadist.trees import add
 from tests.algorithms.toys import (
     alignment,
@@ -145,5 +145,5 @@ def test_kept_states_converge_to_the_biased_solution():
 def test_adaptation_is_gradient_descent_on_g():
     problem, outer, task = golden_quadratic()
     oracle, context, start = oracle_of(problem, outer, task)
-    expected = sgd(oracle, context, start, 7, {"y": point(0.2, 0.2)})
+    expected = Reptile(7, 0.2).adapt(oracle, context, start)
     assert_close(F2SA(7, 0.2, lam=3.0).adapt(oracle, context, start), expected, 1e-14)

@@ -5,6 +5,7 @@ import torch
 
 from metadist.algorithms.imaml import IMAML
 from metadist.hypergradient import task_hypergradients
+from metadist.step_rules import SGD
 from metadist.task import Batch, Task
 from metadist.trees import flatten, unflatten
 from tests.problems import (
@@ -74,7 +75,7 @@ def test_the_inner_steps_are_those_of_the_regularised_loss(momentum):
         (problem.inner_loss(context, dict(leaves), task.support) + 0.5 * 0.7 * near).backward()
         reference.step()
     end = {name: leaf.detach() for name, leaf in leaves.items()}
-    algorithm = IMAML(4, 0.1, momentum=momentum, lam=0.7)
+    algorithm = IMAML(4, inner_optimizer=SGD(0.1, momentum=momentum), lam=0.7)
     assert_close(algorithm.adapt(oracle, context, start), end, 1e-13)
 
 

@@ -13,6 +13,7 @@ from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.oracle import CountingOracle, in_gradients
 from metadist.problem import Problem, has_inner_map
+from metadist.step_rules import SGD
 from metadist.task import Batch, Task
 from metadist.trees import Params, dot
 from metadist.workload import Workload
@@ -279,7 +280,7 @@ def test_other_methods_are_refused_where_no_preflight_sees_them():
         (AID(5), r"solver must be 'normal_cg', .* got 'cg': the Jacobian"),
         (AID(5, 0.2, solver="normal_cg"), r"inner_lr must be left out .* got 0\.2: y moves"),
         (ITD(5, 0.2), r"inner_lr must be left out for a problem with inner_map, got 0\.2"),
-        (ITD(5, momentum=0.5), r"momentum must be left out"),
+        (ITD(5, inner_optimizer=SGD(0.1, momentum=0.5)), r"inner_optimizer must be left out"),
         (ITD(5, learn_lr="per_tensor"), r"learn_lr must be left out .* got 'per_tensor'"),
         (ITD(5, engine="unrolled"), r"engine must be left out .* got 'unrolled'"),
         (ITD(5, compile=True), r"compile must be left out"),

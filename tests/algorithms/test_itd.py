@@ -11,6 +11,7 @@ from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.models import Conv4
 from metadist.oracle import CountingOracle
+from metadist.step_rules import SGD
 from metadist.task import Batch, Task
 from metadist.tasks.few_shot.problem import FewShotProblem
 from metadist.trees import add, scale
@@ -90,16 +91,18 @@ def test_closed_forms_on_random_quadratics(engine, index, num_steps):
     assert_close(result.start_gradient, {"y": y - t}, 1e-12)
 
 
-VARIANTS = [
+MOMENTUM = SGD(0.1, momentum=0.7)
+
+VARIANTS: list[dict[str, Any]] = [
     {},
-    {"momentum": 0.7},
+    {"inner_optimizer": MOMENTUM},
     {"truncate": 2},
-    {"truncate": 1, "momentum": 0.7},
+    {"truncate": 1, "inner_optimizer": MOMENTUM},
     {"first_order": True},
-    {"first_order": True, "momentum": 0.7, "learn_lr": "per_tensor"},
-    {"learn_lr": "per_tensor", "momentum": 0.7},
+    {"first_order": True, "inner_optimizer": MOMENTUM, "learn_lr": "per_tensor"},
+    {"learn_lr": "per_tensor", "inner_optimizer": MOMENTUM},
     {"learn_lr": "per_element"},
-    {"learn_lr": "per_element", "momentum": 0.7, "truncate": 2},
+    {"learn_lr": "per_element", "inner_optimizer": MOMENTUM, "truncate": 2},
 ]
 
 
@@ -155,7 +158,9 @@ def rates_of(outer):
 @pytest.mark.parametrize("learn_lr", ["no", "per_tensor", "per_element"])
 def test_every_derivative_agrees_with_central_differences(engine, momentum, learn_lr):
     problem, task = Smooth(), smooth_task(2)
-    algorithm = ITD(4, 0.15, momentum=momentum, learn_lr=learn_lr, engine=engine)
+    algorithm = ITD(
+        4, inner_optimizer=SGD(0.15, momentum=momentum), learn_lr=learn_lr, engine=engine
+    )
     outer = problem.init_outer(generator(2))
     outer = {**outer, **algorithm.init_own(problem.init_inner(outer, task))}
 
@@ -170,7 +175,7 @@ def test_every_derivative_agrees_with_central_differences(engine, momentum, lear
 @pytest.mark.parametrize("adapt", ["all", "head"])
 def test_learned_rates_of_conv4_agree_with_central_differences(adapt):
     problem, task = conv4(adapt), image_task(2)
-    algorithm = ITD(3, 0.1, momentum=0.5, learn_lr="per_element")
+    algorithm = ITD(3, inner_optimizer=SGD(0.1, momentum=0.5), learn_lr="per_element")
     outer = problem.init_outer(generator(0))
     outer = {**outer, **algorithm.init_own(problem.init_inner(outer, task))}
 
@@ -262,7 +267,7 @@ def test_adaptation_is_torch_sgd_step_by_step(momentum):
         expected = {name: leaf.detach() for name, leaf in leaves.items()}
         # One step with momentum is refused, since momentum would do nothing.
         for engine in ENGINES if num_steps > 1 or not momentum else ():
-            algorithm = ITD(num_steps, 0.1, momentum=momentum, engine=engine)
+            algorithm = ITD(num_steps, inner_optimizer=SGD(0.1, momentum=momentum), engine=engine)
             assert_close(algorithm.adapt(oracle, context, start), expected, 1e-13)
             assert_close(
                 estimate(algorithm, problem, problem.init_outer(generator(0)), task).state.inner,

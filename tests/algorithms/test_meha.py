@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from metadist.algorithms.meha import MEHA, MEHAState
+from metadist.step_rules import SGD
 from metadist.tasks.synthetic.toys import SINE_SOLUTION, Lasso, MerelyConvex, Sine
 from metadist.trees import add
 from tests.algorithms.toys import (
@@ -46,7 +47,13 @@ def test_one_golden_step():
 
 def test_the_step_of_y_has_the_rate_of_the_outer_step_it_belongs_to():
     problem, outer, task = golden_quadratic()
-    algorithm = MEHA(inner_lr=0.1, y_lr=0.2, inner_decay=1.0, gamma=0.5, c=1.0, c_power=0.0)
+    algorithm = MEHA(
+        inner_optimizer=SGD(0.1, schedule="power", exponent=1.0),
+        y_lr=0.2,
+        gamma=0.5,
+        c=1.0,
+        c_power=0.0,
+    )
     # Of step 1 are both its theta and its y, rates 0.05 and 0.1, though y is moved at step 2.
     state = MEHAState({"y": point(0, 0)}, {"y": point(0, 0)}, -1)
     first = estimate(algorithm, problem, outer, task, state, step=1)

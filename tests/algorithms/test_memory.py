@@ -19,6 +19,7 @@ from metadist.algorithms.t1t2 import T1T2
 from metadist.algorithms.ufom import UFOM
 from metadist.algorithms.vpbgd import VPBGD
 from metadist.memory import LiveMemory
+from metadist.step_rules import Adam
 from metadist.trees import num_elements
 from tests.problems import Smooth, generator, oracle_of, smooth_task
 
@@ -60,12 +61,12 @@ CONSTANT = {
     "BOME, rounds": lambda steps: BOME(2, 0.01, rounds=steps),
     "MEHA": lambda steps: MEHA(steps, 0.01),
     "F2SA": lambda steps: F2SA(steps, 0.01),
-    "F2SA-2": lambda steps: F2SA(steps, 0.01, order=2, inner_optimizer="adam"),
+    "F2SA-2": lambda steps: F2SA(steps, order=2, inner_optimizer=Adam(0.01)),
     "V-PBGD": lambda steps: VPBGD(steps, 0.01),
     "penalty": lambda steps: Penalty(steps, 0.01),
     "T1-T2": lambda steps: T1T2(steps, 0.01),
     "DARTS": lambda steps: DARTS(steps, 0.01),
-    "SAMA": lambda steps: SAMA(steps, 0.01, inner_optimizer="adam"),
+    "SAMA": lambda steps: SAMA(steps, inner_optimizer=Adam(0.01)),
 }
 
 
@@ -96,5 +97,12 @@ def test_forward_mode_and_differences_keep_nothing_per_step(eager):
     """Unlike ITD, whose hypergradient they estimate; UFOM as well, where it recomputes."""
     assert bytes_per_step(lambda steps: FG2U(steps, 0.01, num_directions=2), eager) <= 0
     assert bytes_per_step(lambda steps: PZOBO(steps, 0.01, num_directions=2), eager) <= 0
-    again = bytes_per_step(lambda steps: UFOM(steps, 0.01, 1.0, recompute=True), eager)
-    assert again <= 0 < bytes_per_step(lambda steps: UFOM(steps, 0.01, 1.0), eager) <= 2 * Y_BYTES
+    again = bytes_per_step(
+        lambda steps: UFOM(steps, 0.01, exact_probability=1.0, recompute=True), eager
+    )
+    assert (
+        again
+        <= 0
+        < bytes_per_step(lambda steps: UFOM(steps, 0.01, exact_probability=1.0), eager)
+        <= 2 * Y_BYTES
+    )

@@ -6,7 +6,10 @@ import pytest
 
 from metadist.algorithms import (
     AID,
+    BOME,
+    DARTS,
     ITD,
+    MRBO,
     PZOBO,
     SAMA,
     UFOM,
@@ -16,6 +19,7 @@ from metadist.algorithms import (
     MetaSGD,
     SubBiO,
 )  # fmt: skip
+from metadist.step_rules import SGD, Adam, AdamW
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (AID, {"adjoint_lr": 0.1}, "adjoint_lr must be None with solver='cg', got 0.1: conjugate"),
@@ -31,8 +35,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (
         AID,
-        {"solver": "neumann", "inner_optimizer": "adam"},
-        "adjoint_lr must be given with inner_optimizer='adam', got None: the rate of that",
+        {"solver": "neumann", "inner_optimizer": Adam(0.1)},
+        "adjoint_lr must be given with inner_optimizer=Adam, got None: the rate of that",
     ),
     (
         AID,
@@ -46,13 +50,13 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (
         AmIGO,
-        {"inner_optimizer": "adam"},
-        "adjoint_lr must be given with inner_optimizer='adam', got None",
+        {"inner_optimizer": Adam(0.1)},
+        "adjoint_lr must be given with inner_optimizer=Adam, got None",
     ),
     (
         SubBiO,
-        {"inner_optimizer": "adam"},
-        "adjoint_lr must be given with inner_optimizer='adam', got None",
+        {"inner_optimizer": Adam(0.1)},
+        "adjoint_lr must be given with inner_optimizer=Adam, got None",
     ),
     (
         LancBiO,
@@ -66,13 +70,13 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (
         PZOBO,
-        {"inner_optimizer": "adam", "momentum": 0.5},
-        r"momentum must be 0 with",
+        {"inner_optimizer": Adam(0.1), "inner_lr": 0.2},
+        r"inner_lr must be left out with inner_optimizer=Adam\(lr=0.1.*, got 0.2: the rate is",
     ),
     (
         SAMA,
         {"inner_optimizer": "rmsprop"},
-        r"inner_optimizer must be one of \('sgd', 'adam'\), got 'rmsprop'",
+        r"inner_optimizer must be SGD\(...\), Adam\(...\) or AdamW\(...\), got 'rmsprop'",
     ),
     (
         UFOM,
@@ -118,13 +122,43 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (
         ITD,
-        {"inner_optimizer": "adagrad"},
-        r"inner_optimizer must be 'sgd' with engine='adjoint', got 'adagrad'; engine='higher'",
+        {"inner_optimizer": Adam(0.1), "engine": "higher"},
+        r"inner_optimizer must be SGD without .* with engine='higher', got Adam\(.* epsilon before",
     ),
     (
         ITD,
-        {"inner_optimizer": "adam", "engine": "unrolled"},
-        r"inner_optimizer must be 'sgd' with engine='unrolled', got 'adam'",
+        {"inner_optimizer": SGD(0.1, clip_norm=1.0), "compile": True},
+        r"compile must be False with clip_norm=1.0, got True: .* each is clipped by its own norm",
+    ),
+    (
+        MetaSGD,
+        {"inner_optimizer": AdamW(0.1)},
+        r"inner_optimizer must be SGD with learn_lr='per_element', got AdamW",
+    ),
+    (
+        ITD,
+        {"inner_optimizer": SGD(0.1, warmup_steps=3), "learn_lr": "per_tensor"},
+        r"inner_optimizer must have schedule='constant' and warmup_steps=0 with learn_lr=",
+    ),
+    (
+        DARTS,
+        {"inner_optimizer": Adam(0.1)},
+        r"adjoint_lr must be given with inner_optimizer=Adam, got None: .* SAMA has its derivative",
+    ),
+    (
+        BOME,
+        {"inner_optimizer": Adam(0.1), "inner_steps": 2},
+        r"rounds must be >= 2 with inner_optimizer=Adam, got 1: .* sign of the gradient",
+    ),
+    (
+        MRBO,
+        {"inner_optimizer": SGD(0.1, momentum=0.9)},
+        r"inner_optimizer must be SGD\(momentum=0\) in MRBO, got SGD\(.*: its direction is a",
+    ),
+    (
+        AID,
+        {"inner_optimizer": AdamW(0.1)},
+        r"inner_optimizer.weight_decay must be 0 in AID, got 0.01: y would then solve another",
     ),
 ]
 

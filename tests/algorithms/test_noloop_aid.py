@@ -5,6 +5,7 @@ import torch
 
 from metadist.algorithms.noloop_aid import NoLoopAID
 from metadist.autograd import AutogradOracle
+from metadist.step_rules import SGD
 from tests.problems import (
     DOUBLE,
     Quadratic,
@@ -25,7 +26,7 @@ def test_two_steps_are_the_formula(index, step):
     problem.start = randn(index, 5)
     outer = problem.init_outer(generator(index))
     a, b, c, t = quadratic_terms(task)
-    algorithm = NoLoopAID(inner_lr=0.2, adjoint_lr=0.1, inner_decay=0.5, inner_steps=2)
+    algorithm = NoLoopAID(inner_optimizer=SGD(0.2, schedule="power"), adjoint_lr=0.1, inner_steps=2)
     oracle = AutogradOracle(problem, task, step=step)
     state = algorithm.init(oracle, outer, problem.init_inner(outer, task))
     result = algorithm.estimate(oracle, outer, state)

@@ -10,6 +10,7 @@ from metadist.algorithms.parts.differences import random_pair
 from metadist.algorithms.pzobo import PZOBO
 from metadist.autograd import AutogradOracle
 from metadist.hypergradient import task_hypergradients
+from metadist.step_rules import SGD, Adam
 from metadist.trees import add, dot, scale, sub
 from tests.algorithms.monte_carlo import assert_mean
 from tests.algorithms.test_fg2u import exact, samples
@@ -25,11 +26,15 @@ from tests.problems import (
 )
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.5}, {"inner_optimizer": "adam"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"inner_optimizer": SGD(0.1, momentum=0.5)}, {"inner_optimizer": Adam(0.1)}],
+    ids=str,
+)
 def test_one_direction_by_hand(options):
     problem, task, mu = Smooth(), smooth_task(0), 0.05
     outer = problem.init_outer(generator(0))
-    algorithm = PZOBO(3, 0.1, mu=mu, num_directions=1, **options)
+    algorithm = PZOBO(3, mu=mu, num_directions=1, **options)
     x, start = problem.encode(outer, task), problem.init_inner(outer, task)
     oracle = AutogradOracle(problem, task)
     for _ in range(4):
@@ -48,7 +53,7 @@ def test_one_direction_by_hand(options):
 def test_small_differences_are_slopes_of_itd():
     problem, task = Smooth(), smooth_task(0)
     outer = problem.init_outer(generator(0))
-    found = estimate(PZOBO(3, 0.1, mu=1e-6, num_directions=1), problem, outer, task)
+    found = estimate(PZOBO(3, mu=1e-6, num_directions=1), problem, outer, task)
     x, start = problem.encode(outer, task), problem.init_inner(outer, task)
     oracle = AutogradOracle(problem, task)
     for _ in range(4):
@@ -73,7 +78,7 @@ def test_all_runs_are_on_the_same_draws():
     problem, task = Quadratic(2, 4), quadratic_task(0, noise=1.0)
     outer = problem.init_outer(generator(0))
     tiny, small = (
-        estimate(PZOBO(3, 0.1, mu=mu), problem, outer, task, batch_size=1).hypergradient
+        estimate(PZOBO(3, mu=mu), problem, outer, task, batch_size=1).hypergradient
         for mu in (1e-6, 1e-2)
     )
     assert_close(tiny, small, 1e-6)

@@ -10,6 +10,7 @@ from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP, Conv4
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterVariable
+from metadist.step_rules import SGD
 from metadist.tasks.few_shot.problem import FewShotProblem
 from metadist.trees import add, scale, sub
 from metadist.workload import Workload
@@ -41,7 +42,7 @@ def conv4(adapt, batch_norm="transductive"):
 def test_the_hypergradient_is_start_minus_end_of_adaptation(momentum):
     problem, tasks = maml_on_perceptron(), [vector_task(index) for index in range(2)]
     outer = problem.init_outer(generator(0))
-    algorithm = Reptile(inner_steps=3, inner_lr=0.2, momentum=momentum)
+    algorithm = Reptile(inner_steps=3, inner_optimizer=SGD(0.2, momentum=momentum))
     expected = scale(outer, 0.0)
     for task in tasks:
         leaves = {name: torch.nn.Parameter(leaf.clone()) for name, leaf in outer.items()}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from metadist.algorithms.soba import SOBA
+from metadist.step_rules import SGD
 from metadist.trees import add
 from tests.algorithms.toys import estimate, point
 from tests.problems import (
@@ -38,7 +39,9 @@ def test_all_directions_are_at_the_old_point():
     problem, task = Quadratic(3, 4), quadratic_task(2, num_outer=3)
     x, y, v = randn(1, 3), randn(2, 4), randn(3, 4)
     a, b, c, t = quadratic_terms(task)
-    algorithm = SOBA(inner_lr=0.2, inner_decay=0.5, adjoint_lr=0.3, adjoint_decay=1.0)
+    algorithm = SOBA(
+        inner_optimizer=SGD(0.2, schedule="power", exponent=0.5), adjoint_lr=0.3, adjoint_decay=1.0
+    )
     state = estimate(algorithm, problem, {"x": x}, task).state
     state = state._replace(inner={"y": y}, adjoint={"y": v})
     found = estimate(algorithm, problem, {"x": x}, task, state, step=3)

@@ -34,6 +34,7 @@ from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.oracle import CountingOracle
 from metadist.problem import Problem
+from metadist.step_rules import Adam
 from metadist.task import Batch, Task
 from metadist.trees import Params, add
 from tests.algorithms import cases_first_order, cases_implicit, cases_own, cases_stochastic
@@ -140,7 +141,7 @@ COSTS: list[tuple[Algorithm, dict[str, int]]] = [
     (BOME(5, phi="value"), {**PENALISED, "inner_value": 2}),
     (DARTS(5), PENALISED),
     (SAMA(5), PENALISED),
-    (SAMA(5, inner_optimizer="adam"), PENALISED),
+    (SAMA(5, inner_optimizer=Adam(0.1, carry=True)), PENALISED),
     (VPBGD(5), PENALISED),
     (VPBGD(5, rounds=3), {name: 3 * count for name, count in PENALISED.items()}),
     (F2SA(5), {"inner_grad": 12, "inner_grad_x": 2, "outer_grads": 5 + 1}),
@@ -165,17 +166,17 @@ def test_an_estimate_from_a_new_state_costs_what_is_said(algorithm, counts):
 
 VECTORIZED: list[Algorithm] = [
     BOME(3, 0.1, rounds=2),
-    BOME(3, 0.01, phi="value", inner_optimizer="adam"),
+    BOME(3, phi="value", inner_optimizer=Adam(0.01), rounds=2),
     DARTS(4, 0.1),
     F2SA(4, 0.1),
     F2SA(4, 0.1, order=2),
-    F2SA(4, 0.01, inner_optimizer="adam"),
-    F2SA(4, 0.01, order=2, inner_optimizer="adam"),
+    F2SA(4, inner_optimizer=Adam(0.01)),
+    F2SA(4, order=2, inner_optimizer=Adam(0.01)),
     MEHA(4, 0.05, y_lr=0.05),
     Penalty(3, 0.01, eps=2.0),
-    Penalty(3, 0.01, inner_optimizer="adam", lr_factor=0.9),
+    Penalty(3, inner_optimizer=Adam(0.01), lr_factor=0.9),
     SAMA(4, 0.1),
-    SAMA(4, 0.02, inner_optimizer="adam"),
+    SAMA(4, inner_optimizer=Adam(0.02)),
     T1T2(4, 0.1),
     VPBGD(3, 0.05, y_lr=0.05, rounds=2),
 ]
@@ -292,7 +293,7 @@ def test_nothing_to_do_gives_finite_numbers(name, case):
         BOME(phi="value"),
         F2SA(order=2),
         MEHA(3),
-        SAMA(inner_optimizer="adam"),
+        SAMA(1, inner_optimizer=Adam(0.1, carry=True)),
     ],
     ids=str,
 )

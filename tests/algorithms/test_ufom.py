@@ -54,7 +54,7 @@ def test_its_mean_is_itd():
         exact = AutogradOracle(problem, task, step=step).uniform() < q
         counts[exact] += 1
         if exact not in faces:
-            found = estimate(UFOM(3, 0.1, q), problem, outer, task, step=step)
+            found = estimate(UFOM(3, 0.1, exact_probability=q), problem, outer, task, step=step)
             faces[exact] = found
             assert float(found.metrics["exact_steps"]) == exact
     assert abs(counts[True] - 400 * q) < 4 * (400 * q * (1 - q)) ** 0.5

@@ -28,6 +28,7 @@ KNOWN = {
     "samplers": "glyphs sinusoid omniglot fc100 image_folder lancbio_data no_data",
     "executors": "local ray data_parallel",
     "policies": "bsp ssp asp buffered",
+    "step_rules": "adam adamw sgd",
 }
 
 

@@ -18,6 +18,7 @@ from metadist.compute import Compute
 from metadist.evaluation import evaluate
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP, Conv4
+from metadist.step_rules import SGD, Adam
 from metadist.tasks import Sinusoid
 from metadist.tasks.few_shot.problem import FewShotProblem
 from metadist.trees import zeros_like
@@ -111,9 +112,10 @@ def both(problem, tasks, compute=ONE_THREAD, states=None, **options):
     "options",
     [
         {},
-        {"momentum": 0.9},
+        {"inner_optimizer": SGD(0.1, momentum=0.9)},
         {"learn_lr": "per_tensor"},
-        {"learn_lr": "per_element", "momentum": 0.5},
+        {"learn_lr": "per_element", "inner_optimizer": SGD(0.1, momentum=0.5)},
+        {"inner_optimizer": Adam(0.1)},
         {"truncate": 1},
         {"first_order": True},
     ],

@@ -25,6 +25,7 @@ from metadist.evaluation import (
 )
 from metadist.models import Conv4
 from metadist.problem import Problem
+from metadist.step_rules import SGD
 from metadist.tasks import FewShotProblem, Glyphs
 from metadist.tasks.few_shot.problem import QUERY
 from tests.helpers import Images, Spoiled, curves, regression, small_conv4, with_compute
@@ -109,7 +110,12 @@ def test_after_many_steps_the_figures_are_those_of_the_exact_solution():
 
 
 @pytest.mark.parametrize(
-    "algorithm", [ITD(inner_steps=3), ITD(inner_steps=2, momentum=0.9), Reptile(inner_steps=3)]
+    "algorithm",
+    [
+        ITD(inner_steps=3),
+        ITD(inner_steps=2, inner_optimizer=SGD(0.1, momentum=0.9)),
+        Reptile(inner_steps=3),
+    ],
 )
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_together_and_one_by_one_give_the_same_numbers(algorithm, batch_size):

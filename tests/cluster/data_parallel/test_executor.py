@@ -47,6 +47,7 @@ from metadist.cluster.data_parallel.layout import METRICS, Reply
 from metadist.hypergradient import task_hypergradients
 from metadist.optimizer import OuterOptimizer
 from metadist.oracle import DERIVATIVES
+from metadist.step_rules import SGD, Adam
 from metadist.task import Batch, Task
 from metadist.tasks import FixedTasks
 from tests.algorithms.directions import NEW_TASKS
@@ -72,9 +73,9 @@ ALL = {
     "amigo_cg": AmIGO(3, 0.2, solver="cg", adjoint_steps=2),
     "bome_value": BOME(3, 0.2, phi="value"),
     "f2sa_central": F2SA(3, 0.2, order=2),
-    "itd_rates": ITD(3, 0.2, momentum=0.5, learn_lr="per_tensor"),
+    "itd_rates": ITD(3, inner_optimizer=SGD(0.2, momentum=0.5), learn_lr="per_tensor"),
     "saba_full": SABA(inner_lr=0.2, full_pass=True),
-    "sama_adam": SAMA(3, 0.05, inner_optimizer="adam"),
+    "sama_adam": SAMA(3, inner_optimizer=Adam(0.05, carry=True)),
 }
 
 
