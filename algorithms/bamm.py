@@ -30,8 +30,8 @@ class BAMM(AdjointLoop):
         mu: The share of f at the first outer step, in [0, 1).
         mu_decay: The exponent of its fall, in [0, 1]; the official code has 0.1.
 
-    In the paper the rates fall too: a "power" schedule, adjoint_decay, and for x a faster one of the
-    outer optimiser.
+    In the paper the rates fall too: a "power" schedule, adjoint_decay, and for x a faster one of
+    the outer optimiser.
 
     Family: Implicit differentiation.
     For: convex, with many minima; f strongly convex in y.
