@@ -726,7 +726,8 @@ class Trainer:
         if self._config is not None:
             self._folder.write(CONFIG, self._config.encode())
         elif not self._has_foreign_config():
-            options = {name: value for name, value in self._given.items() if name != "config"}
+            not_options = ("config", "run_dir")
+            options = {name: v for name, v in self._given.items() if name not in not_options}
             compute = self._given["compute"].given(
                 batch_size=options["batch_size"], seed=options["seed"]
             )
@@ -736,7 +737,6 @@ class Trainer:
                 "executor": self._executor,
                 "outer_optimizer": vars(self._optimizer),
                 "compute": {**vars(compute), "seed": compute.seed},
-                "run_dir": str(self._folder.uri),
             }
             sampler = self.sampler if self._probe is self.sampler else None
             self._folder.write(CONFIG, config_of(options, sampler).encode())

@@ -42,10 +42,22 @@ def config_of(settings: Mapping[str, Any], sampler: TaskSampler | None) -> str:
     None for the sampler: no fingerprint, where a part of its data alone is at hand.
     """
     unknown: list[str] = []
-    tree = {name: _spelled(value, name, unknown) for name, value in settings.items()}
+    tree = {}
+    found = None
+    # Whatever users' classes raise here, the run they are trained by is none the worse.
+    for name, value in settings.items():
+        try:
+            tree[name] = _spelled(value, name, unknown)
+        except Exception as error:  # noqa: BLE001
+            unknown.append(f"{name}, whose arguments end in {_in_a_line(error)}")
+    try:
+        if sampler is not None:
+            found = fingerprint(settings["problem"], sampler)
+    except Exception as error:  # noqa: BLE001
+        unknown.append(f"problem, whose losses at another x end in {_in_a_line(error)}")
     lines = [HEADER, *(UNKNOWN + reason for reason in unknown)]
-    if sampler is not None:
-        lines.append(FINGERPRINT + json.dumps(fingerprint(settings["problem"], sampler)))
+    if found is not None:
+        lines.append(FINGERPRINT + json.dumps(found))
     return "\n".join([*lines, json.dumps(tree, indent=1), ""])
 
 
@@ -121,6 +133,10 @@ def _near(then: float | None, now: float | None) -> bool:
     if then is None or now is None:
         return then is now
     return abs(then - now) <= TOLERANCE * max(1.0, abs(then))
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _lines(text: str, start: str) -> list[str]:

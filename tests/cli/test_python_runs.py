@@ -169,3 +169,27 @@ def test_a_class_of_the_main_program_is_said(cli, here, monkeypatch):
     python_run("run", 1, problem=FewShotProblem(Renamed(3)))
     _, _, err = cli("resume", "run")
     assert "problem.model, a class Renamed of __main__ (move it to" in err
+
+
+class Delicate(FewShotProblem):
+    """Raises at any x but its own, and has an attribute that raises."""
+
+    def __init__(self, model: nn.Module, secret: int = 0):
+        super().__init__(model)
+        self.first = self.init_outer(torch.Generator())["head.weight"]
+
+    @property
+    def secret(self):
+        raise LookupError("not here")
+
+    def inner_loss(self, context, inner, batch):
+        if (inner["head.weight"].detach() - self.first).abs().max() > 0.2:
+            raise ArithmeticError("far away")
+        return super().inner_loss(context, inner, batch)
+
+
+def test_training_does_not_mind_what_cannot_be_described(cli, here):
+    trainer = python_run("run", 1, problem=Delicate(Conv4(3, width=4)))
+    assert trainer.version == 1
+    _, _, err = cli("evaluate", "run")
+    assert "LookupError: not here" in err and "ArithmeticError: far away" in err
