@@ -123,6 +123,13 @@ def task_hypergradients(
     """
     if not tasks:
         raise ValueError("tasks must hold at least one task, got none")
+    for kind in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(kind):
+            raise ValueError(
+                f"torch.autocast({kind!r}) must be off around hypergradients, got on: it rounds "
+                "inner gradients to half precision, whose second derivatives are then off by 40 % "
+                "and more. Leave it out; precision='tf32' is the faster arithmetic that there is"
+            )
     if states is None and algorithm.needs_kept_state:
         raise ValueError(
             f"states must be given with {algorithm}, got None: {algorithm.needs_kept_state}, or "

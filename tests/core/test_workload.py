@@ -181,6 +181,15 @@ def test_a_precision_that_was_set_by_operator_is_given_back(loose):
     assert [read() for read, _ in NEWER_SWITCHES] == before
 
 
+def test_autocast_around_a_lease_is_refused():
+    work, outer = workload(), workload().problem.init_outer(generator(0))
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match=r"autocast\('cpu'\) must be off around hypergradients"),
+    ):
+        work.compute_lease(work.lease(0, 0), outer)
+
+
 def out_of_memory():
     return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd ten screens.")
 

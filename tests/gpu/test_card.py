@@ -1,0 +1,147 @@
+"""On a GPU: right, and the same bytes again. `pytest -m gpu`; skipped where torch sees none."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from metadist import LocalExecutor, OuterOptimizer, Trainer, evaluate, task_hypergradients
+from metadist.algorithm import Algorithm
+from metadist.algorithms import AID, BOME, ITD, SOBA, LancBiO
+from metadist.compute import Compute, DeviceMemoryError
+from metadist.models import Conv4
+from metadist.task import to_device
+from metadist.tasks import FewShotProblem, Glyphs
+from metadist.trees import Params, flatten
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA or ROCm device"),
+]
+
+CASES: dict[str, tuple[Any, Algorithm]] = {
+    "maml": ("all", ITD(inner_steps=2, inner_lr=0.01)),
+    "anil": ("head", ITD(inner_steps=5, inner_lr=0.1)),
+    "anil, unrolled": ("head", ITD(inner_steps=5, inner_lr=0.1, engine="unrolled")),
+    "aid": ("head", AID(inner_steps=5, inner_lr=0.1, adjoint_steps=5)),
+    "lancbio": ("head", LancBiO(inner_steps=3, inner_lr=0.1)),
+    "soba": ("head", SOBA(inner_lr=0.1, adjoint_lr=0.1)),
+    "bome": ("head", BOME(inner_steps=5, inner_lr=0.1)),
+}
+
+
+def hypergradient(
+    name: str, device: str, dtype: torch.dtype, vectorize: bool, **options: Any
+) -> torch.Tensor:
+    """Flat and on the CPU, of three tasks."""
+    torch.manual_seed(0)
+    adapt, algorithm = CASES[name]
+    problem = FewShotProblem(Conv4(width=16, image_size=28).to(dtype), adapt=adapt)
+    outer = {n: leaf.to(device) for n, leaf in problem.init_outer(torch.Generator()).items()}
+    sampler = Glyphs(n_way=5, k_shot=2, k_query=3)
+    tasks = [to_device(sampler.sample(index), device, dtype) for index in range(3)]
+    found = task_hypergradients(
+        *(problem, algorithm, outer, tasks),
+        compute=Compute(vectorize=vectorize, **options),
+        states={} if name in ("lancbio", "soba") else None,
+        is_checked=True,
+    )
+    assert not found.dropped
+    return flatten(found.total).cpu()
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_hypergradients_are_those_of_the_cpu(name, vectorize):
+    expected = hypergradient(name, "cpu", torch.float64, False)
+    assert distance(hypergradient(name, "cuda", torch.float64, vectorize), expected) < 1e-8
+
+
+@pytest.mark.parametrize("name", ["maml", "anil"])
+def test_single_precision_is_that_of_float32_whatever_torch_is_set_to(name, monkeypatch):
+    expected = hypergradient(name, "cpu", torch.float64, False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    full = distance(hypergradient(name, "cuda", torch.float32, False), expected)
+    rounded = distance(
+        hypergradient(name, "cuda", torch.float32, False, precision="tf32"), expected
+    )
+    assert full < 1e-3
+    assert full <= rounded
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_the_bytes_are_the_same_again(name, vectorize):
+    first = hypergradient(name, "cuda", torch.float32, vectorize)
+    blocker = torch.empty(1 << 20, device="cuda")  # so that other addresses are used
+    again = hypergradient(name, "cuda", torch.float32, vectorize)
+    del blocker
+    assert torch.equal(first, again)
+
+
+def digest(name: str) -> str:
+    return hashlib.sha256(
+        hypergradient(name, "cuda", torch.float32, False).numpy().tobytes()
+    ).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["maml", "lancbio"])
+def test_the_bytes_are_the_same_in_another_process(name):
+    code = f"from tests.gpu.test_card import digest; print(digest({name!r}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split()[-1] == digest(name)
+
+
+def trained(device: str) -> tuple[Params, Any]:
+    torch.manual_seed(0)
+    problem = FewShotProblem(Conv4(width=8), adapt="head")
+    sampler = Glyphs(n_way=5, k_shot=1, k_query=3)
+    trainer = Trainer(
+        problem,
+        sampler,
+        ITD(inner_steps=3, inner_lr=0.1),
+        outer_optimizer=OuterOptimizer("adam", lr=1e-3),
+        meta_batch_size=4,
+        executor=LocalExecutor(),
+        compute=Compute(device=device),
+        quiet=True,
+    )
+    trainer.fit(5)
+    return trainer.outer, evaluate(problem, sampler, trainer.algorithm, trainer.outer, 8)
+
+
+def test_a_training_has_the_same_bytes_twice_and_is_near_that_of_the_cpu():
+    (first, judged), (again, judged_again) = trained("cuda"), trained("cuda")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert judged.metrics == judged_again.metrics
+    on_cpu, _ = trained("cpu")
+    moved = flatten({name: leaf.cpu() for name, leaf in first.items()})
+    assert distance(moved, flatten(on_cpu).double()) < 1e-2
+
+
+def test_memory_that_runs_out_says_what_to_lower():
+    sampler = Glyphs(n_way=5, k_shot=1, k_query=3)
+    trainer = Trainer(
+        FewShotProblem(Conv4(width=8), adapt="head"),
+        sampler,
+        ITD(inner_steps=3, inner_lr=0.1),
+        meta_batch_size=4,
+        compute=Compute(device="cuda"),
+        quiet=True,
+    )
+    torch.cuda.set_per_process_memory_fraction(1e-4)
+    try:
+        torch.cuda.empty_cache()
+        with pytest.raises(DeviceMemoryError, match="tasks_per_lease or meta_batch_size"):
+            trainer.fit(1)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
