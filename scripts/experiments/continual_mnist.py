@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from metadist import Algorithm, Batch, OuterOptimizer, Params, Trainer
+from metadist import Algorithm, Batch, OuterOptimizer, Trainer
 from metadist.algorithms import BOME, F2SA, ITD, MEHA, SAMA
 from metadist.tasks import (
     AccuracyMatrix,
@@ -30,8 +28,9 @@ from metadist.tasks import (
     JudgeAfterEachTask,
     PermutedImages,
 )
+from metadist.tasks.continual.problem import FIELDS
 from metadist.tasks.data.random import Random
-from metadist.trees import gradients, leaves
+from metadist.trees import add, detach, gradients, leaves
 
 
 class Method(NamedTuple):
@@ -45,30 +44,47 @@ METHODS = {
     "CTN": Method(ITD(inner_steps=1, inner_lr=0.1, first_order=True), 0.1),
     "ITD": Method(ITD(inner_steps=1, inner_lr=0.1), 0.1),
     "BOME": Method(BOME(inner_steps=1, inner_lr=0.1, y_lr=0.1), 0.1),
-    "MEHA": Method(MEHA(inner_steps=1, inner_lr=0.1, y_lr=0.1), 0.1),
+    "MEHA": Method(
+        MEHA(inner_steps=1, inner_lr=0.1, y_lr=0.1, gamma=10.0, c=1.0, c_power=0.0), 0.1
+    ),
     "SAMA": Method(SAMA(inner_steps=1, inner_lr=0.1), 0.1),
-    "F2SA": Method(F2SA(inner_steps=1, inner_lr=0.1), 0.1),
+    "F2SA": Method(F2SA(inner_steps=1, inner_lr=0.1, lam=1.0), 0.1),
 }
+JOINT = 74
+"""Ten new examples and 64 replayed ones."""
 BASELINES = {"none": 0.1, "replay": 0.1, "joint": 0.1}
 """The rate of SGD on x and y together."""
 
 
-def stream_of(seed: int, num_tasks: int) -> PermutedImages:
-    """The stream of a seed."""
-    return PermutedImages("mnist", num_tasks=num_tasks, seed=seed)
+class Setting(NamedTuple):
+    """A stream without its seed, and the size of the network."""
+
+    dataset: str = "mnist"
+    num_tasks: int = 20
+    per_task: int = 1000
+    num_test: int = 2000
+    width: int = 256
+
+    def start(self, seed: int) -> tuple[PermutedImages, ContinualLearning]:
+        """The stream, and the problem with the initial weights of a seed."""
+        stream = PermutedImages(
+            self.dataset,
+            num_tasks=self.num_tasks,
+            per_task=self.per_task,
+            num_test=self.num_test,
+            seed=seed,
+        )
+        size = stream.sample(0).support.tensors[0][0].numel()
+        torch.manual_seed(seed)
+        network = ContextualNetwork(size, width=self.width, num_tasks=self.num_tasks)
+        return stream, ContinualLearning(network)
 
 
-def problem_of(seed: int, num_tasks: int) -> ContinualLearning:
-    """The problem, with the initial weights of a seed."""
-    torch.manual_seed(seed)
-    return ContinualLearning(ContextualNetwork(num_tasks=num_tasks))
-
-
-def bilevel(method: Method, seed: int, num_tasks: int) -> AccuracyMatrix:
+def bilevel(method: Method, seed: int, setting: Setting) -> AccuracyMatrix:
     """The accuracies of a bilevel method."""
-    stream = stream_of(seed, num_tasks)
+    stream, problem = setting.start(seed)
     trainer = Trainer(
-        problem_of(seed, num_tasks),
+        problem,
         stream,
         method.algorithm,
         outer_optimizer=OuterOptimizer("sgd", lr=method.outer_lr),
@@ -82,47 +98,41 @@ def bilevel(method: Method, seed: int, num_tasks: int) -> AccuracyMatrix:
     return judge.matrix
 
 
-def baseline(name: str, lr: float, seed: int, num_tasks: int) -> AccuracyMatrix:
-    """The accuracies of plain SGD on all weights, with as many updates on as many examples.
+def baseline(name: str, lr: float, seed: int, setting: Setting) -> AccuracyMatrix:
+    """The accuracies of plain SGD on all weights, x and y, with as many updates.
 
     "none" sees the new examples alone; "replay" also what a bilevel method replays and what it has
-    for the outer loss, as one memory; "joint" random examples of all tasks at every step.
+    for the outer loss, as one memory; "joint" as many random examples of all tasks at every step.
     """
-    stream, problem = stream_of(seed, num_tasks), problem_of(seed, num_tasks)
+    stream, problem = setting.start(seed)
     x = problem.init_outer(torch.Generator())
     y = problem.init_inner(x, stream.sample(0))
     whole = stream.whole()
     rows = []
     for step in range(stream.num_steps):
-        batches = _batches(name, stream, whole, seed, step)
         at_x, at_y = leaves(x), leaves(y)
-        losses = [_loss(problem, at_x, at_y, batch) for batch in batches]
+        batches = _batches(name, stream, whole, seed, step)
+        losses = [problem.outer_loss(at_x, at_y, batch) for batch in batches]
         g_x, g_y = gradients([torch.stack(losses).sum()], [None], at_x, at_y)
-        x = {n: (leaf - lr * g_x[n]).detach() for n, leaf in at_x.items()}
-        y = {n: (leaf - lr * g_y[n]).detach() for n, leaf in at_y.items()}
+        x, y = detach(add(at_x, g_x, -lr)), detach(add(at_y, g_y, -lr))
         stage, within = divmod(step + 1, stream.steps_per_stage)
         if not within:
             rows.append(tuple(stream.accuracies(problem, x, y, stage)))
     return AccuracyMatrix(tuple(rows))
 
 
-def _loss(problem: ContinualLearning, x: Params, y: Params, batch: Batch) -> Tensor:
-    targets = batch.fields("inputs", "stages", "is_new", "slots", "targets")[-1]
-    return F.cross_entropy(problem.logits(x, y, batch), targets)
-
-
 def _batches(name: str, stream: PermutedImages, whole: Batch, seed: int, step: int) -> list[Batch]:
     """The examples of a step: the loss is the sum of their mean losses."""
     if name == "joint":
-        chosen = Random(seed, "joint", step).choose(len(whole.index), 74)
+        chosen = Random(seed, "joint", step).choose(len(whole.index), JOINT)
         return [whole.take(torch.tensor(chosen))]
-    support, query, _ = stream.sample_at(0, step)
-    is_new = support.fields("inputs", "stages", "is_new", "slots", "targets")[2]
-    # The example of the batch that was put apart comes last in a ring that is not full.
-    first = step // 2 * 10
-    new = whole.take(torch.arange(first, first + 10))
+    # With the example that a bilevel method has in the outer loss alone.
+    first = step // stream.updates * stream.batch
+    new = whole.take(torch.arange(first, first + stream.batch))
     if name == "none":
         return [new]
+    support, query, _ = stream.sample_at(0, step)
+    is_new = support.fields(*FIELDS)[2]
     old = support.take((~is_new).nonzero()[:, 0])
     columns = zip(old.tensors, query.tensors, strict=True)
     memory = Batch.of(*map(torch.cat, columns))._replace(names=query.names)
@@ -134,20 +144,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    runs: dict[str, Callable[[int, int], AccuracyMatrix]] = {
+    runs: dict[str, Callable[[int, Setting], AccuracyMatrix]] = {
         **{name: partial(baseline, name, lr) for name, lr in BASELINES.items()},
         **{name: partial(bilevel, method) for name, method in METHODS.items()},
     }
-    parser.add_argument("methods", nargs="*", choices=[[], *runs], help="by default all")
+    parser.add_argument("methods", nargs="*", metavar="method", help=f"{', '.join(runs)}; all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--num_tasks", type=int, default=20)
     parser.add_argument("--output", type=Path, help="a file to append the lines to")
     options = parser.parse_args()
+    if unknown := set(options.methods) - set(runs):
+        parser.error(f"methods must be of {', '.join(runs)}, got {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     for seed in options.seeds:
         for name in options.methods or runs:
             began = time.process_time()
-            matrix = runs[name](seed, options.num_tasks)
+            matrix = runs[name](seed, Setting(num_tasks=options.num_tasks))
             row = {
                 "method": name,
                 "seed": seed,

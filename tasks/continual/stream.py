@@ -100,7 +100,7 @@ class ImageStream:
         if per_stage % batch:
             raise ValueError(f"batch must be a divisor of {per_stage} examples, got {batch}")
         self._stages = list(stages)
-        self._batch, self._updates, self._replay, self._seed = batch, updates, replay, seed
+        self.batch, self.updates, self._replay, self._seed = batch, updates, replay, seed
         self._num_batches = per_stage // batch
         self._num_episodic, self._semantic_slots, self._kind = memory - semantic, semantic, kind
         numbers = np.arange(per_stage).reshape(self._num_batches, batch)
@@ -119,7 +119,7 @@ class ImageStream:
         memories = f"{self._num_episodic}+{self._semantic_slots} slots a task, {self._kind}"
         return (
             f"{type(self).__name__}({self._described}; {self.num_stages} tasks, "
-            f"batch={self._batch}, {memories}, replay={self._replay}, updates={self._updates}, "
+            f"batch={self.batch}, {memories}, replay={self._replay}, updates={self.updates}, "
             f"seed={self._seed})"
         )
 
@@ -136,7 +136,7 @@ class ImageStream:
     @property
     def steps_per_stage(self) -> int:
         """How many outer steps a stage takes: stage k ends with step (k + 1) times as many."""
-        return self._num_batches * self._updates
+        return self._num_batches * self.updates
 
     @property
     def num_slots(self) -> int:
@@ -157,7 +157,7 @@ class ImageStream:
         if not 0 <= step < self.num_steps:
             raise ValueError(f"step must be from 0 to {self.num_steps - 1}, got {step}")
         stage, within = divmod(step, self.steps_per_stage)
-        batch = within // self._updates
+        batch = within // self.updates
         return Task(self._support(stage, batch, step), self._query(stage, batch), index)
 
     def test(self, stage: int) -> Batch:
@@ -194,7 +194,7 @@ class ImageStream:
         )
 
     def _support(self, stage: int, batch: int, step: int) -> Batch:
-        width = self._batch - 1
+        width = self.batch - 1
         first = batch * width
         # Where the new examples will lie once all of them have arrived.
         held = self._episodic[stage].at(first + width)
