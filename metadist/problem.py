@@ -191,19 +191,24 @@ def has_inner_map(problem: Problem) -> bool:
 
 def carries(problem: Problem) -> bool:
     """Whether the problem may have a state of its own."""
-    return _overrides(problem, "init_carried")
+    return _overrides(problem, "init_carried") or _overrides(problem, "carry")
 
 
 def start_carried(problem: Problem, outer: Params, task: Task) -> Params:
     """The state of the problem's own before the first step, a constant; empty: it has none.
 
     Raises:
-        ValueError: Not all of it is floating and in the dtype of x.
+        ValueError: Not all of it is floating and in the dtype of x; `carry` goes on with nothing.
     """
     if not carries(problem):
         return {}
     with torch.no_grad():
         carried = problem.init_carried(outer, task)
+    if not carried and not _overrides(problem, "init_carried"):
+        raise ValueError(
+            f"a problem with carry must have init_carried, got {type(problem).__name__} without: "
+            "return what it starts from, tensors of the shapes that carry returns"
+        )
     dtype = next(iter(outer.values())).dtype
     for name, leaf in carried.items():
         if leaf.dtype != dtype:

@@ -160,6 +160,10 @@ class Kind(Taught):
         return {"teacher": torch.zeros(3)}
 
 
+class Nothing(Taught):
+    init_carried = Problem.init_carried
+
+
 class Shape(Taught):
     def carry(self, outer: Params, inner: Params, task: Task, carried: Params) -> Params:
         return {"teacher": inner["w"][:2]}
@@ -175,6 +179,7 @@ class Random(Taught):
     [
         (Names(), ValueError, r"init_carried must have names that encode has not, got strength"),
         (Kind(), ValueError, r"init_carried must return .*float64, the dtype of x, got teacher of"),
+        (Nothing(), ValueError, r"a problem with carry must have init_carried, got Nothing"),
         (Shape(), ValueError, r"carry must return tensors of .*\(3,\).* got .*\(2,\)"),
         (Random(), Impure, r"carry must give the same bytes"),
     ],
