@@ -6,15 +6,21 @@ Every graph of a step of `Smooth` on 500 examples holds vectors of 500 numbers; 
 import pytest
 
 from metadist.algorithms.aid import AID
+from metadist.algorithms.bamm import BAMM
+from metadist.algorithms.bda import BDA
 from metadist.algorithms.bome import BOME
+from metadist.algorithms.bvfsm import BVFSM
 from metadist.algorithms.darts import DARTS
 from metadist.algorithms.f2sa import F2SA
 from metadist.algorithms.fg2u import FG2U
+from metadist.algorithms.free_pbgd import FreePBGD
+from metadist.algorithms.iaptt import IAPTT
 from metadist.algorithms.itd import ITD
 from metadist.algorithms.meha import MEHA
 from metadist.algorithms.penalty import Penalty
 from metadist.algorithms.pzobo import PZOBO
 from metadist.algorithms.sama import SAMA
+from metadist.algorithms.srba import SRBA
 from metadist.algorithms.t1t2 import T1T2
 from metadist.algorithms.ufom import UFOM
 from metadist.algorithms.vpbgd import VPBGD
@@ -62,6 +68,10 @@ CONSTANT = {
     "MEHA": lambda steps: MEHA(steps, 0.01),
     "F2SA": lambda steps: F2SA(steps, 0.01),
     "F2SA-2": lambda steps: F2SA(steps, order=2, inner_optimizer=Adam(0.01)),
+    "BVFSM": lambda steps: BVFSM(steps, 0.01, y_steps=steps),
+    "PBGD-Free": lambda steps: FreePBGD(steps, 0.01),
+    "BAMM": lambda steps: BAMM(steps, 0.01),
+    "SRBA": lambda steps: SRBA(steps, 0.01),
     "V-PBGD": lambda steps: VPBGD(steps, 0.01),
     "penalty": lambda steps: Penalty(steps, 0.01),
     "T1-T2": lambda steps: T1T2(steps, 0.01),
@@ -84,6 +94,11 @@ Y_BYTES = 8 * num_elements(Smooth().init_inner(Smooth().init_outer(generator(0))
 def test_the_adjoint_of_itd_keeps_one_inner_variable_per_step(eager, graph_budget):
     growth = bytes_per_step(lambda steps: ITD(steps, 0.01), eager, graph_budget)
     assert 0 < growth <= 2 * Y_BYTES
+
+
+@pytest.mark.parametrize("method", [BDA, IAPTT])
+def test_other_adjoints_do_so_as_well(method):
+    assert 0 < bytes_per_step(lambda steps: method(steps, 0.01), eager=True) <= 3 * Y_BYTES
 
 
 @pytest.mark.parametrize("engine", ["unrolled", "higher"])
