@@ -106,7 +106,7 @@ class BOME(InnerLoop):
             metrics={"lam": lam, "inner_gradient_norm": norm(q_y)},
         )
 
-    def check(self, problem: Problem, outer: Params, task: Task) -> None:
+    def check(self, problem: Problem, outer: Params, task: Task, some: Task | None = None) -> None:
         context, start = context_of(problem, outer, task), problem.init_inner(outer, task)
         random = torch.Generator().manual_seed(0)
 
@@ -115,7 +115,7 @@ class BOME(InnerLoop):
 
         gradient = grad(problem.inner_loss, argnums=1)
         points = (start, tree_map(perturb, start))
-        if not any(norm(gradient(context, y, task.support)) > 0 for y in points):
+        if not any(norm(gradient(context, y, (some or task).support)) > 0 for y in points):
             raise ValueError(
                 "algorithm BOME needs an inner loss that depends on the inner variable, but its "
                 "gradient is zero at the start of adaptation and at a point beside it: nothing "

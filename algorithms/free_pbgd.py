@@ -66,7 +66,7 @@ class FreePBGD(InnerLoop):
             metrics={"outer_gradient_in_y": norm(f_y)},
         )
 
-    def check(self, problem: Problem, outer: Params, task: Task) -> None:
+    def check(self, problem: Problem, outer: Params, task: Task, some: Task | None = None) -> None:
         random = torch.Generator().manual_seed(0)
 
         def perturb(leaf: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class FreePBGD(InnerLoop):
         x = leaves(outer)
         y = tree_map(perturb, problem.init_inner(outer, task))
         with torch.enable_grad():
-            loss = problem.outer_loss(context_of(problem, x, task), y, task.query)
+            loss = problem.outer_loss(context_of(problem, x, task), y, (some or task).query)
         (f_x,) = gradients([loss], [None], x)
         reached = context_depends_on(problem, outer, task)
         unused = sorted(name for name in reached if not f_x[name].any())

@@ -54,7 +54,7 @@ class Reptile(Descent):
             metrics={},
         )
 
-    def check(self, problem: Problem, outer: Params, task: Task) -> None:
+    def check(self, problem: Problem, outer: Params, task: Task, some: Task | None = None) -> None:
         depends = context_depends_on(problem, outer, task)
         names = [name for name in outer if name in depends]
         if names:

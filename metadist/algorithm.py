@@ -177,8 +177,11 @@ class Algorithm(ABC):
         """Whether the algorithm differentiates `Oracle.inner_value` or `outer_value` itself."""
         return False
 
-    def check(self, problem: Problem, outer: Params, task: Task) -> None:
-        """Raise ValueError if this algorithm cannot train this problem; default: it can."""
+    def check(self, problem: Problem, outer: Params, task: Task, some: Task | None = None) -> None:
+        """Raise ValueError if this algorithm cannot train this problem; default: it can.
+
+        Losses are to be computed on `some`, mini-batches of `task`; None: on the whole task.
+        """
 
 
 OWN = "algorithm."

@@ -26,6 +26,7 @@ from metadist.memory import LiveMemory
 from metadist.oracle import (
     DERIVATIVES,
     NO_CONSTANTS,
+    BatchSize,
     Constants,
     Derivative,
     Draw,
@@ -49,7 +50,8 @@ class AutogradOracle(Oracle):
     Args:
         problem: The problem.
         task: One task, or under vmap one slice of a stack of tasks.
-        batch_size: Examples per draw; None: every draw is the whole support or query set.
+        batch_size: Examples per draw, of both sets or of (support, query); None: every draw is the
+            whole set.
         seed: The seed of the draws, together with the task's id; reproducible on every device.
         compile: Compile what is asked in `together`, see metadist/compiled.py.
         eager: Use torch.autograd, which is faster; not under the transforms of torch.func.
@@ -62,7 +64,7 @@ class AutogradOracle(Oracle):
         self,
         problem: Problem,
         task: Task,
-        batch_size: int | None = None,
+        batch_size: BatchSize = None,
         seed: int = 0,
         compile: bool = False,
         eager: bool = False,

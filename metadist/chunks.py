@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from metadist.algorithm import split_own
+from metadist.compute import DEFAULT, Compute
+from metadist.oracle import first_parts
 from metadist.problem import Problem, context_of
 from metadist.task import Task
 from metadist.trees import Params
@@ -34,35 +36,37 @@ _known: dict[Any, tuple[ReferenceType[Problem], int]] = {}
 """What was measured in this process, by the identity of a problem and the sizes of x and a task."""
 
 
-def chunk_of(problem: Problem, outer: Params, task: Task) -> int:
+def chunk_of(problem: Problem, outer: Params, task: Task, compute: Compute = DEFAULT) -> int:
     """How many tasks like `task` go through vmap together, at least `FEW`.
 
     As many as their inner variables fill 8 MB. And as many as their data, and what their encoding
-    and their losses compute in a forward pass, fill 64 MB: beyond that memory is all that grows.
+    and their losses compute in a forward pass on a draw, fill 64 MB: beyond that memory is all that
+    grows.
 
     Cost: a forward pass, once for tasks of equal sizes.
     """
-    tensors = [*outer.values(), *task.support.tensors, *task.query.tensors]
+    some = first_parts(task, compute.batch_sizes, compute.seed)
+    tensors = [*outer.values(), *some.support.tensors, *some.query.tensors]
     key = id(problem), tuple((leaf.shape, leaf.dtype) for leaf in tensors)
     of, chunk = _known.get(key, (None, 0))
     if of is None or of() is not problem:  # an identity may come again
-        chunk = _measure(problem, outer, task)
+        chunk = _measure(problem, outer, task, some)
         if len(_known) >= 256:
             _known.clear()
         _known[key] = ref(problem), chunk
     return chunk
 
 
-def _measure(problem: Problem, outer: Params, task: Task) -> int:
+def _measure(problem: Problem, outer: Params, task: Task, some: Task) -> int:
     problem_outer, _ = split_own(outer)
     with torch.no_grad(), _Results() as results:
         context, inner = (
             context_of(problem, problem_outer, task),
             problem.init_inner(problem_outer, task),
         )
-        problem.inner_loss(context, inner, task.support)
-        problem.outer_loss(context, inner, task.query)
-    beside = results.num_bytes + num_bytes([*task.support.tensors, *task.query.tensors])
+        problem.inner_loss(context, inner, some.support)
+        problem.outer_loss(context, inner, some.query)
+    beside = results.num_bytes + num_bytes([*some.support.tensors, *some.query.tensors])
     by_size = min(CACHE_BYTES // num_bytes(inner), FORWARD_BYTES // beside)
     return max(FEW, by_size)
 

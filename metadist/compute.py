@@ -16,6 +16,10 @@ from metadist.checks.values import check_fields, rule
 Vectorize = Literal["auto"] | bool
 
 
+REPORT_EXAMPLES = 256
+"""Of each set, in a report of a training with smaller mini-batches."""
+
+
 @dataclass(frozen=True)
 class Compute:
     """How tasks are computed; but for `batch_size` and `seed`, results depend on it by rounding.
@@ -33,6 +37,11 @@ class Compute:
             back; what does not fit is computed again. 0: memory does not grow with the number of
             steps, at about 1.3 times the time.
         batch_size: Examples per draw from support and query set; None: whole sets.
+        outer_batch_size: Examples per draw from the query set, where f has a batch size of its own;
+            None: `batch_size`.
+        report_examples: With mini-batches, or if it is given, a report of a training is about so
+            many examples of each set, always the same, and evaluations and metrics of solutions go
+            through whole sets in parts of so many. None: 256, or a mini-batch if that is more.
         seed: The seed of these draws, and of the initial outer variable.
         num_threads: Intra-op threads of torch. The sums of a convolution depend on it, so every
             worker uses the same. None, which a training refuses: as torch is set.
@@ -47,6 +56,8 @@ class Compute:
     chunk_size: int | None = rule(None, ge=1, none="")
     graph_budget: int = rule(1_000_000_000, ge=0)
     batch_size: int | None = rule(None, ge=1, none="")
+    outer_batch_size: int | None = rule(None, ge=1, none="")
+    report_examples: int | None = rule(None, ge=1, none="")
     seed: int = 0
     num_threads: int | None = rule(1, ge=1, none="")
     device: str = "auto"
@@ -55,6 +66,19 @@ class Compute:
     def __post_init__(self) -> None:
         check_fields(self)
         parse_device(self.device)
+
+    @property
+    def batch_sizes(self) -> tuple[int | None, int | None]:
+        """Examples per draw from the support and from the query set; None: the whole set."""
+        return self.batch_size, self.outer_batch_size or self.batch_size
+
+    @property
+    def part_size(self) -> int | None:
+        """The most examples of which losses and metrics are computed together; None: whole sets."""
+        sizes = [size for size in self.batch_sizes if size is not None]
+        if self.report_examples is not None or not sizes:
+            return self.report_examples
+        return max(REPORT_EXAMPLES, *sizes)
 
     def given(self, **fields: Any) -> Compute:
         """The same with those of `fields` that are not None.

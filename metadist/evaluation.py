@@ -24,6 +24,7 @@ from metadist.hypergradient import (
     falls_back,
     vectorizes,
 )
+from metadist.oracle import in_parts
 from metadist.problem import (
     HasModel,
     Problem,
@@ -368,14 +369,19 @@ class _Judge(NamedTuple):
             oracle = AutogradOracle(
                 problem,
                 task,
-                compute.batch_size,
+                compute.batch_sizes,
                 compute.seed,
                 compile=algorithm.compiles,
                 eager=not together,
             )
             adapted = algorithm.adapt(oracle, {**context, **own}, start)
             found = adaptation_metrics(
-                problem, context, start if self.before else None, adapted, task
+                problem,
+                context,
+                start if self.before else None,
+                adapted,
+                in_parts(task, "support", compute.part_size, compute.seed),
+                in_parts(task, "query", compute.part_size, compute.seed),
             )
             return found | (_counts(problem, context, adapted, task) if self.counts else {})
 

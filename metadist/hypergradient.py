@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -36,7 +36,7 @@ from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_pure, is_known_pure
 from metadist.chunks import FEW, MAX_INNER_BYTES, chunk_of, num_bytes
 from metadist.compute import AS_TORCH_IS_SET, Compute, Vectorize
-from metadist.oracle import Constants, CountingOracle
+from metadist.oracle import Constants, CountingOracle, first_parts
 from metadist.problem import (
     Problem,
     carries,
@@ -45,7 +45,7 @@ from metadist.problem import (
     start_carried,
     with_carried,
 )
-from metadist.task import Task, shape_signature, stack_tasks
+from metadist.task import Batch, Task, shape_signature, stack_tasks
 from metadist.trees import (
     Params,
     add,
@@ -147,7 +147,7 @@ def task_hypergradients(
     if vectorizes(compute.vectorize, problem, algorithm, outer, tasks):
         size = compute.chunk_size or len(tasks)
         if compute.chunk_size is None and on_cpu and len(tasks) > FEW:
-            size = chunk_of(problem, outer, tasks[0])
+            size = chunk_of(problem, outer, tasks[0], compute)
         groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
     else:
         groups = [[task] for task in tasks]
@@ -377,7 +377,7 @@ class _Run(NamedTuple):
             AutogradOracle(
                 self.problem,
                 task,
-                self.compute.batch_size,
+                self.compute.batch_sizes,
                 self.compute.seed,
                 compile=self.algorithm.compiles,
                 eager=not together,
@@ -397,7 +397,15 @@ class _Run(NamedTuple):
             start_gradient = zeros_like(start)
         metrics = dict(estimate.metrics)
         if report:
-            metrics |= adaptation_metrics(self.problem, context, start, estimate.state.inner, task)
+            some = first_parts(task, self.compute.part_size, self.compute.seed)
+            metrics |= adaptation_metrics(
+                self.problem,
+                context,
+                start,
+                estimate.state.inner,
+                [(1.0, some.support)],
+                [(1.0, some.query)],
+            )
         found = _Estimated(
             context_gradient=context_gradient,
             start_gradient=start_gradient,
@@ -413,17 +421,43 @@ def _summed(tree: Params) -> Params:
 
 
 def adaptation_metrics(
-    problem: Problem, context: Params, start: Params | None, adapted: Params, task: Task
+    problem: Problem,
+    context: Params,
+    start: Params | None,
+    adapted: Params,
+    support: Parts,
+    query: Parts,
 ) -> dict[str, Tensor]:
     """Losses and metrics of one task at `adapted`, and (names ending in `_before`) at `start`."""
     points = {"": adapted} if start is None else {"": adapted, "_before": start}
-    with torch.no_grad():
-        metrics = {"support_loss": problem.inner_loss(context, adapted, task.support)}
+
+    def of_support(batch: Batch) -> dict[str, Tensor]:
+        return {"support_loss": problem.inner_loss(context, adapted, batch)}
+
+    def of_query(batch: Batch) -> dict[str, Tensor]:
+        found = {}
         for suffix, inner in points.items():
-            loss, others = loss_and_metrics(problem, context, inner, task.query)
+            loss, others = loss_and_metrics(problem, context, inner, batch)
             for name, value in {"loss": loss, **others}.items():
-                metrics[f"query_{name}{suffix}"] = value
-    return {name: value.detach() for name, value in metrics.items()}
+                found[f"query_{name}{suffix}"] = value
+        return found
+
+    return {**mean_over(support, of_support), **mean_over(query, of_query)}
+
+
+Parts = Iterable[tuple[float, Batch]]
+"""The parts of a set with their shares of it, see `in_parts`."""
+
+
+def mean_over(parts: Parts, function: Callable[[Batch], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean by name of what `function` returns for parts, weighted by their shares."""
+    mean: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for share, batch in parts:
+            for name, value in function(batch).items():
+                part = value.detach() if share == 1 else share * value.detach()
+                mean[name] = mean[name] + part if name in mean else part
+    return mean
 
 
 def vectorizes(

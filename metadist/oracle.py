@@ -15,7 +15,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from metadist.problem import Problem, has_inner_map, is_nonsmooth
+from metadist.task import Batch, Task
 from metadist.trees import Params, num_elements, unflatten, zeros_like
 
 Source = Literal["support", "query"]
@@ -100,13 +101,17 @@ class Draw(NamedTuple):
     share: float | None = None
 
 
+BatchSize = int | None | tuple[int | None, int | None]
+
+
 class MiniBatches:
     """The draws of one outer step on one task, and its random numbers: no data, no derivatives.
 
     Args:
         num_examples: Sizes of the support and the query set.
         task_id: Part of the seed, as are `seed` and `step`.
-        batch_size: Examples per draw; None: every draw is the whole support or query set.
+        batch_size: Examples per draw, of both sets or of (support, query); None: every draw is the
+            whole set.
         seed: The seed of all draws; the draws are the same on every device.
         step: The outer step; other steps have other draws.
     """
@@ -115,16 +120,21 @@ class MiniBatches:
         self,
         num_examples: tuple[int, int],
         task_id: int | Tensor,
-        batch_size: int | None,
+        batch_size: BatchSize,
         seed: int,
         step: int,
     ) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1 or None for whole sets, got {batch_size}")
+        sizes = batch_size if isinstance(batch_size, tuple) else (batch_size, batch_size)
+        for size in sizes:
+            if size is not None and size < 1:
+                raise ValueError(f"batch_size must be >= 1 or None for whole sets, got {size}")
         self.step = step
         self._num_examples: dict[Source, int] = dict(zip(SOURCES, num_examples, strict=True))
         self._task_id = task_id
-        self._batch_size = batch_size
+        self._sizes: dict[Source, int] = {
+            source: min(size or number, number)
+            for source, size, number in zip(SOURCES, sizes, num_examples, strict=True)
+        }
         self._seed = seed
         self._num_draws = 0
 
@@ -136,8 +146,7 @@ class MiniBatches:
         return Draw(source, self._count())
 
     def parts(self, source: Source) -> list[Draw]:
-        num_examples = self._num_examples[source]
-        size = min(self._batch_size or num_examples, num_examples)
+        num_examples, size = self._num_examples[source], self._sizes[source]
         return [
             Draw(source, number, min(size, num_examples - number * size) / num_examples)
             for number in range(math.ceil(num_examples / size))
@@ -168,7 +177,7 @@ class MiniBatches:
 
     def is_whole(self, source: Source) -> bool:
         """Whether every draw from `source` is the whole set."""
-        return self._batch_size is None or self._batch_size >= self._num_examples[source]
+        return self._sizes[source] >= self._num_examples[source]
 
     def canonical(self, draw: Draw) -> Draw:
         """The one name for the examples of `draw`: all draws of a whole set are the same."""
@@ -176,10 +185,9 @@ class MiniBatches:
 
     def size(self, draw: Draw) -> int:
         """The number of examples of `draw`."""
-        num_examples = self._num_examples[draw.source]
         if draw.share is not None:
-            return round(draw.share * num_examples)
-        return min(self._batch_size or num_examples, num_examples)
+            return round(draw.share * self._num_examples[draw.source])
+        return self._sizes[draw.source]
 
     def chosen(self, draw: Draw, device: torch.device) -> Tensor | None:
         """Which examples of the full set are in `draw`; None: all of them.
@@ -192,8 +200,30 @@ class MiniBatches:
         seeds: tuple[int | Tensor, ...] = self._seed, self.step, self._task_id, draw.counter
         first = 0
         if draw.share is not None:
-            seeds, first = (self._seed, self._task_id), draw.counter * (self._batch_size or 0)
+            seeds, first = (self._seed, self._task_id), draw.counter * self._sizes[draw.source]
         return permuted(range(first, first + size), num_examples, *seeds, device=device)
+
+
+def in_parts(
+    task: Task, source: Source, batch_size: BatchSize, seed: int
+) -> Iterator[tuple[float, Batch]]:
+    """(share of the set, examples) of each part of a fixed partition of a set, see `Oracle.parts`.
+
+    The sum of shares times losses is the loss on the whole set where that is a mean over examples.
+    Any other loss is, as on a draw, taken as it is on each part: nothing scales it.
+    """
+    full = task.support if source == "support" else task.query
+    num_examples = task.support.index.shape[0], task.query.index.shape[0]
+    draws = MiniBatches(num_examples, task.id, batch_size, seed, 0)
+    for draw in draws.parts(source):
+        chosen = draws.chosen(draw, full.index.device)
+        yield draw.share or 1.0, full if chosen is None else full.take(chosen)
+
+
+def first_parts(task: Task, batch_size: BatchSize, seed: int) -> Task:
+    """The task with the first part of each of its sets in place of the set."""
+    support, query = (next(in_parts(task, source, batch_size, seed))[1] for source in SOURCES)
+    return Task(support, query, task.id)
 
 
 class Constants(NamedTuple):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
+from metadist.hypergradient import mean_over
+from metadist.oracle import in_parts
 from metadist.problem import Problem
 from metadist.task import Batch, Task, to_device
 from metadist.trees import Params
@@ -64,6 +64,10 @@ class OneTask:
         return Task(self.support, self.query, index)
 
 
+AT_ONCE = 1000
+"""The most examples of which test metrics are computed together."""
+
+
 def metrics_on(
     problem: Problem, outer: Params, inner: Params, examples: Batch, part: str = "test"
 ) -> dict[str, float]:
@@ -73,7 +77,11 @@ def metrics_on(
     """
     like = next(iter(inner.values()))
     batch = to_device(Task(examples, examples, 0), like.device, like.dtype).query
-    with torch.no_grad():
-        metrics = {**problem.metrics(outer, inner, batch)}
-        metrics["loss"] = problem.outer_loss(outer, inner, batch)
+    metrics = mean_over(
+        in_parts(Task(batch, batch, 0), "query", AT_ONCE, 0),
+        lambda some: {
+            **problem.metrics(outer, inner, some),
+            "loss": problem.outer_loss(outer, inner, some),
+        },
+    )
     return {f"{part}_{name}": float(value) for name, value in metrics.items()}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from metadist.autograd import AutogradOracle
 from metadist.compute import DEFAULT
-from metadist.oracle import SOURCES, Draw, MiniBatches, Source
+from metadist.oracle import SOURCES, BatchSize, Draw, MiniBatches, Source
 from metadist.problem import Problem, per_example_names
 from metadist.task import Batch, Labelled, Shardable, Task, TaskSampler, targets_of
 from metadist.trees import Params, gradients, leaves
@@ -123,7 +123,7 @@ class ShardOracle(AutogradOracle):
         problem: Problem,
         shard: Task,
         num_examples: tuple[int, int],
-        batch_size: int | None = None,
+        batch_size: BatchSize = None,
         seed: int = 0,
         compile: bool = False,
         step: int = 0,

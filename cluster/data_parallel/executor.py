@@ -231,7 +231,7 @@ class DataParallelExecutor(Executor):
                 MiniBatches(
                     self._num_examples,
                     task_id=0,
-                    batch_size=workload.compute.batch_size,
+                    batch_size=workload.compute.batch_sizes,
                     seed=workload.compute.seed,
                     step=step,
                 ),

@@ -31,7 +31,7 @@ from metadist.cluster.data_parallel.layout import (
 )
 from metadist.compute import device_memory, pick_device
 from metadist.hypergradient import adaptation_metrics, attention_for
-from metadist.oracle import DERIVATIVES, Oracle
+from metadist.oracle import DERIVATIVES, SOURCES, Oracle
 from metadist.task import Task, to_device
 from metadist.trees import Params, check_flattenable
 from metadist.workload import Workload
@@ -128,7 +128,7 @@ class ShardWorker:
                 workload.problem,
                 self._on_device(layout),
                 layout.num_examples,
-                workload.compute.batch_size,
+                workload.compute.batch_sizes,
                 workload.compute.seed,
                 workload.algorithm.compiles,
                 step,
@@ -157,15 +157,16 @@ class ShardWorker:
     def _metrics(self, layout: Layout, outer: Params, y: Params) -> dict[str, float]:
         shard, problem = self._on_device(layout), self._workload.problem
         context, start = problem.encode(outer, shard), problem.init_inner(outer, shard)
-        found = adaptation_metrics(problem, context, start, y, shard)
-        of_support, of_query = (
-            len(batch.index) / total
-            for batch, total in zip((shard.support, shard.query), layout.num_examples, strict=True)
+        compute = self._workload.compute
+        # What the shard holds of the examples that are reported, and their share of these.
+        oracle = ShardOracle(problem, shard, layout.num_examples, compute.part_size, compute.seed)
+        draws = [oracle.parts(source)[0] for source in SOURCES]
+        support, query = (
+            [(oracle.share(draw), oracle.batch(draw))] if oracle.share(draw) else []
+            for draw in draws
         )
-        return {
-            name: float(value) * (of_support if name == "support_loss" else of_query)
-            for name, value in found.items()
-        }
+        found = adaptation_metrics(problem, context, start, y, support, query)
+        return {name: float(value) for name, value in found.items()}
 
 
 def _answer(request: Request, oracle: Oracle, *trees: Params) -> tuple[Params, ...]:

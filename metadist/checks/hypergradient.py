@@ -46,7 +46,7 @@ from metadist.checks.preflight import (
 from metadist.checks.values import check
 from metadist.compute import DEFAULT, Compute
 from metadist.hypergradient import task_hypergradients
-from metadist.oracle import CountingOracle
+from metadist.oracle import BatchSize, CountingOracle
 from metadist.problem import Problem, carries, context_of, is_nonsmooth
 from metadist.task import Task, TaskSampler, to_device
 from metadist.trees import (
@@ -320,7 +320,7 @@ class _Check:
     def report(
         self, num_directions: int, repeats: Sequence[int], max_dense: int
     ) -> HypergradientReport:
-        drawn = CountingOracle(self._oracle(self.workload.compute.batch_size))
+        drawn = CountingOracle(self._oracle(self.workload.compute.batch_sizes))
         x = {**self.context, **self.own}
         estimate = self.algorithm.estimate(drawn, x, self.algorithm.init(drawn, x, self.start))
         adapted = detach(estimate.state.inner)
@@ -365,7 +365,7 @@ class _Check:
             notes=tuple(self.notes),
         )
 
-    def _oracle(self, batch_size: int | None = None) -> AutogradOracle:
+    def _oracle(self, batch_size: BatchSize = None) -> AutogradOracle:
         return AutogradOracle(
             self.problem, self.task, batch_size, self.workload.compute.seed, eager=True
         )

@@ -24,7 +24,7 @@ from metadist.hypergradient import (
     falls_back,
     vectorizes,
 )
-from metadist.oracle import CountingOracle, Draw, Oracle, Source
+from metadist.oracle import CountingOracle, Draw, Oracle, Source, first_parts
 from metadist.problem import (
     Problem,
     check_rows,
@@ -108,7 +108,8 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compu
                 f"algorithm must take the inner_map of {type(workload.problem).__name__}, got "
                 f"{type(algorithm).__name__}, which descends on inner_loss: use AID, or ITD"
             )
-        algorithm.check(workload.problem, problem_outer, tasks[0])
+        some = _drawn(tasks[0], workload.compute)
+        algorithm.check(workload.problem, problem_outer, tasks[0], some)
         if workload.keep_state and isinstance(workload.sampler, Stream):
             _check_no_tables(workload, outer, tasks[0])
         check_precision(workload, outer)
@@ -174,7 +175,7 @@ def _without_hypergradient(
 ) -> tuple[list[str], bool]:
     """(those of `dead` that get none from other draws either, whether the estimate is random)."""
     compute = workload.compute
-    oracle = _Watched(workload.problem, task, compute.batch_size, compute.seed, eager=True)
+    oracle = _Watched(workload.problem, task, compute.batch_sizes, compute.seed, eager=True)
     _estimate_once(workload, outer, task, oracle)
     for number in range(1, 1 + OTHER_SEEDS if oracle.varies or oracle.is_random else 1):
         if not dead:
@@ -196,7 +197,7 @@ def _estimate_once(workload: Workload, outer: Params, task: Task, oracle: Oracle
 def _check_no_tables(workload: Workload, outer: Params, task: Task) -> None:
     """Raise ValueError if the algorithm keeps something of each part of sets that change."""
     compute = workload.compute
-    oracle = _Watched(workload.problem, task, compute.batch_size, compute.seed, eager=True)
+    oracle = _Watched(workload.problem, task, compute.batch_sizes, compute.seed, eager=True)
     _estimate_once(workload, outer, task, oracle)
     if oracle.is_cut:
         raise ValueError(
@@ -239,15 +240,15 @@ def _enters(workload: Workload, outer: Params, task: Task) -> set[str]:
     def drawn(tree: Params) -> Params:
         return tree_map(lambda leaf: torch.rand(leaf.shape, generator=random).to(leaf), tree)
 
-    x = leaves(outer)
+    x, some = leaves(outer), _drawn(task, workload.compute)
     with torch.enable_grad():
         context, start = context_of(problem, x, task), problem.init_inner(x, task)
         # Beside the start, where a loss may happen to be flat: a weight decay is so at y = 0.
         y = add(detach(start), drawn(start))
         at = leaves(context)
-        losses = problem.inner_loss(at, y, task.support) + problem.outer_loss(at, y, task.query)
+        losses = problem.inner_loss(at, y, some.support) + problem.outer_loss(at, y, some.query)
         if has_inner_map(problem):
-            losses = losses + dot(problem.inner_map(at, y, task.support), drawn(start))
+            losses = losses + dot(problem.inner_map(at, y, some.support), drawn(start))
     (along,) = gradients([losses], [None], at)
     along = multiply(along, drawn(context))
     back = zeros_like(start) if workload.algorithm.trains == "context" else drawn(start)
@@ -275,6 +276,11 @@ def _task(sampler: TaskSampler, outer: Params, index: int = 0) -> Task:
     return to_device(task, "cpu", next(iter(outer.values())).dtype)
 
 
+def _drawn(task: Task, compute: Compute) -> Task:
+    """The first mini-batches of a task, on which losses are checked; encode needs the whole."""
+    return first_parts(task, compute.batch_sizes, compute.seed)
+
+
 def check_losses(
     problem: Problem,
     sampler: TaskSampler,
@@ -286,6 +292,7 @@ def check_losses(
     outer, _ = split_own(outer)
     given, outer = outer, tree_map(torch.clone, outer)  # in case a loss changes it in place
     task = _task(sampler, outer)
+    some = _drawn(task, compute)
 
     def attempt(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         return _attempt(problem, field, task, name, function, *arguments)
@@ -295,8 +302,8 @@ def check_losses(
     context = with_carried(context, carried)
     start = attempt("init_inner", problem.init_inner, outer, task)
     for name, loss, batch in (
-        ("inner_loss", problem.inner_loss, task.support),
-        ("outer_loss", problem.outer_loss, task.query),
+        ("inner_loss", problem.inner_loss, some.support),
+        ("outer_loss", problem.outer_loss, some.query),
     ):
         value = attempt(name, loss, context, start, batch)
         _require_scalar(name, value)
@@ -306,10 +313,10 @@ def check_losses(
                 "look for NaN in the data or the initial weights"
             )
     if has_inner_map(problem):
-        moved = attempt("inner_map", problem.inner_map, context, start, task.support)
+        moved = attempt("inner_map", problem.inner_map, context, start, some.support)
         _require_like("inner_map", moved, start)
     with torch.no_grad():
-        metrics = attempt("metrics", problem.metrics, context, start, task.query)
+        metrics = attempt("metrics", problem.metrics, context, start, some.query)
     if not isinstance(metrics, dict):
         raise ValueError(f"metrics must return a dict by name, got {type(metrics).__name__}")
     for name, value in metrics.items():
@@ -350,7 +357,7 @@ def check_precision(workload: Workload, outer: Params) -> None:
     with torch.no_grad():
         context, start = context_of(problem, outer, task), problem.init_inner(outer, task)
         with _Dtypes() as computed:
-            problem.inner_loss(context, start, task.support)
+            problem.inner_loss(context, start, _drawn(task, workload.compute).support)
     for where, dtypes in (
         ("the context", _dtypes(context.values())),
         ("the inner variable", _dtypes(start.values())),
@@ -492,7 +499,7 @@ def _check_twice_differentiable(workload: Workload, outer: Params, task: Task) -
         }
         for tree in (context, start)
     )
-    oracle = AutogradOracle(problem, task, compute.batch_size, compute.seed)
+    oracle = AutogradOracle(problem, task, compute.batch_sizes, compute.seed)
     losses = (
         (oracle.inner_value, oracle.draw_inner(), ("hvp", "jvp", "inner_value")),
         (oracle.outer_value, oracle.draw_outer(), ("outer_hvp", "outer_jvp")),
@@ -515,7 +522,7 @@ def _asks(workload: Workload, outer: Params, task: Task, names: tuple[str, ...])
     """Whether one estimate asks for one of these, as they are counted."""
     compute = workload.compute
     oracle = CountingOracle(
-        AutogradOracle(workload.problem, task, compute.batch_size, compute.seed, eager=True)
+        AutogradOracle(workload.problem, task, compute.batch_sizes, compute.seed, eager=True)
     )
     _estimate_once(workload, outer, task, oracle)
     return any(oracle.counts[name] for name in names)
@@ -541,7 +548,7 @@ def chunk_on_cpu(workload: Workload, outer: Params) -> int:
     if not vectorizes(compute.vectorize, problem, workload.algorithm, outer, tasks):
         return 1
     with compute.applied():
-        return compute.chunk_size or chunk_of(problem, outer, tasks[0])
+        return compute.chunk_size or chunk_of(problem, outer, tasks[0], compute)
 
 
 def _vectorizes(workload: Workload, outer: Params, tasks: list[Task]) -> bool:

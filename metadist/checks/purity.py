@@ -191,7 +191,7 @@ def _calls(
     start = detach(call("init_inner", _Differentiated(problem.init_inner), outer, task).value)
     carried = detach(call("init_carried", start_carried, problem, outer, task))
     context = with_carried(context, carried)
-    oracle = AutogradOracle(problem, task, compute.batch_size, compute.seed)
+    oracle = AutogradOracle(problem, task, compute.batch_sizes, compute.seed)
     support, query = oracle.batch(oracle.draw_inner()), oracle.batch(oracle.draw_outer())
     inner_loss, outer_loss = problem.inner_loss, problem.outer_loss
     call("inner_loss", _Differentiated(inner_loss, twice=True), context, start, support)

@@ -7,6 +7,9 @@ from statistics import fmean
 import torch
 
 from metadist.algorithm import split_own
+from metadist.compute import DEFAULT, Compute
+from metadist.hypergradient import adaptation_metrics
+from metadist.oracle import in_parts
 from metadist.problem import Problem, context_of
 from metadist.task import Measured, TaskSampler, sample_task, to_device
 from metadist.trainer import Trainer
@@ -21,6 +24,7 @@ def solution_metrics(
     index: int = 0,
     step: int = 0,
     carried: Params | None = None,
+    compute: Compute = DEFAULT,
 ) -> dict[str, float]:
     """The metrics of a solution (x, y) of one problem, by name.
 
@@ -38,19 +42,23 @@ def solution_metrics(
         step: The outer step whose data is asked of a `Stream`.
         carried: What the problem carries, for example `Trainer.carried(index)`; None: as at the
             start.
+        compute: How large the parts are in which losses are computed, see `Compute`.
     """
     outer, _ = split_own(outer)
     leaf = next(iter(outer.values()))
     task = to_device(sample_task(sampler, index, step), leaf.device, leaf.dtype)
     with torch.no_grad():
         context = context_of(problem, outer, task, carried)
-        found = {
-            "query_loss": problem.outer_loss(context, inner, task.query),
-            "support_loss": problem.inner_loss(context, inner, task.support),
-        }
-        for name, value in problem.metrics(context, inner, task.query).items():
-            found[f"query_{name}"] = value
-    metrics = {name: float(value) for name, value in found.items()}
+    found = adaptation_metrics(
+        problem,
+        context,
+        None,
+        inner,
+        in_parts(task, "support", compute.part_size, compute.seed),
+        in_parts(task, "query", compute.part_size, compute.seed),
+    )
+    first = "query_loss", "support_loss"
+    metrics = {name: float(found[name]) for name in (*first, *found)}
     metrics |= problem.solution_metrics(outer, inner)
     if index == 0 and isinstance(sampler, Measured):
         metrics |= sampler.solution_metrics(problem, outer, inner)
@@ -68,6 +76,7 @@ def kept_metrics(trainer: Trainer) -> dict[str, float]:
             index,
             trainer.last_step,
             trainer.carried(index),
+            trainer.workload.compute,
         )
         for index in range(trainer.workload.meta_batch_size)
     ]

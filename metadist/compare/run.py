@@ -248,7 +248,7 @@ class _Meter:
 
     def __init__(self, trainer: Trainer, spent: Spent) -> None:
         self._sampler = trainer.sampler
-        self._batch_size = trainer.workload.compute.batch_size
+        self._batch_sizes = trainer.workload.compute.batch_sizes
         self._shares = self._shares_at(0)
         self._spent = {spent.step: spent}
         self._resumed: float | None = None
@@ -257,10 +257,13 @@ class _Meter:
 
     def _shares_at(self, step: int) -> list[float]:
         """As what share of a gradient on whole sets a call on a mini-batch counts."""
-        if self._batch_size is None:
+        if self._batch_sizes == (None, None):
             return [1.0, 1.0]
         sets = sample_task(self._sampler, 0, step)[:2]
-        return [min(1.0, self._batch_size / len(batch.index)) for batch in sets]
+        return [
+            1.0 if size is None else min(1.0, size / len(batch.index))
+            for size, batch in zip(self._batch_sizes, sets, strict=True)
+        ]
 
     def add(self, report: StepReport) -> Spent:
         """The budget spent after this step; a step that is repeated replaces itself."""

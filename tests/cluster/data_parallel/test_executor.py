@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from metadist import LocalExecutor
+from metadist import LocalExecutor, StepReport, Trainer
 from metadist.algorithm import Algorithm
 from metadist.algorithms import (
     AID,
@@ -44,12 +45,14 @@ from metadist.cluster import (
 from metadist.cluster.data_parallel.data import cut
 from metadist.cluster.data_parallel.exchange import Round
 from metadist.cluster.data_parallel.layout import METRICS, Reply
+from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.optimizer import OuterOptimizer
 from metadist.oracle import DERIVATIVES
 from metadist.step_rules import SGD, Adam
 from metadist.task import Batch, Task
 from metadist.tasks import FixedTasks
+from metadist.trees import Params
 from tests.algorithms.directions import NEW_TASKS
 from tests.cluster.data_parallel.shards import (
     Cleaning,
@@ -64,7 +67,8 @@ from tests.cluster.data_parallel.shards import (
     cleaning,
     solve,
 )
-from tests.problems import DOUBLE, Quadratic, quadratic_task, true_hypergradient
+from tests.core.test_parts import Weighted
+from tests.problems import DOUBLE, Quadratic, quadratic_task, smooth_task, true_hypergradient
 from tests.tasks.text.test_text import NUM_CLASSES, sparse_task
 
 ALL = {
@@ -523,3 +527,36 @@ def test_impossible_options_are_refused(options, message):
 def test_it_must_be_started():
     with pytest.raises(RuntimeError, match=r"the executor must be started with start"):
         DataParallelExecutor().state()
+
+
+class Judged(Weighted):
+    """Rows of other examples enter no loss."""
+
+    def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        return self.errors(inner, batch).mean()
+
+
+def test_shards_report_on_the_examples_that_one_process_reports_on():
+    def reported(**options: Any) -> list[dict[str, float]]:
+        reports: list[dict[str, float]] = []
+
+        def keep(report: StepReport) -> bool:
+            reports.append(dict(report.results[0].metrics))
+            return True
+
+        trainer = Trainer(
+            Judged(40),
+            FixedTasks([smooth_task(0, 40, 30)]),
+            SOBA(),
+            outer_optimizer=OuterOptimizer("sgd", lr=0.1),
+            compute=Compute(batch_size=4, report_examples=10, device="cpu"),
+            log_every=1,
+            quiet=True,
+            **options,
+        )
+        trainer.fit(2, keep)
+        return reports
+
+    for local, shards in zip(reported(), reported(executor=InProcess(3)), strict=True):
+        for name in ("query_loss", "support_loss", "query_near", "query_loss_before"):
+            assert shards[name] == pytest.approx(local[name], rel=1e-9)
