@@ -93,7 +93,7 @@ class MEHA(SingleLoop):
             inner=inner, proximal_point=inner, moved_at=-1, memory=self.new_memory(inner, 2)
         )
 
-    def check(self, problem: Problem, outer: Params, task: Task) -> None:
+    def check(self, problem: Problem, outer: Params, task: Task, some: Task | None = None) -> None:
         steps = self.step_rule
         is_gradient_step = isinstance(steps, SGD) and not steps.momentum and steps.clip_norm is None
         if is_nonsmooth(problem) and not is_gradient_step:
