@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from metadist.compute import Compute as Compute
     from metadist.evaluation import EvaluationResult as EvaluationResult
     from metadist.evaluation import Interval as Interval
+    from metadist.evaluation import best_inner_steps as best_inner_steps
     from metadist.evaluation import evaluate as evaluate
     from metadist.executor import Executor as Executor
     from metadist.executor import LocalExecutor as LocalExecutor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from statistics import NormalDist
@@ -204,6 +204,62 @@ def evaluate(
         per_task=values if per_task else {},
         confusion=_confusion(sampler, counts, dropped.get("query_loss", [])),
     )
+
+
+def best_inner_steps(
+    problem: Problem,
+    val_sampler: TaskSampler,
+    algorithm: Algorithm,
+    outer: Params,
+    choices: Sequence[int],
+    num_tasks: int = 100,
+    *,
+    compute: Compute = AS_TORCH_IS_SET,
+    executor: Executor | None = None,
+) -> tuple[int, dict[int, float]]:
+    """The number of inner steps with the best score on validation tasks, and the score of each.
+
+        steps, scores = best_inner_steps(problem, val, algorithm, trainer.outer, [5, 10, 20])
+        evaluate(problem, test, algorithm, trainer.outer, inner_steps=steps)
+
+    Args:
+        problem: The problem.
+        val_sampler: The sampler of validation tasks; never those of the test.
+        algorithm: As trained.
+        outer: The outer variable.
+        choices: The numbers to try; of equal scores the first counts.
+        num_tasks: As for `evaluate`, as are compute and executor.
+        compute: See there.
+        executor: See there.
+
+    Raises:
+        ValueError: No choices, or as `evaluate`.
+        FloatingPointError: Adaptation diverges with every choice; one with which it does has the
+            score -inf.
+    """
+    if not choices:
+        raise ValueError("choices must name at least one number of inner steps, got none")
+    scores: dict[int, float] = {}
+    errors: list[FloatingPointError] = []
+    for inner_steps in choices:
+        try:
+            scores[inner_steps] = evaluate(
+                problem,
+                val_sampler,
+                algorithm,
+                outer,
+                num_tasks,
+                inner_steps=inner_steps,
+                compute=compute,
+                executor=executor,
+                before=False,
+            ).score
+        except FloatingPointError as error:
+            scores[inner_steps] = -math.inf
+            errors.append(error)
+    if len(errors) == len(scores):
+        raise errors[0]
+    return max(scores, key=lambda inner_steps: scores[inner_steps]), scores
 
 
 def _dropped(values: Mapping[str, list[float]]) -> dict[str, list[int]]:

@@ -102,3 +102,21 @@ def test_evaluate_says_what_was_taken_for_what(cli):
     assert len(found["per_task"]["query_accuracy"]) == 3
     assert sum(sum(row.values()) for row in found["confusion"].values()) == 3 * 9
     assert re.search(r"(?m)^    \w+ U\+[0-9A-F]{4}  for  \w+ U\+[0-9A-F]{4}: \d times", out)
+
+
+def test_evaluate_tries_numbers_of_inner_steps_on_validation_tasks(cli, run):
+    tried = "--try_inner_steps [1,4] --val_tasks 5 --num_tasks 4"
+    flags = [*tried.split(), "--output", "x.json"]
+    out = cli.good("evaluate", run, *flags)
+    found = json.loads(Path("x.json").read_text())
+    said = re.search(r"inner_steps=(\d), the best of 1: (\S+), 4: (\S+) on val", out)
+    assert said is not None
+    scores = {"1": float(said[2]), "4": float(said[3])}
+    assert scores[said[1]] == max(scores.values())
+    assert f"inner_steps={said[1]}," in found["protocol"]["algorithm"]
+    alone = metrics(cli, run, "--inner_steps", said[1])
+    assert alone["metrics"] == found["metrics"]
+    code, _, err = cli("evaluate", run, *flags, "--split", "val")
+    assert code == 2 and "val_split must be another split" in err
+    code, _, err = cli("evaluate", run, *flags, "--inner_steps", 2)
+    assert code == 2 and "must not be given beside try_inner_steps" in err

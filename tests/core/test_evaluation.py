@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 import torch
 
-from metadist import AutogradOracle, LocalExecutor, evaluate, predict
+from metadist import AutogradOracle, LocalExecutor, best_inner_steps, evaluate, predict
 from metadist.algorithms import ITD, Reptile
 from metadist.compute import AS_TORCH_IS_SET, Compute
 from metadist.evaluation import (
@@ -451,3 +451,20 @@ def test_a_task_that_diverges_is_in_per_task_as_null_and_is_not_counted():
     assert len(result.per_task["query_loss"]) == 4
     assert sum(sum(row.values()) for row in result.confusion.values()) == 3 * 6
     assert set(result.confusion) <= {"0", "1", "2"}
+
+
+def test_the_number_of_inner_steps_that_is_best_on_validation_is_taken():
+    problem, outer = regression(), regression().init_outer(generator(0))
+    algorithm = ITD(inner_steps=1, inner_lr=0.02)
+    steps, scores = best_inner_steps(problem, curves("val"), algorithm, outer, [1, 3, 9], 6)
+    for tried, score in scores.items():
+        result = evaluate(problem, curves("val"), algorithm, outer, 6, inner_steps=tried)
+        assert score == result.score
+    assert scores[steps] == max(scores.values()) and list(scores) == [1, 3, 9]
+    wild = ITD(inner_steps=1, inner_lr=3.0)
+    steps, scores = best_inner_steps(problem, curves("val"), wild, outer, [300, 1], 6)
+    assert steps == 1 and scores[300] == -math.inf
+    with pytest.raises(FloatingPointError):
+        best_inner_steps(problem, curves("val"), wild, outer, [300], 6)
+    with pytest.raises(ValueError, match="choices must name at least one"):
+        best_inner_steps(problem, curves("val"), wild, outer, [], 6)
