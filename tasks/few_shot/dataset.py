@@ -13,7 +13,14 @@ from metadist.tasks.data.datasets import LabelledDataset, class_name, class_name
 from metadist.tasks.data.images import require_format
 from metadist.tasks.data.random import Random
 from metadist.tasks.few_shot.class_splits import Splits, read_splits, select_classes
-from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler, require_episode
+from metadist.tasks.few_shot.episodes import (
+    JUDGED,
+    ClassImages,
+    EpisodeSampler,
+    require_episode,
+    require_square,
+)
+from metadist.tasks.few_shot.glyphs import random_affine
 
 
 class FewShotDataset(EpisodeSampler):
@@ -39,6 +46,10 @@ class FewShotDataset(EpisodeSampler):
         transform: A pure function of float32 images (n, C, H, W) in [0, 1], applied to the support
             and the query images of every task (say, a normalisation). It must be picklable and
             draw no random numbers.
+        rotations: Each class also turned by 90, 180 and 270 degrees, as three more classes; not in
+            the splits val and test, which are judged as they are.
+        augment: Each image, not those of val and test, through its own random affine map, as of
+            `Glyphs`, with the border's pixels outside, before `transform`; images must be square.
 
     Raises:
         ValueError: bad sizes or splits, or a picture that cannot be used; its position is named.
@@ -56,6 +67,8 @@ class FewShotDataset(EpisodeSampler):
         image_size: int | None = None,
         channels: int | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
+        rotations: bool = False,
+        augment: bool = False,
     ) -> None:
         require_episode(n_way, k_shot, k_query, seed)
         require_format(image_size, channels)
@@ -71,9 +84,16 @@ class FewShotDataset(EpisodeSampler):
         for label, image in decode(dataset, labels, positions, image_size, channels):
             decoded[label].append(image)
         classes = ClassImages.of({class_name(names, label): decoded[label] for label in chosen})
-        super().__init__(classes, n_way, k_shot, k_query, split, seed)
+        if augment:
+            require_square(classes)
+        super().__init__(
+            classes, n_way, k_shot, k_query, split, seed, rotations and split not in JUDGED
+        )
+        self.augment = augment
         self.transform = transform
 
     def finish(self, images: Tensor, draws: Random | None) -> Tensor:
-        """The images through `transform`."""
+        """The images through `transform`, in training after their own maps if `augment` is set."""
+        if self.augment and self.split not in JUDGED and draws is not None:
+            images = random_affine(images, draws, "border")
         return images if self.transform is None else self.transform(images)

@@ -20,6 +20,9 @@ from metadist.task import Batch, Task
 from metadist.tasks.data.images import read_images
 from metadist.tasks.data.random import Random
 
+JUDGED = ("val", "test")
+"""The splits whose images stay as they are where training turns and warps them."""
+
 
 def require_episode(n_way: int, k_shot: int, k_query: int, seed: int) -> None:
     """Raise ValueError for sizes that are wrong whatever the data; call it before reading any."""
@@ -236,3 +239,23 @@ class EpisodeSampler:
                 f"({int((sizes < needed).sum())} of {len(sizes)} classes hold too few): lower "
                 "k_query or k_shot, or leave those classes out of the splits"
             )
+
+
+def require_square(classes: ClassImages) -> None:
+    """Raise ValueError unless images are square, as the maps of augmentation take them."""
+    height, width = classes.images.shape[2:]
+    if height != width:
+        raise ValueError(
+            f"augment needs square images, got {width}x{height}: give an image_size, or augment in "
+            "a transform"
+        )
+
+
+def is_dark_on_light(images: NDArray[np.uint8]) -> bool:
+    """Whether grey images are ink on paper: borders are light, and what is on them darker."""
+    if images.shape[1] != 1:
+        return False
+    border = np.concatenate(
+        [images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]], axis=-1
+    )
+    return bool(np.median(border) > 200 and np.mean(images < 100) > np.mean(border < 100))

@@ -11,6 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from metadist.checks.values import normal_form
 from metadist.tasks.data.images import (
     Found,
@@ -19,8 +21,17 @@ from metadist.tasks.data.images import (
     read_images,
     require_format,
 )
+from metadist.tasks.data.random import Random
 from metadist.tasks.few_shot.class_splits import read_splits, require_split, select_classes
-from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler, require_episode
+from metadist.tasks.few_shot.episodes import (
+    JUDGED,
+    ClassImages,
+    EpisodeSampler,
+    is_dark_on_light,
+    require_episode,
+    require_square,
+)
+from metadist.tasks.few_shot.glyphs import random_affine
 
 log = logging.getLogger("metadist.tasks")
 
@@ -60,7 +71,12 @@ class ImageFolder(EpisodeSampler):
         splits: Path of a JSON file; see above.
         image_size: Pixels; images are squeezed to this square. None: they have one size already.
         channels: 1 (grey) or 3 (RGB). None: as the files are, which must be all grey or all colour.
-        invert: 255 - x, for black ink on white.
+        invert: 255 - x, for black ink on white. Where it is not given and grey images are dark on
+            light, a line in the log says so.
+        rotations: Each class also turned by 90, 180 and 270 degrees, as three more classes; not in
+            the splits val and test, which are judged as they are.
+        augment: Each image, not those of val and test, through its own random affine map, as of
+            `Glyphs`, with the border's pixels outside; images must be square.
 
     Raises:
         ValueError: bad sizes or splits, folders that may be splits or alphabets, images of several
@@ -79,9 +95,12 @@ class ImageFolder(EpisodeSampler):
         channels: Literal[1, 3] | None = None,
         invert: bool = False,
         seed: int = 0,
+        rotations: bool = False,
+        augment: bool = False,
     ) -> None:
         require_episode(n_way, k_shot, k_query, seed)
         require_format(image_size, channels)
+        self.augment = augment
         self.root, self.splits = root, splits
         self.image_size, self.channels = image_size, channels
         root = Path(root).expanduser()
@@ -94,9 +113,25 @@ class ImageFolder(EpisodeSampler):
         self.left_out: dict[str, int] = dict(sorted(tree.others.items()))
         """How many files are no images, by kind: ".txt", "hidden", ..."""
         self.invert = invert
-        super().__init__(ClassImages.of(images), n_way, k_shot, k_query, split, seed)
+        classes = ClassImages.of(images)
+        if augment:
+            require_square(classes)
+        super().__init__(
+            classes, n_way, k_shot, k_query, split, seed, rotations and split not in JUDGED
+        )
+        if not invert and is_dark_on_light(classes.images):
+            _say(
+                f"ImageFolder {root} has dark images on a light ground: few-shot models learn "
+                "faster from light on dark, try invert=True (--sampler.invert true)"
+            )
         if tree.others.keys() - {"hidden"}:
             _say(f"ImageFolder {root} leaves out {self._left_out()}")
+
+    def finish(self, images: Tensor, draws: Random | None) -> Tensor:
+        """The images, in training each through its own random affine map where `augment` is set."""
+        if self.augment and self.split not in JUDGED and draws is not None:
+            return random_affine(images, draws, "border")
+        return images
 
     def __repr__(self) -> str:
         left_out = f"; left out {self._left_out()}" if self.left_out else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -201,12 +201,14 @@ def _load() -> _Glyphs:
     )
 
 
-def random_affine(images: Tensor, draws: Random) -> Tensor:
+def random_affine(
+    images: Tensor, draws: Random, padding: Literal["zeros", "border"] = "zeros"
+) -> Tensor:
     """Square images (n, C, H, H), each through its own random affine map about its centre.
 
     The map is shift(rotation(shear(scale(.)))), with bounds given by the constants above; pixels
-    are bilinear and zero outside. Every step is elementwise or per image, so that the number of
-    threads cannot change a bit.
+    are bilinear, and outside zero or those of the border. Every step is elementwise or per image,
+    so that the number of threads cannot change a bit.
     """
     count, side = len(images), images.shape[-1]
     angle = np.deg2rad(draws.uniform(-ROTATION_DEGREES, ROTATION_DEGREES, count))
@@ -229,4 +231,4 @@ def random_affine(images: Tensor, draws: Random) -> Tensor:
     grid = torch.empty(count, side, side, 2)
     torch.add(column(xx) * x, column(xy) * y + column(offset_x), out=grid[..., 0])
     torch.add(column(yx) * x, column(yy) * y + column(offset_y), out=grid[..., 1])
-    return grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from metadist.tasks import ImageFolder, check_sampler
+from metadist.tasks import FewShotDataset, ImageFolder, check_sampler
+from metadist.tasks.data.datasets import ArrayDataset
 from metadist.tasks.few_shot.folder import divide
 from tests.tasks.helpers import equal, refusal, write_image, write_tree
 
@@ -395,3 +396,67 @@ def test_names_are_the_same_in_any_unicode_form(tmp_path: Path):
         assert folder(root, splits=path).class_names == (COMPOSED, "cafz")
     write_tree(tmp_path / "both", [COMPOSED, DECOMPOSED])
     assert "got 'caf" in refusal(lambda: folder(tmp_path / "both"))
+
+
+def drawn(root: Path, invert: bool = False, count: int = 8) -> Path:
+    """Three splits of three classes of grey images: a blot at the class's place on a ground."""
+    for split in ("train", "val", "test"):
+        for number in range(3):
+            (root / split / f"{split}{number}").mkdir(parents=True)
+            for image in range(count):
+                pixels = np.full((12, 12), 5, np.uint8)
+                pixels[2 : 5 + number, 3 + image % 3 : 9] = 250
+                pixels = 255 - pixels if invert else pixels
+                path = root / split / f"{split}{number}" / f"{image}.png"
+                Image.fromarray(pixels).save(path)
+    return root
+
+
+def test_training_is_turned_and_warped_and_val_and_test_are_not(tmp_path: Path):
+    root = drawn(tmp_path / "plain")
+    plain = {split: folder(root, split=split) for split in ("train", "val", "test")}
+    turned = {
+        split: folder(root, split=split, rotations=True, augment=True)
+        for split in ("train", "val", "test")
+    }
+    assert [turned[split].num_classes for split in turned] == [12, 3, 3]
+    for split in ("val", "test"):
+        assert equal(turned[split].sample(0), plain[split].sample(0))
+    warped = folder(root, augment=True)
+    assert not equal(warped.sample(0), plain["train"].sample(0))
+    assert equal(warped.sample(0), pickle.loads(pickle.dumps(warped)).sample(0))
+    labels = [task.query.tensors[1] for task in (warped.sample(0), plain["train"].sample(0))]
+    assert torch.equal(labels[0], labels[1])
+    names = [name for index in range(8) for name in turned["train"].classes_of(index)]
+    assert any(name.endswith(" turned by 90") for name in names)
+    assert torch.equal(
+        warped.read_images([root / "val" / "val0" / "0.png"]),
+        plain["val"].read_images([root / "val" / "val0" / "0.png"]),
+    )
+    check_sampler(turned["train"], processes=False)
+
+
+def test_a_data_set_is_turned_and_warped_too():
+    images = np.random.default_rng(0).integers(0, 255, (30, 8, 8)).astype(np.uint8)
+    data = ArrayDataset(images, np.arange(30) % 6)
+    splits = {"train": [0, 1, 2], "test": [3, 4, 5]}
+    options: dict[str, Any] = {"n_way": 3, "k_query": 2}
+    train = FewShotDataset(data, splits, rotations=True, augment=True, **options)
+    assert train.num_classes == 12
+    test = FewShotDataset(data, splits, "test", rotations=True, augment=True, **options)
+    assert equal(test.sample(0), FewShotDataset(data, splits, "test", **options).sample(0))
+    assert not equal(train.sample(0), FewShotDataset(data, splits, **options).sample(0))
+    oblong = ArrayDataset(images[:, :6], np.arange(30) % 6)
+    message = refusal(lambda: FewShotDataset(oblong, splits, augment=True, **options))
+    assert "augment needs square images, got 8x6" in message
+
+
+def test_ink_on_white_is_found_and_said(tmp_path: Path, caplog):
+    dark = drawn(tmp_path / "dark", invert=True)
+    folder(dark)
+    assert "dark images on a light ground" in caplog.text and "--sampler.invert true" in caplog.text
+    caplog.clear()
+    folder(dark, invert=True)
+    folder(drawn(tmp_path / "light"))
+    folder(dark, channels=3)
+    assert "ground" not in caplog.text
