@@ -110,7 +110,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     result = func(*tree_map(_real, args), **real)
     if target_type == "cpu" and there:
         return result
-    if func._schema.name.endswith("_") and isinstance(args[0], Elsewhere):
+    in_place = name.endswith("_") and not name.endswith("__")  # as __xor__ does
+    if in_place and isinstance(args[0], Elsewhere):
         return args[0]
     return tree_map(lambda leaf: Elsewhere(leaf) if isinstance(leaf, Tensor) else leaf, result)
 
