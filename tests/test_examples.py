@@ -42,3 +42,12 @@ def test_continual_learning(run):
     metrics = run("continual_learning", num_tasks=2, per_task=150)
     assert metrics["accuracy"] > 0.3
     assert metrics["forgetting"] < 0.2
+
+
+def test_architecture_search(run, tmp_path):
+    """On digits, which need no download."""
+    pytest.importorskip("matplotlib")
+    small = {"num_steps": 3, "dataset": "digits", "num_images": 64, "num_test": 64, "epochs": 1}
+    accuracy = run("architecture_search", run_dir=str(tmp_path / "run"), **small)
+    assert 0 <= accuracy <= 1
+    assert (tmp_path / "run" / "cell.png").read_bytes().startswith(b"\x89PNG")
