@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Estimate, InnerState
-from metadist.algorithms.parts.inner import GradientDescent, decayed
+from metadist.algorithms.parts.inner import Descent, decayed
+from metadist.algorithms.parts.through import Trace, pull
 from metadist.checks.values import rule
 from metadist.oracle import Draw, Oracle
-from metadist.trees import Params, add
+from metadist.trees import Params, add, scale, zeros_like
 
 
 @dataclass(frozen=True)
-class BDA(GradientDescent):
+class BDA(Descent):
     """Bilevel descent aggregation (BDA).
 
         y_{t+1} = y_t - (1 - a_t) inner_lr g_y(x, y_t) - a_t y_lr f_y(x, y_t),   t = 0 .. T-1
@@ -25,7 +26,8 @@ class BDA(GradientDescent):
     the end. With alpha = 0 it is ITD.
 
     Args:
-        y_lr: The step size of y along f_y, > 0. None: inner_lr.
+        y_lr: The step size of y along f_y, > 0. None: that along g_y. Its ratio to that one is the
+            weight of f_y in the gradient that `inner_optimizer` gets.
         alpha: The share of f in the first step, in [0, 1).
         alpha_decay: The exponent of its fall over the inner steps, in [0, 1].
 
@@ -46,49 +48,57 @@ class BDA(GradientDescent):
     of y that the user writes. Sets of constraints for y are left out.
     """
 
+    inner_steps: int = rule(5, ge=1)
     y_lr: float | None = rule(None, gt=0, none="for inner_lr")
     alpha: float = rule(0.5, ge=0, lt=1)
     alpha_decay: float = rule(1.0, ge=0, le=1)
 
-    def rates(self, t: int) -> tuple[float, float]:
-        """The step sizes along g_y and f_y in inner step t."""
+    def weights(self, t: int) -> tuple[float, float]:
+        """Those of g_y and f_y in the direction of inner step t."""
         share = decayed(self.alpha, self.alpha_decay, t)
-        y_lr = self.inner_lr if self.y_lr is None else self.y_lr
-        return (1 - share) * self.inner_lr, share * y_lr
+        return 1 - share, share if self.y_lr is None else share * self.y_lr / self.step_rule.lr
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
-        steps: list[tuple[Params, Draw, Draw]] = []
-        y = state.inner
+        steps, rate = self.step_rule, self.step_rule.lr_at(oracle.step)
+        traces: list[tuple[Trace, Draw, Draw]] = []
+        y, memory = state.inner, state.memory or steps.start(state.inner)
         for t in range(self.inner_steps):
             draws = oracle.draw_inner(), oracle.draw_outer()
-            steps.append((y, *draws))
             g_y = oracle.kept_grad(context, y, draws[0])
-            y = self._moved(oracle, context, y, g_y, draws[1], t)
+            trace = Trace(y, memory, self._direction(oracle, context, y, g_y, draws[1], t))
+            traces.append((trace.kept_for(steps), *draws))
+            y, memory = steps.step(*trace, rate)
         h, w = oracle.outer_grads(context, y, oracle.draw_outer())
+        w_means = tuple(map(zeros_like, memory.means))
         for t in reversed(range(self.inner_steps)):
-            lower, upper = self.rates(t)
-            y_t, inner_draw, outer_draw = steps.pop()
-            j_w, h_w = oracle.second_order(context, y_t, w, inner_draw)
-            moved = add(h, j_w, -lower), add(w, h_w, -lower)
+            lower, upper = self.weights(t)
+            trace, inner_draw, outer_draw = traces.pop()
+            w, w_means, u = pull(oracle, steps, trace, rate, w, w_means)
+            j_u, h_u = oracle.second_order(context, trace.y, u, inner_draw)
+            h, w = add(h, j_u, lower), add(w, h_u, lower)
             if upper:
-                j_w, h_w = oracle.outer_second_order(context, y_t, w, outer_draw)
-                moved = add(moved[0], j_w, -upper), add(moved[1], h_w, -upper)
-            h, w = moved
-        return Estimate(hypergradient=h, start_gradient=w, state=InnerState(y), metrics={})
+                j_u, h_u = oracle.outer_second_order(context, trace.y, u, outer_draw)
+                h, w = add(h, j_u, upper), add(w, h_u, upper)
+        return Estimate(
+            hypergradient=h,
+            start_gradient=w,
+            state=InnerState(y, self.carried(memory)),
+            metrics={},
+        )
 
     def unrolled_map(self, oracle: Oracle, context: Params, inner: Params) -> Params:
+        steps, memory = self.step_rule, self.step_rule.start(inner)
         for t in range(self.inner_steps):
             g_y = oracle.inner_grad(context, inner, oracle.draw_inner())
-            inner = self._moved(oracle, context, inner, g_y, oracle.draw_outer(), t)
+            along = self._direction(oracle, context, inner, g_y, oracle.draw_outer(), t)
+            inner, memory = steps.step(inner, memory, along, steps.lr_at(oracle.step))
         return inner
 
-    def _moved(
+    def _direction(
         self, oracle: Oracle, context: Params, y: Params, g_y: Params, outer_draw: Draw, t: int
     ) -> Params:
-        """y_{t+1}."""
-        lower, upper = self.rates(t)
-        moved = add(y, g_y, -lower)
+        lower, upper = self.weights(t)
         if not upper:
-            return moved
+            return g_y
         _, f_y = oracle.outer_grads(context, y, outer_draw)
-        return add(moved, f_y, -upper)
+        return add(scale(g_y, lower), f_y, upper)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.inner import GradientDescent
+from metadist.algorithms.parts.inner import NO_MEMORY, Descent
+from metadist.algorithms.parts.through import Trace, pull
 from metadist.checks.values import rule
 from metadist.oracle import Draw, Oracle
-from metadist.trees import Params, add, tree_map
+from metadist.step_rules import Memory
+from metadist.trees import Params, add, tree_map, zeros_like
 
 
 class IAPTTState(NamedTuple):
@@ -21,6 +23,7 @@ class IAPTTState(NamedTuple):
 
     inner: Params
     start: Params
+    memory: Any = NO_MEMORY
 
 
 class Trajectory(NamedTuple):
@@ -30,19 +33,21 @@ class Trajectory(NamedTuple):
         end: y_T.
         worst: The y_t where f is largest.
         length: Its t, a number in a tensor of shape ().
-        steps: (y_t, draw of its gradient), t = 0 .. T-1.
+        memory: That of the rule after the last step.
+        traces: (step t, draw of its gradient), t = 0 .. T-1.
         draw: That of f, the same for all t.
     """
 
     end: Params
     worst: Params
     length: Tensor
-    steps: list[tuple[Params, Draw]]
+    memory: Memory
+    traces: list[tuple[Trace, Draw]]
     draw: Draw
 
 
 @dataclass(frozen=True)
-class IAPTT(GradientDescent):
+class IAPTT(Descent):
     """Initialization auxiliary and pessimistic trajectory truncated gradient method (IAPTT-GM).
 
         y_0 = z;    y_{t+1} = y_t - inner_lr g_y(x, y_t);    s = argmax over t = 1 .. T of f(x, y_t)
@@ -73,51 +78,67 @@ class IAPTT(GradientDescent):
     differentiated on one draw of the query set.
     """
 
+    inner_steps: int = rule(5, ge=1)
     start_lr: float = rule(0.1, gt=0)
 
     @property
     def kept_options(self) -> dict[str, str]:
         return {"start_lr": ""}
 
-    def init(self, oracle: Oracle, context: Params, inner: Params) -> IAPTTState:  # type: ignore[override]
-        return IAPTTState(inner, inner)
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> IAPTTState:
+        return IAPTTState(inner, inner, self.new_memory(inner))
 
     def estimate(self, oracle: Oracle, context: Params, state: IAPTTState) -> Estimate:
-        path = self._trajectory(oracle, context, state.start, oracle.kept_grad)
+        steps, rate = self.step_rule, self.step_rule.lr_at(oracle.step)
+        memory = state.memory or steps.start(state.start)
+        path = self._trajectory(oracle, context, state.start, memory, oracle.kept_grad)
         h, w = oracle.outer_grads(context, path.worst, path.draw)
+        w_means = tuple(map(zeros_like, path.memory.means))
         for t in reversed(range(self.inner_steps)):
-            y_t, draw = path.steps.pop()
+            trace, draw = path.traces.pop()
             is_used = t < path.length
 
-            def back(total: Tensor, product: Tensor, is_used: Tensor = is_used) -> Tensor:
-                return torch.where(is_used, total - self.inner_lr * product, total)
+            def where_used(new: Tensor, old: Tensor, is_used: Tensor = is_used) -> Tensor:
+                return torch.where(is_used, new, old)
 
-            j_w, h_w = oracle.second_order(context, y_t, w, draw)
-            h, w = tree_map(back, h, j_w), tree_map(back, w, h_w)
+            back, means, u = pull(oracle, steps, trace, rate, w, w_means)
+            j_u, h_u = oracle.second_order(context, trace.y, u, draw)
+            h = tree_map(where_used, add(h, j_u), h)
+            w = tree_map(where_used, add(back, h_u), w)
+            pairs = zip(means, w_means, strict=True)
+            w_means = tuple(tree_map(where_used, new, old) for new, old in pairs)
         return Estimate(
             hypergradient=h,
             start_gradient=w,
-            state=IAPTTState(inner=path.end, start=add(state.start, w, -self.start_lr)),
+            state=IAPTTState(
+                inner=path.end,
+                start=add(state.start, w, -self.start_lr),
+                memory=self.carried(path.memory),
+            ),
             metrics={"truncated_at": path.length},
         )
 
     def unrolled_map(self, oracle: Oracle, context: Params, inner: Params) -> Params:
-        return self._trajectory(oracle, context, inner, oracle.inner_grad).worst
+        memory = self.step_rule.start(inner)
+        return self._trajectory(oracle, context, inner, memory, oracle.inner_grad).worst
 
     def _trajectory(
         self,
         oracle: Oracle,
         context: Params,
         y: Params,
+        memory: Memory,
         ask: Callable[[Params, Params, Draw], Params],
     ) -> Trajectory:
-        steps: list[tuple[Params, Draw]] = []
+        steps, rate = self.step_rule, self.step_rule.lr_at(oracle.step)
+        traces: list[tuple[Trace, Draw]] = []
         outer_draw = oracle.draw_outer()
         worst = y
         for t in range(self.inner_steps):
             draw = oracle.draw_inner()
-            steps.append((y, draw))
-            y = add(y, ask(context, y, draw), -self.inner_lr)
+            trace = Trace(y, memory, ask(context, y, draw))
+            traces.append((trace.kept_for(steps), draw))
+            y, memory = steps.step(*trace, rate)
             value = oracle.outer_value(context, y, outer_draw)
             if t == 0:
                 worst, largest, length = y, value, torch.ones_like(value)
@@ -127,4 +148,6 @@ class IAPTT(GradientDescent):
             worst = tree_map(lambda new, old: torch.where(is_worse, new, old), y, worst)  # noqa: B023
             largest = torch.where(is_worse, value, largest)
             length = torch.where(is_worse, t + 1.0, length)
-        return Trajectory(end=y, worst=worst, length=length, steps=steps, draw=outer_draw)
+        return Trajectory(
+            end=y, worst=worst, length=length, memory=memory, traces=traces, draw=outer_draw
+        )

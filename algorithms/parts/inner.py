@@ -12,7 +12,7 @@ from metadist.algorithm import Algorithm, Estimate, InnerState, State
 from metadist.checks.values import check_fields, rule
 from metadist.oracle import Draw, Oracle
 from metadist.step_rules import SGD, Memory, StepRule
-from metadist.trees import Params, add
+from metadist.trees import Params
 
 
 def decayed(rate: float, exponent: float, step: int) -> float:
@@ -32,34 +32,6 @@ def repeat(
     for _ in range(num_moves - 1):
         estimate = move(oracle, context, estimate.state)
     return estimate
-
-
-@dataclass(frozen=True)
-class GradientDescent(Algorithm):
-    """A base for methods whose lower problem is plain gradient descent on g.
-
-    Args:
-        inner_steps: T, >= 1.
-        inner_lr: alpha, > 0.
-    """
-
-    inner_steps: int = rule(5, ge=1)
-    inner_lr: float = rule(0.1, gt=0)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def next_inner(self, oracle: Oracle, context: Params, y: Params, draw: Draw) -> Params:
-        """y - inner_lr * g_y. Cost: one gradient."""
-        return add(y, oracle.inner_grad(context, y, draw), -self.inner_lr)
-
-    def init(self, oracle: Oracle, context: Params, inner: Params) -> InnerState:
-        return InnerState(inner)
-
-    def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
-        for _ in range(self.inner_steps):
-            inner = self.next_inner(oracle, context, inner, oracle.draw_inner())
-        return inner
 
 
 NO_MEMORY: tuple[()] = ()

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from metadist import SGD, Adam
 from metadist.algorithms.bda import BDA
 from metadist.algorithms.itd import ITD
 from metadist.checks.hypergradient import check_hypergradient
@@ -27,29 +28,38 @@ PLAIN: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materializ
 
 def aggregated(problem, task, context, y, algorithm):
     """f at the end of the inner loop, by torch.autograd alone."""
+    memory = algorithm.step_rule.start(y)
     for t in range(algorithm.inner_steps):
         share = algorithm.alpha / (t + 1) ** algorithm.alpha_decay
         g = problem.inner_loss(context, y, task.support)
         f = problem.outer_loss(context, y, task.query)
         g_y = torch.autograd.grad(g, list(y.values()), **PLAIN)
         f_y = torch.autograd.grad(f, list(y.values()), **PLAIN)
-        steps = zip(y.items(), g_y, f_y, strict=True)
-        rate = algorithm.y_lr or algorithm.inner_lr
-        y = {
-            name: leaf - (1 - share) * algorithm.inner_lr * in_g - share * rate * in_f
-            for (name, leaf), in_g, in_f in steps
-        }
+        lr = algorithm.step_rule.lr
+        weight = share * (algorithm.y_lr or lr) / lr
+        steps = zip(y, g_y, f_y, strict=True)
+        along = {name: (1 - share) * in_g + weight * in_f for name, in_g, in_f in steps}
+        y, memory = algorithm.step_rule.step(y, memory, along, lr)
     return problem.outer_loss(context, y, task.query)
 
 
 @pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("options", [{}, {"y_lr": 0.03, "alpha_decay": 0.5}, {"alpha_decay": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inner_lr": 0.1},
+        {"inner_lr": 0.1, "y_lr": 0.03, "alpha_decay": 0.5},
+        {"inner_optimizer": SGD(0.1, momentum=0.8, clip_norm=0.5), "alpha_decay": 0.0},
+        {"inner_optimizer": Adam(0.05), "y_lr": 0.1},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("problem", "task_of"), [(Quadratic(2, 4), quadratic_task), (Smooth(), smooth_task)]
 )
 def test_it_is_the_derivative_of_the_aggregated_loop(problem, task_of, options, eager):
     task, outer = task_of(1), problem.init_outer(generator(1))
-    algorithm = BDA(4, 0.1, alpha=0.4, **options)
+    algorithm = BDA(4, alpha=0.4, **options)
     found = estimate(algorithm, problem, outer, task, eager=eager)
     _, context, start = oracle_of(problem, outer, task)
     in_context = plain_gradient(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from metadist import Adam
 from metadist.algorithms.iaptt import IAPTT
 from metadist.algorithms.itd import ITD
 from metadist.checks.hypergradient import check_hypergradient
@@ -28,12 +29,12 @@ STEPS = IAPTT(6, 0.2)
 
 def losses(problem, task, context, y, algorithm):
     """f after every step of gradient descent on g, by torch.autograd alone."""
-    found = []
+    found, memory = [], algorithm.step_rule.start(y)
     for _ in range(algorithm.inner_steps):
         loss = problem.inner_loss(context, y, task.support)
         g_y = torch.autograd.grad(loss, list(y.values()), create_graph=True)
-        steps = zip(y.items(), g_y, strict=True)
-        y = {name: leaf - algorithm.inner_lr * in_g for (name, leaf), in_g in steps}
+        along = dict(zip(y, g_y, strict=True))
+        y, memory = algorithm.step_rule.step(y, memory, along, algorithm.step_rule.lr)
         found.append(problem.outer_loss(context, y, task.query))
     return found
 
@@ -61,6 +62,20 @@ def test_it_is_the_derivative_of_the_largest_f_of_the_loop(index, cut, eager):
     assert_close(found.start_gradient, plain_gradient(lambda y: worst(context, y), start))
     of_each = torch.stack(losses(problem, task, context, leaves(start), STEPS))
     assert float(found.metrics["truncated_at"]) == int(of_each.argmax()) + 1 == cut
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_so_it_is_through_the_steps_of_adam(index):
+    problem, task, algorithm = Smooth(), smooth_task(index), IAPTT(5, inner_optimizer=Adam(0.1))
+    outer = problem.init_outer(generator(index))
+    found = estimate(algorithm, problem, outer, task)
+    _, context, start = oracle_of(problem, outer, task)
+
+    def worst(context, start):
+        return torch.stack(losses(problem, task, context, start, algorithm)).max()
+
+    assert_close(found.hypergradient, plain_gradient(lambda c: worst(c, leaves(start)), context))
+    assert_close(found.start_gradient, plain_gradient(lambda y: worst(context, y), start))
 
 
 def test_tasks_that_are_cut_elsewhere_go_through_together():
