@@ -106,8 +106,23 @@ def test_the_printed_and_the_kept_config_train_the_same(cli):
     again = yaml.safe_load(Path("third/config.yaml").read_text())
     assert kept | {"run_dir": "third"} == again
     # What is kept does not depend on defaults that a later version may have.
-    assert kept["algorithm"]["init_args"]["momentum"] == 0.0
+    assert kept["algorithm"]["init_args"]["inner_optimizer"] is None
     assert kept["sampler"]["class_path"] == "metadist.tasks.Sinusoid"
+
+
+def test_a_step_rule_is_named_like_any_class_and_resumed(cli):
+    arguments = [word for word in CURVES if "inner_lr" not in word and word != "0.05"]
+    arguments += ["--algorithm.inner_optimizer", "AdamW", "--algorithm.inner_optimizer.lr", "1e-2"]
+    arguments += ["--algorithm.inner_optimizer.no_decay", "[*bias]"]
+    cli.good("train", *arguments, "--num_steps", 3, "--run_dir", "whole")
+    kept = yaml.safe_load(Path("whole/config.yaml").read_text())
+    steps = kept["algorithm"]["init_args"]["inner_optimizer"]
+    assert steps["class_path"] == "metadist.AdamW"
+    assert steps["init_args"]["lr"] == 0.01 and steps["init_args"]["weight_decay"] == 0.01
+    assert list(steps["init_args"]["no_decay"]) == ["*bias"]
+    cli.good("train", *arguments, "--num_steps", 2, "--run_dir", "parts")
+    cli.good("resume", "parts", "--num_steps", 3)
+    assert last_state(Path("parts")) == last_state(Path("whole"))
 
 
 @pytest.mark.parametrize("form", [("--algorithm", "reptile"), ("--algorithm=reptile",)])

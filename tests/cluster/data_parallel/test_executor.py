@@ -49,7 +49,7 @@ from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.optimizer import OuterOptimizer
 from metadist.oracle import DERIVATIVES
-from metadist.step_rules import SGD, Adam
+from metadist.step_rules import SGD, Adam, AdamW
 from metadist.task import Batch, Task
 from metadist.tasks import FixedTasks
 from metadist.trees import Params
@@ -79,7 +79,9 @@ ALL = {
     "f2sa_central": F2SA(3, 0.2, order=2),
     "itd_rates": ITD(3, inner_optimizer=SGD(0.2, momentum=0.5), learn_lr="per_tensor"),
     "saba_full": SABA(inner_lr=0.2, full_pass=True),
-    "sama_adam": SAMA(3, inner_optimizer=Adam(0.05, carry=True)),
+    "itd_adam": ITD(3, inner_optimizer=AdamW(0.05, eps=1e-3, clip_norm=0.5, carry=True)),
+    "fg2u_adam": FG2U(3, inner_optimizer=Adam(0.05, eps=1e-3, clip_norm=0.5)),
+    "sama_adam": SAMA(3, inner_optimizer=Adam(0.05, clip_norm=0.5, carry=True)),
 }
 
 
