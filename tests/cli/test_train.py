@@ -113,7 +113,7 @@ def test_the_printed_and_the_kept_config_train_the_same(cli):
 def test_a_step_rule_is_named_like_any_class_and_resumed(cli):
     arguments = [word for word in CURVES if "inner_lr" not in word and word != "0.05"]
     arguments += ["--algorithm.inner_optimizer", "AdamW", "--algorithm.inner_optimizer.lr", "1e-2"]
-    arguments += ["--algorithm.inner_optimizer.no_decay", "[*bias]"]
+    arguments += ["--algorithm.inner_optimizer.no_decay", '["*bias"]']
     cli.good("train", *arguments, "--num_steps", 3, "--run_dir", "whole")
     kept = yaml.safe_load(Path("whole/config.yaml").read_text())
     steps = kept["algorithm"]["init_args"]["inner_optimizer"]
