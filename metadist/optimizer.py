@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from metadist.checks.values import check_fields, rule
+from metadist.checks.values import check, check_fields, rule
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -19,7 +19,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop,
     "adagrad": torch.optim.Adagrad,
 }
-SCHEDULES = ("constant", "linear", "cosine", "power")
+SCHEDULES = ("constant", "linear", "cosine", "power", "piecewise")
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,15 @@ class OuterOptimizer:
             AdamW use torch's fused kernels, several times faster than its loop, which has other
             roundings and is used with {"fused": False}.
         clip_norm: The hypergradient is scaled down to this Euclidean norm; None: never.
+        clip_value: Each element of the hypergradient is clamped to [-clip_value, clip_value], after
+            `clip_norm`; None: none is.
         schedule: The learning rate is "constant"; falls to 0 over `schedule_steps` outer steps
-            as "linear" or "cosine"; or is "power", lr * (k+1)^-schedule_power at outer step k.
+            as "linear" or "cosine"; is "power", lr * (k+1)^-schedule_power at outer step k; or
+            "piecewise", constant between the steps in `schedule_factors`.
         schedule_steps: The length of "linear" and "cosine", which need it.
         schedule_power: The exponent of "power", in (0, 1].
+        schedule_factors: Of "piecewise": {100: 0.1, 200: 0.01} is lr * 0.1 from outer step 100 on,
+            and lr * 0.01 from 200 on.
         warmup_steps: Outer steps of linear growth of the rate from lr / warmup_steps.
     """
 
@@ -49,9 +54,13 @@ class OuterOptimizer:
     lr: float = rule(1e-3, gt=0)
     options: dict[str, Any] = field(default_factory=dict)
     clip_norm: float | None = rule(None, gt=0, none="for no clipping")
-    schedule: Literal["constant", "linear", "cosine", "power"] = rule("constant", one_of=SCHEDULES)
+    clip_value: float | None = rule(None, gt=0, none="for no clipping")
+    schedule: Literal["constant", "linear", "cosine", "power", "piecewise"] = rule(
+        "constant", one_of=SCHEDULES
+    )
     schedule_steps: int | None = rule(None, ge=1, none="")
     schedule_power: float = rule(0.5, gt=0, le=1)
+    schedule_factors: dict[int, float] = field(default_factory=dict)
     warmup_steps: int = rule(0, ge=0)
 
     def __post_init__(self) -> None:
@@ -60,6 +69,14 @@ class OuterOptimizer:
             raise ValueError(
                 f"schedule_steps must be >= 1 with schedule={self.schedule!r}, got None"
             )
+        if bool(self.schedule_factors) != (self.schedule == "piecewise"):
+            raise ValueError(
+                "schedule_factors must be given with schedule='piecewise', and with no other, got "
+                f"{self.schedule_factors} and {self.schedule!r}: for example {{100: 0.1}}"
+            )
+        for step, factor in self.schedule_factors.items():
+            check("a step of schedule_factors", step, is_integer=True, ge=1)
+            check(f"schedule_factors[{step}]", factor, gt=0)
         known = set(inspect.signature(OPTIMIZERS[self.name]).parameters) - {"params", "lr"}
         for option in self.options:
             if option not in known:
@@ -81,6 +98,10 @@ class OuterOptimizer:
             return self.lr * warmup
         if self.schedule == "power":
             return self.lr * warmup * (version + 1) ** -self.schedule_power
+        if self.schedule == "piecewise":
+            begun = [step for step in self.schedule_factors if step <= version]
+            factor = self.schedule_factors[max(begun)] if begun else 1.0
+            return self.lr * warmup * factor
         progress = min(1.0, version / (self.schedule_steps or 1))
         decay = (
             1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2

@@ -292,6 +292,9 @@ class OuterVariable:
             if clip is not None and norm > clip:
                 for block in self._mean[: len(self._flat)].split(BLOCK):
                     block.mul_(clip / norm)
+            if (most := self._config.clip_value) is not None:
+                for block in self._mean[: len(self._flat)].split(BLOCK):
+                    block.clamp_(-most, most)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             if self._has_stepped:

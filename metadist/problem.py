@@ -136,6 +136,18 @@ class Problem(Protocol):
         """Metrics of a solution that need no data, for example the distance to a known one."""
         return {}
 
+    def artifacts(self, outer: Params, inner: Params | None) -> dict[str, bytes]:
+        """Files by name that show what was learned so far, such as a figure as PNG.
+
+        The Trainer writes them to `artifacts/step-NNNNNNNN/` in its run folder, with each
+        validation and at the end. A name consists of letters, digits and `._-`.
+
+        Args:
+            outer: x, on the CPU.
+            inner: With kept states, the inner variable of task 0 after the last step; else None.
+        """
+        return {}
+
     def describe(self) -> dict[str, str]:
         """What one must know to reproduce a result, for example the batch-norm policy."""
         return {}
@@ -177,6 +189,11 @@ def loss_and_metrics(
     if place("loss_and_metrics") <= min(place("outer_loss"), place("metrics"), len(places)):
         return problem.loss_and_metrics(context, inner, batch)
     return problem.outer_loss(context, inner, batch), problem.metrics(context, inner, batch)
+
+
+def has_artifacts(problem: Problem) -> bool:
+    """Whether the problem has files to show."""
+    return _overrides(problem, "artifacts")
 
 
 def is_nonsmooth(problem: Problem) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +34,7 @@ from metadist.executor import Executor, LocalExecutor, StepReport
 from metadist.inference import adapt, export, kept_state, predict
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterVariable, check_state
-from metadist.problem import Problem, has_few_shot_classes, start_carried
+from metadist.problem import Problem, has_artifacts, has_few_shot_classes, start_carried
 from metadist.run.background import Background
 from metadist.run.checkpoint import (
     Checkpoint,
@@ -44,6 +45,7 @@ from metadist.run.checkpoint import (
 )
 from metadist.run.events import EventLog
 from metadist.run.files import (
+    ARTIFACTS,
     CHECKPOINTS,
     CONFIG,
     EVENTS,
@@ -618,6 +620,26 @@ class Trainer:
         if monitor is not None:
             monitor.flush()
         self._save(score)
+        if validates or version >= num_steps:
+            self._write_artifacts()
+
+    def _write_artifacts(self) -> None:
+        """Write what the problem shows of this step."""
+        if self._folder is None or not has_artifacts(self.problem):
+            return
+        inner = self.inner(0) if 0 in self._state.states else None
+        found = self.problem.artifacts(split_own(self.outer)[0], inner)
+        for name, data in found.items():
+            if not _ARTIFACT.fullmatch(name) or not isinstance(data, bytes):
+                raise ValueError(
+                    "artifacts must be bytes by names of letters, digits and ._-, which begin with "
+                    f"none of these signs, got {type(data).__name__} by the name {name!r}"
+                )
+        folder = self._folder / ARTIFACTS / name_of(self.version)
+        for name, data in found.items():
+            if self._lock is not None:
+                self._lock.check()
+            folder.write(name, data)
 
     def _validates(self, version: int, num_steps: int) -> bool:
         return self._val_sampler is not None and (
@@ -789,6 +811,8 @@ class Trainer:
         if self._mirror is not None:
             self._mirror.upload()
 
+
+_ARTIFACT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 TASKS, DROPPED = "tasks", "dropped"  # beside the names of oracle calls
 

@@ -82,7 +82,7 @@ class ArchitectureSearch(Problem):
         """The cells of `outer`, see `Genotype.derive`."""
         return Genotype.derive(outer)
 
-    def artifacts(self, outer: Params, inner: Params) -> dict[str, bytes]:
+    def artifacts(self, outer: Params, inner: Params | None) -> dict[str, bytes]:
         """The cells as `genotype.json` and, with matplotlib, as `genotype.png`."""
         genotype = self.genotype(outer)
         files = {"genotype.json": genotype.to_json().encode()}

@@ -195,6 +195,52 @@ def test_clipping_scales_the_mean_down_to_the_norm(clip_norm):
     assert float(moved.norm()) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_clipping_by_value_clamps_what_clipping_by_norm_has_left(clip_norm):
+    config = OuterOptimizer("sgd", 1.0, clip_norm=clip_norm, clip_value=0.3)
+    variable = OuterVariable(params(torch.float64), config)
+    before = variable.flat.clone()
+    item = contribution(0, num_tasks=2, dtype=torch.float64)
+    result = variable.apply([item])
+    mean = item.total / 2
+    assert result.hypergradient_norm == pytest.approx(float(mean.norm()), rel=1e-12)
+    scaled = mean * min(1.0, (clip_norm or math.inf) / float(mean.norm()))
+    assert 0 < int((scaled.abs() > 0.3).sum()) < len(scaled)
+    assert torch.allclose(before - variable.flat, scaled.clamp(-0.3, 0.3), atol=1e-12)
+
+
+def test_shards_clip_by_value_to_the_bytes_of_one_owner():
+    config = OuterOptimizer("sgd", 1.0, clip_norm=50.0, clip_value=0.1)
+    outer = torch.zeros(LENGTH)
+    item = long_contribution(0, 0, LENGTH, torch.float32)
+    shards, whole = Shards(outer, config, None, 2), Shards(outer, config, None, 1)
+    shards.apply([item])
+    whole.apply([item])
+    assert torch.equal(shards.state()["x"], whole.state()["x"])
+    assert float(whole.state()["x"].abs().max()) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "piecewise"}, "schedule_factors must be given with schedule='piecewise'"),
+        ({"schedule_factors": {3: 0.1}}, "schedule_factors must be given with schedule='piece"),
+        (
+            {"schedule": "piecewise", "schedule_factors": {0: 0.1}},
+            "a step of schedule_factors must be .*>= 1, got 0",
+        ),
+        (
+            {"schedule": "piecewise", "schedule_factors": {5: -0.1}},
+            r"schedule_factors\[5\] must be > 0 and finite, got -0.1",
+        ),
+        ({"clip_value": 0.0}, "clip_value must be > 0"),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        OuterOptimizer("sgd", 0.1, **options)
+
+
 def test_a_step_without_a_finite_task_moves_nothing_but_the_version():
     variable = OuterVariable(params(), OuterOptimizer("adam", 0.1))
     result = variable.apply([contribution(0, num_tasks=0)._replace(total=torch.zeros(11))])
@@ -236,6 +282,10 @@ def test_what_is_given_out_is_no_way_in():
         (
             {"schedule": "linear", "schedule_steps": 4, "warmup_steps": 2},
             [0.5, 0.75, 0.5, 0.25, 0.0, 0.0],
+        ),
+        (
+            {"schedule": "piecewise", "schedule_factors": {4: 0.1, 2: 0.5}},
+            [1.0, 1.0, 0.5, 0.5, 0.1, 0.1],
         ),
     ],
 )
