@@ -31,6 +31,13 @@ def small(comparison, folder):
             "sampler": {"init_args": {"dataset": "digits", "num_selection": 0, **sizes}},
             "problem": {"init_args": {"num_examples": 60, "model": linear}},
         }
+    if kind == "ImageData":
+        images = {"dataset": "digits", "num_train": 64, "num_val": 64, "num_test": 64}
+        network = {"channels": 2, "cells": "NR", "nodes": 1, "in_channels": 1}
+        return {
+            "sampler": {"init_args": images},
+            "problem": {"init_args": {"supernet": {"init_args": network}}},
+        }
     if kind == "TextFeatures":
         for label in "abcdefghi":
             (folder / label).mkdir()
