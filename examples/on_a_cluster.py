@@ -33,6 +33,7 @@ def main(
         outer_optimizer=OuterOptimizer("adam", lr=2e-3),
         meta_batch_size=8,
         executor=executor,
+        eval_inner_steps=20,
     )
     trainer.fit(num_steps)
     test = trainer.test(Glyphs(split="test"), num_test_tasks)  # on the workers too
