@@ -137,6 +137,12 @@ class Lines:
         )
 
 
+class FewLines(Lines):
+    """Four of them, whose states can be kept."""
+
+    num_tasks = 4
+
+
 @dataclass(frozen=True)
 class Moving(Lines):
     """Lines with other data at every outer step."""

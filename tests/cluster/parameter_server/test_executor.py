@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import signal
@@ -14,6 +15,7 @@ import ray
 import torch
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
+from metadist.algorithms import ITD
 from metadist.cluster import (
     ASP,
     SSP,
@@ -28,9 +30,11 @@ from metadist.cluster.actors.connection import _sigterm_kept, reserve
 from metadist.compute import Compute
 from metadist.evaluation import evaluate
 from metadist.optimizer import OuterOptimizer
+from metadist.step_rules import Adam
 from tests.cluster.toy import (
     ADAM,
     Broken,
+    FewLines,
     Flaky,
     Leaving,
     Lines,
@@ -95,6 +99,24 @@ def test_a_run_that_goes_on_gives_the_bytes_of_an_uninterrupted_one(executor):
     list(running.run(6))
     assert state_bytes(running.state()) == state_bytes(expected)
     assert all(torch.equal(running.state().outer[name], x) for name, x in expected.outer.items())
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_adam_inside_and_its_carried_moments_give_the_same_bytes(executor, carry):
+    steps = Adam(0.01, eps=1e-3, clip_norm=1.0, carry=carry)
+    workload = dataclasses.replace(
+        make_workload(),
+        sampler=FewLines() if carry else Lines(),
+        algorithm=ITD(3, inner_optimizer=steps),
+        keep_state=carry,
+    )
+    expected, _ = local_run(3, workload)
+    running = executor(workload)
+    list(running.run(3))
+    found = running.state()
+    assert state_bytes(found) == state_bytes(expected)
+    assert found.states.keys() == expected.states.keys() and len(found.states) == 4 * carry
+    assert all(torch.equal(found.states[i], flat) for i, flat in expected.states.items())
 
 
 @pytest.mark.parametrize(
