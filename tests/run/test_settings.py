@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from metadist import CheckpointError, OuterOptimizer, __version__
+from metadist import CheckpointError, OuterOptimizer, Trainer, __version__
 from metadist.algorithms import AID, ITD
 from metadist.run.checkpoint import CheckpointStore
 from metadist.run.settings import as_text, difference, recorded
+from metadist.tasks import FixedTasks
 from tests.helpers import make_trainer
+from tests.problems import Quadratic, quadratic_task
 
 
 @dataclass(frozen=True)
@@ -120,3 +122,33 @@ def test_a_checkpoint_names_the_version_that_wrote_it(tmp_path, monkeypatch):
         rf"{__version__} wrote, got 7: start a new run to change it",
     ):
         make_trainer(run_dir=tmp_path, algorithm=ITD(inner_steps=7, inner_lr=0.1)).restore()
+
+
+def test_a_piecewise_rate_and_clipping_by_value_are_the_same_after_a_resume(tmp_path):
+    options: dict[str, Any] = {
+        "schedule": "piecewise",
+        "schedule_factors": {2: 0.5},
+        "clip_value": 0.1,
+    }
+
+    def trainer(run_dir: str | None, **changes: Any) -> Trainer:
+        return Trainer(
+            Quadratic(2, 4),
+            FixedTasks([quadratic_task(0)]),
+            ITD(inner_steps=2),
+            outer_optimizer=OuterOptimizer(
+                "sgd", 0.1, schedule="piecewise", **{**options, **changes}
+            ),
+            run_dir=run_dir,
+            quiet=True,
+        )
+
+    whole = trainer(None)
+    whole.fit(4)
+    trainer(str(tmp_path)).fit(2)
+    again = trainer(str(tmp_path))
+    again.restore()
+    again.fit(4)
+    assert torch.equal(again.outer["x"], whole.outer["x"])
+    with pytest.raises(CheckpointError, match="schedule_factors"):
+        trainer(str(tmp_path), schedule_factors={3: 0.5}).restore()
