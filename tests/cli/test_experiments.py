@@ -24,11 +24,13 @@ def small(comparison, folder):
         "meta_batch_size": 1,
         "problem": {"init_args": {"model": {"init_args": {"width": 4}}}},
     }
+    sizes = ("num_train", "num_val", "num_test")
     if kind == "CorruptedImages":
         linear = {"class_path": "linear", "init_args": {"in_features": 64}}
-        sizes = dict.fromkeys(("num_train", "num_val", "num_test"), 60)
         return {
-            "sampler": {"init_args": {"dataset": "digits", "num_selection": 0, **sizes}},
+            "sampler": {
+                "init_args": {"dataset": "digits", "num_selection": 0, **dict.fromkeys(sizes, 60)}
+            },
             "problem": {"init_args": {"num_examples": 60, "model": linear}},
         }
     if kind == "ImageData":
@@ -46,8 +48,15 @@ def small(comparison, folder):
                     f"{label}{label} word{number % 3} another{number} {'common ' * (number + 1)}"
                 )
                 (folder / label / f"{number}.txt").write_text(words)
-        sizes = {"num_train": 80, "num_val": 60, "num_selection": 1, "num_test": 1}
-        return {"sampler": {"init_args": {"source": str(folder), "min_df": 1, **sizes}}}
+        parts = {"num_train": 80, "num_val": 60, "num_selection": 1, "num_test": 1}
+        return {"sampler": {"init_args": {"source": str(folder), "min_df": 1, **parts}}}
+    if kind == "ImageData":
+        net = {"channels": 2, "cells": "NR", "nodes": 1, "in_channels": 1}
+        return {
+            "sampler": {"init_args": {"dataset": "digits", **dict.fromkeys(sizes, 30)}},
+            "problem": {"init_args": {"supernet": {"init_args": net}}},
+            "batch_size": 10,
+        }
     if kind.startswith("LancBiO"):
         size = {"init_args": {"size": 40}}
         return {"sampler": size, "problem": size}
