@@ -126,7 +126,6 @@ def test_a_checkpoint_names_the_version_that_wrote_it(tmp_path, monkeypatch):
 
 def test_a_piecewise_rate_and_clipping_by_value_are_the_same_after_a_resume(tmp_path):
     options: dict[str, Any] = {
-        "schedule": "piecewise",
         "schedule_factors": {2: 0.5},
         "clip_value": 0.1,
     }
