@@ -29,7 +29,7 @@ COMMANDS = {
     "data": "List the data sets, or download one of them.",
     "check-hypergradient": "Compare a hypergradient with exact derivatives.",
     "submit": "Run `metadist train` as a job of a Ray cluster.",
-    "doctor": "Say what of a machine, a cluster and a model works, and what to do.",
+    "doctor": "Say what works of a machine, a cluster and a model.",
     "list": "List algorithms, problems, models, samplers, ... by name.",
 }
 """One line of help for each command."""

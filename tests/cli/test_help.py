@@ -87,6 +87,7 @@ NEEDS = {
     "train": CORE,
     "check-hypergradient": CORE,
     "compare": ["numpy"],
+    "doctor": CORE,
     "tune": ["numpy"],
 }
 LIST = """
