@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 INDENT = 26
 """Columns of the options; their help is to the right of it."""
-MAX_NAMES = 5
+MAX_NAMES = 6
 """The most short names that are shown beside an option."""
 
 
