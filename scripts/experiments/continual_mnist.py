@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from metadist import Algorithm, Batch, OuterOptimizer, Trainer
+from metadist import Algorithm, Batch, OuterOptimizer, Trainer, TrainingDiverged
 from metadist.algorithms import BOME, F2SA, ITD, MEHA, SAMA
 from metadist.tasks import (
     AccuracyMatrix,
@@ -159,14 +159,13 @@ def main() -> None:
     for seed in options.seeds:
         for name in options.methods or runs:
             began = time.process_time()
-            matrix = runs[name](seed, Setting(num_tasks=options.num_tasks))
-            row = {
-                "method": name,
-                "seed": seed,
-                "num_tasks": options.num_tasks,
-                **{metric: round(value, 4) for metric, value in matrix.metrics().items()},
-                "cpu_s": round(time.process_time() - began, 1),
-            }
+            row: dict[str, Any] = {"method": name, "seed": seed, "num_tasks": options.num_tasks}
+            try:
+                matrix = runs[name](seed, Setting(num_tasks=options.num_tasks))
+                row |= {metric: round(value, 4) for metric, value in matrix.metrics().items()}
+            except TrainingDiverged as error:  # the other methods are still of interest
+                row["diverged"] = str(error)
+            row["cpu_s"] = round(time.process_time() - began, 1)
             line = json.dumps(row)
             print(line, flush=True)
             if options.output is not None:
