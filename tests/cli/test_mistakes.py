@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from metadist.cli import COMMANDS
+from metadist.cli.names import named
 from tests.helpers import words
 
 FLAGS = {
@@ -26,9 +27,8 @@ FLAGS = {
     "--executor.workers 2": "executor.workers is no option of LocalExecutor, but of",
     "--sampler glyps": "sampler must be one of `metadist list samplers` or a class path, got "
     "'glyps': did you mean glyphs?",
-    "--sampler xyzzy": "sampler must be one of cifarfs, corrupted_images, fc100, glyphs, "
-    "image_folder, lancbio_data, long_tail, no_data, omniglot, quadratic_data, sinusoid, "
-    "text_features or a class path, got 'xyzzy'",
+    "--sampler xyzzy": f"sampler must be one of {', '.join(named('samplers'))} or a class path, "
+    "got 'xyzzy'",
     "--algorithm idt": "metadist list algorithms` or a class path, got 'idt': did you mean itd?",
     "--algorithm=reptil": "did you mean reptile?",
     "--problem fewshots": "got 'fewshots': did you mean few_shot?",

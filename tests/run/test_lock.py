@@ -111,7 +111,7 @@ def test_a_process_that_was_killed_and_not_yet_waited_for_is_gone(tmp_path):
 
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"machine": "another container"}])
 def test_a_stranger_is_waited_for_and_taken_over_if_silent(folder, change):
-    write(folder, replace(HERE, **change))
+    write(folder, replace(HERE, **change, time=lock._now()))
     said: list[str] = []
     taken = RunLock(folder, said.append)
     taken.acquire()
@@ -120,10 +120,9 @@ def test_a_stranger_is_waited_for_and_taken_over_if_silent(folder, change):
 
 
 def test_a_stranger_with_a_sign_of_life_is_alive(folder):
-    holder = replace(HERE, host="elsewhere")
+    holder = replace(HERE, host="elsewhere", time=lock._now())
     write(folder, holder)
-    later = replace(holder, time=lock._now())
-    beat = threading.Timer(0.15, lambda: write(folder, later))
+    beat = threading.Timer(0.15, lambda: write(folder, replace(holder, time=lock._now())))
     beat.start()
     with pytest.raises(RunLocked, match=r"on which process .* on elsewhere works since"):
         RunLock(folder).acquire()
