@@ -15,7 +15,7 @@ CLASSES = {
     "--executor.policy.help ssp": ("metadist.cluster.SSP", "--executor.policy.staleness INT"),
     "--algorithm.help itd": ("y_{t+1} = y_t - inner_lr", "--algorithm.inner_lr FLOAT"),
     "--sampler.help glyphs": ("metadist.tasks.Glyphs", "--sampler.n_way INT", "[default: 5]"),
-    "--problem.help few_shot": ("--problem.model NAME", "linear, mlp, resnet12, supernet. [required"),
+    "--problem.help few_shot": ("--problem.model NAME", "mlp, resnet12, supernet. [required"),
     "--problem.model.help Conv4": ("metadist.models.Conv4", "--problem.model.width INT"),
     "--algorithm.help": ("--algorithm NAME, one of", "Iterative differentiation", "lancbio"),
     "--outer_optimizer.help": ("--outer_optimizer.lr FLOAT", "[default: 0.001]"),
