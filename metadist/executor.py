@@ -77,6 +77,9 @@ class Executor(Protocol):
     """Whether several processes share the leases of a step; one process gains nothing from
     leases of fewer tasks than go through vmap together."""
 
+    statistics_of: str = "whole batches"
+    """What a batch norm sees; a run keeps to it, since the losses depend on it."""
+
     def probe(self, sampler: TaskSampler) -> TaskSampler:
         """The sampler that is checked before a run; `sampler` itself, or parts of its tasks.
 

@@ -389,6 +389,7 @@ class Trainer:
         check_same_model(checkpoint.state.outer, self._like, f"{self._store.uri}/{found}")
         info = checkpoint.info
         self._adopt(info)
+        info = {"batch_statistics": Executor.statistics_of, **info}  # of older checkpoints
         for field, value in self._fixed.items():
             changed = difference(info[field], value, field) if field in info else None
             if changed is not None:
@@ -421,6 +422,7 @@ class Trainer:
             "chunk_size": self._chunk_size,
             "precision": self._workload.compute.precision,
             "keep_state": self._workload.keep_state,
+            "batch_statistics": self._executor.statistics_of,
             "algorithm": self.algorithm,
             "outer_optimizer": self._optimizer,
         }

@@ -5,7 +5,8 @@ examples, so with share = (examples of a draw on the shard) / (examples of the d
 
     derivative on the draw = sum over shards of share * derivative on the shard's part of the draw
 
-exactly, for every derivative of an `Oracle`, since all are linear in the losses.
+exactly, for every derivative of an `Oracle`, since all are linear in the losses. With local batch
+statistics the right side is what is solved, whatever the loss on a part is.
 
 A `ShardWorker` (worker.py) holds a shard and asks its `ShardOracle`; the sum is done by `Exchange`
 (exchange.py). The checks here refuse data and problems for which the sum would not be exact.
@@ -16,13 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from metadist.autograd import AutogradOracle
 from metadist.compute import DEFAULT
-from metadist.oracle import SOURCES, BatchSize, Draw, MiniBatches, Source
+from metadist.oracle import SOURCES, BatchSize, Draw, MiniBatches, Source, permuted
 from metadist.problem import Problem, per_example_names
 from metadist.task import Batch, Labelled, Shardable, Task, TaskSampler, targets_of
 from metadist.trees import Params, gradients, leaves
@@ -111,11 +114,79 @@ def check_classes(found: Sequence[set[int]], source: Source) -> None:
             )
 
 
+ShardSizes = tuple[tuple[int, ...], tuple[int, ...]]
+"""The number of support and of query examples of every shard."""
+
+
+class OwnDraws(MiniBatches):
+    """Draws of which every shard chooses a part among its own examples, by its share of the set.
+
+    A draw is a window of one order of the set in which shards alternate by their sizes, so the
+    parts have equal sizes or one more where the shards do; the window starts anywhere, so every
+    example is drawn as often. With one shard the draws are those of `MiniBatches`.
+
+    Args:
+        shard_sizes: The number of examples of every shard.
+        part: The shard whose part of a draw is chosen.
+        others: Those of `MiniBatches`, from `task_id` on.
+    """
+
+    def __init__(self, shard_sizes: ShardSizes, part: int, *others: Any) -> None:
+        super().__init__((sum(shard_sizes[0]), sum(shard_sizes[1])), *others)
+        self._shard_sizes = dict(zip(SOURCES, shard_sizes, strict=True))
+        self._part = part
+
+    def chosen(self, draw: Draw, device: torch.device) -> Tensor | None:
+        """Which of the shard's examples are in `draw`, counted by position; None: all of them."""
+        sizes, size = self._shard_sizes[draw.source], self.size(draw)
+        num_examples = sum(sizes)
+        if size >= num_examples:
+            return None
+        held = _held(sizes, self._part)
+        seeds: tuple[int | Tensor, ...] = self._seed, self.step, self._task_id, draw.counter
+        if draw.share is None:
+            first = int(permuted(range(1), num_examples, *seeds, device=torch.device("cpu")))
+            places = range(int(held[first + size] - held[first]))
+        else:
+            first = draw.counter * self._sizes[draw.source]
+            places = range(int(held[first]), int(held[first + size]))
+            seeds = self._seed, self._task_id
+        # Shards of one size would otherwise all choose the same places.
+        others = (self._part,) if self._part else ()
+        return permuted(places, sizes[self._part], *seeds, *others, device=device)
+
+
+@lru_cache(maxsize=4)
+def _held(sizes: tuple[int, ...], part: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """How many of the first 0, 1, ... places of the order, taken twice, belong to shard `part`."""
+    place = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+    owner = np.repeat(np.arange(len(sizes)), sizes)[place.argsort(kind="stable")]
+    return np.concatenate([[0], np.tile(owner == part, 2).cumsum()])
+
+
+def check_own_draws(shard_sizes: ShardSizes, batch_sizes: BatchSize) -> None:
+    """Raise ValueError if a part of a draw could have fewer than two examples: no statistics."""
+    both = batch_sizes if isinstance(batch_sizes, tuple) else (batch_sizes, batch_sizes)
+    for source, sizes, size in zip(SOURCES, shard_sizes, both, strict=True):
+        total = sum(sizes)
+        drawn = min(size or total, total)
+        for part in range(len(sizes)):
+            held = _held(sizes, part)
+            least = int((held[drawn : drawn + total] - held[:total]).min())
+            if least < 2:
+                raise ValueError(
+                    "batch_size must leave every worker two examples of a draw or more with "
+                    f"batch_statistics='local', got {drawn} of {total} {source} examples, of which "
+                    f"worker {part} may hold {least}: use larger batches or fewer workers"
+                )
+
+
 class ShardOracle(AutogradOracle):
     """Derivatives on those examples of a draw that a shard holds, `share` of them.
 
-    `num_examples` are the sizes of the full support and query set; the other arguments are those of
-    an `AutogradOracle` on the full task.
+    `num_examples` are the sizes of the full support and query set; with `shard_sizes` the shard
+    `part` of them chooses its own examples (`OwnDraws`). The other arguments are those of an
+    `AutogradOracle` on the full task.
     """
 
     def __init__(
@@ -128,6 +199,8 @@ class ShardOracle(AutogradOracle):
         compile: bool = False,
         step: int = 0,
         graph_budget: int = DEFAULT.graph_budget,
+        shard_sizes: ShardSizes | None = None,
+        part: int = 0,
     ) -> None:
         super().__init__(
             problem,
@@ -140,7 +213,12 @@ class ShardOracle(AutogradOracle):
             graph_budget=graph_budget,
         )
         # The draws are those of the full sets.
-        self._mini_batches = MiniBatches(num_examples, shard.id, batch_size, seed, step)
+        draws = shard.id, batch_size, seed, step
+        self._mini_batches = (
+            OwnDraws(shard_sizes, part, *draws)
+            if shard_sizes
+            else MiniBatches(num_examples, *draws)
+        )
 
     def share(self, draw: Draw) -> float:
         """Examples of `draw` on the shard over examples of `draw`."""
@@ -154,6 +232,8 @@ class ShardOracle(AutogradOracle):
         if chosen is None:
             return shard
         order = _order(shard.index)
+        if isinstance(self._mini_batches, OwnDraws):
+            return shard.take(order[chosen])
         places = torch.searchsorted(shard.index, chosen, sorter=order)
         inside = places < len(order)
         places = order[places[inside]]
@@ -174,9 +254,16 @@ def spread(rows: Tensor, index: Tensor, num_examples: int) -> Tensor:
 
 
 def shard_fault(
-    problem: Problem, shard: Task, outer: Params, start: Params, num_support: int
+    problem: Problem,
+    shard: Task,
+    outer: Params,
+    start: Params,
+    num_support: int,
+    is_local: bool = False,
 ) -> str | None:
     """Why derivatives on the full sets are no mean of those on shards; None: they are.
+
+    With local batch statistics (`is_local`) a loss need only be the same on the examples twice.
 
     Looked at in x = `outer` and y = `start`; `num_support` is the size of the full support set.
 
@@ -206,11 +293,12 @@ def shard_fault(
         return leaf + 0.1 * noise.to(leaf)
 
     y = {name: beside(leaf) for name, leaf in start.items()}
+    fault_of = _scale_fault if is_local else _mean_fault
     for name, loss, batch in (
         ("inner_loss", problem.inner_loss, shard.support),
         ("outer_loss", problem.outer_loss, shard.query),
     ):
-        if fault := _mean_fault(name, loss, context, y, batch):
+        if fault := fault_of(name, loss, context, y, batch):
             return fault
     rows = per_example_names(problem, outer) & context.keys()
     return _row_fault(problem, context, y, shard, rows, beside, num_support) if rows else None
@@ -235,9 +323,29 @@ def _mean_fault(name: str, loss: Loss, x: Params, y: Params, batch: Batch) -> st
             return (
                 f"{name} must be a mean over examples (plus terms without data), but on {size} "
                 "examples it is not the weighted mean of that on their halves: take means and no "
-                "sums, keep batch norm and other statistics of a batch out, or use LocalExecutor"
+                "sums, keep batch norm and other statistics of a batch out or let every worker "
+                "take those of its own part (batch_statistics='local'), or use LocalExecutor"
             )
     return None
+
+
+def _scale_fault(name: str, loss: Loss, x: Params, y: Params, batch: Batch) -> str | None:
+    """What is wrong if the loss changes when every example is there twice.
+
+    No mean and no variance does, so losses of statistics pass; sums do not.
+    """
+    places = torch.arange(min(len(batch.index), 64), device=batch.index.device)
+    once = _derivatives(loss, x, y, batch.take(places))
+    twice = _derivatives(loss, x, y, batch.take(torch.cat([places, places])))
+    # What batch norm cancels, as the bias before it, has a gradient of rounding errors only: it is
+    # compared by the size of the others.
+    if all(_equal(a, b, *once) for a, b in zip(once, twice, strict=True)):
+        return None
+    return (
+        f"{name} must be a mean over examples, or of statistics of the batch, but on {len(places)} "
+        "examples twice it is not what it is on them once: take means and no sums, and no variance "
+        "over n - 1, or use LocalExecutor"
+    )
 
 
 def _row_fault(

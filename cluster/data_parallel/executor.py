@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
@@ -29,7 +29,12 @@ from metadist.cluster.actors.options import Workers, check_kind, refuse_unused
 from metadist.cluster.actors.placement import Placement, devices_of
 from metadist.cluster.actors.pool import RAY, Notices
 from metadist.cluster.actors.runtime_env import pickle_by_value
-from metadist.cluster.data_parallel.data import FirstShard, check_classes, check_partition
+from metadist.cluster.data_parallel.data import (
+    FirstShard,
+    check_classes,
+    check_own_draws,
+    check_partition,
+)
 from metadist.cluster.data_parallel.exchange import Exchange
 from metadist.cluster.data_parallel.layout import Layout, ShardCheck, ShardInfo
 from metadist.cluster.data_parallel.oracle import ClusterOracle
@@ -69,7 +74,7 @@ class DataParallelExecutor(Executor):
 
     A worker that dies, or hangs for `Failures.timeout_s`, is replaced by another that reads the
     same shard. Where the driver dies, `metadist resume` resumes from the last checkpoint, with any
-    number of workers.
+    number of workers (but with local statistics, see `batch_statistics`).
 
     Args:
         workers: The processes, each of which holds one shard.
@@ -78,6 +83,10 @@ class DataParallelExecutor(Executor):
         staleness: s >= 0: A step may use answers of a worker that are up to s steps old; it waits
             for half of the workers, and for those whose last answer is older. For single-loop
             algorithms only; results then depend on timing. 0: exact.
+        batch_statistics: "whole": Every loss must be a mean over examples; batch norm is refused.
+            "local": Batch norm sees each worker's own part of a batch. The loss is then the mean of
+            that of the parts, weighted by their numbers of examples, so the result depends on the
+            number of workers, which a run must keep; each worker draws from its own examples.
         allow_missing_classes: Whether a shard may lack a class that others have. Classes are known
             for samplers with `num_classes`, whose labels (int64) are the last tensor of a batch.
         address: As in `RayExecutor`.
@@ -90,6 +99,7 @@ class DataParallelExecutor(Executor):
         failures: Failures = Failures(),
         *,
         staleness: int = 0,
+        batch_statistics: Literal["whole", "local"] = "whole",
         allow_missing_classes: bool = False,
         address: str | None = None,
         object_store_bytes: int | None = None,
@@ -98,6 +108,10 @@ class DataParallelExecutor(Executor):
         check_kind("failures", failures, Failures, "Failures(max_losses=3)")
         refuse_unused(workers, "DataParallelExecutor", ("min_workers",))
         check("staleness", staleness, is_integer=True, ge=0)
+        check("batch_statistics", batch_statistics, one_of=("whole", "local"))
+        self._is_local = batch_statistics == "local"
+        if self._is_local and workers.num_workers > 1:
+            self.statistics_of = f"the parts of {workers.num_workers} workers"
         self._placement = Placement(workers, address, object_store_bytes)
         self._workers = workers
         self._failures = failures
@@ -147,9 +161,13 @@ class DataParallelExecutor(Executor):
         """Check the shards, and make ready to ask them."""
         problem_outer, _ = split_own(state.outer)
         positions = check_shards(infos, self._allow_missing_classes)
-        num_examples = (sum(map(len, positions)), sum(len(info.query) for info in infos))
+        shard_sizes = tuple(map(len, positions)), tuple(len(info.query) for info in infos)
+        num_examples = sum(shard_sizes[0]), sum(shard_sizes[1])
         rows = check_rows(workload.problem, problem_outer, num_examples[0])
         layout = _layout(problem_outer, rows, num_examples)
+        if self._is_local:
+            check_own_draws(shard_sizes, workload.compute.batch_sizes)
+            layout = layout._replace(shard_sizes=shard_sizes)
         checks = pool.check(
             layout,
             to_array(layout.pack_shared("outer", problem_outer)),
@@ -286,6 +304,7 @@ class DataParallelExecutor(Executor):
             "executor": "data_parallel",
             "policy": f"staleness {self._staleness}" if self._staleness else "bsp",
             "num_workers": str(self._workers.num_workers),
+            **({"batch_statistics": "local"} if self._is_local else {}),
             **({"device": devices_of(infos)} if infos else {}),
         }
 

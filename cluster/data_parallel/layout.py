@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metadist.cluster.actors.buffers import Array, OuterSpec
 from metadist.cluster.actors.placement import WorkerInfo
-from metadist.cluster.data_parallel.data import spread
+from metadist.cluster.data_parallel.data import ShardSizes, spread
 from metadist.oracle import Draw
 from metadist.trees import Params
 
@@ -34,6 +34,8 @@ class Layout(NamedTuple):
     Args:
         rows: Names of the per-example variables, whose leading axis is the support example.
         num_examples: The sizes of the full support and query set.
+        shard_sizes: With local batch statistics the number of examples of every shard, of both
+            sets: each shard then draws from its own (see `OwnDraws`); None: from the full sets.
     """
 
     outer: OuterSpec
@@ -41,6 +43,7 @@ class Layout(NamedTuple):
     y: OuterSpec
     rows: frozenset[str]
     num_examples: tuple[int, int]
+    shard_sizes: ShardSizes | None = None
 
     def spec(self, role: Role) -> OuterSpec:
         """Names and shapes of a tree."""

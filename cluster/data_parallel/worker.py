@@ -50,6 +50,7 @@ class ShardWorker:
         """The shard `part`, read and ready; `payload` is the workload, by `pickle_by_value`."""
         self._workload: Workload = cloudpickle.loads(payload)
         self._device = pick_device(worker_device(self._workload.compute.device))
+        self._part = part
         self._trees = {}
         self._oracle = None
         sampler = self._workload.sampler
@@ -79,7 +80,14 @@ class ShardWorker:
             shard = self._on_device(layout)
             start = problem.init_inner(outer, shard)
             check_flattenable(start, "the inner variable")
-            fault = shard_fault(problem, shard, outer, start, layout.num_examples[0])
+            fault = shard_fault(
+                problem,
+                shard,
+                outer,
+                start,
+                layout.num_examples[0],
+                is_local=layout.shard_sizes is not None,
+            )
             context = tuple(problem.encode(outer, shard))
         return ShardCheck(fault, context, {name: to_array(leaf) for name, leaf in start.items()})
 
@@ -133,6 +141,8 @@ class ShardWorker:
                 workload.algorithm.compiles,
                 step,
                 workload.compute.graph_budget,
+                shard_sizes=layout.shard_sizes,
+                part=self._part,
             )
         return self._oracle
 
@@ -159,7 +169,15 @@ class ShardWorker:
         context, start = problem.encode(outer, shard), problem.init_inner(outer, shard)
         compute = self._workload.compute
         # What the shard holds of the examples that are reported, and their share of these.
-        oracle = ShardOracle(problem, shard, layout.num_examples, compute.part_size, compute.seed)
+        oracle = ShardOracle(
+            problem,
+            shard,
+            layout.num_examples,
+            compute.part_size,
+            compute.seed,
+            shard_sizes=layout.shard_sizes,
+            part=self._part,
+        )
         draws = [oracle.parts(source)[0] for source in SOURCES]
         support, query = (
             [(oracle.share(draw), oracle.batch(draw))] if oracle.share(draw) else []
