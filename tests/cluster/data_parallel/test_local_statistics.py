@@ -154,10 +154,16 @@ def draws(part: int, step: int = 0) -> OwnDraws:
     return OwnDraws(SIZES, part, 0, 12, 5, step)
 
 
+def places(draws: MiniBatches, draw: Draw) -> Tensor:
+    chosen = draws.chosen(draw, CPU)
+    assert chosen is not None
+    return chosen
+
+
 def test_every_worker_draws_its_share_and_every_example_is_drawn_as_often():
     times: list[Counter[int]] = [Counter() for _ in range(3)]
     for step in range(1000):
-        chosen = [draws(part, step).chosen(Draw("support", 7), CPU).tolist() for part in range(3)]
+        chosen = [places(draws(part, step), Draw("support", 7)).tolist() for part in range(3)]
         assert sum(map(len, chosen)) == 12
         assert all(
             abs(len(own) - 12 * size / 40) < 2 for own, size in zip(chosen, SIZES[0], strict=True)
@@ -172,23 +178,23 @@ def test_every_worker_draws_its_share_and_every_example_is_drawn_as_often():
 
 
 def test_shards_of_one_size_choose_other_places():
-    first, second = (draws(part).chosen(Draw("query", 1), CPU).tolist() for part in (0, 1))
+    first, second = (places(draws(part), Draw("query", 1)).tolist() for part in (0, 1))
     assert first != second
 
 
 def test_parts_hold_every_example_once():
     for part in range(3):
-        found = torch.cat([draws(part).chosen(draw, CPU) for draw in draws(part).parts("support")])
+        found = torch.cat([places(draws(part), draw) for draw in draws(part).parts("support")])
         assert sorted(found.tolist()) == list(range(SIZES[0][part]))
     for number, draw in enumerate(draws(0).parts("support")):
-        held = sum(len(draws(part).chosen(draw, CPU)) for part in range(3))
+        held = sum(len(places(draws(part), draw)) for part in range(3))
         assert held == draws(0).size(draw) == (12, 12, 12, 4)[number]
 
 
 def test_one_shard_draws_what_one_process_draws():
     alone, usual = OwnDraws(((40,), (36,)), 0, 0, 12, 5, 3), MiniBatches((40, 36), 0, 12, 5, 3)
     for draw in (Draw("support", 2), Draw("query", 3), *usual.parts("support")):
-        assert torch.equal(alone.chosen(draw, CPU), usual.chosen(draw, CPU))
+        assert torch.equal(places(alone, draw), places(usual, draw))
 
 
 def test_a_worker_takes_its_own_examples_and_shares_add_up():
