@@ -382,10 +382,13 @@ def _confusion(
     for index, of_task in enumerate(counts):
         if not of_task or index in diverged:
             continue
-        names = sampler.classes_of(index) if isinstance(sampler, NamesTasks) else None
+        names = sampler.classes_of(index) if isinstance(sampler, NamesTasks) else []
         for name, count in of_task.items():
-            pair = name.removeprefix(COUNTED).split("/")
-            true, predicted = (names[int(part)] for part in pair) if names else pair
+            # A model may have more outputs than the task has classes.
+            true, predicted = (
+                names[int(part)] if int(part) < len(names) else part
+                for part in name.removeprefix(COUNTED).split("/")
+            )
             if count:
                 row = total.setdefault(true, {})
                 row[predicted] = row.get(predicted, 0) + int(count)

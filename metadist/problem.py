@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -240,21 +241,29 @@ def carry(problem: Problem, outer: Params, inner: Params, task: Task, carried: P
     """The state of the problem's own after a step that found it to be `carried`.
 
     Raises:
-        ValueError: It has other names or shapes than before.
+        ValueError: It has other names, shapes or dtypes than before.
     """
     if not carried:
         return {}
     with torch.no_grad():
         found = problem.carry(outer, inner, task, carried)
-    shapes, expected = (
-        {name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in (found, carried)
-    )
-    if shapes != expected:
+    got, expected = _form(found), _form(carried)
+    if got != expected:
         raise ValueError(
-            f"carry must return tensors of the names and shapes {expected}, as init_carried does, "
-            f"got {shapes}: a state is saved as one vector of a fixed length"
+            f"carry must return tensors of the names, shapes and dtypes {expected}, as init_carried "
+            f"does, got {got}: a state is saved as one vector of a fixed length and dtype"
         )
     return {name: found[name].detach() for name in carried}
+
+
+def _form(tree: Params) -> dict[str, str] | str:
+    """The shape and dtype of each tensor; of what is no tree of tensors, its type."""
+    if not isinstance(tree, Mapping):
+        return type(tree).__name__
+    return {
+        name: f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else repr(leaf)
+        for name, leaf in tree.items()
+    }
 
 
 def context_of(

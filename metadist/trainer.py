@@ -631,8 +631,15 @@ class Trainer:
             return
         inner = self.inner(0) if 0 in self._state.states else None
         found = self.problem.artifacts(split_own(self.outer)[0], inner)
+        if not isinstance(found, Mapping):
+            raise ValueError(
+                f"artifacts must return a dict of bytes by name, got {type(found).__name__}: return "
+                "{} where there is nothing to show"
+            )
         for name, data in found.items():
-            if not _ARTIFACT.fullmatch(name) or not isinstance(data, bytes):
+            if not (
+                isinstance(name, str) and _ARTIFACT.fullmatch(name) and isinstance(data, bytes)
+            ):
                 raise ValueError(
                     "artifacts must be bytes by names of letters, digits and ._-, which begin with "
                     f"none of these signs, got {type(data).__name__} by the name {name!r}"

@@ -44,6 +44,8 @@ def run(config: Namespace) -> int:
     from metadist.cli.images import labelled, support_of
     from metadist.cli.trained import load
 
+    if config.output and not Path(config.output).parent.is_dir():
+        raise ValueError(f"output must be in a folder that exists, got {config.output!r}")
     query = labelled(Path(config.query), "query")  # first, as it is read in no time
     trained = load(train.saved_config(config.run_dir), config)
     support = support_of(trained, config.support)
@@ -64,7 +66,11 @@ def run(config: Namespace) -> int:
 
 
 def _print_accuracy(query: Labelled, predicted: list[str], classes: list[str]) -> None:
-    if not query.labels or not set(query.labels) <= set(classes):
+    if not query.labels:
+        return
+    others = sorted(set(query.labels) - set(classes))
+    if others:
+        print(f"no accuracy: folders of --query that are no class: {', '.join(others[:5])}")
         return
     hits = sum(a == b for a, b in zip(query.labels, predicted, strict=True))
     print(f"accuracy {hits / len(predicted):.4f} ({hits} of {len(predicted)})")

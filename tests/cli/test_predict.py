@@ -168,6 +168,14 @@ def test_other_outputs_and_other_runs_are_refused(cli, few_shot, run, images):
     assert "a folder that exists" in message
     message = refused(cli, "predict", run, "--query", images / "query")
     assert "sampler must read images" in message
+    flags = ("--query", images / "query", "--output", "nowhere/found.csv")
+    assert "a folder that exists" in refused(cli, "predict", few_shot, *flags)
+
+
+def test_folders_that_are_no_classes_give_no_accuracy_and_say_so(cli, few_shot, images):
+    flags = ("--support", images / "support", "--query", images / "data", "--device", "cpu")
+    done = cli.good("predict", few_shot, *flags)
+    assert "no accuracy: folders of --query that are no class: " in done
 
 
 def test_a_run_on_one_task_predicts_with_what_it_has_kept(cli, images):

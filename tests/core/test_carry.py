@@ -169,6 +169,16 @@ class Shape(Taught):
         return {"teacher": inner["w"][:2]}
 
 
+class Single(Taught):
+    def carry(self, outer: Params, inner: Params, task: Task, carried: Params) -> Params:
+        return {"teacher": inner["w"].float()}
+
+
+class Forgot(Taught):
+    def carry(self, outer: Params, inner: Params, task: Task, carried: Params) -> Params:
+        return None  # type: ignore[return-value]
+
+
 class Random(Taught):
     def carry(self, outer: Params, inner: Params, task: Task, carried: Params) -> Params:
         return {"teacher": torch.randn(3, dtype=DOUBLE)}
@@ -181,6 +191,8 @@ class Random(Taught):
         (Kind(), ValueError, r"init_carried must return .*float64, the dtype of x, got teacher of"),
         (Nothing(), ValueError, r"a problem with carry must have init_carried, got Nothing"),
         (Shape(), ValueError, r"carry must return tensors of .*\(3,\).* got .*\(2,\)"),
+        (Single(), ValueError, r"carry must return tensors of .*float64.* got .*float32"),
+        (Forgot(), ValueError, r"carry must return tensors of .* got NoneType"),
         (Random(), Impure, r"carry must give the same bytes"),
     ],
 )

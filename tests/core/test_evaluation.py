@@ -433,6 +433,16 @@ def test_per_task_has_every_task_and_counts_what_was_taken_for_what(vectorize):
     assert sum(counts) == pytest.approx(wrong)
 
 
+def test_outputs_beyond_the_classes_of_a_task_are_counted_by_number():
+    sampler = Glyphs(n_way=3, k_query=4)
+    problem = FewShotProblem(Conv4(n_way=5, width=4), adapt="head")
+    outer = problem.init_outer(generator(0))
+    outer["head.bias"][4] = 100.0
+    result = evaluate(problem, sampler, ITD(inner_lr=1e-6), outer, 2, per_task=True)
+    names = {name for index in range(2) for name in sampler.classes_of(index)}
+    assert result.confusion == {name: {"4": 4} for name in names}
+
+
 class NoPixels(Images):
     """Task 1 has images of NaN."""
 

@@ -72,3 +72,16 @@ def test_a_name_that_leads_elsewhere_is_refused_and_nothing_is_lost(tmp_path, na
     assert again.restore() == "step-00000002"
     assert torch.equal(again.outer["x"], run.outer["x"])
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("shown", "message"),
+    [
+        (None, "artifacts must return a dict of bytes by name, got NoneType"),
+        ({3: b""}, "artifacts must be bytes by names .* got bytes by the name 3"),
+    ],
+)
+def test_what_is_no_dict_of_bytes_by_name_is_refused(tmp_path, monkeypatch, shown, message):
+    monkeypatch.setattr(Shown, "artifacts", lambda self, outer, inner: shown)
+    with pytest.raises(ValueError, match=message):
+        trainer(Shown(2, 4), str(tmp_path / "run")).fit(2)
