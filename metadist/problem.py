@@ -250,8 +250,8 @@ def carry(problem: Problem, outer: Params, inner: Params, task: Task, carried: P
     got, expected = _form(found), _form(carried)
     if got != expected:
         raise ValueError(
-            f"carry must return tensors of the names, shapes and dtypes {expected}, as init_carried "
-            f"does, got {got}: a state is saved as one vector of a fixed length and dtype"
+            f"carry must return tensors of {expected}, names and dtypes as of init_carried, "
+            f"got {got}: a state is saved as one vector of a fixed length and dtype"
         )
     return {name: found[name].detach() for name in carried}
 

@@ -633,8 +633,8 @@ class Trainer:
         found = self.problem.artifacts(split_own(self.outer)[0], inner)
         if not isinstance(found, Mapping):
             raise ValueError(
-                f"artifacts must return a dict of bytes by name, got {type(found).__name__}: return "
-                "{} where there is nothing to show"
+                f"artifacts must return a dict of bytes by name, got {type(found).__name__}: "
+                "return {} where there is nothing to show"
             )
         for name, data in found.items():
             if not (

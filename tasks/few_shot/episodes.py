@@ -126,6 +126,8 @@ class EpisodeSampler:
         rotations: bool = False,
     ) -> None:
         require_episode(n_way, k_shot, k_query, seed)
+        if rotations:
+            require_square(classes, "rotations")
         self.n_way = int(n_way)
         self.k_shot = int(k_shot)
         self.k_query = int(k_query)
@@ -241,13 +243,13 @@ class EpisodeSampler:
             )
 
 
-def require_square(classes: ClassImages) -> None:
-    """Raise ValueError unless images are square, as the maps of augmentation take them."""
+def require_square(classes: ClassImages, field: str = "augment") -> None:
+    """Raise ValueError unless images are square, as `field`, which maps or turns them, has them."""
     height, width = classes.images.shape[2:]
     if height != width:
         raise ValueError(
-            f"augment needs square images, got {width}x{height}: give an image_size, or augment in "
-            "a transform"
+            f"{field} needs square images, got {width}x{height}: give an image_size, or leave "
+            f"{field} out"
         )
 
 

@@ -449,6 +449,8 @@ def test_a_data_set_is_turned_and_warped_too():
     oblong = ArrayDataset(images[:, :6], np.arange(30) % 6)
     message = refusal(lambda: FewShotDataset(oblong, splits, augment=True, **options))
     assert "augment needs square images, got 8x6" in message
+    message = refusal(lambda: FewShotDataset(oblong, splits, rotations=True, **options))
+    assert "rotations needs square images, got 8x6" in message
 
 
 def test_ink_on_white_is_found_and_said(tmp_path: Path, caplog):
