@@ -256,7 +256,7 @@ def carry(problem: Problem, outer: Params, inner: Params, task: Task, carried: P
     return {name: found[name].detach() for name in carried}
 
 
-def _form(tree: Params) -> dict[str, str] | str:
+def _form(tree: object) -> dict[str, str] | str:
     """The shape and dtype of each tensor; of what is no tree of tensors, its type."""
     if not isinstance(tree, Mapping):
         return type(tree).__name__
