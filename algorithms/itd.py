@@ -51,11 +51,6 @@ class ITD(Unrolling):
         self._check_map()
         return iterate(oracle, context, inner, self.inner_steps)[0]
 
-    def unrolled_map(self, oracle: Oracle, context: Params, inner: Params) -> Params:
-        if not oracle.has_inner_map:
-            return super().unrolled_map(oracle, context, inner)
-        return self.adapt(oracle, context, inner)
-
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         if not oracle.has_inner_map:
             return super().estimate(oracle, context, state)

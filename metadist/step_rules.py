@@ -86,7 +86,9 @@ class StepRule(ABC):
             raise ValueError(
                 f"no_decay must be a list of patterns, got {given!r}: write ({given!r},)"
             )
-        object.__setattr__(self, "no_decay", tuple(self.no_decay))
+        if not isinstance(given, list | tuple) or not all(isinstance(p, str) for p in given):
+            raise ValueError(f"no_decay must be a list of patterns, got {given!r}")
+        object.__setattr__(self, "no_decay", tuple(given))
         check_fields(self)
         if self.no_decay and not self.weight_decay:
             raise ValueError(
@@ -99,6 +101,11 @@ class StepRule(ABC):
             raise ValueError(
                 f"num_steps must be {expected} with schedule={self.schedule!r}, got "
                 f"{self.num_steps}: it is the length of 'linear' and 'cosine'"
+            )
+        if self.schedule != "power" and self.exponent != StepRule.exponent:
+            raise ValueError(
+                f"exponent must be left out with schedule={self.schedule!r}, got {self.exponent}: "
+                "it is that of 'power'"
             )
         if self.schedule == "constant" and self.floor:
             raise ValueError(
@@ -323,10 +330,12 @@ class Adam(StepRule):
     eps: float = rule(1e-8, gt=0)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
         super().__post_init__()
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        given: object = self.betas
+        is_pair = isinstance(given, list | tuple) and len(given) == 2
+        if not is_pair or not all(_is_share(beta) for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {given}")
+        object.__setattr__(self, "betas", tuple(self.betas))
 
     @property
     def first_step(self) -> str:
@@ -387,6 +396,10 @@ class AdamW(Adam):
             kept, decays = 1 - lr * self.weight_decay, self._decays(y)
             y = {name: kept * leaf if decays[name] else leaf for name, leaf in y.items()}
         return super().move(y, memory, gradient, lr)
+
+
+def _is_share(beta: object) -> bool:
+    return isinstance(beta, int | float) and 0 <= beta < 1
 
 
 def _times(lr: float | Params, tree: Params) -> Params:

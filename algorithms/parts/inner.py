@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -172,6 +172,13 @@ class Descent(Algorithm):
 
     def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
         return self.descend(oracle, context, inner, lr=self.step_rule.lr)[0]
+
+    def unrolled_map(self, oracle: Oracle, context: Params, inner: Params) -> Params:
+        steps = self.inner_optimizer
+        if steps is None:
+            return self.adapt(oracle, context, inner)
+        at_step = replace(self, inner_optimizer=steps.with_lr(steps.lr_at(oracle.step)))
+        return at_step.adapt(oracle, context, inner)
 
 
 def check_first_step(field: str, num_steps: int, steps: StepRule) -> None:

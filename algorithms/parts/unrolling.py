@@ -115,14 +115,8 @@ class Unrolling(Descent):
         return rates
 
     def adapt(self, oracle: Oracle, context: Params, inner: Params) -> Params:
-        return self._adapted(oracle, context, inner, self.step_rule.lr)
-
-    def unrolled_map(self, oracle: Oracle, context: Params, inner: Params) -> Params:
-        return self._adapted(oracle, context, inner, self.step_rule.lr_at(oracle.step))
-
-    def _adapted(self, oracle: Oracle, context: Params, inner: Params, lr: float) -> Params:
         context, own = split_own(context)
-        rates = self._rates(own, inner) if own else lr
+        rates = self._rates(own, inner) if own else self.step_rule.lr
 
         def descend(oracle: Oracle, context: Params, y: Params) -> Params:
             memory = self.step_rule.start(y)

@@ -132,7 +132,7 @@ class Genotype:
         try:
             cells: dict[str, Any] = json.loads(text)
             return cls(normal=cells["normal"], reduction=cells["reduction"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
                 "a genotype must be JSON of the fields normal and reduction, each a list of two "
                 f"pairs [operation, source] for each node, got {text[:80]!r}"

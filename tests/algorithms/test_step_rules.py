@@ -11,6 +11,7 @@ from metadist import Compute, Trainer
 from metadist.algorithm import InnerState, flatten_state
 from metadist.algorithms import ALGORITHMS, FG2U, ITD, MEHA, SAMA, UFOM
 from metadist.algorithms.parts.inner import Descent
+from metadist.checks.hypergradient import check_hypergradient
 from metadist.hypergradient import task_hypergradients
 from metadist.step_rules import SGD, Adam, AdamW, Memory
 from metadist.trees import norm, sub
@@ -176,6 +177,13 @@ def test_evaluation_adapts_with_the_rate_itself():
         assert_close(warm, plain, 0.0)
 
 
+@pytest.mark.parametrize("algorithm", [UFOM(3, exact_probability=1.0), ITD(3)], ids=str)
+def test_the_check_goes_by_the_schedule_as_training_does(algorithm):
+    rule = Adam(0.05, eps=1e-2, warmup_steps=3)
+    algorithm = replace(algorithm, inner_optimizer=rule)
+    assert check_hypergradient(Smooth(), smooth_task(1), algorithm, repeats=()).error < 1e-6
+
+
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (SGD, {"lr": 0.0}, r"lr must be > 0 and finite, got 0.0"),
     (SGD, {"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
@@ -185,6 +193,11 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (SGD, {"floor": 0.1}, r"floor must be 0 with schedule='constant', which does not fall"),
     (SGD, {"no_decay": ("b",)}, r"no_decay must be empty with weight_decay=0, .* got \('b',\)"),
     (SGD, {"no_decay": "b"}, r"no_decay must be a list of patterns, got 'b': write \('b',\)"),
+    (SGD, {"weight_decay": 0.1, "no_decay": None}, r"no_decay must be a list .* got None"),
+    (SGD, {"weight_decay": 0.1, "no_decay": (1,)}, r"no_decay must be a list .* got \(1,\)"),
+    (SGD, {"exponent": 0.9}, r"exponent must be left out with schedule='constant', got 0.9"),
+    (Adam, {"betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0.9"),
+    (Adam, {"betas": ("a", 0.9)}, r"betas must be two numbers in \[0, 1\), got \('a', 0.9\)"),
     (Adam, {"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
     (Adam, {"eps": 0.0}, r"eps must be > 0 and finite, got 0.0"),
 ]

@@ -78,8 +78,8 @@ def test_what_is_no_genotype(normal, message):
         Genotype.from_json(text)
 
 
-@pytest.mark.parametrize("text", ["[]", '{"normal": []}', '{"normal": 1, "reduction": 2}'])
-def test_other_json_is_refused(text):
+@pytest.mark.parametrize("text", ["", "[]", '{"normal": []}', '{"normal": 1, "reduction": 2}'])
+def test_other_text_is_refused(text):
     with pytest.raises(
         ValueError, match="a genotype must be JSON of the fields normal and reduction"
     ):
