@@ -36,7 +36,15 @@ from metadist.problem import (
     start_depends_on,
     with_carried,
 )
-from metadist.task import Stream, Task, TaskSampler, sample_task, targets_of, to_device
+from metadist.task import (
+    Stream,
+    Task,
+    TaskSampler,
+    num_steps_of,
+    sample_task,
+    targets_of,
+    to_device,
+)
 from metadist.trees import (
     Params,
     add,
@@ -322,6 +330,30 @@ def check_losses(
     for name, value in metrics.items():
         _require_scalar(f"metrics[{name!r}]", value)
     check_pure(problem, given, task, compute)
+    num_steps = num_steps_of(sampler)
+    if num_steps is not None:
+        _check_last_step(problem, sampler, outer, field, compute, num_steps - 1)
+
+
+def _check_last_step(
+    problem: Problem, sampler: TaskSampler, outer: Params, field: str, compute: Compute, step: int
+) -> None:
+    """Raise ValueError unless losses can be computed on the last data of a stream, as on the first.
+
+    Data of a late task may not fit where that of the first does: more classes or tasks than a model
+    has rows for.
+    """
+    task = to_device(sample_task(sampler, 0, step), "cpu", next(iter(outer.values())).dtype)
+    some = _drawn(task, compute)
+
+    def attempt(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        name = f"{name} at outer step {step}"
+        return _attempt(problem, field, task, name, function, *arguments)
+
+    context = attempt("encode", context_of, problem, outer, task)
+    start = attempt("init_inner", problem.init_inner, outer, task)
+    attempt("inner_loss", problem.inner_loss, context, start, some.support)
+    attempt("outer_loss", problem.outer_loss, context, start, some.query)
 
 
 def _require_scalar(name: str, value: Any) -> None:

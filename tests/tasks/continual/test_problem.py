@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metadist import check_hypergradient
+from metadist import Trainer, check_hypergradient
 from metadist.algorithms import ITD
 from metadist.hypergradient import task_hypergradients
 from metadist.task import Batch
@@ -60,6 +60,15 @@ def test_the_network_is_the_formula():
     x, y = started(problem)
     batch = double(STREAM.sample_at(0, 40).support)
     torch.testing.assert_close(problem.logits(x, y, batch), by_hand(x, y, batch))
+
+
+@pytest.mark.parametrize("distillation", [0.0, 1.0])
+def test_a_network_for_fewer_tasks_than_the_stream_has_is_refused_at_once(distillation):
+    problem = ContinualLearning(
+        ContextualNetwork(64, width=8, num_tasks=2), distillation, num_slots=STREAM.num_slots
+    )
+    with pytest.raises(ValueError, match=rf"at outer step {STREAM.num_steps - 1} must be comput"):
+        Trainer(problem, STREAM, ITD(inner_steps=1, first_order=True), quiet=True)
 
 
 def test_every_task_may_have_a_head_of_its_own():
