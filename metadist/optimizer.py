@@ -65,9 +65,17 @@ class OuterOptimizer:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.schedule in ("linear", "cosine") and self.schedule_steps is None:
+        has_length = self.schedule in ("linear", "cosine")
+        if has_length != (self.schedule_steps is not None):
+            expected = ">= 1" if has_length else "None"
             raise ValueError(
-                f"schedule_steps must be >= 1 with schedule={self.schedule!r}, got None"
+                f"schedule_steps must be {expected} with schedule={self.schedule!r}, got "
+                f"{self.schedule_steps}: it is the length of 'linear' and 'cosine'"
+            )
+        if self.schedule != "power" and self.schedule_power != type(self).schedule_power:
+            raise ValueError(
+                f"schedule_power must be left out with schedule={self.schedule!r}, got "
+                f"{self.schedule_power}: it is the exponent of 'power'"
             )
         if bool(self.schedule_factors) != (self.schedule == "piecewise"):
             raise ValueError(

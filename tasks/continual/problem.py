@@ -161,7 +161,7 @@ class ContinualLearning(Problem):
         losses = F.cross_entropy(logits, fields["targets"], reduction="none")
         loss = _mean(losses, is_new) + _mean(losses, ~is_new)
         if self.distillation:
-            stored = context["targets"][fields["slots"]]
+            stored = context["targets"][fields["slots"] + 1]
             loss = loss + self.distillation * self._distance(logits, stored, fields)
         return loss
 
@@ -174,7 +174,7 @@ class ContinualLearning(Problem):
         return self.temperature**2 * _mean(distances, is_old)
 
     def init_carried(self, outer: Params, task: Task) -> Params:
-        """The logits of each stored example; one row more for the examples that are not stored."""
+        """The logits of each stored example; the first row is for examples that are not stored."""
         if not self.distillation:
             return {}
         like = self.init_inner(outer, task)
@@ -186,11 +186,12 @@ class ContinualLearning(Problem):
         if not carried:
             return {}
         fields = _fields(task.support)
-        # Position -1 is the last row, which takes what is stored nowhere and stays 0.
-        slots = fields["slots"].where(fields["is_new"], -1)
+        # The first row takes what is stored nowhere and stays 0. As the last one it would be shared
+        # without a word with a slot beyond `num_slots`, which is an error of the index like this.
+        rows = fields["slots"].where(fields["is_new"], -1) + 1
         logits = self.logits(outer, inner, task.support)
-        logits = logits * (slots >= 0)[:, None]
-        return {"targets": carried["targets"].index_put((slots,), logits)}
+        logits = logits * (rows > 0)[:, None]
+        return {"targets": carried["targets"].index_put((rows,), logits)}
 
     def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         return F.cross_entropy(self.logits(context, inner, batch), _fields(batch)["targets"])

@@ -305,6 +305,8 @@ def test_the_schedule_of_the_learning_rate(options, expected):
     ("options", "message"),
     [
         ({"schedule": "cosine"}, r"schedule_steps must be >= 1 with schedule='cosine', got None"),
+        ({"schedule_steps": 9}, r"schedule_steps must be None with schedule='constant', got 9"),
+        ({"schedule_power": 0.3}, r"schedule_power must be left out with schedule='constant'"),
         (
             {"name": "adam", "options": {"momentum": 0.9}},
             r"options of adam must be among \[.*'betas'.*\], got 'momentum'",

@@ -96,7 +96,7 @@ def test_the_losses_are_the_formulas(step):
     if step == 40:
         expected = expected + F.cross_entropy(logits[~is_new], labels[~is_new])
         old = ~is_new & (stages < 2)
-        theirs, ours = targets[slots[old]] / 2, logits[old] / 2
+        theirs, ours = targets[slots[old] + 1] / 2, logits[old] / 2
         divergence = F.kl_div(
             ours.log_softmax(1), theirs.log_softmax(1), log_target=True, reduction="batchmean"
         )
@@ -121,10 +121,16 @@ def test_targets_are_the_logits_of_the_moment_an_example_is_stored():
         _, _, is_new, slots, _ = support.fields(*ROWS)
         logits = problem.logits(x, y, support)
         for row in (is_new & (slots >= 0)).nonzero()[:, 0].tolist():
-            expected[slots[row]] = logits[row]
+            expected[slots[row] + 1] = logits[row]
         y = {name: leaf + 0.1 for name, leaf in y.items()}
     torch.testing.assert_close(carried["targets"], expected)
     assert not small().init_carried(x, STREAM.sample(0))
+    fewer = small(distillation=1.0, num_slots=STREAM.num_slots - 1)
+    short = {"targets": carried["targets"][:-1]}
+    tasks = [STREAM.sample_at(0, step) for step in range(STREAM.num_steps)]
+    last = max(tasks, key=lambda task: int(task.support.fields(*ROWS)[3].max()))
+    with pytest.raises(IndexError):
+        fewer.carry(x, y, last._replace(support=double(last.support)), short)
 
 
 def test_hypergradients_are_right():
