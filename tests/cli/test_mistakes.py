@@ -27,6 +27,8 @@ FLAGS = {
     "--executor.workers 2": "executor.workers is no option of LocalExecutor, but of",
     "--sampler glyps": "sampler must be one of `metadist list samplers` or a class path, got "
     "'glyps': did you mean glyphs?",
+    "--algorithm.inner_optimizer.lr 0.1": "algorithm.inner_optimizer must be one of adam, adamw, "
+    "sgd, got options of it alone: pass --algorithm.inner_optimizer NAME",
     "--sampler xyzzy": f"sampler must be one of {', '.join(named('samplers'))} or a class path, "
     "got 'xyzzy'",
     "--algorithm idt": "metadist list algorithms` or a class path, got 'idt': did you mean itd?",
