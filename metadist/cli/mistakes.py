@@ -90,8 +90,8 @@ def explain(message: str, parser: Parser, args: Sequence[str] = ()) -> str:
     if (found := re.search(r"Expected a dot import path string: (.+)", text)) and kind is not None:
         return one_of(field, found[1], named(kind), "a class path", f"metadist list {kind}")
     if "Expected an instantiatable class" in text and kind is not None:
-        names = ", ".join(named(kind))
-        return f"{field} must be one of {names}, got options of it alone: pass --{field} NAME"
+        choices = ", ".join(named(kind))
+        return f"{field} must be one of {choices}, got options of it alone: pass --{field} NAME"
     if found := re.search(r"Import path does not correspond to a subclass of (.*)", text):
         what = "a subclass of" if found[1][0].isupper() else "a class that has"
         return f"{field} must name {what} {found[1]}, got {value}"
