@@ -188,4 +188,5 @@ def worker_device(device: str) -> str:
     """The device for an actor: a GPU only if Ray gave it one, though it may see others."""
     if device != "auto":
         return device
-    return "cuda" if ray.get_gpu_ids() else "cpu"
+    # Outside an actor the question alone would start Ray, or join whatever cluster is at hand.
+    return "cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu"

@@ -166,5 +166,12 @@ def test_shared_memory_is_never_written_to(ray_session):
     [("auto", [], "cpu"), ("auto", [1], "cuda"), ("cpu", [1], "cpu"), ("cuda", [1], "cuda")],
 )
 def test_a_worker_takes_a_gpu_only_if_it_was_given_one(monkeypatch, device, gpus, expected):
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "get_gpu_ids", lambda: gpus)
     assert worker_device(device) == expected
+
+
+def test_a_device_is_found_without_starting_ray(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: pytest.fail("this would start Ray"))
+    assert worker_device("auto") == "cpu"
