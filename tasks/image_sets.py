@@ -198,22 +198,58 @@ class ImageData(ImageProblemData):
         mean: float = 0.0,
         std: float = 1.0,
     ) -> None:
-        for field, value in (("train", num_train), ("val", num_val), ("test", num_test)):
-            require_integer(f"num_{field}", value, 1)
-        require_word("seed", seed)
         scaling = Scaling(mean, std)
-        whole, held_out = open_dataset(dataset, root)
-        drawing = Drawing(whole)
-        order = iter(Random(seed, "images", 0).choose(len(whole), len(whole)))
-        train = drawing.take(order, num_train, "num_train")
-        val = drawing.take(order, num_val, "num_val (beside num_train)")
-        if held_out is not None:
-            drawing = drawing.of(held_out)
-            order = iter(Random(seed, "images", 1).choose(len(held_out), len(held_out)))
-        test = drawing.take(order, num_test, "num_test")
-        require_classes(train, drawing.classes, "num_train")
-        require_classes(val, drawing.classes, "num_val")
-        super().__init__(train, val, test, scaling)
+        parts = draw_parts(
+            dataset, root, seed, num_train=num_train, num_val=num_val, num_test=num_test
+        )
+        super().__init__(parts.train, parts.val, parts.test, scaling)
+
+
+class Parts(NamedTuple):
+    """Different images of a data set, and its classes in the order of their numbers."""
+
+    train: Images
+    val: Images
+    selection: Images | None
+    test: Images
+    classes: NDArray[np.int64]
+
+
+def draw_parts(
+    dataset: str | LabelledDataset,
+    root: str | Path | None,
+    seed: int,
+    *,
+    num_train: int,
+    num_val: int,
+    num_test: int,
+    num_selection: int = 0,
+) -> Parts:
+    """Images for each purpose; those of the test are from the test part, where there is one.
+
+    Raises:
+        ValueError, FetchError: See `ImageData`.
+    """
+    for field, value in (("train", num_train), ("val", num_val), ("test", num_test)):
+        require_integer(f"num_{field}", value, 1)
+    require_integer("num_selection", num_selection, 0)
+    require_word("seed", seed)
+    whole, held_out = open_dataset(dataset, root)
+    drawing = Drawing(whole)
+    order = iter(Random(seed, "images", 0).choose(len(whole), len(whole)))
+    train = drawing.take(order, num_train, "num_train")
+    val = drawing.take(order, num_val, "num_val (beside num_train)")
+    selection = None
+    if num_selection:
+        field = "num_selection (beside num_train and num_val)"
+        selection = drawing.take(order, num_selection, field)
+    if held_out is not None:
+        drawing = drawing.of(held_out)
+        order = iter(Random(seed, "images", 1).choose(len(held_out), len(held_out)))
+    test = drawing.take(order, num_test, "num_test")
+    require_classes(train, drawing.classes, "num_train")
+    require_classes(val, drawing.classes, "num_val")
+    return Parts(train=train, val=val, selection=selection, test=test, classes=drawing.classes)
 
 
 def require_classes(images: Images, classes: NDArray[np.int64], field: str) -> None:

@@ -10,16 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metadist.checks.values import check, require_integer, require_word
+from metadist.checks.values import check
 from metadist.problem import Problem
 from metadist.task import Batch, to_device
-from metadist.tasks.data.datasets import LabelledDataset, open_dataset
+from metadist.tasks.data.datasets import LabelledDataset
 from metadist.tasks.data.random import Random
 from metadist.tasks.image_sets import (
-    Drawing,
     ImageProblemData,
     Images,
     Scaling,
+    draw_parts,
     require_classes,
 )
 from metadist.trees import Params
@@ -78,39 +78,28 @@ class CorruptedImages(ImageProblemData):
         mean: float = 0.0,
         std: float = 1.0,
     ) -> None:
-        for field, value in (("train", num_train), ("val", num_val), ("test", num_test)):
-            require_integer(f"num_{field}", value, 1)
-        require_integer("num_selection", num_selection, 0)
         check("corruption", corruption, ge=0, le=1)
         if redraw not in ("any", "other"):
             raise ValueError(f"redraw must be 'any' or 'other', got {redraw!r}")
-        require_word("seed", seed)
         scaling = Scaling(mean, std)
         if isinstance(dataset, str):  # an object would travel with a pickled sampler
             self.dataset = dataset
         self.root, self.seed, self.mean, self.std = root, seed, mean, std
         self.num_train, self.num_val, self.num_test = num_train, num_val, num_test
         self.num_selection, self.corruption, self.redraw = num_selection, corruption, redraw
-        whole, held_out = open_dataset(dataset, root)
-        drawing = Drawing(whole)
-        order = iter(Random(seed, "images", 0).choose(len(whole), len(whole)))
-        clean = drawing.take(order, num_train, "num_train")
-        val = drawing.take(order, num_val, "num_val (beside num_train)")
-        selection = None
-        if num_selection:
-            field = "num_selection (beside num_train and num_val)"
-            selection = drawing.take(order, num_selection, field)
-        if held_out is not None:
-            drawing = drawing.of(held_out)
-            order = iter(Random(seed, "images", 1).choose(len(held_out), len(held_out)))
-        test = drawing.take(order, num_test, "num_test")
-        require_classes(clean, drawing.classes, "num_train")
-        require_classes(val, drawing.classes, "num_val")
-        train = Images(
-            clean.pixels, _redrawn(clean.labels, len(drawing.classes), corruption, redraw, seed)
+        parts = draw_parts(
+            dataset,
+            root,
+            seed,
+            num_train=num_train,
+            num_val=num_val,
+            num_test=num_test,
+            num_selection=num_selection,
         )
-        require_classes(train, drawing.classes, "num_train after the labels are redrawn")
-        super().__init__(train, val, test, scaling, selection)
+        clean, classes = parts.train, parts.classes
+        train = Images(clean.pixels, _redrawn(clean.labels, len(classes), corruption, redraw, seed))
+        require_classes(train, classes, "num_train after the labels are redrawn")
+        super().__init__(train, parts.val, parts.test, scaling, parts.selection)
         self.clean_labels = clean.labels
 
     @property
