@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from metadist.checks.values import check_fields, rule
+from metadist.trees import Params
 
 Vectorize = Literal["auto"] | bool
 
@@ -50,6 +51,10 @@ class Compute:
             "tf32": a GPU may round what it multiplies to 10 bits, which is faster. torch's own
             default does so in convolutions, where it makes a hypergradient through several inner
             steps wrong by a quarter and more.
+        encode_precision: "highest": as everything else. "bf16": `Problem.encode`, such as the
+            backbone of ANIL, multiplies in bfloat16 (torch.autocast), and all that comes after it
+            is in the dtype of x. Refused where encode multiplies nothing, as that of MAML, and
+            where the hypergradient would be another one.
     """
 
     vectorize: Vectorize = rule("auto", one_of=("auto", True, False))
@@ -62,6 +67,7 @@ class Compute:
     num_threads: int | None = rule(1, ge=1, none="")
     device: str = "auto"
     precision: Literal["highest", "tf32"] = rule("highest", one_of=("highest", "tf32"))
+    encode_precision: Literal["highest", "bf16"] = rule("highest", one_of=("highest", "bf16"))
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -95,6 +101,27 @@ class Compute:
                     "give one of them"
                 )
         return replace(self, **fields)
+
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """How numbers are rounded, for readers of a result; defaults of later versions left out."""
+        found: dict[str, str] = {"precision": self.precision}
+        if self.encode_precision != "highest":
+            found["encode_precision"] = self.encode_precision
+        return found
+
+    def encode(self, encode: Callable[..., Params], outer: Params, task: Any) -> Params:
+        """What `encode` of a problem, or its `encode_tasks`, returns in `encode_precision`."""
+        if self.encode_precision == "highest":
+            return encode(outer, task)
+        leaf = next(iter(outer.values()))
+        # Without torch's cache of rounded weights, whose gradients would be added up in bfloat16.
+        with torch.autocast(leaf.device.type, torch.bfloat16, cache_enabled=False):
+            context = encode(outer, task)
+        return {
+            name: part.to(leaf.dtype) if part.dtype == torch.bfloat16 else part
+            for name, part in context.items()
+        }
 
     @contextmanager
     def applied(self) -> Iterator[None]:

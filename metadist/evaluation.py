@@ -187,7 +187,7 @@ def evaluate(
         **({"step": str(step)} if isinstance(sampler, Stream) else {}),
         "algorithm": repr(algorithm),
         **problem.describe(),
-        "precision": compute.precision,
+        **compute.arithmetic,
         "interval": "95 % Student t over tasks",
     }
     if dropped:
@@ -448,7 +448,7 @@ class _Judge(NamedTuple):
             found = []
             for task in tasks:
                 with torch.no_grad():
-                    context = context_of(problem, problem_outer, task)
+                    context = context_of(problem, problem_outer, task, compute=compute)
                     start = problem.init_inner(problem_outer, task)
                 metrics = judge(detach(context), start, task)
                 found += _figures({name: value[None] for name, value in metrics.items()})
@@ -456,7 +456,7 @@ class _Judge(NamedTuple):
         stacked = stack_tasks(tasks)
         try:
             with torch.no_grad():
-                context = problem.encode_tasks(problem_outer, stacked)
+                context = compute.encode(problem.encode_tasks, problem_outer, stacked)
                 if carries(problem):
                     start_of = partial(start_carried, problem, problem_outer)
                     context = with_carried(context, torch.func.vmap(start_of)(stacked))

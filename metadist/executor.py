@@ -127,7 +127,7 @@ class Executor(Protocol):
         return self.state()
 
     def describe(self) -> dict[str, str]:
-        """The policy, number of workers and device, for readers of a result."""
+        """The policy, number of workers, device and precision, for readers of a result."""
         ...
 
     def close(self) -> None:
@@ -220,8 +220,10 @@ class LocalExecutor(Executor):
         return self._started().state()
 
     def describe(self) -> dict[str, str]:
-        device = {} if self._device is None else {"device": str(self._device)}
-        return {"executor": "local", "policy": "bsp", **device}
+        ours = {"executor": "local", "policy": "bsp"}
+        if self._device is None:
+            return ours
+        return {**ours, "device": str(self._device), **self._workload.compute.arithmetic}
 
     def close(self) -> None:
         self._variable = None

@@ -128,7 +128,8 @@ def task_hypergradients(
             raise ValueError(
                 f"torch.autocast({kind!r}) must be off around hypergradients, got on: it rounds "
                 "inner gradients to half precision, whose second derivatives are then off by 40 % "
-                "and more. Leave it out; precision='tf32' is the faster arithmetic that there is"
+                "and more. Leave it out; encode_precision='bf16' runs the part before an adapted "
+                "head so, and precision='tf32' is faster for all else"
             )
     if states is None and algorithm.needs_kept_state:
         raise ValueError(
@@ -336,11 +337,12 @@ class _Run(NamedTuple):
     def _encode(self, x: Params, task: Task, together: bool) -> tuple[Params, Params]:
         """The context and the start of a task, or of each of a stack of tasks."""
         if not together:
-            return self.problem.encode(x, task), self.problem.init_inner(x, task)
+            context = self.compute.encode(self.problem.encode, x, task)
+            return context, self.problem.init_inner(x, task)
         starts = vmap(self.problem.init_inner, in_dims=(None, 0))(x, task)
         # vmap expands what does not depend on the task; others need memory of their own.
         starts = tree_map(Tensor.contiguous, starts)
-        return self.problem.encode_tasks(x, task), starts
+        return self.compute.encode(self.problem.encode_tasks, x, task), starts
 
     def _carried(
         self, x: Params, task: Task, flat: Tensor | None, together: bool

@@ -195,7 +195,8 @@ class _Adapted:
                 carried = start_carried(problem, self.outer, self.task)
                 if state is not None:
                     state, carried = split_state(state.to(device), carried)
-                self.context = detach(context_of(problem, self.outer, self.task, carried))
+                context = context_of(problem, self.outer, self.task, carried, compute)
+                self.context = detach(context)
                 start = problem.init_inner(self.outer, self.task)
             oracle = _OfSupport(problem, self.task, compute.batch_size, compute.seed, eager=True)
             context = {**self.context, **own}

@@ -21,6 +21,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from metadist.compute import DEFAULT, Compute
 from metadist.task import Batch, Task
 from metadist.trees import Params, detach, gradients, leaves
 
@@ -267,16 +268,22 @@ def _form(tree: object) -> dict[str, str] | str:
 
 
 def context_of(
-    problem: Problem, outer: Params, task: Task, carried: Params | None = None
+    problem: Problem,
+    outer: Params,
+    task: Task,
+    carried: Params | None = None,
+    compute: Compute = DEFAULT,
 ) -> Params:
     """What the losses of a task receive: that of `encode`, and what is carried (None: its start).
+
+    `compute` says in which precision.
 
     Raises:
         ValueError: A name is in both.
     """
     if carried is None:
         carried = start_carried(problem, outer, task)
-    return with_carried(problem.encode(outer, task), carried)
+    return with_carried(compute.encode(problem.encode, outer, task), carried)
 
 
 def with_carried(context: Params, carried: Params) -> Params:

@@ -389,7 +389,12 @@ class Trainer:
         check_same_model(checkpoint.state.outer, self._like, f"{self._store.uri}/{found}")
         info = checkpoint.info
         self._adopt(info)
-        info = {"batch_statistics": Executor.statistics_of, **info}  # of older checkpoints
+        # Of older checkpoints.
+        info = {
+            "batch_statistics": Executor.statistics_of,
+            "encode_precision": DEFAULT.encode_precision,
+            **info,
+        }
         for field, value in self._fixed.items():
             changed = difference(info[field], value, field) if field in info else None
             if changed is not None:
@@ -421,6 +426,7 @@ class Trainer:
             "tasks_per_lease": self._workload.tasks_per_lease,
             "chunk_size": self._chunk_size,
             "precision": self._workload.compute.precision,
+            "encode_precision": self._workload.compute.encode_precision,
             "keep_state": self._workload.keep_state,
             "batch_statistics": self._executor.statistics_of,
             "algorithm": self.algorithm,
@@ -593,7 +599,7 @@ class Trainer:
             "chunk_size": self._chunk_size,
             "seed": self._workload.compute.seed,
             "device": self._workload.compute.device,
-            "precision": self._workload.compute.precision,
+            **self._workload.compute.arithmetic,
             "graph_budget": self._workload.compute.graph_budget,
             **self._executor.describe(),
         }

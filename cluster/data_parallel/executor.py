@@ -119,6 +119,7 @@ class DataParallelExecutor(Executor):
         self._allow_missing_classes = allow_missing_classes
         self._notices = Notices(RAY)
         self._pool: ShardPool | None = None
+        self._arithmetic: dict[str, str] = {}
         self._variable: OuterVariable | None = None
 
     def probe(self, sampler: TaskSampler) -> TaskSampler:
@@ -130,6 +131,7 @@ class DataParallelExecutor(Executor):
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         """See `Executor`; started again, it keeps its processes and sets them up anew."""
         check_workload(workload, self._staleness)
+        self._arithmetic = workload.compute.arithmetic
         payload = pickle_by_value(workload)
         if not ray.is_initialized():
             self._forget()
@@ -306,6 +308,7 @@ class DataParallelExecutor(Executor):
             "num_workers": str(self._workers.num_workers),
             **({"batch_statistics": "local"} if self._is_local else {}),
             **({"device": devices_of(infos)} if infos else {}),
+            **self._arithmetic,
         }
 
     def close(self) -> None:

@@ -145,6 +145,7 @@ class RayExecutor(Executor):
         self._supervisor: Supervisor | None = None
         self._scheduler: Scheduler | None = None
         self._judge: tuple[bytes, ObjectRef[Any]] | None = None
+        self._arithmetic: dict[str, str] = {}
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         """See `Executor`; started again, it keeps its processes and sets them up anew."""
@@ -191,6 +192,7 @@ class RayExecutor(Executor):
                 f"device must not be 'cpu' with gpus_per_server={gpus_per_server:g}, got 'cpu': "
                 "the server's GPU serves workers that have one themselves"
             )
+        self._arithmetic = workload.compute.arithmetic
         payload = pickle_by_value(workload)
         if not ray.is_initialized():
             self._forget_actors()
@@ -257,6 +259,7 @@ class RayExecutor(Executor):
             if self._workers.num_at_start == self._workers.num_workers
             else f"{self._workers.num_at_start} to {self._workers.num_workers}",
             **({"device": devices_of(infos)} if infos else {}),
+            **self._arithmetic,
             **unusual,
         }
 

@@ -121,7 +121,15 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compu
         if workload.keep_state and isinstance(workload.sampler, Stream):
             _check_no_tables(workload, outer, tasks[0])
         check_precision(workload, outer)
+        dtype = next(iter(outer.values())).dtype
+        if workload.compute.encode_precision != "highest" and dtype != torch.float32:
+            raise ValueError(
+                "encode_precision must be 'highest' with an outer variable that is not of float32, "
+                f"got {workload.compute.encode_precision!r} and {dtype}"
+            )
         result = _hypergradient(workload, outer, tasks[:1])
+        if workload.compute.encode_precision != "highest":
+            _check_encode_precision(workload, outer, tasks[0], result.total)
         _check_twice_differentiable(workload, outer, tasks[0])
         compute = workload.compute
         if num_tasks > 1 and not _vectorizes(workload, outer, tasks):
@@ -404,6 +412,45 @@ def check_precision(workload: Workload, outer: Params) -> None:
                 "model with model.float() (without autocast), or use an algorithm without "
                 "differences, as SOBA or ITD"
             )
+
+
+MIN_COSINE = 0.9
+"""Between a hypergradient with an encode in bfloat16 and the same without."""
+
+
+def _check_encode_precision(workload: Workload, outer: Params, task: Task, found: Params) -> None:
+    """Raise ValueError unless bfloat16 changes the context of task 0, and h only by rounding.
+
+    Args:
+        workload: With an `encode_precision`.
+        outer: x.
+        task: Task 0.
+        found: Its hypergradient.
+    """
+    compute, problem = workload.compute, workload.problem
+    fields = f"encode_precision must be 'highest' with {type(problem).__name__}, got "
+    fields += repr(compute.encode_precision)
+    problem_outer, _ = split_own(outer)
+    exact = replace(workload, compute=replace(compute, encode_precision="highest"))
+    with torch.no_grad():
+        contexts = [
+            work.compute.encode(problem.encode, problem_outer, task) for work in (exact, workload)
+        ]
+    if all(torch.equal(leaf, contexts[1][name]) for name, leaf in contexts[0].items()):
+        raise ValueError(
+            f"{fields}: its encode multiplies nothing that bfloat16 could make faster, as where "
+            "all weights are adapted. It is for the body before an adapted head, as of "
+            "FewShotProblem(model, adapt='head')"
+        )
+    expected = _hypergradient(exact, outer, [task]).total
+    length = dot(expected, expected).sqrt() * dot(found, found).sqrt()
+    cosine = float(dot(expected, found) / length) if length else 1.0
+    if not cosine >= MIN_COSINE:
+        raise ValueError(
+            f"{fields}: the cosine between the hypergradients of task 0 with it and without is "
+            f"{cosine:.3f}, less than {MIN_COSINE}. Leave it out, or make adaptation less "
+            "sensitive to its inputs (a smaller inner_lr, fewer inner_steps)"
+        )
 
 
 class _Dtypes(TorchDispatchMode):
