@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Params = dict[str, Tensor]
+"""Tensors by name: the form of every variable, direction and gradient."""
 
 
 def tree_map(function: Callable[..., Tensor], first: Params, *rest: Params) -> Params:

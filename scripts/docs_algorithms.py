@@ -32,11 +32,11 @@ def page(text: str) -> str:
     parts = [head + MARK, "# All at a glance\n", _wrap(LEGEND) + "\n", _table()]
     for family in FAMILIES:
         parts.append(f"# {family}\n")
-        parts += (_section(cls) for cls in _members(family))
+        parts += (section(cls) for cls in members(family))
     return "\n".join(parts)
 
 
-def _members(family: str) -> list[PublicClass]:
+def members(family: str) -> list[PublicClass]:
     return [cls for cls in named("algorithms").values() if brief(cls.doc, "Family") == family]
 
 
@@ -44,14 +44,14 @@ def _table() -> str:
     columns = ["name", "method", *TABLE]
     rows = [columns, ["---"] * len(columns)]
     for family in FAMILIES:
-        for cls in _members(family):
+        for cls in members(family):
             name = cls.name.lower()
             cells = (brief(cls.doc, fact) for fact in TABLE.values())
             rows.append([f"[{name}](#{name})", title(cls.doc), *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _section(cls: PublicClass) -> str:
+def section(cls: PublicClass) -> str:
     bullets = []
     for fact, text in facts(cls.doc).items():
         if fact not in ("Family", "For", "Use"):  # these are in headings and in the table

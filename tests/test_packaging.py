@@ -27,11 +27,13 @@ def run(*args: str | Path, cwd: Path) -> str:
 def sources(folder: str) -> list[str]:
     """The files of one folder as sorted paths from the root; does not enter the links."""
     paths = (path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file())
-    links = {("metadist", name) for name in LINKED}
+    skipped = {("metadist", name) for name in LINKED}
+    # What scripts/docs writes.
+    skipped |= {("docs", "_build"), ("docs", "algorithms"), ("docs", "api", "names")}
     return sorted(
         path.as_posix()
         for path in paths
-        if "__pycache__" not in path.parts and path.parts[:2] not in links
+        if "__pycache__" not in path.parts and skipped.isdisjoint((path.parts[:2], path.parts[:3]))
     )
 
 

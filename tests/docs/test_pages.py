@@ -11,7 +11,7 @@ import pytest
 from metadist.cli import train
 from metadist.tasks import check_sampler
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 ALGORITHMS = (ROOT / "docs" / "algorithms.md").read_text()
 

@@ -1,0 +1,91 @@
+"""The site: every public name has one place, and docstrings become what they look like."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sphinx")
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+
+
+@pytest.fixture
+def docstrings(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "_extensions")
+    return runpy.run_path(str(DOCS / "_extensions" / "plain_docstrings.py"))
+
+
+def test_every_public_name_is_on_one_page_of_the_reference():
+    names = [
+        found
+        for page in (DOCS / "api").glob("*.md")
+        for found in re.findall(r"(?m)^(?:   |\.\. autodata:: )(metadist\.\S+)$", page.read_text())
+    ]
+    public = set((ROOT / "tests" / "public_api.txt").read_text().split())
+    algorithms = {name for name in public if re.fullmatch(r"metadist\.algorithms\.[A-Z]\w*", name)}
+    algorithms -= {"metadist.algorithms.ALGORITHMS"}  # the others have pages of their own
+    assert sorted(names) == sorted(public - algorithms)
+
+
+def test_a_docstring_is_read_as_it_is_written(docstrings):
+    lines = """Gives y* for |x| and `a|b`.
+
+    h = f_x - J v
+
+    q = 1
+
+Args:
+    x, y_: Outer and inner,
+        y_ in `Params`:
+        * one
+    *rest: More.
+        Text.
+
+            code
+
+Raises:
+    ValueError: Never.
+
+Cost: T G.
+Source: Ji_,
+2021.""".splitlines()
+    found = "\n".join(docstrings["to_rst"](lines))
+    assert (
+        re.sub(r"\n\n+", "\n\n", found)
+        == r"""Gives y\* for \|x\| and ``a|b``.
+
+::
+
+    h = f_x - J v
+
+    q = 1
+
+.. rubric:: Args
+
+``x, y_``
+    Outer and inner,
+    y\_ in ``Params``:
+
+    * one
+
+``*rest``
+    More.
+    Text.
+
+    ::
+
+        code
+
+.. rubric:: Raises
+
+``ValueError``
+    Never.
+
+:Cost: T G.
+:Source: Ji\_,
+    2021.
+"""
+    )
+    assert docstrings["entries"]("\n".join(lines))["y_"][0] == "Outer and inner,"
