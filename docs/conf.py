@@ -27,7 +27,6 @@ extensions = [
     "plain_docstrings",
 ]
 exclude_patterns = ["_build"]
-suppress_warnings = ["toc.empty_glob"]  # guides.md names pages that may be added
 templates_path = ["_templates"]
 smartquotes = False  # a' is the transpose of a
 highlight_language = "none"  # indented blocks are formulas, output and commands

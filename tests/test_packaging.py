@@ -27,7 +27,7 @@ def run(*args: str | Path, cwd: Path) -> str:
 def sources(folder: str) -> list[str]:
     """The files of one folder as sorted paths from the root; does not enter the links."""
     paths = (path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file())
-    skipped = {("metadist", name) for name in LINKED}
+    skipped: set[tuple[str, ...]] = {("metadist", name) for name in LINKED}
     # What scripts/docs writes.
     skipped |= {("docs", "_build"), ("docs", "algorithms"), ("docs", "api", "names")}
     return sorted(

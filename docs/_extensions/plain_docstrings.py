@@ -48,10 +48,10 @@ def _blocks(lines: list[str]) -> list[list[str]]:
     after_empty = True
     for line in lines:
         is_indented = line.startswith(" ")
-        goes_on = bool(blocks) and line not in SECTIONS
-        if goes_on and not after_empty:
-            blocks[-1].append(line)
-        elif goes_on and is_indented and (blocks[-1][0] in SECTIONS or blocks[-1][0][0] == " "):
+        is_inside = (
+            is_indented and blocks and (blocks[-1][0] in SECTIONS or blocks[-1][0][0] == " ")
+        )
+        if blocks and line not in SECTIONS and (is_inside or not after_empty):
             blocks[-1].append(line)
         elif line:
             blocks.append([line])
