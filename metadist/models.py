@@ -10,53 +10,25 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MLP", "Conv4", "ResNet12", "TaskBatchNorm", "with_task_batch_norm"]
+from metadist.rematerialise import rematerialise
+from metadist.rows import current_rows
+
+__all__ = [
+    "MLP",
+    "Conv4",
+    "ResNet12",
+    "TaskBatchNorm",
+    "rematerialise",
+    "with_task_batch_norm",
+]
 
 BatchNormPolicy = Literal["transductive", "inductive", "none"]
-
-
-class Rows(NamedTuple):
-    """What the rows of the tensors that pass through a model are.
-
-    Args:
-        num_tasks: B. The rows are example-major and task-minor, (R*B, C, H, W), so that viewed
-            as (R, B*C, H, W) each channel of each task is a channel of its own.
-        sets: The sizes of the sets that follow one another along R, the support set first;
-            empty: one set.
-    """
-
-    num_tasks: int = 1
-    sets: tuple[int, ...] = ()
-
-
-class _Current(threading.local):
-    def __init__(self) -> None:
-        self.rows = Rows()
-
-
-# A batch norm deep in a model cannot be passed an argument: the modules around it are the user's.
-# A context variable would be usual here, but torch.compile cannot trace one.
-_current = _Current()
-
-
-@contextmanager
-def rows(num_tasks: int = 1, sets: tuple[int, ...] = ()) -> Iterator[None]:
-    """Within the block every `TaskBatchNorm` of this thread reads its rows as `Rows(...)`."""
-    before = _current.rows
-    _current.rows = Rows(num_tasks, sets)
-    try:
-        yield
-    finally:
-        _current.rows = before
 
 
 class TaskBatchNorm(nn.Module):
@@ -88,7 +60,7 @@ class TaskBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        num_tasks, sets = _current.rows
+        num_tasks, sets = current_rows()
         weight: Tensor = self.weight
         bias: Tensor = self.bias
         shape = x.shape

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from metadist.models import TaskBatchNorm
+from metadist.rematerialise import as_plain, refuse_checkpointing
 from metadist.trees import Params
 
 
@@ -182,7 +183,7 @@ def plain_module(model: nn.Module, params: Params, inputs: Tensor) -> nn.Module:
         params: Its trainable parameters, named as by `trainable`.
         inputs: The support inputs, whose statistics "inductive" batch norm keeps.
     """
-    module = copy.deepcopy(model)
+    module = as_plain(copy.deepcopy(model))
     made: dict[str, nn.Parameter] = {}
     for place in _places(module):
         if place.key in params:
@@ -353,6 +354,7 @@ def _dropout(module: nn.Module) -> float:
 def check_model(model: nn.Module) -> None:
     """Raise ValueError for layers whose inner loop could not be replayed or differentiated."""
     for name, module in model.named_modules():
+        refuse_checkpointing(name, module)
         whose = f"layer {name!r}" if name else "the model"
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(

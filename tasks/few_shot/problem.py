@@ -17,8 +17,9 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.func import vjp
 
 from metadist.checks.values import check
-from metadist.models import TaskBatchNorm, rows
+from metadist.models import TaskBatchNorm
 from metadist.problem import Problem
+from metadist.rows import rows
 from metadist.task import Batch, Task
 from metadist.tasks.few_shot.heads import prototypes
 from metadist.tasks.network import (

@@ -10,12 +10,11 @@ from metadist.models import (
     MLP,
     Conv4,
     ResNet12,
-    Rows,
     TaskBatchNorm,
     norm_layer,
-    rows,
     with_task_batch_norm,
 )
+from metadist.rows import Rows, rows
 from tests.problems import assert_close, randn, random_like
 
 B, S, Q = 3, 4, 5
