@@ -233,7 +233,7 @@ def test_backbones_of_few_shot_tasks(make, batch_norm):
         assert_close(found, expected, tolerance=1e-11)
     problem = FewShotProblem(changed)
     outer = problem.init_outer(generator(0))
-    check_pure(problem, outer, data)
+    check_pure(problem, outer, data, Compute())
     module = problem.module(outer, problem.init_inner(outer, data), data)
     assert not any(map(is_rematerialised, module.modules()))
 
@@ -242,7 +242,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     """The most bytes that were allocated within a call and not freed yet."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     changes = [event.nbytes() for event in events if event.name() == "[memory]"]
     return max(accumulate(changes))
 
@@ -424,7 +424,7 @@ class Bad(nn.Module):
         if self.how == "random":
             x = F.dropout(x, 0.5)
         if self.how == "buffer":
-            self.count += 1
+            cast(Tensor, self.count).add_(1)
         if self.how == "variable":
             x = x * self.hidden[0]
         return x
