@@ -9,6 +9,7 @@
     data/         what the families share: downloads, images, random numbers
     image_sets.py labelled images in memory, as a sampler of one task
     fixed.py      a single task, or a fixed set of tasks, as a sampler
+    table.py      the rows of a CSV file or a DataFrame, as a sampler of one task
 
 To add a sampler, write a class with `sample(index)` in a new file of its family (the protocols of
 `metadist.task` say what else it may offer), and add its line below; `check_sampler` tests it. To
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from metadist.tasks.few_shot.problem import FewShotProblem as FewShotProblem
     from metadist.tasks.few_shot.sinusoid import Sinusoid as Sinusoid
     from metadist.tasks.fixed import FixedTasks as FixedTasks
+    from metadist.tasks.fixed import OneTask as OneTask
     from metadist.tasks.image_sets import ImageData as ImageData
     from metadist.tasks.reweighting.corrupted_images import CorruptedImages as CorruptedImages
     from metadist.tasks.reweighting.long_tail import LongTail as LongTail
@@ -89,6 +91,7 @@ if TYPE_CHECKING:
     from metadist.tasks.synthetic.toys import PBGDToy as PBGDToy
     from metadist.tasks.synthetic.toys import PenaltyToy as PenaltyToy
     from metadist.tasks.synthetic.toys import Sine as Sine
+    from metadist.tasks.table import Table as Table
     from metadist.tasks.text.features import TextFeatures as TextFeatures
     from metadist.tasks.text.regularisation import TextRegularisation as TextRegularisation
 

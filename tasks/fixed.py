@@ -8,6 +8,7 @@ from metadist.hypergradient import mean_over
 from metadist.oracle import in_parts
 from metadist.problem import Problem
 from metadist.task import Batch, Task, to_device
+from metadist.tasks.data.sets import Data, batch_of
 from metadist.trees import Params
 
 
@@ -48,20 +49,37 @@ class FixedTasks:
 class OneTask:
     """A sampler of one task, the same at every index; its id is the index.
 
+        OneTask((x, y), (x_val, y_val), test=(x_test, y_test))
+
+    Each set is a `Batch`; tensors or arrays (inputs, targets), or a mapping of them by name; a
+    map-style data set of (input, target); or a DataLoader of one, whose data set is read once.
+    All of it is kept in memory, and travels to workers.
+
     Args:
-        support: Training data, all of it.
-        query: Validation data, all of it.
+        support: Training data.
+        query: Validation data.
+        test: Data on which `solution_metrics` judges a solution; None: it has no metrics.
+
+    Raises:
+        ValueError: A set of another kind, an iterable one, or examples of several shapes.
     """
 
     num_tasks = 1
 
-    def __init__(self, support: Batch, query: Batch) -> None:
-        self.support = support
-        self.query = query
+    def __init__(self, support: Data, query: Data, test: Data | None = None) -> None:
+        self.support = batch_of(support, "support")
+        self.query = batch_of(query, "query")
+        self.test_set = None if test is None else batch_of(test, "test")
 
     def sample(self, index: int) -> Task:
         """The task."""
         return Task(self.support, self.query, index)
+
+    def solution_metrics(self, problem: Problem, outer: Params, inner: Params) -> dict[str, float]:
+        """`test_loss` and `test_` metrics of the problem; empty without test data."""
+        if self.test_set is None:
+            return {}
+        return metrics_on(problem, outer, inner, self.test_set)
 
 
 AT_ONCE = 1000

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from metadist.checks.values import normal_form
 from metadist.tasks.data.images import is_grey, picture, pixels
+from metadist.tasks.data.sets import map_style
 from metadist.tasks.data.sources import MNIST_5K, ROOT_VARIABLE, FetchError, data_root, fetch
 
 
@@ -61,7 +61,7 @@ def open_dataset(
         FetchError: the files are missing.
     """
     if not isinstance(dataset, str):
-        return dataset, None
+        return map_style(dataset), None
     if dataset == "digits":
         return _digits(), None
     if dataset == "mnist_5k":
@@ -122,8 +122,6 @@ EXPECTED = 'a data set must give (picture, label) or {"image": picture, "label":
 def require_dataset(dataset: Any) -> None:
     """Raise ValueError unless `dataset` can be read like a map-style data set."""
     kind = type(dataset).__name__
-    if isinstance(dataset, DataLoader):
-        raise ValueError(f"dataset must be a data set, got a {kind}: pass its `.dataset`")
     if isinstance(dataset, np.ndarray | Tensor):
         raise ValueError(
             f"dataset must be a data set, got a {kind} of shape {tuple(dataset.shape)} without "

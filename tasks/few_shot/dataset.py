@@ -12,6 +12,7 @@ from torch import Tensor
 from metadist.tasks.data.datasets import LabelledDataset, class_name, class_names, decode, labels_of
 from metadist.tasks.data.images import require_format
 from metadist.tasks.data.random import Random
+from metadist.tasks.data.sets import map_style
 from metadist.tasks.few_shot.class_splits import Splits, read_splits, select_classes
 from metadist.tasks.few_shot.episodes import (
     JUDGED,
@@ -36,7 +37,8 @@ class FewShotDataset(EpisodeSampler):
             [0, 1] and rounded to 1/255. Labels are integers or one-hot; they come from `.targets`,
             `.labels`, `.samples` or `._flat_character_images` where it has one of them;
             otherwise from one pass over it. Class names come from `.classes`, `._characters` or
-            `.features`; a name of two classes gets the label behind it, "crane (134)".
+            `.features`; a name of two classes gets the label behind it, "crane (134)". Of a
+            DataLoader the data set is read.
         splits: A JSON file or a mapping, `{"train": [...], "val": [...], "test": [...]}`, with
             class names or integer labels; see `read_splits`.
         split: The one to draw from.
@@ -73,6 +75,7 @@ class FewShotDataset(EpisodeSampler):
         require_episode(n_way, k_shot, k_query, seed)
         require_format(image_size, channels)
         splits = read_splits(splits)
+        dataset = map_style(dataset)
         labels = labels_of(dataset)
         present = sorted({int(label) for label in labels})
         names = class_names(dataset, labels)

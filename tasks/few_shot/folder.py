@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections import Counter
@@ -61,6 +62,11 @@ class ImageFolder(EpisodeSampler):
       20 % are test, the 16 % before them val, the rest train, each rounded and at least one.
     * `split="all"`: every class there is.
 
+    With `split_by="image"` all splits have all classes, and other images of each: those of the
+    folders train, val and test, or 64, 16 and 20 % of the images of a class, in the order of the
+    SHA-256 of their names. It then measures how well known classes are told apart from `k_shot`
+    images of each, not how well new ones are.
+
     Images are kept in memory as one byte a pixel and channel; they travel with a pickled sampler,
     because another machine may not have the files.
 
@@ -77,6 +83,7 @@ class ImageFolder(EpisodeSampler):
             the splits val and test, which are judged as they are.
         augment: Each image, not those of val and test, through its own random affine map, as of
             `Glyphs`, with the border's pixels outside; images must be square.
+        split_by: "class": a class is in one split. "image": it is in all, by its images.
 
     Raises:
         ValueError: bad sizes or splits, folders that may be splits or alphabets, images of several
@@ -97,15 +104,27 @@ class ImageFolder(EpisodeSampler):
         seed: int = 0,
         rotations: bool = False,
         augment: bool = False,
+        split_by: Literal["class", "image"] = "class",
     ) -> None:
         require_episode(n_way, k_shot, k_query, seed)
         require_format(image_size, channels)
+        if split_by not in ("class", "image"):
+            raise ValueError(f"split_by must be 'class' or 'image', got {split_by!r}")
+        if split_by == "image" and splits is not None:
+            raise ValueError(
+                f"splits must not be given with split_by='image', got {splits}: that file names "
+                "classes; put images into folders train/, val/ and test/ instead"
+            )
+        self.split_by = split_by
         self.augment = augment
         self.root, self.splits = root, splits
         self.image_size, self.channels = image_size, channels
         root = Path(root).expanduser()
         tree = _Tree()
-        files = tree.files_of_split(root, split, splits)
+        if split_by == "image":
+            files = tree.files_by_image(root, split)
+        else:
+            files = tree.files_of_split(root, split, splits)
         form = format_of(files, image_size, channels)
         animated: list[Path] = []
         images = read_images(files, form.image_size, form.channels, invert, animated)
@@ -158,7 +177,8 @@ class _Tree:
         self.others += found.others
         return found
 
-    def files_of_split(self, root: Path, split: str, splits: str | Path | None) -> Files:
+    def folders_in(self, root: Path) -> dict[str, Path]:
+        """The folders of the first level by name, at least one."""
         if not root.is_dir():
             raise ValueError(f"root must be a folder, got {root}: no such folder")
         top = self.look_into(root)
@@ -167,7 +187,37 @@ class _Tree:
                 f"root must hold a folder of images for each class, got none in {root}"
             )
         self.others += Counter({"images beside folders": len(top.images)})
-        folders = {normal_form(folder.name): folder for folder in top.folders}
+        return {normal_form(folder.name): folder for folder in top.folders}
+
+    def files_by_image(self, root: Path, split: str) -> Files:
+        """The files of one split where every class is in all of them."""
+        folders = self.folders_in(root)
+        parts = understood(root, folders)
+        require_split(split, [*(parts.values() or FIXED), "all"])
+        if not parts:
+            classes = _together(self._classes_of(folder) for folder in folders.values())
+            return {name: part_of(images, split, name) for name, images in classes.items()}
+        found: dict[str, Files] = {}
+        for name, part in parts.items():
+            inside = self.look_into(folders[name])
+            self.others += Counter({"images beside folders": len(inside.images)})
+            found[part] = _together(self._classes_of(folder) for folder in inside.folders)
+        everywhere = set.intersection(*(set(files) for files in found.values()))
+        for part, files in found.items():
+            if lone := sorted(set(files) - everywhere):
+                raise ValueError(
+                    f"each class must be in every split with split_by='image', got {lone[0]!r} in "
+                    f"{part} and not in all: add it there, or use split_by='class'"
+                )
+        if split != "all":
+            return found[split]
+        return {
+            name: list(chain.from_iterable(files[name] for files in found.values()))
+            for name in sorted(everywhere)
+        }
+
+    def files_of_split(self, root: Path, split: str, splits: str | Path | None) -> Files:
+        folders = self.folders_in(root)
         if splits is None:
             parts = understood(root, folders)
             if parts:
@@ -199,7 +249,8 @@ class _Tree:
                     if name in owner:
                         raise ValueError(
                             f"splits must be disjoint, got class {name!r} in {owner[name].name}/ "
-                            f"and {folder.name}/: move or rename one of them"
+                            f"and {folder.name}/: move or rename one of them, or pass "
+                            "split_by='image' if training and test share classes"
                         )
                     owner[name] = folder
                     if split in (part, "all"):
@@ -287,8 +338,23 @@ def _require_no_splits(folder: Path, inner: list[Path]) -> None:
     if len(roles) > 1:
         raise ValueError(
             f"classes must be split and not the images of a class, got {folder} with the folders "
-            f"{', '.join(roles.values())}: put the images of a class into one folder"
+            f"{', '.join(roles.values())}: put the images of a class into one folder, or turn the "
+            "folders round (train/<class>) and pass split_by='image'"
         )
+
+
+def part_of(files: list[Path], split: str, name: str) -> list[Path]:
+    """The images of a class that are in one split; "all": all of them."""
+    if split == "all":
+        return files
+    if len(files) < len(FIXED):
+        raise ValueError(
+            f"a class must hold at least 3 images to be split by image, got {len(files)} in "
+            f"{name!r}: add some, or use split='all'"
+        )
+    # The order of names may be that of time, and files are added later.
+    digests = {hashlib.sha256(normal_form(file.name).encode()).hexdigest(): file for file in files}
+    return [digests[digest] for digest in divide(list(digests))[split]]
 
 
 def divide(groups: list[str]) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from metadist.tasks import FewShotDataset, check_sampler, read_splits
 from tests.tasks.helpers import equal, refusal
@@ -26,6 +26,13 @@ SPLITS = {"train": ["ant", "bee", "cat"], "test": ["dog", 4, "fox"]}
 def picture(label: int, number: int, side: int = 8) -> np.ndarray:
     pixels = np.random.default_rng(100 * label + number).integers(0, 256, (side, side, 3))
     return pixels.astype(np.uint8)
+
+
+class Endless(IterableDataset[Any]):
+    """Without positions."""
+
+    def __iter__(self):
+        return iter(())
 
 
 class Plain:
@@ -388,10 +395,16 @@ def test_stored_labels_of_another_form_are_passed_over(stored: str, value: Any):
     assert equal(few(dataset, {"train": [0, 1, 2]}).sample(2), few(Named()).sample(2))
 
 
+def test_the_data_set_behind_a_loader_is_read():
+    loader: Any = DataLoader(Named(), batch_size=5, shuffle=True)  # type: ignore[arg-type]
+    assert equal(few(loader).sample(2), few(Named()).sample(2))
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (DataLoader(Named()), "dataset must be a data set, got a DataLoader: pass its `.dataset`"),  # type: ignore[arg-type]
+        (Endless(), "by position (__len__ and __getitem__), got the iterable Endless: tasks are"),
+        (DataLoader(Endless()), "got the iterable Endless: tasks are drawn in any order"),
         (np.zeros((24, 8, 8)), "got a ndarray of shape (24, 8, 8) without labels: EpisodeSampler("),
         ({"train": Named(), "test": Named()}, "got a dict of train, test: pass one of them"),
         (iter([]), "got a list_iterator without __len__, __getitem__: collect its items in a list"),

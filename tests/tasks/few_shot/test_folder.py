@@ -79,7 +79,8 @@ def test_a_class_in_two_split_folders_is_refused(tmp_path: Path):
     write_tree(tmp_path / "test", ["b", "c"])
     found = refusal(lambda: folder(tmp_path))
     assert found == (
-        "splits must be disjoint, got class 'b' in test/ and train/: move or rename one of them"
+        "splits must be disjoint, got class 'b' in test/ and train/: move or rename one of them, "
+        "or pass split_by='image' if training and test share classes"
     )
 
 
@@ -156,6 +157,59 @@ def test_photos_are_turned_upright(tmp_path: Path, suffix: str):
     assert images.shape == (6, 1, 32, 16)
     assert np.abs(images[0].astype(int) - images[1]).max() < 40  # the losses of a JPEG
     assert images[0, 0, :8, 8:].min() > 200 and images[0, 0, :, :8].max() < 50
+
+
+def by_image(root: Path, split: str, **arguments) -> ImageFolder:
+    return folder(root, split=split, split_by="image", k_query=1, **arguments)
+
+
+def test_images_of_a_class_are_split_whatever_their_order(tmp_path: Path):
+    write_tree(tmp_path, ["a", "b"], num_images=20)
+    parts = {split: by_image(tmp_path, split).classes for split in ("train", "val", "test")}
+    assert {split: part.names for split, part in parts.items()} == dict.fromkeys(parts, ("a", "b"))
+    assert {split: part.starts.tolist() for split, part in parts.items()} == {
+        "train": [0, 13, 26],
+        "val": [0, 3, 6],
+        "test": [0, 4, 8],
+    }
+    drawn = [image.tobytes() for part in parts.values() for image in part.images]
+    every = by_image(tmp_path, "all").classes.images
+    assert sorted(drawn) == sorted(image.tobytes() for image in every)
+    assert len(set(drawn)) == 40
+    assert parts["train"].images.tolist() != every[:26].tolist()  # not the first ones
+    before = {image.tobytes() for image in parts["test"].images}
+    (tmp_path / "a" / "0000_20.png").unlink()
+    after = {image.tobytes() for image in by_image(tmp_path, "test").classes.images}
+    assert len(before & after) >= 6  # few images move
+
+
+def test_folders_of_splits_with_the_same_classes_are_split_by_image(tmp_path: Path):
+    for number, part in enumerate(("Training", "valid", "test")):
+        write_tree(tmp_path / part, ["a", "b"], seed=number)
+    train, test = by_image(tmp_path, "train"), by_image(tmp_path, "test")
+    assert train.class_names == test.class_names == ("a", "b")
+    assert len(by_image(tmp_path, "all").classes.images) == 18
+    assert not np.array_equal(train.classes.images, test.classes.images)
+    write_tree(tmp_path / "test", ["c"], seed=3)
+    assert refusal(lambda: by_image(tmp_path, "train")) == (
+        "each class must be in every split with split_by='image', got 'c' in test and not in all: "
+        "add it there, or use split_by='class'"
+    )
+
+
+def test_what_cannot_be_split_by_image_is_refused(tmp_path: Path):
+    write_tree(tmp_path, ["a", "b"], num_images=2)
+    assert refusal(lambda: by_image(tmp_path, "train")) == (
+        "a class must hold at least 3 images to be split by image, got 2 in 'a': add some, or use "
+        "split='all'"
+    )
+    found = refusal(lambda: by_image(tmp_path, "train", splits="splits.json"))
+    assert found.startswith("splits must not be given with split_by='image', got splits.json: ")
+    found = refusal(lambda: folder(tmp_path, split_by="file"))
+    assert found == "split_by must be 'class' or 'image', got 'file'"
+    assert refusal(lambda: by_image(tmp_path, "dev")) == (
+        "split must be one of train, val, test, all, got 'dev'"
+    )
 
 
 def test_a_truncated_image_is_named(tree: Path):
