@@ -1,9 +1,16 @@
 """The examples run as they stand; here with fewer steps, and what they learn is checked."""
 
 import importlib
+import re
+import runpy
 from pathlib import Path
 
 import pytest
+import torch
+
+from metadist import OuterOptimizer, Trainer
+from metadist.algorithms import AID
+from tests.tasks.helpers import write_tree
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 
@@ -23,9 +30,39 @@ def test_your_own_sampler(run, capsys):
     assert "accuracy on new tasks: 0." in capsys.readouterr().out
 
 
-def test_your_own_problem(run):
-    penalties = run("your_own_problem", num_steps=40)
+def test_your_own_problem(capsys):
+    found = runpy.run_path(str(FOLDER / "your_own_problem.py"))
+    assert float(capsys.readouterr().out.rpartition(": ")[2]) < 2e-9
+    adam = OuterOptimizer("adam", lr=0.1)
+    trainer = Trainer(
+        found["Ridge"](), found["data"], AID(inner_lr=0.1), outer_optimizer=adam, quiet=True
+    )
+    trainer.fit(40)
+    penalties = trainer.outer["log_penalty"].exp()
     assert penalties[:5].mean() < penalties[5:].mean() / 3
+    assert len((FOLDER / "your_own_problem.py").read_text().splitlines()) <= 30
+
+
+def test_own_loop(run):
+    assert run("own_loop", num_steps=30) < run("own_loop", num_steps=0) - 0.2
+
+
+def test_clean_a_csv(run, tmp_path):
+    num_wrong, num_left_out = run("clean_a_csv", folder=str(tmp_path), num_steps=20)
+    assert num_wrong == 96
+    assert 80 < num_left_out < 130
+    lines = (tmp_path / "cleaned.csv").read_text().splitlines()
+    assert lines[0] == "length,width,species,weight"
+    assert len(lines) == 1 + 300 - num_left_out
+
+
+def test_own_images(run, tmp_path, monkeypatch, capsys):
+    write_tree(tmp_path / "images", [f"class{i}" for i in range(12)], num_images=16, side=16)
+    monkeypatch.chdir(tmp_path)
+    run("own_images", root="images", num_steps=2, n_way=2, num_test_tasks=4)
+    assert re.search(r"accuracy on new classes: 0\.\d+ \+- 0\.\d+", capsys.readouterr().out)
+    module = torch.load("classifier.pt", weights_only=False)
+    assert module(torch.zeros(4, 1, 16, 16)).shape == (4, 2)
 
 
 def test_equilibrium_model(run):

@@ -34,14 +34,18 @@ def write_image(path: Path, seed: int, side: int = 12, mode: str = "L") -> None:
 
 
 def write_tree(
-    root: Path, classes: list[str], num_images: int = 3, mode: str = "L", seed: int = 0
+    root: Path,
+    classes: list[str],
+    num_images: int = 3,
+    mode: str = "L",
+    seed: int = 0,
+    side: int = 12,
 ) -> Path:
     """A folder of pictures for each class, named as Omniglot names them."""
     for c, name in enumerate(classes):
         for i in range(num_images):
-            write_image(
-                root / name / f"{c:04d}_{i + 1:02d}.png", 10**6 * seed + 1000 * c + i, mode=mode
-            )
+            file = root / name / f"{c:04d}_{i + 1:02d}.png"
+            write_image(file, 10**6 * seed + 1000 * c + i, side, mode)
     return root
 
 
