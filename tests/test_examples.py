@@ -39,7 +39,7 @@ def test_your_own_problem(capsys):
     )
     trainer.fit(40)
     penalties = trainer.outer["log_penalty"].exp()
-    assert penalties[:5].mean() < penalties[5:].mean() / 3
+    assert penalties[:3].mean() < penalties[3:].mean() / 3
     assert len((FOLDER / "your_own_problem.py").read_text().splitlines()) <= 30
 
 
