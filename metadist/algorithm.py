@@ -7,6 +7,7 @@ and where the data is on many machines; `task_hypergradients` (hypergradient.py)
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import reduce
@@ -243,7 +244,19 @@ def counters_of(flat: Tensor) -> tuple[int, ...]:
     Raises:
         ValueError: An earlier version may have rounded one of them.
     """
-    head = flat[:_MOST].tolist()
+    return counters_of_all([flat])[0]
+
+
+def counters_of_all(flats: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """`counters_of` of each, for which a GPU is waited for once."""
+    heads = [flat[:_MOST] for flat in flats]
+    numbers = iter(torch.cat(heads).tolist() if heads else ())
+    read = [list(itertools.islice(numbers, len(head))) for head in heads]
+    return [_counters(flat, head) for flat, head in zip(flats, read, strict=True)]
+
+
+def _counters(flat: Tensor, head: list[float]) -> tuple[int, ...]:
+    """The counters in a flat state that begins with the numbers `head`."""
     count = int(head[0])
     if count < 0:
         end = 1 - count * _BYTES

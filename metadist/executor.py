@@ -159,7 +159,10 @@ class LocalExecutor(Executor):
         self._device = pick_device(workload.compute.device)
         self._workload = workload
         self._retried = []
-        self._variable = OuterVariable.from_state(state, optimizer, workload.stepping_rules())
+        # With all that belongs to it: a GPU keeps x, the optimiser and the states of tasks.
+        self._variable = OuterVariable.from_state(
+            state, optimizer, workload.stepping_rules(), self._device
+        )
 
     def run(self, until_version: int) -> Iterator[StepReport]:
         variable = self._started()
@@ -169,20 +172,16 @@ class LocalExecutor(Executor):
 
     def _step(self, variable: OuterVariable, watchdog: Watchdog) -> StepReport:
         began = time.perf_counter()
-        outer = variable.unflatten(variable.flat.to(self._device, copy=True))
+        outer = variable.params
         before = variable.previous
-        previous = None if before is None else variable.unflatten(before.to(self._device))
+        previous = None if before is None else variable.unflatten(before)
         contributions: list[Contribution] = []
         for lease_id in variable.next_leases(self._workload.leases_per_step):
             lease = self._workload.lease(lease_id, variable.version)
             states = {
-                index: variable.states[index].to(self._device)
-                for index in lease.indices
-                if index in variable.states
+                index: variable.states[index] for index in lease.indices if index in variable.states
             }
-            computed = self._compute(watchdog, lease, outer, previous, states)
-            left = {index: state.cpu() for index, state in computed.states.items()}
-            contributions.append(computed._replace(total=computed.total.cpu(), states=left))
+            contributions.append(self._compute(watchdog, lease, outer, previous, states))
         # The last bits of a norm depend on the threads. And a signal may not stop a step half
         # done, since what is saved afterwards would be neither this version of x nor the next.
         with intra_op_threads(self._workload.compute.num_threads), signals_held():

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metadist.algorithm import (
     Algorithm,
     State,
-    counters_of,
+    counters_of_all,
     flatten_state,
     split_own,
     split_state,
@@ -156,9 +156,10 @@ def task_hypergradients(
     sums = _Sums(zeros_like(outer), None if previous is None else zeros_like(outer))
     dropped: list[int] = []
     calls: Counter[str] = Counter()
+    of_task = None if states is None else _kept(states, tasks)
     while groups:
         group = groups.pop(0)
-        kept = None if states is None else _kept(states, group)
+        kept = None if of_task is None else [of_task[int(task.id)] for task in group]
         if kept is not None and len({counters for _, counters in kept}) > 1:
             groups[:0] = [[task] for task in group]  # counters are the same for a whole group
             continue
@@ -245,11 +246,13 @@ class _Sums:
 
 
 def _kept(
-    states: Mapping[int, Tensor], group: list[Task]
-) -> list[tuple[Tensor | None, tuple[int, ...]]]:
-    """(flat state, its counters) of each task; (None, ()) before its first step."""
-    flats = [states.get(int(task.id)) for task in group]
-    return [(flat, () if flat is None else counters_of(flat)) for flat in flats]
+    states: Mapping[int, Tensor], tasks: list[Task]
+) -> dict[int, tuple[Tensor | None, tuple[int, ...]]]:
+    """(flat state, its counters) of each task by id; (None, ()) before its first step."""
+    ids = [int(task.id) for task in tasks]
+    known = [task_id for task_id in ids if task_id in states]
+    counters = dict(zip(known, counters_of_all([states[n] for n in known]), strict=True))
+    return {task_id: (states.get(task_id), counters.get(task_id, ())) for task_id in ids}
 
 
 class _Estimated(NamedTuple):

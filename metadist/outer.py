@@ -26,6 +26,8 @@ BLOCK = 1 << 16
 
 A block stays in the cache from one operation to the next. And a shard of x consists of whole
 blocks, so it makes the same calls on each of them as one owner of the whole x, with the same bytes.
+On a GPU, where a call costs more than the numbers of a block, x is stepped in one piece, by
+operators that act element by element; only norms are those of blocks.
 """
 
 
@@ -163,17 +165,26 @@ class OuterVariable:
         outer: x at the start.
         optimizer: How it is stepped.
         rules: What else belongs to a step.
+        device: Where x is kept and stepped, with all that belongs to it; None: where it is. Of a
+            GPU a step reads one vector, the norms of the blocks.
     """
 
     def __init__(
-        self, outer: Params, optimizer: OuterOptimizer, rules: StepRules | None = None
+        self,
+        outer: Params,
+        optimizer: OuterOptimizer,
+        rules: StepRules | None = None,
+        device: torch.device | None = None,
     ) -> None:
         check_flattenable(outer, "outer")
         self._like = {name: torch.empty_like(leaf, device="meta") for name, leaf in outer.items()}
-        self._flat = flatten({name: leaf.detach() for name, leaf in outer.items()})
+        flat = flatten({name: leaf.detach() for name, leaf in outer.items()})
+        self._flat = flat.to(device or flat.device)
+        self._is_on_host = self._flat.device.type == "cpu"
+        self._block = BLOCK if self._is_on_host else max(1, len(flat))
         self._config = optimizer
         # Views of the flat x: a step of the optimiser on them is a step of x, without a copy.
-        self._blocks = [torch.nn.Parameter(block) for block in self._flat.split(BLOCK)]
+        self._blocks = [torch.nn.Parameter(block) for block in self._flat.split(self._block)]
         self._optimizer = optimizer.make(self._blocks)
         # What the optimiser keeps (of "adam" exp_avg, exp_avg_sq) as vectors over all of x. The
         # blocks are an implementation detail, so a checkpoint holds these vectors and not blocks.
@@ -261,8 +272,11 @@ class OuterVariable:
             mean = self._mean[: len(self._flat)]
             if weight is not None:
                 recursion = self._recur(weight)
-                found = [_square(block) for block in mean.split(BLOCK)]
-            squares = _exact_where_needed(found, mean.split(BLOCK))
+                found = [_square(block) for block in mean.split(BLOCK)] if self._is_on_host else []
+            if self._is_on_host:
+                squares = _exact_where_needed(found, mean.split(BLOCK))
+            else:
+                squares = _squares_at_once(mean)
             # The squares of huge but finite elements may overflow, and that is no error.
             if not all(map(math.isfinite, squares)) and not bool(mean.isfinite().all()):
                 raise ValueError(
@@ -290,10 +304,10 @@ class OuterVariable:
         if num_tasks:
             clip = self._config.clip_norm
             if clip is not None and norm > clip:
-                for block in self._mean[: len(self._flat)].split(BLOCK):
+                for block in self._mean[: len(self._flat)].split(self._block):
                     block.mul_(clip / norm)
             if (most := self._config.clip_value) is not None:
-                for block in self._mean[: len(self._flat)].split(BLOCK):
+                for block in self._mean[: len(self._flat)].split(self._block):
                     block.clamp_(-most, most)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
@@ -330,10 +344,10 @@ class OuterVariable:
     def _pieces(self, vector: Tensor) -> list[Tensor]:
         """The blocks of a vector of shape (L,) or (2 L,)."""
         halves = vector.split(len(self._flat))
-        return [block for half in halves for block in half.split(BLOCK)]
+        return [block for half in halves for block in half.split(self._block)]
 
     def _add_up(self, fresh: Sequence[Contribution], num_tasks: int) -> list[Tensor]:
-        """Set the mean; returns the `_square` of each block, while the block is in the cache."""
+        """Set the mean; on a CPU, returns `_square` of each block while it is in the cache."""
         totals = zip(*(self._pieces(item.total) for item in fresh), strict=True)
         squares = []
         for block, pieces in zip(self._pieces(self._mean), totals, strict=True):
@@ -346,12 +360,13 @@ class OuterVariable:
                 for piece, item in zip(pieces[1:], fresh[1:], strict=True):
                     block.add_(piece, alpha=item.weight)
                 block.div_(num_tasks)
-            squares.append(_square(block))
+            if self._is_on_host:
+                squares.append(_square(block))
         return squares
 
     def _step(self, blocks: slice) -> None:
         """Step these blocks of x along what is left of their mean."""
-        gradients = self._mean[: len(self._flat)].split(BLOCK)
+        gradients = self._mean[: len(self._flat)].split(self._block)
         for parameter, gradient in zip(self._blocks[blocks], gradients[blocks], strict=True):
             parameter.grad = gradient
         self._optimizer.step()
@@ -365,9 +380,12 @@ class OuterVariable:
         state = self._optimizer.state
         for name, leaf in state.get(self._blocks[blocks][0], {}).items():
             if isinstance(leaf, Tensor) and leaf.ndim:
+                if len(self._blocks) == 1:
+                    self._moments[name] = leaf
+                    continue
                 if name not in self._moments:
                     self._moments[name] = torch.empty_like(self._flat, dtype=leaf.dtype)
-                pieces = self._moments[name].split(BLOCK)[blocks]
+                pieces = self._moments[name].split(self._block)[blocks]
                 for block, piece in zip(self._blocks[blocks], pieces, strict=True):
                     state[block][name] = piece.copy_(state[block][name])
 
@@ -381,8 +399,8 @@ class OuterVariable:
         """w_k = h(x_k) + (1 - a_k) (w_{k-1} - h(x_{k-1})), also left in the mean, and x_k."""
         length = len(self._flat)
         if len(self._mean) > length:
-            now, before = (half.split(BLOCK) for half in self._mean.split(length))
-            for h, h_before, w in zip(now, before, self._recursion["w"].split(BLOCK), strict=True):
+            halves = *self._mean.split(length), self._recursion["w"]
+            for h, h_before, w in zip(*(v.split(self._block) for v in halves), strict=True):
                 h.add_((w - h_before).mul_(1 - weight))
         return {"w": self._mean[:length].clone(), "previous": self._flat.clone()}
 
@@ -411,8 +429,8 @@ class OuterVariable:
         """Everything, for a checkpoint.
 
         Args:
-            copy: False: the memory of this variable itself, not to be written to; it changes with
-                the next step.
+            copy: True: on the CPU. False: the memory of this variable itself, where that is, not
+                to be written to; it changes with the next step.
         """
         first = self._optimizer.state.get(self._blocks[0], {})
         moments = {
@@ -420,13 +438,12 @@ class OuterVariable:
             for name, leaf in first.items()
             if leaf is not None
         }
-        flat = self._flat.clone() if copy else self._flat
 
         def kept(leaf: Tensor) -> Tensor:
-            return leaf.detach().clone() if copy else leaf
+            return leaf.detach().to("cpu", copy=True) if copy else leaf
 
         return OuterState(
-            outer=self.unflatten(flat),
+            outer=self.unflatten(kept(self._flat)),
             optimizer={name: kept(leaf) for name, leaf in moments.items()},
             version=self.version,
             applied_below=self._applied_below,
@@ -437,23 +454,35 @@ class OuterVariable:
 
     @classmethod
     def from_state(
-        cls, state: OuterState, optimizer: OuterOptimizer, rules: StepRules | None = None
+        cls,
+        state: OuterState,
+        optimizer: OuterOptimizer,
+        rules: StepRules | None = None,
+        device: torch.device | None = None,
     ) -> OuterVariable:
-        """The variable as it was when `state` was taken, in memory of its own.
+        """The variable as it was when `state` was taken, in memory of its own, on `device`.
 
         Raises:
             ValueError: See `check_state`.
         """
         check_state(state, optimizer)
-        variable = cls(state.outer, optimizer, rules)
-        variable._recursion = {name: leaf.clone() for name, leaf in state.recursion.items()}
-        variable.states = {index: leaf.clone() for index, leaf in state.states.items()}
+        variable = cls(state.outer, optimizer, rules, device)
+        there = variable._flat.device
+
+        def own(leaf: Tensor) -> Tensor:
+            return leaf.to(there, copy=True)
+
+        variable._recursion = {name: own(leaf) for name, leaf in state.recursion.items()}
+        variable.states = {index: own(leaf) for index, leaf in state.states.items()}
+        (group,) = variable._optimizer.param_groups
+        reads_there = group.get("fused") or group.get("capturable")
         for name, leaf in state.optimizer.items():
             if leaf.ndim:
-                variable._moments[name] = leaf.clone()
-                pieces: Iterable[Tensor] = variable._moments[name].split(BLOCK)
+                variable._moments[name] = own(leaf)
+                pieces: Iterable[Tensor] = variable._moments[name].split(variable._block)
             else:
-                pieces = (leaf.clone() for _ in variable._blocks)
+                # The number of steps, which all but these kernels read on the CPU.
+                pieces = (own(leaf) if reads_there else leaf.clone() for _ in variable._blocks)
             for block, piece in zip(variable._blocks, pieces, strict=True):
                 variable._optimizer.state[block][name] = piece
         variable._has_stepped = bool(state.optimizer)
@@ -492,6 +521,17 @@ def _square(block: Tensor) -> Tensor:
     """The squared norm of a block: the same whoever owns it."""
     wide = block if block.dtype == torch.float32 else block.double()
     return torch.dot(wide, wide)
+
+
+def _squares_at_once(vector: Tensor) -> list[float]:
+    """The squared norm of each block of a vector on a GPU, in float64, with one look there."""
+    whole = len(vector) // BLOCK * BLOCK
+    parts = [
+        part for part in (vector[:whole].view(-1, BLOCK), vector[None, whole:]) if part.numel()
+    ]
+    norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]
+    squares: list[float] = torch.cat(norms).square().tolist()
+    return squares
 
 
 MIN_SQUARE = 1e-24

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from ray import cloudpickle
-from torch import Tensor
 
 from metadist.cluster.actors.buffers import (
     Array,
@@ -29,8 +27,7 @@ from metadist.cluster.parameter_server.transport import (
 )
 from metadist.compute import intra_op_threads, pick_device
 from metadist.optimizer import OuterOptimizer
-from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable, StepResult
-from metadist.trees import Params
+from metadist.outer import Contribution, LeaseResult, OuterVariable, StepResult
 
 
 class Progress(NamedTuple):
@@ -73,9 +70,10 @@ class ParameterServer:
         self._transport = transport
         self._device = pick_device(transport.device)
         self._variable = OuterVariable.from_state(
-            _on(unpack_state(state, spec), self._device),
+            unpack_state(state, spec),
             optimizer,
             cloudpickle.loads(rules) if rules else None,
+            self._device,
         )
         self._num_threads = num_threads
         return this_node()
@@ -144,15 +142,3 @@ class ParameterServer:
             total = receive(sent.total).to(self._device)
             contributions.append(Contribution(result, total, states, weight))
         return contributions
-
-
-def _on(state: OuterState, device: torch.device) -> OuterState:
-    def moved(leaves: Mapping[str, Tensor]) -> Params:
-        return {name: leaf.to(device) for name, leaf in leaves.items()}
-
-    return state._replace(
-        outer=moved(state.outer),
-        optimizer=moved(state.optimizer),
-        recursion=moved(state.recursion),
-        states={index: leaf.to(device) for index, leaf in state.states.items()},
-    )

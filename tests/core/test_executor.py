@@ -92,7 +92,12 @@ def test_a_report_tells_of_the_step():
         assert (report.num_workers, report.lost_workers, report.reissued) == (1, 0, ())
         assert report.step.staleness == (0,) * 4
         assert report.seconds >= report.waiting_s >= 0
-    assert executor.describe() == {"executor": "local", "policy": "bsp", "device": "cpu"}
+    assert executor.describe() == {
+        "executor": "local",
+        "policy": "bsp",
+        "device": "cpu",
+        "precision": "highest",
+    }
 
 
 def test_run_stops_at_the_version_and_goes_on_where_it_stopped():

@@ -57,7 +57,7 @@ def test_a_lease_waits_once_for_the_device(adapt, algorithm, keeps, more, vector
         found = lease(there(outer), tasks, moved)
         seen = dict(waits)
     num_groups = 1 if vectorize else len(TASKS)
-    counters = len(TASKS) if keeps else 0  # of kept states, which tell what to compute
+    counters = 1 if keeps else 0  # of kept states, which tell what to compute
     assert sum(seen.values()) == num_groups * (1 + more) + counters, seen
     for name, leaf in here(found.total).items():
         scale = float(expected.total[name].abs().max())

@@ -27,7 +27,7 @@ def told(path) -> list[tuple[Any, ...]]:
     ]
 
 
-LOCAL = {"executor": "local", "policy": "bsp", "device": "cpu"}
+LOCAL = {"executor": "local", "policy": "bsp", "device": "cpu", "precision": "highest"}
 
 
 def test_a_run_tells_how_it_began_went_and_ended(tmp_path):
