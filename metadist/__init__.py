@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from metadist.inference import adapt as adapt
     from metadist.inference import export as export
     from metadist.inference import predict as predict
+    from metadist.micro_batches import sum_of_micro_batches as sum_of_micro_batches
     from metadist.optimizer import OuterOptimizer as OuterOptimizer
     from metadist.oracle import CountingOracle as CountingOracle
     from metadist.oracle import Draw as Draw

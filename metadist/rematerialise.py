@@ -163,11 +163,7 @@ class _Rematerialised(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         plain = super().forward
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
-            if not torch.compiler.is_compiling():
-                _warn_plain()
-            return plain(*args, **kwargs)
-        if not torch.is_grad_enabled():
+        if is_transformed() or not torch.is_grad_enabled():
             return plain(*args, **kwargs)
         function = _Forward(self, plain, (args, kwargs))
         if not any(leaf.requires_grad for leaf in function.inputs):
@@ -175,9 +171,9 @@ class _Rematerialised(nn.Module):
         for leaf in function.arguments.rest:
             if not isinstance(leaf, PLAIN):
                 raise ValueError(
-                    "a rematerialised block must be given tensors and plain values, "
-                    f"{type(self).__name__} got a {type(leaf).__name__}: such an object may change "
-                    "when the block is computed again. A cache of keys and values is left out by "
+                    f"a rematerialised block ({type(self).__name__}) must be given tensors and "
+                    f"plain values, got a {type(leaf).__name__}: such an object may change when "
+                    "the block is computed again. A cache of keys and values is left out by "
                     "use_cache=False; else leave out rematerialise"
                 )
         return function.output(_Checkpoint.apply(function, *function.inputs))
@@ -214,17 +210,30 @@ def _new(plain: type[nn.Module], *args: Any) -> nn.Module:
     return made.__new__(made, *args)
 
 
+def is_transformed() -> bool:
+    """Whether torch.func or torch.compile is at work, under which nothing is computed again.
+
+    Warns about it, once in a process.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    _warn_transformed()
+    return True
+
+
 @lru_cache
-def _warn_plain() -> None:
+def _warn_transformed() -> None:
     warn(
-        "rematerialised blocks are computed as plain ones under vmap and torch.func, with the "
-        "memory of plain ones: Compute(vectorize=False) computes tasks one by one",
+        "rematerialised blocks and micro-batches save no memory under vmap and torch.func: "
+        "Compute(vectorize=False) computes tasks one by one",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
-class _Surroundings(NamedTuple):
+class Surroundings(NamedTuple):
     """What a forward pass depends on beside its inputs, and what is to be so again.
 
     Args:
@@ -240,7 +249,11 @@ class _Surroundings(NamedTuple):
     kernels: tuple[SDPBackend, ...]
 
     @classmethod
-    def now(cls, devices: set[str]) -> _Surroundings:
+    def now(cls, tensors: Sequence[Tensor]) -> Surroundings:
+        return cls._of({leaf.device.type for leaf in tensors})
+
+    @classmethod
+    def _of(cls, devices: set[str]) -> Surroundings:
         return cls(
             rows=current_rows(),
             autocast=tuple(
@@ -253,7 +266,7 @@ class _Surroundings(NamedTuple):
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        now = self.now({kind for kind, *_ in self.autocast})
+        now = self._of({kind for kind, *_ in self.autocast})
         with ExitStack() as stack:
             if now.rows != self.rows:
                 stack.enter_context(rows(*self.rows))
@@ -310,7 +323,7 @@ class _Forward:
             if leaf is not None
         ]
         self.inputs: list[Tensor] = tensors + [owner[name] for owner, name in self._places]
-        self._surroundings = _Surroundings.now({leaf.device.type for leaf in self.inputs})
+        self._surroundings = Surroundings.now(self.inputs)
         self._output: _Structure | None = None
 
     def __str__(self) -> str:
@@ -344,27 +357,14 @@ class _Checkpoint(torch.autograd.Function):
     def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Any:
         ctx.function = function
         ctx.save_for_backward(*inputs)
-        versions = [leaf._version for leaf in inputs]
-        random = _random_states(inputs)
         # With a graph, to see what else enters: what is detached makes none.
-        with torch.enable_grad():
+        with torch.enable_grad(), unchanged(f"a rematerialised block ({function})", inputs):
             outputs = function(*(leaf.detach() for leaf in inputs))
         if any(leaf.requires_grad for leaf in outputs):
             raise ValueError(
-                "a rematerialised block must depend on variables through its inputs and weights, "
-                f"{function} also takes one from elsewhere, whose gradient would be lost: pass it "
-                "as an argument, or leave out rematerialise"
-            )
-        if versions != [leaf._version for leaf in inputs]:
-            raise ValueError(
-                f"a rematerialised block must not change its inputs or buffers, {function} does: "
-                "they would be others when it is computed again. Compute a new tensor instead; "
-                "batch norm is converted by metadist.models.with_task_batch_norm"
-            )
-        if not all(map(torch.equal, random, _random_states(inputs))):
-            raise ValueError(
-                f"a rematerialised block must not draw random numbers, {function} does: they would "
-                "be others when it is computed again. Set dropout to 0, or call model.eval()"
+                f"a rematerialised block ({function}) must depend on variables through its inputs "
+                "and weights, it also takes one from elsewhere, whose gradient would be lost: pass "
+                "it as an argument, or leave out rematerialise"
             )
         ctx.floating = [n for n, leaf in enumerate(outputs) if leaf.is_floating_point()]
         ctx.mark_non_differentiable(*(leaf for leaf in outputs if not leaf.is_floating_point()))
@@ -420,6 +420,39 @@ class _Pull(NamedTuple):
             allow_unused=True,
             materialize_grads=True,
         )
+
+
+@contextmanager
+def unchanged(what: str, inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Raise ValueError if a computation leaves something that makes it another one the next time.
+
+    Args:
+        what: What is computed, in words.
+        inputs: The tensors that it must not write to.
+    """
+    versions, random = [leaf._version for leaf in inputs], _random_states(inputs)
+    yield
+    if versions != [leaf._version for leaf in inputs]:
+        raise ValueError(
+            f"{what} must not change its inputs or buffers, it does: they would be others when it "
+            "is computed again. Compute a new tensor instead; batch norm is converted by "
+            "metadist.models.with_task_batch_norm"
+        )
+    if not all(map(torch.equal, random, _random_states(inputs))):
+        raise ValueError(
+            f"{what} must not draw random numbers, it does: they would be others when it is "
+            "computed again. Set dropout to 0, or call model.eval()"
+        )
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Within the block no autocast is on, as where derivatives are taken outside of it."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _random_states(inputs: Sequence[Tensor]) -> list[Tensor]:

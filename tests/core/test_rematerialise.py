@@ -23,7 +23,7 @@ from metadist.algorithms import AID, ALGORITHMS, F2SA, ITD
 from metadist.checks.purity import check_pure
 from metadist.compute import Compute
 from metadist.models import MLP, Conv4, ResNet12, rematerialise
-from metadist.rematerialise import _warn_plain, as_plain, is_rematerialised
+from metadist.rematerialise import _warn_transformed, as_plain, is_rematerialised
 from metadist.task import Batch, Task
 from metadist.tasks import FewShotProblem
 from metadist.tasks.network import call, check_model, trainable, without_parameters
@@ -175,7 +175,7 @@ def test_every_method_has_the_hypergradient_of_the_plain_model(name):
 
 
 @pytest.mark.parametrize("engine", ["unrolled", "higher"])
-@pytest.mark.filterwarnings("ignore:rematerialised blocks are computed as plain")
+@pytest.mark.filterwarnings("ignore:rematerialised blocks and micro-batches")
 def test_the_engines_that_unroll_agree_with_the_adjoint(engine):
     problem = Weighted(rematerialise(decoder()))
     expected = hypergradient(Weighted(decoder()), ITD(3, 0.05), task())
@@ -346,10 +346,12 @@ def test_it_is_not_computed_again_where_nothing_is_differentiated():
 def test_under_vmap_blocks_are_plain_with_one_warning():
     model = rematerialise(decoder())
     inputs = randn(3, 2, 2, LENGTH, WIDTH)
-    _warn_plain.cache_clear()
+    _warn_transformed.cache_clear()
     with (
         sdpa_kernel(SDPBackend.MATH),
-        pytest.warns(RuntimeWarning, match=r"rematerialised blocks are .* under vmap") as caught,
+        pytest.warns(
+            RuntimeWarning, match=r"blocks and micro-batches save no memory under vmap"
+        ) as caught,
     ):
         first, found = (vmap(model)(inputs) for _ in range(2))
     assert torch.equal(first, found)
@@ -433,10 +435,16 @@ class Bad(nn.Module):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("random", r"must not draw random numbers, Bad does: .*model.eval\(\)"),
-        ("buffer", r"must not change its inputs or buffers, Bad does: .*with_task_batch_norm"),
-        ("variable", r"through its inputs and weights, Bad also takes one from elsewhere"),
-        ("cache", r"must be given tensors and plain values, Bad got a set: .*use_cache=False"),
+        ("random", r"block \(Bad\) must not draw random numbers.*model.eval\(\)"),
+        ("buffer", r"block \(Bad\) must not change its inputs or buffers.*with_task_batch_norm"),
+        (
+            "variable",
+            r"\(Bad\) must depend on variables through its inputs and weights.*from elsewhere",
+        ),
+        (
+            "cache",
+            r"block \(Bad\) must be given tensors and plain values, got a set: .*use_cache=False",
+        ),
     ],
 )
 def test_what_cannot_be_computed_again_is_refused_when_it_is_called(how, message):
