@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from metadist.algorithm import Estimate as Estimate
     from metadist.algorithm import InnerState as InnerState
     from metadist.autograd import AutogradOracle as AutogradOracle
+    from metadist.callbacks import Callback as Callback
+    from metadist.callbacks import CallbackError as CallbackError
+    from metadist.callbacks import EvaluationReport as EvaluationReport
     from metadist.checks.hypergradient import HypergradientReport as HypergradientReport
     from metadist.checks.hypergradient import check_hypergradient as check_hypergradient
     from metadist.compute import Compute as Compute

@@ -53,6 +53,18 @@ class StepReport(NamedTuple):
     retried: tuple[str, ...] = ()
     is_draining: bool = False
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Means over the tasks whose leases report losses and metrics; empty if none does."""
+        sums: dict[str, float] = {}
+        num_tasks = 0
+        for result in self.results:
+            if result.metrics:
+                num_tasks += result.num_tasks
+                for name, value in result.metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value
+        return {name: value / num_tasks for name, value in sums.items() if num_tasks}
+
 
 class Judge(Protocol):
     """Measures tasks at x; a pure function that can be pickled, see `metadist.evaluation`."""

@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,12 @@ from torch import Tensor, nn
 
 from metadist import __version__
 from metadist.algorithm import Algorithm, split_own, split_state
+from metadist.callbacks import (
+    Callback,
+    EvaluationReport,
+    call_on_evaluation,
+    call_on_step,
+)
 from metadist.checks.preflight import (
     check_losses,
     check_trainable,
@@ -32,6 +38,8 @@ from metadist.compute import DEFAULT, Compute
 from metadist.evaluation import EvaluationResult, describe_sampler, evaluate, with_inner_steps
 from metadist.executor import Executor, LocalExecutor, StepReport
 from metadist.inference import adapt, export, kept_state, predict
+from metadist.loggers.base import LoggedRun, Logger
+from metadist.loggers.tensor_board import TensorBoardLogger
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterVariable, check_state
 from metadist.problem import Problem, has_artifacts, has_few_shot_classes, start_carried
@@ -51,10 +59,9 @@ from metadist.run.files import (
     EVENTS,
     LOCK,
     MAX_CONFIG_BYTES,
-    TENSORBOARD,
 )
 from metadist.run.lock import RunLock
-from metadist.run.monitor import Monitor, TerminalProgress, calls_of, mean_metrics
+from metadist.run.monitor import Monitor, TerminalProgress, calls_of
 from metadist.run.rebuild import config_of, is_own
 from metadist.run.settings import as_text, difference, recorded
 from metadist.run.storage import Folder, Mirror, is_part
@@ -137,6 +144,10 @@ class Trainer:
         keep_checkpoints: How many of the newest checkpoints stay, beside the best.
         keep_every: Checkpoints at multiples of so many outer steps stay for good; None: none.
         log_every: Outer steps between reports of losses and metrics.
+        loggers: Where losses and metrics go beside TensorBoard's events in `run_dir`, see
+            `metadist.loggers`.
+        callbacks: Your own code that is called after outer steps and evaluations, see
+            `metadist.Callback`.
         max_dropped: Tasks dropped in a row that end the run.
         quiet: Show no progress.
         allow_equal_examples: See `check_sampler`.
@@ -171,6 +182,8 @@ class Trainer:
         keep_checkpoints: int = 3,
         keep_every: int | None = None,
         log_every: int = 10,
+        loggers: Sequence[Logger] = (),
+        callbacks: Sequence[Callback] = (),
         max_dropped: int = 64,
         quiet: bool = False,
         allow_equal_examples: bool = False,
@@ -193,6 +206,7 @@ class Trainer:
             raise ValueError(f"val_every must be None without a val_sampler, got {val_every}")
         if eval_inner_steps is not None:
             with_inner_steps(algorithm, eval_inner_steps)
+        _check_observers(loggers, callbacks, run_dir)
         self._executor = executor or LocalExecutor()
         self._probe = self._executor.probe(sampler)
         reports = [
@@ -236,6 +250,10 @@ class Trainer:
         self._checkpoint_every_s = math.inf if checkpoint_every_s is None else checkpoint_every_s
         self._checkpoint_async = checkpoint_async
         self._log_every = log_every
+        has_tensorboard = any(isinstance(logger, TensorBoardLogger) for logger in loggers)
+        self._loggers = [*loggers] if has_tensorboard else [TensorBoardLogger(), *loggers]
+        self._callbacks = [*callbacks]
+        self._monitor: Monitor | None = None
         self._max_dropped = max_dropped
         self._quiet = quiet
         self._config = config
@@ -251,7 +269,8 @@ class Trainer:
             )
             self._folder.check_writable()
             self._mirror = Mirror(self._folder)
-            self._mirror.fetch(EVENTS)
+            for file in (EVENTS, *(file for logger in loggers for file in logger.files)):
+                self._mirror.fetch(file)
             self.run_dir = self._mirror.path
         self._events = EventLog(None if self.run_dir is None else self.run_dir / EVENTS)
         probed = replace(self._workload, sampler=self._probe)
@@ -498,13 +517,18 @@ class Trainer:
         began = time.perf_counter()
         is_new = self._is_new
         monitor = None
+        failed = True
         try:
             self._executor.notify = self._events.write  # type: ignore[method-assign]
             self._executor.start(self._workload, self._optimizer, self._state)
             if self.run_dir is not None:
                 self._open_run_dir(self.run_dir, num_steps)
-                monitor = Monitor(self.run_dir / TENSORBOARD, self.version, run.curves_failed)
-                monitor.start(self.settings(), self._probe.sample(0))
+                newer = self._store.newer(self.version) if self._store and self._goes_back else []
+                logged = replace(self._logged_run(), step=self.version, is_branch=bool(newer))
+                monitor = Monitor(self._loggers, logged, run.logger_failed, bears_open=not is_new)
+                self._monitor = monitor
+                if self.version == 0:
+                    monitor.task(self._probe.sample(0))
             self.has_started = True
             about = {"until_step": num_steps, **self._executor.describe()}
             with self._events.run(self.version, **about):
@@ -518,9 +542,11 @@ class Trainer:
                     stop.check()
                     self._background.check()
                     self._events.report(report)
-                    means = monitor.step(report) if monitor else mean_metrics(report)
-                    run.progress.step(report, means)
+                    if monitor is not None:
+                        monitor.step(report)
+                    run.progress.step(report)
                     run.count(report, self._max_dropped)
+                    call_on_step(self._callbacks, report)
                     version = report.step.version
                     ends = on_step is not None and not on_step(report)
                     if self.version == version:  # it has called `save`
@@ -530,14 +556,16 @@ class Trainer:
                     if ends and self.version >= version:
                         break
                 self._background.wait()
+            failed = False
         except BaseException as error:
             if self.has_started:
                 self._leave(error, run)
             raise
         finally:
             self._executor.close()
+            self._monitor = None
             if monitor is not None:
-                monitor.close()
+                monitor.close(failed)
             self._upload()
         best = self._store.best() if self._store else None
         return TrainingResult(
@@ -577,13 +605,26 @@ class Trainer:
         )
 
     def record(self, split: str, result: EvaluationResult) -> None:
-        """Write an evaluation of the current outer variable to the run's TensorBoard events."""
+        """Log an evaluation of the current outer variable, and tell callbacks of it."""
         if self.run_dir is None:
             raise ValueError("record needs a run_dir, got None")
-        monitor = Monitor(self.run_dir / TENSORBOARD, self.version)
+        monitor = Monitor(self._loggers, self._logged_run(), self._events.logger_failed)
         monitor.evaluation(split, result, self.version)
         monitor.close()
         self._upload()
+        call_on_evaluation(self._callbacks, EvaluationReport(split, self.version, result))
+
+    def log(self, values: Mapping[str, float], group: str = "mine") -> None:
+        """Log scalars of your own as "group/name", of the newest step; within `fit` only."""
+        if self._monitor is None:
+            raise ValueError("log must be called while fit runs, with a run_dir")
+        self._monitor.scalars(group, values)
+
+    def _logged_run(self) -> LoggedRun:
+        assert self.run_dir is not None and self._folder is not None
+        return LoggedRun(
+            folder=self.run_dir, uri=self._folder.uri, step=None, settings=self.settings()
+        )
 
     def settings(self) -> dict[str, str | int | float]:
         """The settings that a reader of the result needs, by name."""
@@ -687,6 +728,7 @@ class Trainer:
         if monitor is not None:
             monitor.evaluation("val", result, self.version)
         progress.say(f"step {self.version}: validation {headline(result)}")
+        call_on_evaluation(self._callbacks, EvaluationReport("val", self.version, result))
         return result.score if math.isfinite(result.score) else None
 
     def _leave(self, error: BaseException, run: _Run) -> None:
@@ -721,7 +763,8 @@ class Trainer:
         names = {name for name in self._folder.names() if not is_part(name)}
         if names <= {LOCK}:
             return
-        is_ours = names <= {CONFIG, EVENTS, TENSORBOARD, CHECKPOINTS, LOCK}
+        logs = {name for logger in self._loggers for name in (*logger.files, *logger.folders)}
+        is_ours = names <= {CONFIG, EVENTS, CHECKPOINTS, LOCK, *logs}
         if is_ours and (names != {CONFIG} or self._is_own_config()) and self._store.is_bare():
             return
         raise ValueError(
@@ -842,9 +885,10 @@ class _Run:
         self._in_a_row: list[int] = []
         self._events = events
 
-    def curves_failed(self, error: OSError) -> None:
-        self.progress.say(f"TensorBoard events are missing from here, training continues: {error}")
-        self._events.write("curves_failed", error=str(error))
+    def logger_failed(self, logger: Logger, error: Exception) -> None:
+        what = "TensorBoard events" if isinstance(logger, TensorBoardLogger) else _rows_of(logger)
+        self.progress.say(f"{what} are missing from here, training continues: {error}")
+        self._events.logger_failed(logger, error)
 
     @property
     def num_tasks(self) -> int:
@@ -882,6 +926,28 @@ class _Run:
                 f"{', '.join(map(str, self._in_a_row[:8]))} ...), max_dropped={max_dropped}: try a "
                 "smaller inner_lr or outer lr, or clip_norm"
             )
+
+
+def _rows_of(logger: Logger) -> str:
+    return f"rows of {type(logger).__name__}"
+
+
+def _check_observers(
+    loggers: Sequence[Logger], callbacks: Sequence[Callback], run_dir: str | Path | None
+) -> None:
+    for name, found, kind in (("loggers", loggers, Logger), ("callbacks", callbacks, Callback)):
+        if not isinstance(found, (list, tuple)) or not all(isinstance(one, kind) for one in found):
+            raise ValueError(
+                f"{name} must be a list of objects of classes derived from {kind.__name__}, got "
+                f"{found!r}"
+            )
+    if loggers and run_dir is None:
+        raise ValueError(
+            f"loggers must be empty without a run_dir, got {loggers!r}: what they continue after "
+            "an interruption is kept there"
+        )
+    if len({type(logger) for logger in loggers}) < len(loggers):
+        raise ValueError(f"loggers must be of different classes, got {loggers!r}")
 
 
 def default_tasks_per_lease(meta_batch_size: int, chunk: int = 1) -> int:

@@ -16,6 +16,7 @@ MODULES = (
     "metadist.algorithms",
     "metadist.cluster",
     "metadist.compare",
+    "metadist.loggers",
     "metadist.models",
     "metadist.tasks",
 )

@@ -51,6 +51,7 @@ PROBLEM = ("init_outer", "init_inner", "inner_loss", "outer_loss")
 EXECUTOR = ("start", "run", "state", "close")
 POLICY = ("leases_to_apply", "may_issue")
 STEP_RULE = ("start", "step", "lr_at")
+LOGGER = ("open", "log_scalars", "rewind")
 
 SamplerBase = _any_with("Tasks", "sample")
 ProblemBase = _any_with("Problem", *PROBLEM)
@@ -68,6 +69,7 @@ KINDS = {
     "executors": Kind(("executor",), ("metadist", "metadist.cluster"), EXECUTOR, "Executor"),
     "policies": Kind(("executor.policy",), ("metadist.cluster",), POLICY),
     "step_rules": Kind(("algorithm.inner_optimizer",), ("metadist",), STEP_RULE),
+    "loggers": Kind(("loggers",), ("metadist.loggers",), LOGGER, "Logger"),
 }
 
 
@@ -124,15 +126,29 @@ def _can_be_written(parameter: Parameter) -> bool:
 def expand(option: str, name: str) -> str:
     """The class path of a short name given for an option; any other text as it is."""
     kind = kind_of(option.removeprefix("--"))
+    if kind == "loggers" and not option.endswith(".class_path"):  # the one option that is a list
+        return _expand_list(kind, name)
     if kind is None or name == "null" or not re.fullmatch(r"[\w-]+", name):
         return name
     return class_path(kind, name) or name
+
+
+def _expand_list(kind: str, text: str) -> str:
+    """The class paths of "csv" or "[csv, wandb]" as a list; any other text as it is."""
+    listed = re.fullmatch(r"\[?([\w., -]+)\]?", text)
+    if listed is None or text == "null":
+        return text
+    names = [name.strip() for name in listed[1].split(",")]
+    return f"[{', '.join(class_path(kind, name) or name for name in names)}]"
 
 
 def expand_tree(tree: Any, option: str = "") -> Any:
     """A tree of options with the short names of classes written out; it is what `option` holds."""
     if isinstance(tree, str):
         return expand(option, tree)
+    if isinstance(tree, list):
+        inside = f"{option}.class_path"
+        return [expand_tree(item, inside if isinstance(item, str) else option) for item in tree]
     if not isinstance(tree, dict):
         return tree
     return {

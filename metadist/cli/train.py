@@ -42,7 +42,7 @@ SECTIONS = {
     "Checkpoints and logs": (
         *("checkpoint_every", "checkpoint_every_s", "checkpoint_async"),
         *("keep_checkpoints", "keep_every"),
-        *("log_every", "quiet"),
+        *("log_every", "loggers", "callbacks", "quiet"),
     ),
 }
 """The headings of the help, and the options below each."""

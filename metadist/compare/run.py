@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from metadist.executor import StepReport
 from metadist.oracle import in_gradients
 from metadist.run.checkpoint import CheckpointError, CheckpointStore, name_of
-from metadist.run.files import CHECKPOINTS, TENSORBOARD
-from metadist.run.monitor import Curves, calls_of
+from metadist.run.files import CHECKPOINTS
+from metadist.run.monitor import calls_of
 from metadist.run.storage import Folder
 from metadist.task import Stream, sample_task
 from metadist.trainer import Trainer
@@ -165,7 +165,6 @@ def run_on_budget(
     records = _restore(trainer, folder, records)
     before = records[-1].spent if records else Spent()
     meter = _Meter(trainer, before)
-    writer: list[Curves] = []  # made when the trainer has opened its folder
 
     def on_step(report: StepReport) -> bool:
         spent = meter.add(report)
@@ -187,18 +186,12 @@ def run_on_budget(
                 metrics |= contender.last_metrics()
             records.append(Record(spent, metrics, dict(meter.traffic)))
             _write_records(folder, records)
-            writer[:] = writer or [_metric_writer(trainer, before.step)]
-            for name, value in metrics.items():
-                writer[0].write("add_scalar", f"metrics/{name}", value, spent.step)
+            trainer.log(metrics, "evaluation")
             meter.forget_before(spent.step)
         meter.resume()
         return share < 1
 
-    try:
-        trainer.fit(budget.steps or MAX_STEPS, on_step)
-    finally:
-        for opened in writer:
-            opened.close()
+    trainer.fit(budget.steps or MAX_STEPS, on_step)
     return records
 
 
@@ -236,11 +229,6 @@ def _restore(trainer: Trainer, folder: Folder, records: list[Record]) -> list[Re
             return records[: number + 1]
     folder.remove(TRAINING)  # steps without an evaluation cannot be counted: start again
     return []
-
-
-def _metric_writer(trainer: Trainer, step: int) -> Curves:
-    assert trainer.run_dir is not None
-    return Curves(trainer.run_dir / TENSORBOARD / "metrics", step)
 
 
 class _Meter:

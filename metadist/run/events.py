@@ -46,7 +46,7 @@ class EventLog:
         validation_failed      error; the losses were finite in less than two tasks
         checkpoint_written     checkpoint, score
         checkpoint_skipped     checkpoint, reason
-        curves_failed          error; TensorBoard events are missing from here
+        logger_failed          logger, error; its rows are missing from here to a checkpoint
         branch_abandoned       checkpoints, where they are now
 
     Records of the logger carry the object as their attribute `run_event`.
@@ -100,6 +100,11 @@ class EventLog:
         ):
             if ids:
                 self.write(event, **{name: list(ids)})
+
+    def logger_failed(self, logger: object, error: Exception) -> None:
+        """Add that a logger has failed."""
+        error_text = f"{type(error).__name__}: {error}"
+        self.write("logger_failed", logger=type(logger).__name__, error=error_text)
 
     @contextmanager
     def run(self, step: int, **fields: Any) -> Iterator[None]:

@@ -28,6 +28,7 @@ HEADER = (
     "# Of a run that was made in Python: metadist resume, evaluate, predict and export read it."
 )
 UNKNOWN = "# unknown: "
+WITHOUT = "# not called by commands: "
 FINGERPRINT = "# fingerprint: "
 WAY_OUT = (
     "write these options into that file by hand and remove its lines that begin with "
@@ -45,9 +46,12 @@ def config_of(settings: Mapping[str, Any], sampler: TaskSampler | None) -> str:
     tree = {}
     found = None
     # Whatever users' classes raise here, the run they are trained by is none the worse.
+    watching: list[str] = []
     for name, value in settings.items():
+        # Without a callback a run is the same, so that one from __main__ stops nobody.
+        reasons = watching if name == "callbacks" else unknown
         try:
-            tree[name] = _spelled(value, name, unknown)
+            tree[name] = _spelled(value, name, reasons)
         except Exception as error:  # noqa: BLE001
             unknown.append(f"{name}, whose arguments end in {_in_a_line(error)}")
     try:
@@ -55,7 +59,10 @@ def config_of(settings: Mapping[str, Any], sampler: TaskSampler | None) -> str:
             found = fingerprint(settings["problem"], sampler)
     except Exception as error:  # noqa: BLE001
         unknown.append(f"problem, whose losses at another x end in {_in_a_line(error)}")
-    lines = [HEADER, *(UNKNOWN + reason for reason in unknown)]
+    if watching:
+        tree["callbacks"] = []
+    lines = [HEADER, *(WITHOUT + reason for reason in watching)]
+    lines += [UNKNOWN + reason for reason in unknown]
     if found is not None:
         lines.append(FINGERPRINT + json.dumps(found))
     return "\n".join([*lines, json.dumps(tree, indent=1), ""])

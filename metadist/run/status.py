@@ -133,6 +133,9 @@ class RunStatus:
         )
         if losses := [f"{number} {label}" for label, number in counts.items() if number]:
             yield "losses", ", ".join(losses) + (", not counting older events" * self.is_partial)
+        if broken := self._last("logger_failed"):
+            text = f"{broken.get('logger')} failed at step {broken['step']}: {broken.get('error')}"
+            yield "logs", _short(text, 300)
         shown = self.events[-NUM_EVENTS:]
         days = {event["time"][:10] for event in shown}
         for number, event in enumerate(shown):
@@ -140,17 +143,16 @@ class RunStatus:
             yield ("events" if number == 0 else ""), day + _event(event)
 
     def _metrics(self) -> Iterator[tuple[str, str]]:
-        if speed := self.scalars.get("tasks_per_second/all"):
-            waiting = self.scalars.get("cluster/waiting_share")
+        if speed := self.scalars.get("tasks/per_second"):
+            waiting = self.scalars.get("workers/waiting_share")
             share = f", workers waited {waiting.value:.1%} of the time" if waiting else ""
             yield "speed", f"{speed.value:.3g} tasks/s{share}, at step {speed.step}"
-        if workers := self.scalars.get("cluster/workers"):
+        if workers := self.scalars.get("workers/number"):
             speeds = {
-                tag.partition("/")[2]: scalar.value
+                tag.rpartition("/")[2]: scalar.value
                 for tag, scalar in self.scalars.items()
-                if tag.startswith("tasks_per_second/") and scalar.step == workers.step
+                if tag.startswith("workers/tasks_per_second/") and scalar.step == workers.step
             }
-            speeds.pop("all", None)
             shown = [f"{name} {value:.3g}" for name, value in sorted(speeds.items(), key=_by_name)]
             more = len(shown) - NUM_WORKERS
             listed = ", ".join(shown[:NUM_WORKERS]) + (f", and {more} more" if more > 0 else "")
@@ -165,12 +167,12 @@ class RunStatus:
         parts = []
         at = None
         for metric in ("loss", "accuracy"):
-            found = self.scalars.get(f"{split}/query_{metric}")
+            found = self.scalars.get(f"{metric}/{split}")
             if found is None:
                 continue
             at = found.step
-            width = self.scalars.get(f"{split}/query_{metric}_half_width")
-            before = self.scalars.get(f"{split}/query_{metric}_before")
+            width = self.scalars.get(f"{metric}/{split}_half_width")
+            before = self.scalars.get(f"{metric}/{split}_before")
             parts.append(
                 f"{metric} {found.value:.4g}"
                 + (f" +- {width.value:.2g}" if width else "")

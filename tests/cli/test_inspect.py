@@ -72,7 +72,7 @@ def test_nothing_from_a_folder_reaches_the_terminal_as_it_is(cli, tmp_path, name
     ]
     (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, lines)))
     writer = SummaryWriter(str(tmp_path / "tensorboard"))
-    for tag in (f"tasks_per_second/{name}", "tasks_per_second/all", "cluster/workers"):
+    for tag in (f"workers/tasks_per_second/{name}", "tasks/per_second", "workers/number"):
         writer.add_scalar(tag, 1.0, 1)
     writer.close()
     escaped = printable(name)

@@ -29,6 +29,7 @@ KNOWN = {
     "executors": "local ray data_parallel",
     "policies": "bsp ssp asp buffered",
     "step_rules": "adam adamw sgd",
+    "loggers": "csv mlflow tensor_board wandb",
 }
 
 

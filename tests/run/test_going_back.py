@@ -74,7 +74,7 @@ def test_steps_that_come_again_count_once(tmp_path, before_state):
     assert (result.num_steps, result.num_tasks) == (8, expected.num_tasks)
     names = [sorted(p.name for p in (tmp_path / run / "checkpoints").iterdir()) for run in RUNS]
     assert names[0] == names[1]
-    for tag in ("outer/hypergradient_norm", "train/query_loss", "val/query_loss"):
+    for tag in ("outer/hypergradient_norm", "loss/train", "loss/val"):
         first, second = (
             EventAccumulator(str(tmp_path / run / "tensorboard")).Reload() for run in RUNS
         )

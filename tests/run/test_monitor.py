@@ -18,8 +18,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from metadist import LocalExecutor, OuterOptimizer, StepReport
 from metadist.algorithms import ITD
+from metadist.loggers import LoggedRun, TensorBoardLogger
 from metadist.outer import LeaseResult, StepResult
-from metadist.run.monitor import MAX_IMAGES, Monitor, TerminalProgress, mean_metrics
+from metadist.run.monitor import MAX_IMAGES, Monitor, TerminalProgress, scalar_name
 from metadist.task import Batch, Task
 from metadist.tasks import FewShotProblem
 from tests.helpers import Images, Recording, Spoiled, curves, make_trainer, small_conv4
@@ -32,6 +33,11 @@ def events(folder: Path) -> EventAccumulator:
     return EventAccumulator(
         str(folder), {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
     ).Reload()
+
+
+def opened(folder: Path) -> Monitor:
+    run = LoggedRun(folder, str(folder), 0, {"seed": 1})
+    return Monitor([TensorBoardLogger()], run)
 
 
 def scalars(found: EventAccumulator) -> dict[str, dict[int, float]]:
@@ -76,8 +82,8 @@ def test_losses_and_accuracies_are_means_over_the_tasks_of_a_reporting_step(run)
         for report in (reports[0], reports[1], reports[3]):
             total = sum(result.metrics[name] for result in report.results)
             expected[report.step.version] = total / 4
-        assert values[f"train/{name}"] == approximately(expected)
-    assert 0 < values["train/query_accuracy"][1] <= 1
+        assert values[scalar_name("train", name)] == approximately(expected)
+    assert 0 < values["accuracy/train"][1] <= 1
 
 
 def test_norm_and_rate_of_every_step_are_written(run):
@@ -95,10 +101,10 @@ def test_norm_and_rate_of_every_step_are_written(run):
 def test_validation_is_written_with_its_interval(run):
     trainer, _, found = run
     values = scalars(found)
-    assert set(values["val/query_accuracy"]) == {2, 4, 5}
+    assert set(values["accuracy/val"]) == {2, 4, 5}
     last = trainer.test(Images(), 3).metrics["query_accuracy"]
-    assert values["val/query_accuracy"][5] == pytest.approx(last.mean, rel=1e-6)
-    assert values["val/query_accuracy_half_width"][5] == pytest.approx(last.half_width, rel=1e-6)
+    assert values["accuracy/val"][5] == pytest.approx(last.mean, rel=1e-6)
+    assert values["accuracy/val_half_width"][5] == pytest.approx(last.half_width, rel=1e-6)
 
 
 def test_sample_tasks_are_shown_as_pictures(run):
@@ -128,7 +134,7 @@ def test_settings_are_kept_as_text_and_as_hyperparameters(run):
     assert start.hparams["algorithm"].string_value == repr(trainer.algorithm)
     assert start.hparams["meta_batch_size"].number_value == 4
     metrics = data["_hparams_/experiment"].experiment.metric_infos
-    assert {info.name.tag for info in metrics} == {"test/query_accuracy", "val/query_accuracy"}
+    assert {info.name.tag for info in metrics} >= {"accuracy/test", "accuracy/val"}
 
 
 def result(lease_id: int, num_tasks: int, metrics: dict[str, float], **changes: Any):
@@ -158,29 +164,31 @@ LOSS = {"query_loss": 8.0}
 @pytest.fixture
 def cluster(tmp_path):
     """Events of three steps of two workers; the second step reports no losses."""
-    monitor = Monitor(tmp_path, 0)
-    assert monitor.step(report(1, [result(0, 4, LOSS), result(1, 2, {"query_loss": 1.0})])) == {
-        "query_loss": 1.5
-    }
-    assert monitor.step(report(2, [result(2, 4, {}), result(3, 4, {})])) == {}
+    monitor = opened(tmp_path)
+    first = report(1, [result(0, 4, LOSS), result(1, 2, {"query_loss": 1.0})])
+    assert first.metrics == {"query_loss": 1.5}
+    monitor.step(first)
+    second = report(2, [result(2, 4, {}), result(3, 4, {})])
+    assert second.metrics == {}
+    monitor.step(second)
     dropping = [result(4, 3, LOSS)._replace(dropped=(7, 9)), result(5, 4, LOSS)]
     monitor.step(report(3, dropping, lost_workers=1, reissued=(4, 5), num_workers=1))
     monitor.close()
-    return events(tmp_path)
+    return events(tmp_path / "tensorboard")
 
 
 def test_speeds_are_of_the_steps_since_they_were_last_written(cluster):
     values = scalars(cluster)
-    assert values["tasks_per_second/all"] == approximately({1: 6 / 4, 3: 15 / 8})
-    assert values["tasks_per_second/worker-0"] == approximately({1: 4 / 4, 3: 7 / 8})
-    assert values["tasks_per_second/worker-1"] == approximately({1: 2 / 4, 3: 8 / 8})
-    assert values["cluster/waiting_share"] == approximately({1: 3 / (4 * 2), 3: 6 / 8})
-    assert values["cluster/workers"] == {1: 2, 3: 1}
+    assert values["tasks/per_second"] == approximately({1: 6 / 4, 3: 15 / 8})
+    assert values["workers/tasks_per_second/worker-0"] == approximately({1: 4 / 4, 3: 7 / 8})
+    assert values["workers/tasks_per_second/worker-1"] == approximately({1: 2 / 4, 3: 8 / 8})
+    assert values["workers/waiting_share"] == approximately({1: 3 / (4 * 2), 3: 6 / 8})
+    assert values["workers/number"] == {1: 2, 3: 1}
 
 
 def test_staleness_is_written_as_a_mean_and_a_histogram(cluster):
-    assert scalars(cluster)["cluster/staleness_mean"] == approximately({1: 1.0, 3: 1.0})
-    first, second = (event.histogram_value for event in cluster.Histograms("cluster/staleness"))
+    assert scalars(cluster)["workers/staleness_mean"] == approximately({1: 1.0, 3: 1.0})
+    first, second = (event.histogram_value for event in cluster.Histograms("workers/staleness"))
     assert (first.num, first.min, first.max, first.sum) == (2, 0, 2, 2)
     assert (second.num, second.min, second.max, second.sum) == (4, 0, 2, 4)
 
@@ -188,8 +196,8 @@ def test_staleness_is_written_as_a_mean_and_a_histogram(cluster):
 def test_losses_of_workers_and_tasks_are_written_where_they_occur(cluster):
     values = scalars(cluster)
     assert values["tasks/dropped"] == {3: 2}
-    assert values["cluster/lost_workers"] == {3: 1}
-    assert values["cluster/reissued_leases"] == {3: 2}
+    assert values["workers/lost"] == {3: 1}
+    assert values["workers/reissued_leases"] == {3: 2}
 
 
 @pytest.mark.parametrize(
@@ -203,7 +211,7 @@ def test_losses_of_workers_and_tasks_are_written_where_they_occur(cluster):
     ],
 )
 def test_means_are_over_the_tasks_that_reported(results, expected):
-    assert mean_metrics(report(1, results)) == expected
+    assert report(1, results).metrics == expected
 
 
 @pytest.mark.parametrize(
@@ -215,21 +223,21 @@ def test_means_are_over_the_tasks_that_reported(results, expected):
     ],
 )
 def test_pictures_of_any_number_and_size_are_tiled(tmp_path, shape, size):
-    monitor = Monitor(tmp_path, 0)
+    monitor = opened(tmp_path)
     batch = Batch.of(torch.rand(shape), torch.zeros(len(torch.rand(shape))))
     monitor.task(Task(batch, batch, 0))
     monitor.close()
-    (image,) = events(tmp_path).Images("task/support")
+    (image,) = events(tmp_path / "tensorboard").Images("task/support")
     assert (image.width, image.height) == size
     assert MAX_IMAGES == 64
 
 
 def test_tasks_that_are_no_pictures_are_not_shown(tmp_path):
-    monitor = Monitor(tmp_path, 0)
-    monitor.start({"seed": 1}, curves().sample(0))
+    monitor = opened(tmp_path)
+    monitor.task(curves().sample(0))
     monitor.task(Task(Batch.of(torch.rand(4, 5, 8, 8)), Batch.of(torch.rand(4, 8)), 0))
     monitor.close()
-    assert events(tmp_path).Tags()["images"] == []
+    assert events(tmp_path / "tensorboard").Tags()["images"] == []
 
 
 def test_after_an_interruption_each_step_is_there_once_and_none_is_missing(tmp_path):
@@ -260,8 +268,8 @@ def test_after_an_interruption_each_step_is_there_once_and_none_is_missing(tmp_p
     assert values["outer/hypergradient_norm"] == approximately(
         {report.step.version: report.step.hypergradient_norm for report in reports}
     )
-    assert list(values["train/query_loss"]) == list(range(1, 8))
-    assert list(values["val/query_loss"]) == [2, 4, 6, 7]
+    assert list(values["loss/train"]) == list(range(1, 8))
+    assert list(values["loss/val"]) == [2, 4, 6, 7]
 
 
 # Progress
@@ -278,19 +286,19 @@ def test_where_there_is_no_terminal_progress_is_plain_lines(capsys):
     progress = TerminalProgress(5, lines_every=2)
     accuracy = {"query_loss": 0.51234, "query_accuracy": 0.75, "query_accuracy_before": 0.2}
     for version in range(1, 6):
-        progress.step(report(version, [result(0, 4, {})]), accuracy if version == 3 else {})
+        progress.step(report(version, [result(0, 1, accuracy if version == 3 else {})]))
     progress.say("saved [bold]as it is[/bold]")
     assert lines(progress, capsys) == [
-        "step 2/5  workers 2 1.0 tasks/s",
-        "step 4/5 loss 0.512 accuracy before 0.200 after 0.750 workers 2 1.0 tasks/s",
-        "step 5/5 loss 0.512 accuracy before 0.200 after 0.750 workers 2 1.0 tasks/s",
+        "step 2/5  workers 2 0.2 tasks/s",
+        "step 4/5 loss 0.512 accuracy before 0.200 after 0.750 workers 2 0.2 tasks/s",
+        "step 5/5 loss 0.512 accuracy before 0.200 after 0.750 workers 2 0.2 tasks/s",
         "saved [bold]as it is[/bold]",
     ]
 
 
 def test_quiet_is_quiet(capsys):
     progress = TerminalProgress(1, 1, quiet=True)
-    progress.step(report(1, [result(0, 4, {})]), LOSS)
+    progress.step(report(1, [result(0, 1, LOSS)]))
     progress.say("hello")
     assert lines(progress, capsys) == []
 
@@ -308,7 +316,7 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch):
     monkeypatch.setattr("metadist.run.monitor.Console", lambda **options: terminal())
     progress = TerminalProgress(4, lines_every=1)
     for version in range(1, 5):
-        progress.step(report(version, [result(0, 4, {})]), LOSS)
+        progress.step(report(version, [result(0, 1, LOSS)]))
     progress.say("validated")
     progress.close()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
@@ -328,7 +336,7 @@ def test_dropped_tasks_are_not_in_the_means(tmp_path):
     values = scalars(events(tmp_path / "tensorboard"))
     assert values["tasks/dropped"] == {1: 1}
     total = sum(result.metrics.get("query_loss", 0) for result in executor.reports[0].results)
-    assert values["train/query_loss"] == approximately({1: total / 3})
+    assert values["loss/train"] == approximately({1: total / 3})
 
 
 def test_the_executor_of_a_run_is_among_its_settings():
@@ -342,7 +350,5 @@ def test_a_test_is_recorded_beside_the_training(run):
     trainer.record("test", result)
     found = events(trainer.run_dir / "tensorboard")
     values = scalars(found)
-    assert values["test/query_accuracy"] == approximately(
-        {5: result.metrics["query_accuracy"].mean}
-    )
+    assert values["accuracy/test"] == approximately({5: result.metrics["query_accuracy"].mean})
     assert set(values["outer/lr"]) == {1, 2, 3, 4, 5}

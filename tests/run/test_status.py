@@ -90,7 +90,7 @@ def test_a_finished_run_at_a_glance(finished):
     assert list(status.checkpoints) == store.names()
     assert status.events == read_events(Folder(finished))
     text = shown(status)
-    loss = scalars(events(finished / "tensorboard"))["train/query_loss"][6]
+    loss = scalars(events(finished / "tensorboard"))["loss/train"][6]
     val = store.load()[1].score
     assert val is not None
     for part in (
@@ -98,8 +98,7 @@ def test_a_finished_run_at_a_glance(finished):
         "state       finished, last wrote ",
         "step        6 of 6\n",
         "executor    local, bsp, cpu\n",
-        " tasks/s, workers waited ",
-        "workers     1 (tasks/s: local ",
+        " tasks/s, at step 6\n",
         f"training    loss {loss:.4g} (before ",
         f"validation  loss {-val:.4g} +- ",
         "step-00000006 (score ",
@@ -121,18 +120,18 @@ def test_scalars_are_the_newest_of_tensorboard(finished):
 def test_scalars_of_steps_that_are_taken_again_are_left_out(tmp_path):
     before = SummaryWriter(str(tmp_path))
     for step in range(1, 10):
-        before.add_scalar("train/query_loss", 100 + step, step)
+        before.add_scalar("loss/train", 100 + step, step)
         if step in (3, 8):
-            before.add_scalar("val/query_loss", step, step)
+            before.add_scalar("loss/val", step, step)
     before.close()
     after = SummaryWriter(str(tmp_path), purge_step=6)
-    after.add_scalar("train/query_loss", 206, 6)
+    after.add_scalar("loss/train", 206, 6)
     after.close()
     files = sorted(tmp_path.iterdir())
     files[1].rename(files[0].with_name(files[0].name + "1"))  # written within the same second
     found = latest_scalars(Folder(tmp_path))
-    assert found["train/query_loss"][:2] == (206, 6)
-    assert found["val/query_loss"][:2] == (3, 3)
+    assert found["loss/train"][:2] == (206, 6)
+    assert found["loss/val"][:2] == (3, 3)
 
 
 def test_half_a_record_is_being_written(finished, tmp_path):
@@ -211,8 +210,8 @@ def test_many_workers_and_long_names_fit_on_the_screen(tmp_path, width):
     folder = tmp_path / ("long-" * 40)
     writer = SummaryWriter(str(folder / "tensorboard"))
     for number in range(300):
-        writer.add_scalar(f"tasks_per_second/worker-{number}", 1.5, 1)
-    writer.add_scalar("cluster/workers", 300, 1)
+        writer.add_scalar(f"workers/tasks_per_second/worker-{number}", 1.5, 1)
+    writer.add_scalar("workers/number", 300, 1)
     writer.close()
     text = shown(run_status(folder), width).replace("\n", "")
     assert "worker-0 1.5" in text and f"and {300 - NUM_WORKERS} more" in " ".join(text.split())

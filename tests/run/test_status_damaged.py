@@ -117,14 +117,14 @@ def test_damage_is_said_and_has_an_exit_code(run, capsys):
 
 def test_a_wrong_value_is_not_shown(tmp_path):
     writer = SummaryWriter(str(tmp_path))
-    writer.add_scalar("train/query_loss", 1.5, 1)
-    writer.add_scalar("train/query_loss", 2.5, 2)
+    writer.add_scalar("loss/train", 1.5, 1)
+    writer.add_scalar("loss/train", 2.5, 2)
     writer.close()
     (path,) = tmp_path.iterdir()
     data = path.read_bytes()
     path.write_bytes(data.replace(struct.pack("<f", 2.5), struct.pack("<f", 9.5)))
     found, wrong = find_scalars(Folder(tmp_path))
-    assert found["train/query_loss"][:2] == (1.5, 1)
+    assert found["loss/train"][:2] == (1.5, 1)
     assert wrong == [f"{path} has a damaged record"]
 
 
