@@ -174,7 +174,7 @@ class HypergradientReport:
         return Group(*parts, facts)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100)
+        console = Console(file=io.StringIO(), width=100, force_jupyter=False)
         console.print(self)
         return console.file.getvalue()  # type: ignore[attr-defined]
 

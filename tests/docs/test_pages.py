@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from metadist.cli import train
+from metadist.cli.commands import COMMANDS
 from metadist.tasks import check_sampler
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*/*.md")])
+PAGES = [page for page in PAGES if page.parent != ROOT / "docs" / "algorithms"]  # generated
+FREE = ("|", "    ", "<!--- ")  # tables, commands, comments
 ALGORITHMS = (ROOT / "docs" / "algorithms.md").read_text()
 
 
@@ -27,13 +29,13 @@ def headings(page):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def train_commands():
-    """The `metadist train` commands of all pages, as (page, options)."""
+def commands():
+    """The commands of all pages that need no file of another command, as (page, words)."""
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
-        for options in re.findall(r"(?m)^    metadist train (.*?)(?: +#.*)?$", text):
-            if "--config runs/" not in options:  # written by another command
-                yield page.name, options
+        for line in re.findall(r"(?m)^    metadist ([a-z].*?)(?: +#.*)?$", text):
+            if "--config runs/" not in line:
+                yield page.name, shlex.split(line)
 
 
 @pytest.fixture
@@ -61,32 +63,11 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_lines_are_short_outside_of_tables_and_commands(page):
     lines = page.read_text().splitlines()
-    assert not [line for line in lines if len(line) > 100 and not line.startswith(("|", "    "))]
+    assert not [line for line in lines if len(line) > 100 and not line.startswith(FREE)]
 
 
 def test_no_line_is_a_bullet_by_accident():
     assert not re.findall(r"(?m)^ *[-+] .*$", ALGORITHMS)
-
-
-def test_the_program_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    (program,) = programs("README.md")
-    monkeypatch.chdir(tmp_path)
-    assert program.count("fit(300)") == program.count("num_tasks=600") == 1
-    exec(program.replace("fit(300)", "fit(2)").replace("num_tasks=600", "num_tasks=4"), {})
-    assert re.search(r"(?m)^0\.\d+ \+- 0\.\d+$", capsys.readouterr().out)
-    assert (tmp_path / "runs" / "first" / "events.jsonl").exists()
-
-
-def test_a_sampler_of_your_own_is_checked(my_tasks, capsys):
-    exec(programs("docs/tasks.md")[1], {})
-    assert "Blobs" in capsys.readouterr().out
-
-
-def test_what_was_trained_is_used_as_the_page_says(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (program,) = programs("docs/running.md")
-    exec(program.replace("fit(5)", "fit(1)"), {})
-    assert (tmp_path / "letters.pt").exists()
 
 
 def test_the_stream_of_the_docs_is_one(tmp_path, monkeypatch):
@@ -97,7 +78,11 @@ def test_the_stream_of_the_docs_is_one(tmp_path, monkeypatch):
     assert len(module.Drift().sample_at(0, 9).support.index) == 24
 
 
-@pytest.mark.parametrize(("page", "options"), list(train_commands()))
-def test_commands_are_accepted(page, options, my_tasks, monkeypatch):
+@pytest.mark.parametrize(("page", "words"), list(commands()), ids=str)
+def test_commands_are_accepted(page, words, my_tasks, monkeypatch):
     monkeypatch.chdir(ROOT)
-    train.parser().parse_args(shlex.split(options))
+    command, *options = words
+    assert command in COMMANDS
+    importlib.import_module(f"metadist.cli.{command.replace('-', '_')}").parser().parse_args(
+        options
+    )
