@@ -367,3 +367,10 @@ def test_at_a_solution_where_the_hypergradient_is_zero_nothing_is_nan():
     assert float(true_hypergradient(problem, outer, task).norm()) < 1e-12
     report = check(problem, task, ITD(inner_steps=5, inner_lr=0.2), outer)
     assert all(error == error for error in errors(report).values())
+
+
+def test_a_report_is_text_in_a_notebook_too(monkeypatch):
+    """Where rich finds Jupyter it would display the report, and leave the text empty."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    report = check(Quadratic(2, 4), quadratic_task(0), ITD(inner_steps=3))
+    assert "the unrolled map" in str(report)
