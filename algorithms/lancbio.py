@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from metadist.algorithm import Estimate
 from metadist.algorithms.parts.implicit import hessian, implicit_gradient
 from metadist.algorithms.parts.inner import NO_MEMORY, InnerLoop
-from metadist.algorithms.parts.linear import Krylov, empty_krylov, extend, project
+from metadist.algorithms.parts.linear import LOOKS_AT_EIGENVALUES, Krylov, empty_krylov, extend, project
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, num_elements, sub, zeros_like
@@ -67,6 +67,8 @@ class LancBiO(InnerLoop):
     has the last one. The first phase of its data-cleaning script, a sliding window without an
     anchor, is left out: it drops a direction per cycle, and with m = 1 does not move x at all.
     """
+
+    no_graph = LOOKS_AT_EIGENVALUES
 
     adjoint_steps: int = rule(5, ge=1)
     subspace_start: int = rule(1, ge=1)

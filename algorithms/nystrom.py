@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from metadist.algorithm import Estimate, InnerState
 from metadist.algorithms.parts.implicit import hessian, implicit_gradient
 from metadist.algorithms.parts.inner import InnerLoop
-from metadist.algorithms.parts.linear import nystrom
+from metadist.algorithms.parts.linear import LOOKS_AT_EIGENVALUES, nystrom
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, num_elements
@@ -44,6 +44,8 @@ class Nystrom(InnerLoop):
     which can be singular; the negative part of an indefinite M, common with ReLU networks, is
     left out and reported.
     """
+
+    no_graph = LOOKS_AT_EIGENVALUES
 
     rank: int = rule(5, ge=1)
     damping: float = rule(0.1, gt=0)

@@ -150,7 +150,9 @@ def saga(new: Params, table: Params, parts: list[Draw], i: int) -> tuple[Params,
     shares = [part.share or 1.0 for part in parts]
 
     def direction(fresh: Tensor, rows: Tensor) -> Tensor:
-        mean = torch.tensordot(rows.new_tensor(shares), rows, dims=1)
+        # Filled, not copied there: what is copied to a GPU is waited for.
+        weights = torch.stack([rows.new_full((), share) for share in shares])
+        mean = torch.tensordot(weights, rows, dims=1)
         return len(parts) * shares[i] * (fresh - rows[i]) + mean
 
     def replaced(fresh: Tensor, rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from metadist.algorithms.parts.implicit import (
     implicit_gradient,
 )
 from metadist.algorithms.parts.inner import InnerLoop
-from metadist.algorithms.parts.linear import Product, Solution, in_span
+from metadist.algorithms.parts.linear import LOOKS_AT_EIGENVALUES, Product, Solution, in_span
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, zeros_like
@@ -49,6 +49,8 @@ class SubBiO(InnerLoop):
     synthetic script evaluates it with v in the place of y; on mini-batches W'HW is of one batch,
     so that it is symmetric.
     """
+
+    no_graph = LOOKS_AT_EIGENVALUES
 
     adjoint_lr: float | None = None
     adjoint_steps: int = rule(1, ge=1)

@@ -11,11 +11,12 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from metadist.followed import Followed, filled
 from metadist.oracle import Oracle
 from metadist.problem import Problem
 from metadist.task import Task
@@ -85,6 +86,8 @@ class Algorithm(ABC):
     takes_differences: bool = False
     """Whether h has differences between first derivatives, or inner variables, at points that are
     near one another, over their distance: these drown in the rounding of less than float32."""
+    no_graph: str = ""
+    """Why a lease of it can be no CUDA graph; empty: it can."""
 
     @abstractmethod
     def init(self, oracle: Oracle, context: Params, inner: Params) -> State:
@@ -214,7 +217,7 @@ def flatten_state(state: Any) -> Tensor:
     _collect(state, counters, tensors)
     dtype = reduce(torch.promote_types, map(_exact_in, tensors))
     # Filled on the device: one tensor of them would be copied there, and be waited for.
-    head = [tensors[0].new_full((1,), number, dtype=dtype) for number in _head(counters, dtype)]
+    head = [filled(tensors[0], (1,), number, dtype) for number in _head(counters, dtype)]
     return torch.cat([*head, *(leaf.reshape(-1) for leaf in tensors)])
 
 
@@ -229,7 +232,7 @@ def _head(counters: Sequence[int], dtype: torch.dtype) -> list[int]:
         return [len(counters), *counters]
     head = [-len(counters)]
     for number in counters:
-        head += number.to_bytes(_BYTES, "little", signed=True)
+        head += int(number).to_bytes(_BYTES, "little", signed=True)
     return head
 
 
@@ -316,8 +319,8 @@ def split_state(flat: Tensor, last: Params) -> tuple[Tensor, Params]:
 def _collect(node: Any, counters: list[int], tensors: list[Tensor]) -> None:
     if isinstance(node, Tensor):
         tensors.append(node)
-    elif isinstance(node, int):
-        counters.append(node)
+    elif isinstance(node, int | Followed):
+        counters.append(cast(int, node))
     elif isinstance(node, (dict, tuple)):
         for child in node.values() if isinstance(node, dict) else node:
             _collect(child, counters, tensors)
@@ -331,7 +334,7 @@ def _collect(node: Any, counters: list[int], tensors: list[Tensor]) -> None:
 def _build(like: Any, counters: Any, tensors: Any) -> Any:
     if isinstance(like, Tensor):
         return next(tensors)
-    if isinstance(like, int):
+    if isinstance(like, int | Followed):
         return next(counters)
     if isinstance(like, dict):
         return {name: _build(child, counters, tensors) for name, child in like.items()}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -55,6 +56,10 @@ class Compute:
             backbone of ANIL, multiplies in bfloat16 (torch.autocast), and all that comes after it
             is in the dtype of x. Refused where encode multiplies nothing, as that of MAML, and
             where the hypergradient would be another one.
+        cuda_graphs: Record what a lease of a training asks of a GPU as a CUDA graph, and replay it
+            for the leases that follow: the same bytes without the time that Python takes to ask.
+            "auto": on a GPU, where it can be done; where not, a warning says why, once. True: it is
+            an error where it cannot be done. See docs/gpu.md.
     """
 
     vectorize: Vectorize = rule("auto", one_of=("auto", True, False))
@@ -68,10 +73,16 @@ class Compute:
     device: str = "auto"
     precision: Literal["highest", "tf32"] = rule("highest", one_of=("highest", "tf32"))
     encode_precision: Literal["highest", "bf16"] = rule("highest", one_of=("highest", "bf16"))
+    cuda_graphs: Literal["auto"] | bool = rule("auto", one_of=("auto", True, False))
 
     def __post_init__(self) -> None:
         check_fields(self)
-        parse_device(self.device)
+        device = parse_device(self.device)
+        if self.cuda_graphs is True and device is not None and device.type == "cpu":
+            raise ValueError(
+                "cuda_graphs must be 'auto' or False with device='cpu', got True: graphs are of "
+                "CUDA devices"
+            )
 
     @property
     def batch_sizes(self) -> tuple[int | None, int | None]:
@@ -251,6 +262,12 @@ def device_memory(work: str, **sizes: int | None) -> Iterator[None]:
             f"{' or '.join(sizes)} must be lower, since the GPU has too little memory for {work}, "
             f"got {got}. It said: {reason}"
         ) from None
+
+
+@lru_cache
+def warn_once(message: str) -> None:
+    """Give this warning once in this process, whatever its filters say."""
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 DEFAULT = Compute()

@@ -10,12 +10,10 @@ lease, in this process or in a worker.
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -35,7 +33,8 @@ from metadist.algorithm import (
 from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_pure, is_known_pure
 from metadist.chunks import FEW, MAX_INNER_BYTES, chunk_of, num_bytes
-from metadist.compute import AS_TORCH_IS_SET, Compute, Vectorize
+from metadist.compute import AS_TORCH_IS_SET, Compute, Vectorize, warn_once
+from metadist.graphs import graphs_of
 from metadist.oracle import Constants, CountingOracle, first_parts
 from metadist.problem import (
     Problem,
@@ -50,9 +49,11 @@ from metadist.trees import (
     Params,
     add,
     detach,
+    flatten,
     gradients,
     leaves,
     tree_map,
+    unflatten,
     zeros_like,
 )
 
@@ -153,6 +154,7 @@ def task_hypergradients(
     else:
         groups = [[task] for task in tasks]
 
+    graphs = graphs_of(problem, algorithm, compute, next(iter(outer.values())).device)
     sums = _Sums(zeros_like(outer), None if previous is None else zeros_like(outer))
     dropped: list[int] = []
     calls: Counter[str] = Counter()
@@ -167,30 +169,32 @@ def task_hypergradients(
             problem=problem,
             algorithm=algorithm,
             compute=compute,
-            step=step,
-            kept=kept,
-            calls=Counter(),
+            together=len(group) > 1,
+            keeps=kept is not None,
+            report=report,
         )
-        under_vmap = len(group) > 1
-        with compute.applied(), attention_for(algorithm, under_vmap and on_cpu):
+        numbers = (step, *(kept[0][1] if kept else ()))
+        with compute.applied(), attention_for(algorithm, run.together and on_cpu):
             try:
-                found = run.hypergradients(outer, group, report)
-                before = None if previous is None else run.hypergradients(previous, group, False)
+                inputs = _inputs(outer, previous, group, kept)
+                if graphs is None:
+                    found = run(inputs, numbers)
+                else:
+                    found = graphs.run(run.__call__, inputs.counted(), numbers, run[2:])
             except FAILS_UNDER_VMAP as error:
                 if len(group) == 1 or not falls_back(compute.vectorize, error):
                     raise
                 groups[:0] = [[task] for task in group]
                 continue
-        calls.update({name: count * len(group) for name, count in run.calls.items()})
-        totals = [found.total] if before is None else [found.total, before.total]
-        metrics = _read(totals, found.metrics)
+        calls.update({name: count * len(group) for name, count in found.calls.items()})
+        metrics = _read(found)
         if metrics is None:
             if len(group) == 1:
                 dropped.append(int(group[0].id))
             else:
                 groups[:0] = [[task] for task in group]
             continue
-        sums.add(found, before, metrics, group)
+        sums.add(found, metrics, group)
     return HypergradientSum(
         total=sums.total,
         num_tasks=sums.num_tasks,
@@ -211,12 +215,57 @@ def attention_for(
     return sdpa_kernel(SDPBackend.MATH) if needs_plain else nullcontext()
 
 
-class _Found(NamedTuple):
-    """Sum of hypergradients and metrics of tasks that went through together, and their states."""
+class _Inputs(NamedTuple):
+    """What the hypergradient of a group of tasks is computed from: `task` is one, or their stack.
 
-    total: Params
-    metrics: dict[str, Tensor]
+    `flat` is the flat state, or the stack of all.
+    """
+
+    outer: Params
+    previous: Params | None
+    task: Task
+    flat: Tensor | None
+
+    def counted(self) -> _Inputs:
+        """The same with the id of a task as a tensor: filled, since a copy would be waited for."""
+        if isinstance(self.task.id, Tensor):
+            return self
+        index = self.task.support.index
+        return self._replace(task=self.task._replace(id=index.new_full((), self.task.id)))
+
+
+def _inputs(
+    outer: Params,
+    previous: Params | None,
+    group: list[Task],
+    kept: list[tuple[Tensor | None, tuple[int, ...]]] | None,
+) -> _Inputs:
+    together = len(group) > 1
+    flats = [flat for flat, _ in kept or () if flat is not None]
+    return _Inputs(
+        outer=outer,
+        previous=previous,
+        task=stack_tasks(group) if together else group[0],
+        flat=(torch.stack(flats) if together else flats[0]) if flats else None,
+    )
+
+
+class _Found(NamedTuple):
+    """Flat sums of hypergradients of tasks that went through together, and what comes with them.
+
+    Args:
+        totals: At x, and at the previous x if there is one.
+        read: float64: the sum of each total, then the metrics.
+        names: Those of the metrics.
+        states: The new flat states, one below the other; None: none are kept.
+        calls: Of the oracle, counted once for the group.
+    """
+
+    totals: tuple[Tensor, ...]
+    read: Tensor
+    names: tuple[str, ...]
     states: Tensor | None
+    calls: dict[str, int]
 
 
 @dataclass
@@ -227,16 +276,11 @@ class _Sums:
     metrics: dict[str, float] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(
-        self,
-        found: _Found,
-        before: _Found | None,
-        metrics: Mapping[str, float],
-        group: list[Task],
-    ) -> None:
-        self.total = add(self.total, found.total)
-        if before is not None and self.previous is not None:
-            self.previous = add(self.previous, before.total)
+    def add(self, found: _Found, metrics: Mapping[str, float], group: list[Task]) -> None:
+        total, *previous = (unflatten(total, self.total) for total in found.totals)
+        self.total = add(self.total, total)
+        if previous and self.previous is not None:
+            self.previous = add(self.previous, previous[0])
         self.num_tasks += len(group)
         for name, value in metrics.items():
             self.metrics[name] = self.metrics.get(name, 0.0) + value
@@ -268,17 +312,59 @@ class _Estimated(NamedTuple):
     state: Tensor
 
 
+class _Point(NamedTuple):
+    """Sum of hypergradients and metrics at one x, and the states that are left."""
+
+    total: Params
+    metrics: dict[str, Tensor]
+    states: Tensor | None
+
+
 class _Run(NamedTuple):
-    """How a group of tasks is computed; `calls` of the oracle are counted once for the group."""
+    """How a group of tasks is computed: a pure function of tensors and whole numbers.
+
+    Args:
+        problem, algorithm, compute: Those of the call.
+        together: Whether tasks go through vmap, as a stack.
+        keeps: Whether states are kept.
+        report: Whether losses and metrics are asked for.
+    """
 
     problem: Problem
     algorithm: Algorithm
     compute: Compute
-    step: int
-    kept: list[tuple[Tensor | None, tuple[int, ...]]] | None
-    calls: Counter[str]
+    together: bool
+    keeps: bool
+    report: bool
 
-    def hypergradients(self, outer: Params, tasks: list[Task], report: bool) -> _Found:
+    def __call__(self, inputs: _Inputs, numbers: Sequence[int]) -> _Found:
+        """The hypergradients; `numbers` are the outer step and the counters of the states."""
+        calls: Counter[str] = Counter()
+        here = self._at(inputs.outer, inputs, numbers, self.report, calls)
+        points = [here]
+        if inputs.previous is not None:
+            points.append(self._at(inputs.previous, inputs, numbers, False, calls))
+        totals = tuple(
+            flatten({name: point.total[name] for name in inputs.outer}) for point in points
+        )
+        # A sum is finite only if all terms are, and costs one pass without a temporary.
+        read = [total.sum() for total in totals] + [v.detach() for v in here.metrics.values()]
+        return _Found(
+            totals=totals,
+            read=torch.stack([number.double() for number in read]),
+            names=tuple(here.metrics),
+            states=here.states,
+            calls=dict(calls),
+        )
+
+    def _at(
+        self,
+        outer: Params,
+        inputs: _Inputs,
+        numbers: Sequence[int],
+        report: bool,
+        calls: Counter[str],
+    ) -> _Point:
         """Encode, run the algorithm, pull back."""
         # x enters f(x, y(x)) in two places only: the context c = encode(x), which the losses see,
         # and the start y_0 = init_inner(x) of adaptation. The algorithm gets both cut from the
@@ -293,34 +379,29 @@ class _Run(NamedTuple):
         # the product is linear, it adds no bias to a stochastic estimate. MAML is the case of an
         # empty context, hyper-cleaning that of a constant start.
         problem_outer, own = split_own(outer)
-        together = len(tasks) > 1
-        task = stack_tasks(tasks) if together else tasks[0]
+        task, flat = inputs.task, inputs.flat
         x = leaves(problem_outer)
-        flats = [flat for flat, _ in self.kept or () if flat is not None]
-        flat = (torch.stack(flats) if together else flats[0]) if flats else None
-        carried, flat = self._carried(detach(x), task, flat, together)
+        carried, flat = self._carried(detach(x), task, flat)
         with torch.enable_grad():
-            contexts, starts = self._encode(x, task, together)
+            contexts, starts = self._encode(x, task)
         contexts = with_carried(contexts, carried)
         constants = Constants(
             frozenset(name for name, leaf in contexts.items() if not leaf.requires_grad),
             frozenset(
-                name
-                for name, leaf in starts.items()
-                if self.kept is not None or not leaf.requires_grad
+                name for name, leaf in starts.items() if self.keeps or not leaf.requires_grad
             ),
         )
 
         def one(context: Params, start: Params, task: Task, flat: Tensor | None) -> _Estimated:
             arguments = ({**context, **own}, context, start, task, flat)
-            found, state = self._one(*arguments, constants, together, report)
-            if self.kept is not None:
+            found, state = self._one(*arguments, constants, numbers, report, calls)
+            if self.keeps:
                 own_state = {name: context[name] for name in carried}
                 own_state = carry(self.problem, detach(x), state.inner, task, own_state)
                 found = found._replace(state=flatten_state((state, own_state)))
             return found
 
-        if together:
+        if self.together:
             in_dims = (0, 0, 0, None if flat is None else 0)
             found = vmap(one, in_dims, randomness="error")(
                 detach(contexts), detach(starts), task, flat
@@ -335,11 +416,11 @@ class _Run(NamedTuple):
             [*found.context_gradient.values(), *found.start_gradient.values()],
             x,
         )
-        return _Found({**gradient, **own_gradient}, metrics, None if self.kept is None else states)
+        return _Point({**gradient, **own_gradient}, metrics, states if self.keeps else None)
 
-    def _encode(self, x: Params, task: Task, together: bool) -> tuple[Params, Params]:
+    def _encode(self, x: Params, task: Task) -> tuple[Params, Params]:
         """The context and the start of a task, or of each of a stack of tasks."""
-        if not together:
+        if not self.together:
             context = self.compute.encode(self.problem.encode, x, task)
             return context, self.problem.init_inner(x, task)
         starts = vmap(self.problem.init_inner, in_dims=(None, 0))(x, task)
@@ -347,9 +428,7 @@ class _Run(NamedTuple):
         starts = tree_map(Tensor.contiguous, starts)
         return self.compute.encode(self.problem.encode_tasks, x, task), starts
 
-    def _carried(
-        self, x: Params, task: Task, flat: Tensor | None, together: bool
-    ) -> tuple[Params, Tensor | None]:
+    def _carried(self, x: Params, task: Task, flat: Tensor | None) -> tuple[Params, Tensor | None]:
         """What the problem carries, and a flat state without it; each for a task, or for many."""
         if not carries(self.problem):
             return {}, flat
@@ -357,10 +436,10 @@ class _Run(NamedTuple):
         def one(task: Task) -> Params:
             return start_carried(self.problem, x, task)
 
-        carried = vmap(one)(task) if together else one(task)
+        carried = vmap(one)(task) if self.together else one(task)
         if flat is None or not carried:
             return carried, flat
-        state, carried = (vmap(split_state) if together else split_state)(flat, carried)
+        state, carried = (vmap(split_state) if self.together else split_state)(flat, carried)
         return carried, state
 
     def _one(
@@ -371,13 +450,15 @@ class _Run(NamedTuple):
         task: Task,
         flat: Tensor | None,
         constants: Constants,
-        together: bool,
+        numbers: Sequence[int],
         report: bool,
+        calls: Counter[str],
     ) -> tuple[_Estimated, State]:
         """The estimate for one task, whose field `state` is left empty, and the next state.
 
         `x` is the context with the algorithm's own variables.
         """
+        step, *counters = numbers
         oracle = CountingOracle(
             AutogradOracle(
                 self.problem,
@@ -385,20 +466,20 @@ class _Run(NamedTuple):
                 self.compute.batch_sizes,
                 self.compute.seed,
                 compile=self.algorithm.compiles,
-                eager=not together,
-                step=self.step,
+                eager=not self.together,
+                step=step,
                 constants=constants,
                 graph_budget=self.compute.graph_budget,
             )
         )
         state = self.algorithm.init(oracle, x, start)
-        if flat is not None and self.kept is not None:
-            state = unflatten_state(flat, state, self.kept[0][1])
+        if flat is not None and self.keeps:
+            state = unflatten_state(flat, state, tuple(counters))
         estimate = self.algorithm.estimate(oracle, x, state)
-        self.calls.update(oracle.counts)
+        calls.update(oracle.counts)
         context_gradient, own_gradient = split_own(estimate.hypergradient)
         start_gradient = estimate.start_gradient
-        if start_gradient is None or self.kept is not None:
+        if start_gradient is None or self.keeps:
             start_gradient = zeros_like(start)
         metrics = dict(estimate.metrics)
         if report:
@@ -517,23 +598,15 @@ def falls_back(vectorize: Vectorize, error: Exception) -> bool:
     return True
 
 
-@lru_cache
-def warn_once(message: str) -> None:
-    """Give this warning once in this process, whatever its filters say."""
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
-
-
-def _read(totals: list[Params], metrics: Mapping[str, Tensor]) -> dict[str, float] | None:
+def _read(found: _Found) -> dict[str, float] | None:
     """The metrics, read at once with what tells whether the totals are finite; None: they are not.
 
     One look for all of it, since a GPU has to be waited for each time.
     """
-    leaves = [leaf for total in totals for leaf in total.values()]
-    # A sum is finite only if all terms are, and costs one pass without a temporary.
-    numbers = [leaf.sum() for leaf in leaves] + [value.detach() for value in metrics.values()]
-    read: list[float] = torch.stack([number.double() for number in numbers]).tolist()
-    if not all(map(math.isfinite, read[: len(leaves)])) and not all(
-        bool(leaf.isfinite().all()) for leaf in leaves
+    read: list[float] = found.read.tolist()
+    count = len(found.totals)
+    if not all(map(math.isfinite, read[:count])) and not all(
+        bool(total.isfinite().all()) for total in found.totals
     ):
         return None
-    return dict(zip(metrics, read[len(leaves) :], strict=True))
+    return dict(zip(found.names, read[count:], strict=True))

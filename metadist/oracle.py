@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metadist.followed import call
 from metadist.problem import Problem, has_inner_map, is_nonsmooth
 from metadist.task import Batch, Task
 from metadist.trees import Params, num_elements, unflatten, zeros_like
@@ -84,6 +85,10 @@ DERIVATIVES = {
 
 Program = Callable[..., Any]
 """(oracle, trees) -> trees: a part of an algorithm."""
+
+
+def _uniform(*seeds: int) -> float:
+    return random.Random(" ".join(map(str, seeds))).random()
 
 
 class Draw(NamedTuple):
@@ -153,7 +158,8 @@ class MiniBatches:
         ]
 
     def uniform(self) -> float:
-        return random.Random(f"{self._seed} {self.step} {self._count()}").random()
+        drawn: float = call(_uniform, self._seed, self.step, self._count())
+        return drawn
 
     def random_like(self, tree: Params, kind: Literal["normal", "rademacher"]) -> Params:
         leaf = next(iter(tree.values()))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from metadist.checks.values import check_fields, rule
+from metadist.followed import call
 from metadist.trees import Params, add, dot, multiply, scale, sub, tree_map, zeros_like
 
 Means = tuple[Params, ...]
@@ -145,7 +146,7 @@ class StepRule(ABC):
         if self.schedule == "linear":
             left = 1 - progress
         else:
-            left = (1 + math.cos(math.pi * progress)) / 2
+            left = (1 + call(math.cos, math.pi * progress)) / 2
         return self.floor + (1 - self.floor) * left
 
     def with_lr(self, lr: float) -> StepRule:
@@ -353,7 +354,7 @@ class Adam(StepRule):
         (beta1, beta2), count = self.betas, memory.num_steps + 1
         first = tree_map(lambda m, g: beta1 * m + (1 - beta1) * g, memory.means[0], gradient)
         second = tree_map(lambda s, g: beta2 * s + (1 - beta2) * g * g, memory.means[1], gradient)
-        rate, root = lr / (1 - beta1**count), math.sqrt(1 - beta2**count)
+        rate, root = lr / (1 - beta1**count), call(math.sqrt, 1 - beta2**count)
 
         def moved(y: Tensor, m: Tensor, s: Tensor) -> Tensor:
             return y - rate * m / (_root(s) / root + self.eps)
@@ -367,7 +368,7 @@ class Adam(StepRule):
         gradient so far was 0.
         """
         (beta1, beta2), count = self.betas, memory.num_steps + 1
-        root = math.sqrt(1 - beta2**count)
+        root = call(math.sqrt, 1 - beta2**count)
         rate, epsilon = lr * root / (1 - beta1**count), self.eps * root
 
         def at(m: Tensor, s: Tensor, g: Tensor) -> Tensor:

@@ -23,6 +23,10 @@ Product = Callable[[Params], Params]
 FlatProduct = Callable[[Tensor], Tensor]
 
 
+LOOKS_AT_EIGENVALUES = "torch looks whether the eigenvalues it solves with were found"
+"""Why what solves by `solve_symmetric` is no CUDA graph."""
+
+
 class Solution(NamedTuple):
     """v, and metrics of shape () that cost nothing extra.
 

@@ -13,6 +13,7 @@ from metadist.algorithm import OWN, Estimate, InnerState, split_own
 from metadist.algorithms.parts.inner import Descent
 from metadist.algorithms.parts.through import Trace, pull
 from metadist.checks.values import rule
+from metadist.followed import filled
 from metadist.oracle import Draw, Oracle
 from metadist.step_rules import SGD, Means, Memory, StepRule
 from metadist.trees import Params, add, multiply, sub, tree_map, zeros_like
@@ -274,7 +275,7 @@ def through_higher(
     steps = loop.step_rule
     assert isinstance(steps, SGD)
     if not isinstance(rates, dict):
-        rates = {name: leaf.new_full((), rates) for name, leaf in start.y.items()}
+        rates = {name: filled(leaf, (), rates, leaf.dtype) for name, leaf in start.y.items()}
     y, h, w, rate_gradient = unroll(
         oracle,
         context,
