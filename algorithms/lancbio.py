@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 from metadist.algorithm import Estimate
 from metadist.algorithms.parts.implicit import hessian, implicit_gradient
 from metadist.algorithms.parts.inner import NO_MEMORY, InnerLoop
-from metadist.algorithms.parts.linear import LOOKS_AT_EIGENVALUES, Krylov, empty_krylov, extend, project
+from metadist.algorithms.parts.linear import (
+    LOOKS_AT_EIGENVALUES,
+    Krylov,
+    empty_krylov,
+    extend,
+    project,
+)
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, num_elements, sub, zeros_like
