@@ -15,9 +15,8 @@ from torch.autograd.function import once_differentiable
 from metadist import Trainer, check_hypergradient
 from metadist.algorithms import AID, ALGORITHMS, BDA, DARTS, ITD, UFOM, Reptile
 from metadist.checks.preflight import NoSecondDerivative, initial_outer, preflight
-from metadist.compute import Compute
+from metadist.compute import Compute, warn_once
 from metadist.evaluation import evaluate
-from metadist.hypergradient import warn_once
 from metadist.task import Batch, Task
 from metadist.tasks import FewShotProblem
 from metadist.trees import Params, tree_map
