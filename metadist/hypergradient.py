@@ -44,7 +44,7 @@ from metadist.problem import (
     start_carried,
     with_carried,
 )
-from metadist.task import Batch, Task, shape_signature, stack_tasks
+from metadist.task import Batch, Task, shape_signature, stack_tasks, stays_on_host
 from metadist.trees import (
     Params,
     add,
@@ -556,7 +556,13 @@ def vectorizes(
     """Whether these tasks go through together; see `task_hypergradients`."""
     if vectorize is False or len(tasks) == 1:
         return False
-    stackable = len({shape_signature(task) for task in tasks}) == 1
+    on_host = any(map(stays_on_host, (*tasks[0].support.tensors, *tasks[0].query.tensors)))
+    if on_host and vectorize is True:
+        raise ValueError(
+            "vectorize must be False or 'auto' for tasks whose data stays in files or in the "
+            "memory of the host, got True: a stack of them would be a copy"
+        )
+    stackable = len({shape_signature(task) for task in tasks}) == 1 and not on_host
     if vectorize is True:
         if not algorithm.supports_vmap:
             raise ValueError(

@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metadist.factory import ModelFactory
 from metadist.rematerialise import rematerialise
 from metadist.rows import current_rows
 
 __all__ = [
     "MLP",
     "Conv4",
+    "ModelFactory",
     "ResNet12",
     "TaskBatchNorm",
     "rematerialise",

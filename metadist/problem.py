@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from metadist.compute import DEFAULT, Compute
-from metadist.task import Batch, Task
+from metadist.task import Batch, Task, TaskSampler
 from metadist.trees import Params, detach, gradients, leaves
 
 
@@ -150,6 +150,13 @@ class Problem(Protocol):
         """
         return {}
 
+    def check_sampler(self, sampler: TaskSampler) -> None:
+        """Raise ValueError if the tasks of `sampler` cannot be those of this problem; once, before.
+
+        The losses are tried on task 0 anyway: this is for what one mini-batch does not show.
+        """
+        return None
+
     def describe(self) -> dict[str, str]:
         """What one must know to reproduce a result, for example the batch-norm policy."""
         return {}
@@ -191,6 +198,12 @@ def loss_and_metrics(
     if place("loss_and_metrics") <= min(place("outer_loss"), place("metrics"), len(places)):
         return problem.loss_and_metrics(context, inner, batch)
     return problem.outer_loss(context, inner, batch), problem.metrics(context, inner, batch)
+
+
+def check_sampler(problem: Problem, sampler: TaskSampler) -> None:
+    """`Problem.check_sampler` of a problem that has it."""
+    if _overrides(problem, "check_sampler"):
+        problem.check_sampler(sampler)
 
 
 def has_artifacts(problem: Problem) -> bool:

@@ -4,6 +4,7 @@ A class with a method `sample` is a sampler (`TaskSampler`). What else a sampler
 declared below, one protocol for each member; the code asks for it with `isinstance`:
 
     FixedSet       num_tasks         every step of the Trainer has these tasks and keeps states
+    Repeatable     repeats           a step may have each of these tasks several times
     Stream         sample_at         the data of a task changes from outer step to outer step
     EndingStream   num_steps         it does so for that many outer steps, and then it ends
     Shardable      shard             workers read their part of a task without the rest of it
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from metadist.checks.values import require_integer
 from metadist.trees import Params
@@ -104,10 +106,16 @@ class Batch(NamedTuple):
         return self._replace(tensors=tuple(map(function, self.tensors)))
 
     def take(self, positions: Tensor) -> Batch:
-        """The examples at `positions` (int64, shape (n,)) of this batch."""
-        # Several times as fast as tensor[positions], which is written for any number of indices.
-        chosen = self.map(lambda tensor: tensor.index_select(0, positions))
-        return chosen._replace(index=self.index.index_select(0, positions))
+        """The examples at `positions` (int64, shape (n,)) of this batch, on their device."""
+
+        def rows(tensor: Tensor) -> Tensor:
+            if tensor.device == positions.device:
+                # Several times as fast as tensor[positions], which is written for any number of
+                # indices.
+                return tensor.index_select(0, positions)
+            return tensor.index_select(0, positions.to(tensor.device)).to(positions.device)
+
+        return self.map(rows)._replace(index=self.index.index_select(0, positions))
 
 
 def targets_of(batch: Batch) -> Tensor | None:
@@ -125,6 +133,25 @@ def targets_of(batch: Batch) -> Tensor | None:
             "Batch.named(inputs=..., ..., targets=...)"
         )
     return batch.tensors[1] if len(batch.tensors) == 2 else None
+
+
+_staying: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""The tensors that stay in the memory of the host, of this process."""
+
+
+def stay_on_host(tensor: Tensor) -> Tensor:
+    """The tensor, which `to_device` leaves where it is: data too large for a GPU, or for memory.
+
+    `Batch.take` brings the rows that it takes to the device. Tasks of such tensors are computed one
+    by one, since a stack of them would be a copy.
+    """
+    _staying[tensor] = True
+    return tensor
+
+
+def stays_on_host(tensor: Tensor) -> bool:
+    """Whether the tensor was marked by `stay_on_host`."""
+    return tensor in _staying
 
 
 class Task(NamedTuple):
@@ -160,6 +187,16 @@ class FixedSet(TaskSampler, Protocol):
     @property
     def num_tasks(self) -> int:
         """How many tasks there are."""
+        ...
+
+
+@runtime_checkable
+class Repeatable(FixedSet, Protocol):
+    """A fixed set whose tasks an outer step may have several times, with other draws each time."""
+
+    @property
+    def repeats(self) -> bool:
+        """Whether `meta_batch_size` may be a multiple of `num_tasks`."""
         ...
 
 
@@ -326,6 +363,8 @@ def to_device(task: Task, device: torch.device | str, dtype: torch.dtype | None 
     """The task on `device`; floating tensors also cast to `dtype` if one is given."""
 
     def move(tensor: Tensor) -> Tensor:
+        if stays_on_host(tensor):
+            return tensor
         if dtype is not None and tensor.is_floating_point():
             return tensor.to(device=device, dtype=dtype)
         return tensor.to(device=device)

@@ -23,6 +23,7 @@ from metadist.hypergradient import HypergradientSum, task_hypergradients
 from metadist.outer import Contribution, LeaseResult, StepRules
 from metadist.problem import Problem, check_rows, is_constrained
 from metadist.task import (
+    Repeatable,
     Stream,
     Task,
     TaskSampler,
@@ -272,6 +273,13 @@ def tasks_of_steps(
             "outer step, got False: each step would start from the beginning, and the weights "
             "found would never be kept. Leave it out, or use a sampler without num_tasks"
         )
+    if meta_batch_size and isinstance(sampler, Repeatable) and sampler.repeats:
+        if meta_batch_size % num_tasks:
+            raise ValueError(
+                f"meta_batch_size must be a multiple of {num_tasks}, the num_tasks of {name}, got "
+                f"{meta_batch_size}: every outer step has each of them as often"
+            )
+        return meta_batch_size, True
     if meta_batch_size not in (None, num_tasks):
         raise ValueError(
             f"meta_batch_size must be {num_tasks}, the num_tasks of {name}, with keep_state, got "

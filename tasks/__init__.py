@@ -3,6 +3,7 @@
     architecture/ the operations in the cells of a convolutional network
     few_shot/     N-way K-shot tasks of images, sinusoids; any nn.Module, adapted to each task
     reweighting/  weights for training examples or classes: data cleaning, long-tailed classes
+    language/     weights of the sources and examples that a language model is trained on
     continual/    images that come once, task after task, with a memory of some of them
     text/         a regularisation strength for each feature of texts
     synthetic/    problems of the papers, with a known solution or a dense Hessian
@@ -64,6 +65,13 @@ if TYPE_CHECKING:
     from metadist.tasks.fixed import FixedTasks as FixedTasks
     from metadist.tasks.fixed import OneTask as OneTask
     from metadist.tasks.image_sets import ImageData as ImageData
+    from metadist.tasks.language.hugging_face import HuggingFace as HuggingFace
+    from metadist.tasks.language.problem import LanguageModelProblem as LanguageModelProblem
+    from metadist.tasks.language.sources import TokenSources as TokenSources
+    from metadist.tasks.language.weights import ExampleWeights as ExampleWeights
+    from metadist.tasks.language.weights import Rater as Rater
+    from metadist.tasks.language.weights import SourceWeights as SourceWeights
+    from metadist.tasks.language.weights import Weights as Weights
     from metadist.tasks.reweighting.corrupted_images import CorruptedImages as CorruptedImages
     from metadist.tasks.reweighting.long_tail import LongTail as LongTail
     from metadist.tasks.reweighting.problem import ClassWeights as ClassWeights

@@ -91,10 +91,10 @@ def _places(module: nn.Module) -> list[_Place]:
 _known: WeakKeyDictionary[nn.Module, tuple[list[_Place], bool]] = WeakKeyDictionary()
 
 
-def call(module: nn.Module, params: Params, *inputs: Tensor) -> Tensor:
+def call(module: nn.Module, params: Params, *inputs: Tensor, **named: Tensor) -> Tensor:
     """The outputs of `module` with `params`, named as by `trainable`, in place of its own."""
     if torch.compiler.is_compiling():
-        return _call_by_torch(module, params, *inputs)
+        return _call_by_torch(module, params, *inputs, **named)
     if module not in _known:
         _known[module] = _places(module), any(True for _ in constants(module))
     places, has_constants = _known[module]
@@ -105,20 +105,20 @@ def call(module: nn.Module, params: Params, *inputs: Tensor) -> Tensor:
     try:
         for place in given:
             place.owner[place.name] = params[place.key]
-        output: Tensor = module(*inputs)
+        output: Tensor = module(*inputs, **named)
     finally:
         for place, leaf in zip(given, own, strict=True):
             place.owner[place.name] = leaf
     return output
 
 
-def _call_by_torch(module: nn.Module, params: Params, *inputs: Tensor) -> Tensor:
+def _call_by_torch(module: nn.Module, params: Params, *inputs: Tensor, **named: Tensor) -> Tensor:
     """The same by the one way that torch.compile knows, and some times slower in eager."""
     move_constants(module, inputs[0].device)
     # Each place once. With tie_weights=True torch also fills the second names of a layer, and then
     # restores the two in the wrong order, so that the tensors of this call stay in the module.
     given = {place.path: params[place.key] for place in _places(module) if place.key in params}
-    output: Tensor = functional_call(module, given, inputs, tie_weights=False)
+    output: Tensor = functional_call(module, given, inputs, named, tie_weights=False)
     return output
 
 

@@ -28,6 +28,7 @@ from metadist.oracle import CountingOracle, Draw, Oracle, Source, first_parts
 from metadist.problem import (
     Problem,
     check_rows,
+    check_sampler,
     context_depends_on,
     context_of,
     has_inner_map,
@@ -305,6 +306,7 @@ def check_losses(
     compute: Compute = DEFAULT,
 ) -> None:
     """Raise ValueError unless the problem is pure and its losses finite on task 0 of `sampler`."""
+    check_sampler(problem, sampler)
     outer, _ = split_own(outer)
     given, outer = outer, tree_map(torch.clone, outer)  # in case a loss changes it in place
     task = _task(sampler, outer)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from metadist.checks.values import plain
+from metadist.oracle import first_parts
 from metadist.problem import Problem
-from metadist.task import Task, TaskSampler, sample_task, to_device
+from metadist.task import Task, TaskSampler, sample_task, stays_on_host, to_device
 from metadist.trees import Params
 
 HEADER = (
@@ -35,6 +36,10 @@ WAY_OUT = (
     f"{UNKNOWN.strip()!r}, or go on in Python (Trainer.restore)"
 )
 TOLERANCE = 1e-3
+MANY = 1 << 26
+"""The most numbers of a tensor in a fingerprint."""
+FEW = 16
+"""The most examples in the losses of a fingerprint, where data stays in files."""
 
 
 def config_of(settings: Mapping[str, Any], sampler: TaskSampler | None) -> str:
@@ -107,12 +112,13 @@ def fingerprint(problem: Problem, sampler: TaskSampler) -> dict[str, list[float 
         noise = torch.randn(leaf.shape, generator=random).to(leaf)
         outer[name] = 0.1 * noise if leaf.is_floating_point() else leaf
     task = to_device(sample_task(sampler, 0), "cpu", next(iter(outer.values())).dtype)
+    some = first_parts(task, FEW, 0) if any(map(stays_on_host, task.support.tensors)) else task
     with torch.no_grad():
         context = problem.encode(outer, task)
         start = problem.init_inner(outer, task)
         losses = [
-            float(problem.inner_loss(context, start, task.support)),
-            float(problem.outer_loss(context, start, task.query)),
+            float(problem.inner_loss(context, start, some.support)),
+            float(problem.outer_loss(context, start, some.query)),
         ]
     starts = [moment for leaf in start.values() for moment in _moments(leaf)]
     return {
@@ -128,7 +134,9 @@ def _of_task(task: Task) -> list[float | None]:
 
 
 def _moments(tensor: Tensor) -> tuple[float, float]:
-    flat = tensor.detach().cpu().double().flatten()
+    rows = tensor.detach().flatten()
+    # Of data that fills files, numbers here and there: all of them would have to be in memory.
+    flat = rows[:: 1 + rows.numel() // MANY].cpu().double()
     return float(flat.sum()), float(flat @ torch.linspace(1, 2, len(flat), dtype=flat.dtype))
 
 
