@@ -19,6 +19,7 @@ MODULES = (
     "metadist.loggers",
     "metadist.models",
     "metadist.tasks",
+    "metadist.tasks.language",
 )
 PINNED = Path(__file__).with_name("public_api.txt").read_text().split()
 

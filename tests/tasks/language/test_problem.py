@@ -355,3 +355,14 @@ def test_the_vocabulary_of_the_tokenizer_must_fit(tmp_path: Path) -> None:
     problem = LanguageModelProblem(llama(), SourceWeights(data.sources))
     message = refusal(lambda: problem.check_sampler(data))
     assert "vocabulary must be <= the 32 embeddings of the model, got 256" in message
+
+
+def test_rematerialised_blocks_give_the_same_hypergradient() -> None:
+    data = task(is_padded=True)
+    totals = []
+    for is_saved in (False, True):
+        factory = llama(dtype="float64", rematerialise=is_saved, lora=LORA)
+        problem = LanguageModelProblem(factory, WEIGHTS["sources"])
+        algorithm = ITD(inner_steps=2, inner_lr=0.5)
+        totals.append(task_hypergradients(problem, algorithm, _outer(problem), [data]).total)
+    assert_close(totals[0], totals[1], 1e-8)
