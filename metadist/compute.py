@@ -45,6 +45,8 @@ class Compute:
             many examples of each set, always the same, and evaluations and metrics of solutions go
             through whole sets in parts of so many. None: 256, or a mini-batch if that is more.
         seed: The seed of these draws, and of the initial outer variable.
+        data_budget: Bytes of data that may stay on a GPU, see `metadist.feed.Feed`; what is larger
+            is sent with each lease. 0: everything is.
         num_threads: Intra-op threads of torch. The sums of a convolution depend on it, so every
             worker uses the same. None, which a training refuses: as torch is set.
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ... (CUDA or ROCm)
@@ -69,6 +71,7 @@ class Compute:
     outer_batch_size: int | None = rule(None, ge=1, none="")
     report_examples: int | None = rule(None, ge=1, none="")
     seed: int = 0
+    data_budget: int = rule(1_000_000_000, ge=0)
     num_threads: int | None = rule(1, ge=1, none="")
     device: str = "auto"
     precision: Literal["highest", "tf32"] = rule("highest", one_of=("highest", "tf32"))

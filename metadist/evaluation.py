@@ -18,6 +18,7 @@ from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_pure, is_known_pure
 from metadist.compute import AS_TORCH_IS_SET, Compute, device_memory, pick_device
 from metadist.executor import Executor, LocalExecutor
+from metadist.feed import send
 from metadist.hypergradient import (
     FAILS_UNDER_VMAP,
     adaptation_metrics,
@@ -411,11 +412,8 @@ class _Judge(NamedTuple):
         leaf = next(iter(outer.values()))
         work = f"tasks {indices.start} to {indices.stop - 1} of an evaluation"
         with device_memory(work, chunk_size=self.compute.chunk_size):
-            tasks = [
-                to_device(sample_task(self.sampler, index, self.step), leaf.device, leaf.dtype)
-                for index in indices
-            ]
-            return self._of_tasks(outer, tasks, self.compute)
+            tasks = [sample_task(self.sampler, index, self.step) for index in indices]
+            return self._of_tasks(outer, send(tasks, leaf.device, leaf.dtype), self.compute)
 
     def _of_tasks(
         self, outer: Params, tasks: list[Task], compute: Compute

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ import torch
 
 from metadist.checks.values import check
 from metadist.compute import Compute, intra_op_threads, pick_device
+from metadist.feed import Feed, Wanted
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable, StepResult
 from metadist.retry import Watchdog, in_short, is_worth_a_try, pause_after, type_name
@@ -166,6 +168,7 @@ class LocalExecutor(Executor):
         self._retried: list[str] = []
         self._variable: OuterVariable | None = None
         self._device: torch.device | None = None
+        self._feed: Feed | None = None
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         self._device = pick_device(workload.compute.device)
@@ -175,25 +178,33 @@ class LocalExecutor(Executor):
         self._variable = OuterVariable.from_state(
             state, optimizer, workload.stepping_rules(), self._device
         )
+        self._feed = workload.feed(self._variable.params)
 
     def run(self, until_version: int) -> Iterator[StepReport]:
         variable = self._started()
         with Watchdog(self.notify) as watchdog:
             while variable.version < until_version:
-                yield self._step(variable, watchdog)
+                yield self._step(variable, watchdog, is_last=variable.version + 1 == until_version)
 
-    def _step(self, variable: OuterVariable, watchdog: Watchdog) -> StepReport:
+    def _step(self, variable: OuterVariable, watchdog: Watchdog, is_last: bool) -> StepReport:
         began = time.perf_counter()
         outer = variable.params
         before = variable.previous
         previous = None if before is None else variable.unflatten(before)
         contributions: list[Contribution] = []
-        for lease_id in variable.next_leases(self._workload.leases_per_step):
-            lease = self._workload.lease(lease_id, variable.version)
+        size = self._workload.leases_per_step
+        leases = [self._workload.lease(n, variable.version) for n in variable.next_leases(size)]
+        for lease, following in itertools.zip_longest(leases, leases[1:]):
+            if following is None and not is_last:
+                first_of_next = variable.next_leases(size + 1)[-1]
+                following = self._workload.lease(first_of_next, variable.version + 1)
+            if self._feed is not None and following is not None:
+                self._feed.next = Wanted(following.indices, following.version)
             states = {
                 index: variable.states[index] for index in lease.indices if index in variable.states
             }
-            contributions.append(self._compute(watchdog, lease, outer, previous, states))
+            computed = self._compute(watchdog, lease, outer, previous, states, self._feed)
+            contributions.append(computed)
         # The last bits of a norm depend on the threads. And a signal may not stop a step half
         # done, since what is saved afterwards would be neither this version of x nor the next.
         with intra_op_threads(self._workload.compute.num_threads), signals_held():
@@ -234,10 +245,11 @@ class LocalExecutor(Executor):
         ours = {"executor": "local", "policy": "bsp"}
         if self._device is None:
             return ours
-        return {**ours, "device": str(self._device), **self._workload.compute.arithmetic}
+        data = {} if self._feed is None else {"data": self._feed.in_words}
+        return {**ours, "device": str(self._device), **data, **self._workload.compute.arithmetic}
 
     def close(self) -> None:
-        self._variable = None
+        self._variable = self._feed = None
 
     def _started(self) -> OuterVariable:
         if self._variable is None:

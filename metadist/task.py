@@ -8,6 +8,7 @@ declared below, one protocol for each member; the code asks for it with `isinsta
     Stream         sample_at         the data of a task changes from outer step to outer step
     EndingStream   num_steps         it does so for that many outer steps, and then it ends
     Shardable      shard             workers read their part of a task without the rest of it
+    Resident       tables, ...       a GPU keeps the data, and is sent what each task takes of it
     Labelled       num_classes       the targets of a batch are the numbers of classes
     NamedClasses   class_names       two splits can be checked for a class that is in both
     NamesTasks     classes_of        predictions can be counted by the classes of each task
@@ -238,6 +239,33 @@ class Shardable(TaskSampler, Protocol):
 
 
 @runtime_checkable
+class Resident(TaskSampler, Protocol):
+    """A sampler whose data can stay on a GPU, where tasks are cut from it.
+
+    `sample(index)` remains the truth: `cut(tables, rows(index), index)` has its bytes, on every
+    device. So `cut` may copy and look up numbers, and computes nothing that a GPU rounds
+    differently (a product, a division). See `metadist.feed.Feed`; `check_sampler` checks it.
+    """
+
+    @property
+    def table_bytes(self) -> int:
+        """The size of the tables, without making them; 0: this sampler has none."""
+        ...
+
+    def tables(self) -> tuple[Tensor, ...]:
+        """The data that all tasks are cut from, on the CPU; the same at every call."""
+        ...
+
+    def rows(self, index: int) -> Tensor:
+        """What the task number `index` takes of the tables: int64, drawn on the CPU."""
+        ...
+
+    def cut(self, tables: tuple[Tensor, ...], rows: Tensor, index: int) -> Task:
+        """The task number `index` on the device of `tables` and `rows`."""
+        ...
+
+
+@runtime_checkable
 class Labelled(Protocol):
     """A sampler whose targets, where they are int64 of shape (n,), are the numbers of classes."""
 
@@ -373,6 +401,62 @@ def to_device(task: Task, device: torch.device | str, dtype: torch.dtype | None 
         return batch.map(move)._replace(index=batch.index.to(device))
 
     return Task(move_batch(task.support), move_batch(task.query), task.id)
+
+
+class Packed(NamedTuple):
+    """Tensors one after another in the bytes of one, which a GPU receives in one piece.
+
+    Args:
+        buffer: uint8, in pinned memory where a GPU is to read it.
+        layout: Where each tensor begins, its dtype and its shape.
+    """
+
+    buffer: Tensor
+    layout: list[tuple[int, torch.dtype, torch.Size]]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], pinned: bool = False) -> Packed:
+        """A copy of these tensors of the CPU."""
+        layout = []
+        end = 0
+        for tensor in tensors:
+            layout.append((end, tensor.dtype, tensor.shape))
+            # As far apart as torch's own allocations, for kernels that read aligned words.
+            end += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+        # torch keeps pinned memory for the next time, when no copy from it is under way any more.
+        buffer = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+        for view, tensor in zip(_views(buffer, layout), tensors, strict=True):
+            view.copy_(tensor)
+        return cls(buffer, layout)
+
+    def there(self, device: torch.device | str) -> list[Tensor]:
+        """The tensors on `device`, after one copy, which is not waited for if it is pinned."""
+        return _views(self.buffer.to(device, non_blocking=True), self.layout)
+
+
+_ALIGNED = 512
+
+
+def _views(buffer: Tensor, layout: list[tuple[int, torch.dtype, torch.Size]]) -> list[Tensor]:
+    views = []
+    for start, dtype, shape in layout:
+        size = shape.numel() * dtype.itemsize
+        views.append(buffer[start : start + size].view(dtype).view(shape))
+    return views
+
+
+def tensors_of(task: Task) -> tuple[Tensor, ...]:
+    """Every tensor of a task: those of the support set and its index, then of the query set."""
+    support, query = task.support, task.query
+    return *support.tensors, support.index, *query.tensors, query.index
+
+
+def with_tensors(task: Task, tensors: Sequence[Tensor]) -> Task:
+    """The task with other tensors, in the order of `tensors_of`."""
+    cut = len(task.support.tensors) + 1
+    support = task.support._replace(tensors=tuple(tensors[: cut - 1]), index=tensors[cut - 1])
+    query = task.query._replace(tensors=tuple(tensors[cut:-1]), index=tensors[-1])
+    return Task(support, query, task.id)
 
 
 def shape_signature(task: Task) -> tuple[tuple[int, ...], ...]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from metadist.algorithm import Algorithm, split_own
 from metadist.checks.values import check_fields, rule
 from metadist.compute import Compute, device_memory
+from metadist.feed import Feed, Wanted, send
 from metadist.hypergradient import HypergradientSum, task_hypergradients
 from metadist.outer import Contribution, LeaseResult, StepRules
 from metadist.problem import Problem, check_rows, is_constrained
@@ -30,7 +31,6 @@ from metadist.task import (
     num_tasks_of,
     require_sampler,
     sample_task,
-    to_device,
 )
 from metadist.trees import Params, flatten
 
@@ -170,6 +170,7 @@ class Workload:
         outer: Params,
         previous: Params | None = None,
         states: Mapping[int, Tensor] | None = None,
+        feed: Feed | None = None,
     ) -> Contribution:
         """The computed lease, on the device of `outer`.
 
@@ -178,6 +179,7 @@ class Workload:
             outer: x at the version of the lease.
             previous: x one version before; used where `needs_previous`.
             states: The states of the tasks that have one, by index; used where `keep_state`.
+            feed: What brings tasks to the device of `outer`; None: they are sampled here.
 
         Raises:
             DeviceMemoryError: The memory of the GPU does not hold it.
@@ -193,10 +195,16 @@ class Workload:
         }
         with self.compute.applied(), device_memory(lease.in_words, **sizes):
             began = time.perf_counter()
-            tasks = [
-                to_device(self._sample(index, lease.version, outer), leaf.device, leaf.dtype)
-                for index in lease.indices
-            ]
+            if feed is None:
+                tasks = [sample_task(self.sampler, n, lease.version) for n in lease.indices]
+                tasks = send(tasks, leaf.device, leaf.dtype)
+            else:
+                tasks = feed.tasks(Wanted(lease.indices, lease.version))
+            if isinstance(
+                self.sampler, Stream
+            ):  # the sizes at step 0, checked before, tell nothing
+                for task in tasks:
+                    check_rows(self.problem, split_own(outer)[0], len(task.support.index))
             sampled = time.perf_counter()
             found = self.hypergradients(
                 outer, tasks, lease.report, lease.version, previous, states or {}
@@ -216,11 +224,12 @@ class Workload:
         )
         return Contribution(result, total, found.states)
 
-    def _sample(self, index: int, step: int, outer: Params) -> Task:
-        task = sample_task(self.sampler, index, step)
-        if isinstance(self.sampler, Stream):  # the sizes at step 0, checked before, tell nothing
-            check_rows(self.problem, split_own(outer)[0], len(task.support.index))
-        return task
+    def feed(self, outer: Params) -> Feed | None:
+        """What brings tasks to the device of `outer`; None: that is a CPU."""
+        leaf = next(iter(outer.values()))
+        if leaf.device.type == "cpu":
+            return None
+        return Feed(self.sampler, leaf.device, leaf.dtype, self.compute.data_budget)
 
 
 def trains_start(algorithm: Algorithm, learns_start: bool) -> bool:

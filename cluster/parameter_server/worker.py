@@ -74,6 +74,9 @@ class Worker:
         self._rounding = Bfloat16() if compression == "bfloat16" else None
         self._transport = transport
         self._outer = spec.views(self._flat)
+        self._feed = (
+            self._workload.feed(self._outer) if isinstance(self._workload, Workload) else None
+        )
         return WorkerInfo.here(self._name, device)
 
     @exits_raised()
@@ -94,7 +97,7 @@ class Worker:
         if before:
             previous = self._spec.views(torch.cat([receive(part).to(device) for part in before]))
         states = {index: to_tensor(state).to(device) for index, state in (kept or {}).items()}
-        computed = self._workload.compute_lease(lease, self._outer, previous, states)
+        computed = self._workload.compute_lease(lease, self._outer, previous, states, self._feed)
         return computed.result, *self.send(computed)
 
     def judge(

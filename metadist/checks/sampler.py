@@ -23,6 +23,7 @@ from metadist.checks.values import normal_form, require_integer
 from metadist.task import (
     Batch,
     NamedClasses,
+    Resident,
     Stream,
     Task,
     num_steps_of,
@@ -194,6 +195,7 @@ def check_sampler(
     if isinstance(sampler, Stream):
         size = num_tasks_of(sampler) or num_tasks
         violations += _other_start(sampler, digests[: min(size, num_tasks)])
+    violations += _other_cut(sampler, digests)
     if other is not None:
         violations += _impure(sampler, other, tasks, num_tasks, allow_equal_examples)
     if violations:
@@ -311,6 +313,21 @@ def _other_start(stream: Stream, digests: list[bytes]) -> Iterator[str]:
             yield (
                 f"sample({index}) must give the same bytes as sample_at({index}, 0), got others: "
                 "write `return self.sample_at(index, 0)` as the body of sample"
+            )
+            return
+
+
+def _other_cut(sampler: Any, digests: list[bytes]) -> Iterator[str]:
+    """A violation where tasks that are cut from tables are others than those of `sample`."""
+    if isinstance(sampler, Stream) or not isinstance(sampler, Resident) or not sampler.table_bytes:
+        return
+    tables = sampler.tables()
+    for index, digest in enumerate(digests):
+        if _digest(sampler.cut(tables, sampler.rows(index), index)) != digest:
+            yield (
+                f"cut(tables(), rows({index}), {index}) must give the same bytes as "
+                f"sample({index}), got others: return 0 as table_bytes where samples are more "
+                "than numbers of the tables"
             )
             return
 

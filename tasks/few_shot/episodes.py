@@ -5,6 +5,7 @@ Shape letters: N ways, K shots, Q queries a class, C channels, H height, W width
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,52 @@ class EpisodeSampler:
         support = self._batch(rows_NM[:, : self.k_shot], turns_N, draws)
         query = self._batch(rows_NM[:, self.k_shot :], turns_N, draws)
         return Task(support, query, int(index))
+
+    @property
+    def table_bytes(self) -> int:
+        """Memory of `tables`; 0: what becomes of the images of a task is computed on the CPU."""
+        return self._turns * self.size_bytes if self._is_plain else 0
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """The images uint8 (rows, C, H, W), after each turn, and pixels of float32 by their byte.
+
+        A look-up, since a GPU may divide by 255 as it multiplies by its reciprocal.
+        """
+        images = self.classes.images
+        if self._turns > 1:
+            turned = [np.rot90(images, turns, axes=(-2, -1)) for turns in range(self._turns)]
+            images = np.concatenate(turned)
+        return torch.from_numpy(images), torch.arange(256.0).div_(255)
+
+    def rows(self, index: int) -> Tensor:
+        """The rows of the images of a task in `tables`, (N, K + Q)."""
+        draws, chosen = self._drawn(index)
+        rows_NM = np.array([self.draw_rows(c // self._turns, draws) for c in chosen])
+        turns_N = np.array(chosen) % self._turns
+        return torch.from_numpy(rows_NM + len(self.classes.images) * turns_N[:, None])
+
+    def cut(self, tables: tuple[Tensor, ...], rows: Tensor, index: int) -> Task:
+        """The task of these rows, where the tables are."""
+        images, pixels = tables
+        classes = torch.arange(self.n_way, device=rows.device)[:, None]
+
+        def batch(rows_NM: Tensor) -> Batch:
+            chosen = images.index_select(0, rows_NM.flatten())
+            labels = classes.expand(rows_NM.shape).flatten()
+            return Batch.of(pixels[chosen.int()], labels)
+
+        return Task(batch(rows[:, : self.k_shot]), batch(rows[:, self.k_shot :]), int(index))
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the images of a task are those in memory, as `tables` has them."""
+        ours = EpisodeSampler
+        if type(self).sample is not ours.sample or type(self)._batch is not ours._batch:
+            return False
+        shape = self.classes.images.shape[1:]
+        probe = torch.linspace(0.1, 0.9, math.prod(shape)).reshape(1, *shape)
+        finished = self.finish(probe.clone(), Random(self.seed, self.split, 0))
+        return torch.equal(finished, probe)
 
     def classes_of(self, index: int) -> list[str]:
         """The names of the classes 0 .. N-1 of a task, with the angle of those that are turned."""
