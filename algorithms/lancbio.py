@@ -64,6 +64,8 @@ class LancBiO(InnerLoop):
     Use: kept states, whole sets, x that moves slowly: accurate v at one product per step.
     Breaks: x or y that move so fast that T is not Q'HQ: as long as they do, v can be worse than
     SubBiO's, which costs three times as many products (lower subspace_cap, or the outer rate);
+    mini-batches, for the same reason: T mixes the H of other draws (subspace_cap of a few, or
+    batches large enough for one H);
     indefinite T (`negative_curvature` is 1); singular H, as AID.
     Source: Yang, Gao, Yuan, "LancBiO: Dynamic Lanczos-aided Bilevel Optimization via Krylov
     Subspace", ICLR 2025. Of it the update as its synthetic code has it.

@@ -492,7 +492,13 @@ def with_inner_steps(algorithm: Algorithm, inner_steps: int) -> Algorithm:
     if isinstance(steps, SGD) and inner_steps == 1:
         # of no effect on the first step
         changes["inner_optimizer"] = dataclasses.replace(steps, momentum=0.0, carry=False)
-    return dataclasses.replace(algorithm, **changes)  # type: ignore[type-var]
+    try:
+        return dataclasses.replace(algorithm, **changes)  # type: ignore[type-var]
+    except ValueError as error:
+        raise ValueError(
+            f"inner steps of an evaluation must suit {type(algorithm).__name__}, got "
+            f"{inner_steps}: {error}"
+        ) from error
 
 
 def mean_interval(values: list[float]) -> Interval:

@@ -65,7 +65,8 @@ class HypergradientSum:
     Args:
         total: The sum over tasks of d f / d outer, shaped like the outer variable.
         num_tasks: Tasks in `total`.
-        dropped: The ids of the tasks left out because their hypergradient was NaN or infinite.
+        dropped: The ids of the tasks left out because their hypergradient or their new state was
+            NaN or infinite; they keep the state that they had.
         metrics: Sums over the tasks in `total` of the metrics of each.
         previous: For a two-point method, the sum at the previous outer variable; else None.
         states: With `states` given, the new flat state of each task in `total`, by its id.
@@ -162,8 +163,9 @@ def task_hypergradients(
     while groups:
         group = groups.pop(0)
         kept = None if of_task is None else [of_task[int(task.id)] for task in group]
-        if kept is not None and len({counters for _, counters in kept}) > 1:
-            groups[:0] = [[task] for task in group]  # counters are the same for a whole group
+        if kept is not None and len({(flat is None, counters) for flat, counters in kept}) > 1:
+            # All of a group are new, or have the same counters.
+            groups[:0] = [[task] for task in group]
             continue
         run = _Run(
             problem=problem,
@@ -255,7 +257,7 @@ class _Found(NamedTuple):
 
     Args:
         totals: At x, and at the previous x if there is one.
-        read: float64: the sum of each total, then the metrics.
+        read: float64: the sum of each total and of the states, then the metrics.
         names: Those of the metrics.
         states: The new flat states, one below the other; None: none are kept.
         calls: Of the oracle, counted once for the group.
@@ -266,6 +268,11 @@ class _Found(NamedTuple):
     names: tuple[str, ...]
     states: Tensor | None
     calls: dict[str, int]
+
+    @property
+    def results(self) -> list[Tensor]:
+        """What must be finite: a state that is not would spoil all steps to come."""
+        return [*self.totals, *(() if self.states is None else (self.states,))]
 
 
 @dataclass
@@ -348,7 +355,8 @@ class _Run(NamedTuple):
             flatten({name: point.total[name] for name in inputs.outer}) for point in points
         )
         # A sum is finite only if all terms are, and costs one pass without a temporary.
-        read = [total.sum() for total in totals] + [v.detach() for v in here.metrics.values()]
+        results = [*totals, *(() if here.states is None else (here.states,))]
+        read = [result.sum() for result in results] + [v.detach() for v in here.metrics.values()]
         return _Found(
             totals=totals,
             read=torch.stack([number.double() for number in read]),
@@ -605,14 +613,14 @@ def falls_back(vectorize: Vectorize, error: Exception) -> bool:
 
 
 def _read(found: _Found) -> dict[str, float] | None:
-    """The metrics, read at once with what tells whether the totals are finite; None: they are not.
+    """The metrics, read at once with what tells whether results are finite; None: they are not.
 
     One look for all of it, since a GPU has to be waited for each time.
     """
     read: list[float] = found.read.tolist()
-    count = len(found.totals)
+    count = len(found.results)
     if not all(map(math.isfinite, read[:count])) and not all(
-        bool(total.isfinite().all()) for total in found.totals
+        bool(result.isfinite().all()) for result in found.results
     ):
         return None
     return dict(zip(found.names, read[count:], strict=True))

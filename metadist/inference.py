@@ -12,7 +12,13 @@ from metadist.autograd import AutogradOracle
 from metadist.compute import AS_TORCH_IS_SET, Compute, pick_device
 from metadist.evaluation import with_inner_steps
 from metadist.oracle import Source
-from metadist.problem import HasModel, Problem, context_of, start_carried
+from metadist.problem import (
+    HasModel,
+    Problem,
+    context_of,
+    has_few_shot_classes,
+    start_carried,
+)
 from metadist.task import (
     Batch,
     Task,
@@ -89,7 +95,19 @@ def predict(
     model = _model_of(problem)
     adapted = _Adapted(problem, algorithm, outer, task, inputs, inner_steps, state, compute)
     with torch.no_grad(), compute.applied():
-        return model.predict(adapted.context, adapted.inner, adapted.task.query)
+        try:
+            return model.predict(adapted.context, adapted.inner, adapted.task.query)
+        except RuntimeError as error:
+            shapes = [
+                [tuple(tensor.shape[1:]) for tensor in batch.tensors]
+                for batch in (adapted.task.support, adapted.task.query)
+            ]
+            if shapes[0] == shapes[1]:
+                raise
+            raise ValueError(
+                f"inputs must be examples of the shapes {shapes[0]} of the support set for this "
+                f"model, got {shapes[1]}: resize them"
+            ) from error
 
 
 def export(
@@ -209,6 +227,7 @@ class _Adapted:
                 return
         broken = [name for name, leaf in self.inner.items() if not bool(leaf.isfinite().all())]
         if broken:
+            _require_every_class(problem, self.task.support)
             raise FloatingPointError(
                 f"the adapted inner variable must be finite, got NaN or infinity in {broken[0]}: "
                 "adaptation diverges; try a smaller inner_lr or fewer inner_steps"
@@ -234,6 +253,19 @@ def _model_of(problem: Problem) -> HasModel:
         "problem must have a model (methods predict and module, see metadist.problem.HasModel) to "
         f"predict or to export, got {type(problem).__name__}: `adapt` gives its inner variable"
     )
+
+
+def _require_every_class(problem: Problem, support: Batch) -> None:
+    """Raise ValueError where a class has no example, whose mean is then not finite."""
+    targets = targets_of(support)
+    if not has_few_shot_classes(problem) or targets is None or targets.is_floating_point():
+        return
+    missing = sorted(set(range(int(targets.max()) + 1)) - set(targets.flatten().tolist()))
+    if missing:
+        raise ValueError(
+            f"the support set must hold an example of each class 0 .. {int(targets.max())}, got "
+            f"none of {', '.join(map(str, missing[:5]))}: number the classes without gaps"
+        )
 
 
 def _batch(query: Tensor | Batch, like: Batch) -> Batch:

@@ -38,7 +38,7 @@ class LeaseResult(NamedTuple):
         lease_id: The lease; each is applied once.
         version: The version of x at which it was computed.
         num_tasks: The number of tasks in the sum.
-        dropped: The ids of tasks left out because their hypergradient was not finite.
+        dropped: The ids of tasks left out because their hypergradient or state was not finite.
         metrics: Sums over the tasks in the sum; empty unless the lease asked for a report.
         sampling_s: The seconds spent on sampling the tasks.
         compute_s: The seconds spent on their hypergradients.

@@ -199,6 +199,10 @@ class ImageData(ImageProblemData):
         std: float = 1.0,
     ) -> None:
         scaling = Scaling(mean, std)
+        if isinstance(dataset, str):  # an object would travel with a pickled sampler
+            self.dataset = dataset
+        self.root, self.seed, self.mean, self.std = root, seed, mean, std
+        self.num_train, self.num_val, self.num_test = num_train, num_val, num_test
         parts = draw_parts(
             dataset, root, seed, num_train=num_train, num_val=num_val, num_test=num_test
         )

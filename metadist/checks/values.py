@@ -51,7 +51,7 @@ class Rule:
     def _holds(self, value: Any) -> bool:
         if self.one_of is not None:
             return value in self.one_of
-        if not isinstance(value, int | float | np.number):
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
             return False
         # NaN compares as False with everything, so every rule refuses it.
         return bool(
@@ -88,14 +88,17 @@ def plain(value: Any) -> Any:
 def check_fields(record: Any) -> None:
     """Raise ValueError for the first field of a dataclass whose rule its value breaks.
 
-    Scalars of NumPy become those of Python.
+    A field of type bool is True or False, without a rule too. Scalars of NumPy become those of
+    Python.
     """
     for field in dataclasses.fields(record):
         if isinstance(value := getattr(record, field.name), np.generic):
             object.__setattr__(record, field.name, value.item())
+        value = getattr(record, field.name)
+        if field.type in (bool, "bool") and not isinstance(value, bool):
+            raise ValueError(f"{field.name} must be True or False, got {value!r}")
         if "rule" in field.metadata:
             is_integer = field.type in (int, "int", "int | None")
-            value = getattr(record, field.name)
             field.metadata["rule"].check(field.name, value, is_integer=is_integer)
 
 

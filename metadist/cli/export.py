@@ -63,9 +63,10 @@ def run(config: Namespace) -> int:
     if config.split is not None:
         train.set_split(saved, config.split)
     trained = load(saved, config)
-    classes = None
-    task: Task | Batch = sample_task(trained.sampler, config.task, trained.last_step)
-    if config.support is not None:
+    task: Task | Batch
+    if config.support is None:
+        task, classes = sample_task(trained.sampler, config.task, trained.last_step), None
+    else:
         support = support_of(trained, config.support)
         task, classes = support.task, support.classes
     module = trained.export(task).cpu()

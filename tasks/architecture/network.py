@@ -109,25 +109,26 @@ class CellNetwork(nn.Module):
         sizes = {"nodes": nodes, "in_channels": in_channels, "num_classes": num_classes}
         for field, size in {**sizes, "stem_stride": stem_stride}.items():
             require_integer(field, size, 1)
-        self.kinds = cells
+        self.channels, self.cells, self.stem_stride = channels, cells, stem_stride
+        self.in_channels, self.num_classes = in_channels, num_classes
         stem = STEM_MULTIPLIER * channels
         conv = nn.Conv2d(in_channels, stem, 3, stem_stride, padding=1, bias=False)
         self.stem = nn.Sequential(conv, batch_norm(stem, searching))
-        self.cells = nn.ModuleList()
+        self.placed = nn.ModuleList()
         before, last, halved = stem, stem, False
         for kind in cells:
             if kind == REDUCTION:
                 channels *= 2
             sizes_of_cell = (before, last, channels)
             body = make_body(kind, channels)
-            self.cells.append(CellInNetwork(body, sizes_of_cell, halved, searching))
+            self.placed.append(CellInNetwork(body, sizes_of_cell, halved, searching))
             before, last, halved = last, nodes * channels, kind == REDUCTION
         self.head = nn.Linear(last, num_classes)
 
     def through(self, images: Tensor, weights: dict[str, tuple[Tensor, ...]]) -> Tensor:
         """The outputs for `images`; `weights` are what the cells of each kind need besides."""
         before = last = self.stem(images)
-        for kind, cell in zip(self.kinds, self.cells, strict=True):
+        for kind, cell in zip(self.cells, self.placed, strict=True):
             before, last = last, cell(before, last, *weights[kind])
         return self.head(last.mean((2, 3)))
 

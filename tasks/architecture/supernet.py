@@ -63,7 +63,7 @@ class Supernet(CellNetwork):
                 stem_stride,
                 searching=True,
             )
-        self.nodes = nodes
+        self.nodes, self.seed = nodes, seed
         for name in OUTER:
             setattr(self, name, nn.Parameter(torch.zeros(num_edges(nodes), len(OPERATIONS))))
 

@@ -93,6 +93,7 @@ class Example:
     limit: float | None = rule(None, gt=0, none="for no limit")
     size: int | None = rule(None, ge=1, none="")
     way: str = rule("a", one_of=("a", "b"))
+    keep: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -110,6 +111,10 @@ class Example:
         ({"share": math.nan}, "share must be in [0, 1), got nan"),
         ({"limit": -1.0}, "limit must be > 0 and finite or None for no limit, got -1.0"),
         ({"size": 0}, "size must be >= 1 or None, got 0"),
+        ({"rate": True}, "rate must be > 0, got True"),
+        ({"steps": True}, "steps must be >= 1, got True"),
+        ({"keep": "yes"}, "keep must be True or False, got 'yes'"),
+        ({"keep": 1}, "keep must be True or False, got 1"),
         ({"way": "c"}, "way must be one of ('a', 'b'), got 'c'"),
     ],
 )

@@ -8,18 +8,23 @@ import torch
 from torch import nn
 
 from metadist import Compute, OuterOptimizer, Trainer
-from metadist.algorithms import ITD, LancBiO
+from metadist.algorithms import DARTS, ITD, LancBiO
 from metadist.models import MLP, Conv4
+from metadist.run.checkpoint import CheckpointStore
 from metadist.tasks import (
+    ArchitectureSearch,
     CorruptedImages,
     FewShotProblem,
     Glyphs,
     HyperCleaning,
+    ImageData,
     LinearClassifier,
     ProtoNet,
     Sinusoid,
+    Supernet,
 )
 from tests.helpers import last_state, make_trainer, words
+from tests.problems import assert_same_bytes
 
 
 def python_run(run_dir, steps=3, **options):
@@ -70,6 +75,31 @@ def test_a_run_of_the_command_line_is_continued_and_evaluated_in_python(cli, run
     trainer.fit(6)
     assert (run / "config.yaml").read_bytes() == before
     assert "6 outer steps" in cli.good("evaluate", run, "--num_tasks", 2)
+
+
+def test_a_search_on_images_is_resumed(cli, here):
+    def search(run_dir: str, steps: int) -> None:
+        python_run(
+            run_dir,
+            steps,
+            problem=ArchitectureSearch(Supernet(channels=2, cells="NR", nodes=1)),
+            sampler=ImageData("digits", num_train=40, num_val=30, num_test=20),
+            algorithm=DARTS(inner_steps=1, inner_lr=0.05),
+            val_sampler=None,
+            val_tasks=2,
+            eval_inner_steps=None,
+            meta_batch_size=None,
+        )
+
+    search("half", 1)
+    search("whole", 2)
+    cli.good("resume", "half", "--num_steps", 2)
+    found, expected = (
+        CheckpointStore(str(here / run / "checkpoints")).load()[1].state
+        for run in ("half", "whole")
+    )
+    assert_same_bytes(found.outer, expected.outer)
+    assert torch.equal(found.states[0], expected.states[0])
 
 
 def test_a_run_on_one_task_is_exported_with_its_states(cli, here):

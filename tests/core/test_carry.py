@@ -201,6 +201,30 @@ def test_what_cannot_be_carried_is_refused_before_work_starts(problem, error, me
         train(1, problem)
 
 
+class Overflowing(Taught):
+    """Carries infinity from task 1 on while x is below a limit."""
+
+    def carry(self, outer: Params, inner: Params, task: Task, carried: Params) -> Params:
+        found = super().carry(outer, inner, task, carried)["teacher"]
+        is_bad = (task.id == 1) & (outer["strength"] < 1)
+        return {"teacher": torch.where(is_bad, torch.inf, found)}
+
+
+def test_a_task_that_would_carry_infinity_is_dropped_and_keeps_its_state():
+    problem = Overflowing()
+    outer = problem.init_outer(torch.Generator())
+    drawn = [a_task(index) for index in range(3)]
+    for vectorize in (True, False):
+        compute = Compute(vectorize=vectorize)
+        found = task_hypergradients(problem, METHOD, outer, drawn, states={}, compute=compute)
+        assert found.dropped == (1,) and sorted(found.states) == [0, 2]
+        later = {"strength": outer["strength"] + 1}
+        again = task_hypergradients(
+            problem, METHOD, later, drawn, states=found.states, compute=compute
+        )
+        assert again.dropped == () and sorted(again.states) == [0, 1, 2]
+
+
 def test_new_tasks_carry_nothing():
     with pytest.raises(ValueError, match=r"keep_state must be True with Taught, which carries"):
         Trainer(Taught(), New(), METHOD, quiet=True)

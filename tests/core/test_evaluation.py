@@ -25,7 +25,7 @@ from metadist.evaluation import (
 )
 from metadist.models import Conv4
 from metadist.problem import Problem
-from metadist.step_rules import SGD
+from metadist.step_rules import SGD, Adam
 from metadist.tasks import FewShotProblem, Glyphs
 from metadist.tasks.few_shot.problem import QUERY
 from tests.helpers import Images, Spoiled, curves, regression, small_conv4, with_compute
@@ -187,6 +187,8 @@ def test_more_inner_steps_can_be_taken_than_in_training():
     assert found == evaluate(problem, SMOOTH, ITD(inner_steps=6), outer, 4)
     assert "inner_steps=6" in found.protocol["algorithm"]
     assert with_inner_steps(ITD(inner_steps=5, truncate=4), 2) == ITD(inner_steps=2)
+    with pytest.raises(ValueError, match=r"^inner steps of an evaluation must suit ITD, got 1: "):
+        with_inner_steps(ITD(inner_steps=5, inner_optimizer=Adam(0.1)), 1)
 
 
 @pytest.mark.parametrize("learn_lr", ["per_tensor", "per_element"])

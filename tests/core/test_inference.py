@@ -21,6 +21,7 @@ from metadist.tasks import (
     HyperCleaning,
     LinearClassifier,
     LossWeighting,
+    ProtoNet,
     QuadraticData,
     Quadratics,
 )
@@ -244,6 +245,14 @@ def test_what_cannot_be_predicted_or_exported_is_refused():
     assert "eval mode" in refusal(lambda: export(other, ADAPTATION, start_of(other), task))
     with pytest.raises(FloatingPointError, match="smaller inner_lr"):
         adapt(few_shot, dataclasses.replace(ADAPTATION, inner_lr=1e38), outer, task)
+    assert "inputs must be examples of the shapes [(1, 16, 16), ()]" in refusal(
+        lambda: predict(few_shot, ADAPTATION, outer, task, torch.zeros(2, 1, 40, 40))
+    )
+    gap = task._replace(support=task.support.take((task.support.tensors[1] != 1).nonzero()[:, 0]))
+    prototypes = ProtoNet(conv4())
+    assert "an example of each class 0 .. 2, got none of 1" in refusal(
+        lambda: predict(prototypes, ADAPTATION, start_of(prototypes), gap)
+    )
     named = Batch.named(inputs=torch.zeros(3, 2), mask=torch.zeros(3), targets=torch.zeros(3))
     assert "inputs must be a Batch" in refusal(
         lambda: predict(few_shot, ADAPTATION, outer, named, torch.zeros(3, 2))

@@ -32,12 +32,14 @@ from tests.cluster.data_parallel.shards import (
     InProcess,
     PreciseText,
     Unequal,
+    Whole,
     assert_same_state,
     bytes_of,
     cleaning,
     solve,
 )
 from tests.cluster.data_parallel.test_executor import ALL
+from tests.cluster.data_parallel.test_local_statistics import Normed
 from tests.cluster.toy import cpus_taken, happens_first, wait_until
 from tests.problems import Quadratic, quadratic_task, true_hypergradient
 from tests.tasks.text.test_text import sparse_task
@@ -130,6 +132,13 @@ def test_workers_are_one_process(workers, name):
         for metric in ("rounds", "bytes_sent", "bytes_received"):
             assert mine.results[0].metrics[metric] == theirs.results[0].metrics[metric]
         assert mine.num_workers == 3 and mine.lost_workers == 0
+
+
+def test_each_worker_normalises_its_own_part_of_a_batch(workers):
+    given: dict[str, Any] = {"problem": Normed(40), "sampler": Whole(40, 30), "batch_size": 9}
+    found, _ = solve(workers(batch_statistics="local"), ALL["soba"], **given)
+    same, _ = solve(InProcess(3, batch_statistics="local"), ALL["soba"], **given)
+    assert bytes_of(found) == bytes_of(same)
 
 
 @pytest.mark.parametrize("name", [pytest.param("soba", marks=pytest.mark.slow), "aid"])

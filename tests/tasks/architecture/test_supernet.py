@@ -62,7 +62,7 @@ def derived(supernet: Supernet, genotype: Genotype) -> Network:
     """The network of `genotype` with the weights of `supernet`."""
     network = Network(genotype, **{field: SIZES[field] for field in SIZES if field != "nodes"})
     network.double()
-    for kind, searched, found in zip(SIZES["cells"], supernet.cells, network.cells, strict=True):
+    for kind, searched, found in zip(SIZES["cells"], supernet.placed, network.placed, strict=True):
         assert isinstance(searched, CellInNetwork) and isinstance(found, CellInNetwork)
         assert isinstance(searched.body, MixedCell) and isinstance(found.body, DerivedCell)
         reduction = kind == REDUCTION
