@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from metadist.checks.values import check, require_integer
 from metadist.factory import ModelFactory
+from metadist.micro_batches import sum_of_micro_batches
 from metadist.problem import Problem
 from metadist.task import Batch, Task, TaskSampler
 from metadist.tasks.language.token_files import IGNORED
@@ -62,11 +64,14 @@ class LanguageModelProblem(SentAsText, Problem):
             (n, L, V), or something with an attribute `logits`, for `ids` and, where examples have
             a mask, `attention_mask=mask`.
         weights: w: `SourceWeights`, `ExampleWeights` or `Rater`.
-        micro_batch: Examples whose derivatives are computed together; None: a whole mini-batch.
+        micro_batch: Examples that go through the model together, see
+            `metadist.sum_of_micro_batches`; None: a whole mini-batch.
         mean: "example": as above. "token": every token of a mini-batch counts alike, so that long
             examples count more: l_i is the sum over tokens by their mean number in an example of
             the mini-batch.
         weight_decay: >= 0.
+        logits_chunk: Tokens whose logits are in memory together; None: those of all examples that
+            go through the model together, which for a large vocabulary take more than all else.
 
     Raises:
         ValueError: A model that cannot be differentiated twice or replayed: dropout, a cache of
@@ -80,37 +85,30 @@ class LanguageModelProblem(SentAsText, Problem):
         micro_batch: int | None = None,
         mean: Literal["example", "token"] = "example",
         weight_decay: float = 0.0,
+        logits_chunk: int | None = None,
     ) -> None:
         if not isinstance(weights, Weights):
             raise ValueError(
                 "weights must be SourceWeights, ExampleWeights, Rater or another Weights, got "
                 f"{type(weights).__name__}"
             )
-        if micro_batch is not None:
-            require_integer("micro_batch", micro_batch, 1)
-            if not weights.sums_over_parts:
-                raise ValueError(
-                    f"micro_batch must be None with weights {weights.describe()}, which compare "
-                    f"the examples of a mini-batch, got {micro_batch}: use kind='sigmoid'"
-                )
-            if mean == "token":
-                raise ValueError(
-                    "micro_batch must be None with mean='token', which divides by the tokens of "
-                    f"the whole mini-batch, got {micro_batch}: use mean='example'"
-                )
+        for field, size in (("micro_batch", micro_batch), ("logits_chunk", logits_chunk)):
+            if size is not None:
+                require_integer(field, size, 1)
         if mean not in ("example", "token"):
             raise ValueError(f"mean must be 'example' or 'token', got {mean!r}")
         check("weight_decay", weight_decay, ge=0)
         self.model, self.weights, self.micro_batch = model, weights, micro_batch
-        self.mean, self.weight_decay = mean, weight_decay
+        self.mean, self.weight_decay, self.logits_chunk = mean, weight_decay, logits_chunk
         found = opened(model)
         _check_config(found.module)
         self._start, self._module = found.start, found.module
-        self._autocast = getattr(model, "precision", "float32") == "bf16"
+        self._is_bf16 = getattr(model, "precision", "float32") == "bf16"
         if not self._start:
             raise ValueError(
                 "model must have a trainable parameter, got none with requires_grad=True"
             )
+        self._split = None if logits_chunk is None else HeadOfLogits(self._module, self._start)
 
     def init_outer(self, generator: torch.Generator) -> Params:
         return self.weights.init(generator)
@@ -150,68 +148,99 @@ class LanguageModelProblem(SentAsText, Problem):
 
     def logits(self, inner: Params, batch: Batch) -> Tensor:
         """The outputs of the model for a batch, shape (n, L, V)."""
-        return self._logits(inner, fields_of(batch))
+        fields = fields_of(batch)
+        return self._call(self._module, inner, fields["ids"], fields.get("mask"))
 
-    def _logits(self, inner: Params, fields: Mapping[str, Tensor]) -> Tensor:
+    def _call(self, module: nn.Module, inner: Params, ids: Tensor, mask: Tensor | None) -> Tensor:
         leaf = next(iter(inner.values()))
-        ids = fields["ids"].to(leaf.device).long()
-        named = {}
-        if "mask" in fields:
-            named["attention_mask"] = fields["mask"].to(leaf.device).long()
-        with torch.autocast(
-            leaf.device.type, torch.bfloat16, enabled=self._autocast, cache_enabled=False
-        ):
-            output: Any = call(self._module_in(leaf.dtype), inner, ids, **named)
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
-        return logits if logits.dtype == leaf.dtype else logits.to(leaf.dtype)
+        named = {} if mask is None else {"attention_mask": mask.to(leaf.device).long()}
+        with self._autocast(leaf.device):
+            output: Any = call(
+                _in_dtype(module, leaf.dtype), inner, ids.to(leaf.device).long(), **named
+            )
+        found: Tensor = output if isinstance(output, Tensor) else output.logits
+        return found if found.dtype == leaf.dtype else found.to(leaf.dtype)
 
-    def _module_in(self, dtype: torch.dtype) -> nn.Module:
-        """The model, its constants in float64 where y is."""
-        if dtype != torch.float64 or _is_double(self._module):
-            return self._module
-        if self._module not in _doubled:
-            _doubled[self._module] = _in_double(self._module)
-        return _doubled[self._module]
+    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        # Without its cache, which would hold weights that a derivative has replaced since.
+        return torch.autocast(
+            device.type, torch.bfloat16, enabled=self._is_bf16, cache_enabled=False
+        )
 
     def losses(self, inner: Params, batch: Batch) -> Tensor:
         """The loss of each example, shape (n,), see `mean`."""
         found = self._entropies(inner, batch)
-        return self._mean(found.sums, found.counts)
+        return found.sums / self._divisors(found.counts)
 
-    def _mean(self, sums: Tensor, counts: Tensor) -> Tensor:
-        return sums / (counts.to(sums.dtype).mean() if self.mean == "token" else counts)
+    def _divisors(self, counts: Tensor) -> Tensor:
+        """What sums over the tokens of examples, of these numbers, are divided by."""
+        return counts.float().mean() if self.mean == "token" else counts
 
-    def _entropies(self, inner: Params, batch: Batch, is_judged: bool = False) -> _Entropies:
-        """What the loss is made of, computed a few examples at a time if nothing needs a graph.
+    def _weighted(self, inner: Params, batch: Batch, weights: Tensor | None) -> Tensor:
+        """The mean over examples of their weighted losses, shape ()."""
+        fields, labels = fields_of(batch), labels_of(fields_of(batch))
+        leaf = next(iter(inner.values()))
+        # What depends on the whole mini-batch is computed here, so that it may go in parts.
+        divisors = len(labels) * self._divisors((labels[:, 1:] != IGNORED).sum(1)).to(leaf.device)
+        shares = (leaf.new_ones(len(labels)) if weights is None else weights) / divisors
+        examples = [fields["ids"], labels, shares]
+        if "mask" in fields:
+            examples.append(fields["mask"])
+        size = self.micro_batch if torch.is_grad_enabled() else self.micro_batch or AT_ONCE
+        return sum_of_micro_batches(self._part, (inner,), examples, size)
 
-        `is_judged`: with the hits, which cost another pass over the logits.
-        """
+    def _part(
+        self,
+        inner: Params,
+        ids: Tensor,
+        labels: Tensor,
+        shares: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        labels = labels[:, 1:].to(shares.device)
+        if self._split is None:
+            outputs = self._call(self._module, inner, ids, mask)[:, :-1]
+            return (shares * _cross_entropies(outputs, labels).sum(1)).sum()
+        features = self._call(self._split.body, inner, ids, mask)[:, :-1]
+        tokens = (
+            features.flatten(0, 1),
+            labels.flatten(),
+            shares[:, None].expand(labels.shape).flatten(),
+        )
+        head = self._split.to_head(inner)
+        return sum_of_micro_batches(self._tokens, (head,), tokens, self.logits_chunk)
+
+    def _tokens(self, head: Params, features: Tensor, labels: Tensor, shares: Tensor) -> Tensor:
+        assert self._split is not None
+        with self._autocast(features.device):
+            logits = call(_in_dtype(self._split.head, features.dtype), head, features)
+        return (shares * _cross_entropies(logits.to(features.dtype), labels)).sum()
+
+    def _entropies(self, inner: Params, batch: Batch) -> _Entropies:
+        """What the losses are made of; a few examples at a time where nothing needs a graph."""
         size = len(batch.index)
         if torch.is_grad_enabled() or size <= AT_ONCE:
-            return self._entropies_at_once(inner, batch, is_judged)
+            return self._entropies_at_once(inner, batch)
         places = torch.arange(size, device=batch.index.device).split(AT_ONCE)
-        parts = [self._entropies_at_once(inner, batch.take(some), is_judged) for some in places]
+        parts = [self._entropies_at_once(inner, batch.take(some)) for some in places]
         return _Entropies(*map(torch.cat, zip(*parts, strict=True)))
 
-    def _entropies_at_once(self, inner: Params, batch: Batch, is_judged: bool) -> _Entropies:
-        fields = fields_of(batch)
-        logits = self._logits(inner, fields)[:, :-1]
-        labels = labels_of(fields).to(logits.device)[:, 1:]
-        entropies = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    def _entropies_at_once(self, inner: Params, batch: Batch) -> _Entropies:
+        logits = self.logits(inner, batch)[:, :-1]
+        labels = labels_of(fields_of(batch)).to(logits.device)[:, 1:]
+        return _Entropies(
+            sums=_cross_entropies(logits, labels).sum(1),
+            counts=(labels != IGNORED).sum(1),
+            hits=(logits.detach().argmax(-1) == labels).sum(1),
         )
-        counts = (labels != IGNORED).sum(1)
-        hits = (logits.detach().argmax(-1) == labels).sum(1) if is_judged else counts
-        return _Entropies(entropies.view(labels.shape).sum(1), counts, hits)
 
     def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
-        losses = self.losses(inner, batch)
         weights = self.weights.of(context, fields_of(batch), batch)
-        loss = (weights * losses).mean()
+        loss = self._weighted(inner, batch, weights)
         return loss + self.weight_decay / 2 * dot(inner, inner) if self.weight_decay else loss
 
     def outer_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
-        return self.losses(inner, batch).mean()
+        return self._weighted(inner, batch, None)
 
     def metrics(self, context: Params, inner: Params, batch: Batch) -> dict[str, Tensor]:
         return self.loss_and_metrics(context, inner, batch)[1]
@@ -220,8 +249,8 @@ class LanguageModelProblem(SentAsText, Problem):
         self, context: Params, inner: Params, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """f, and `token_accuracy` and `perplexity`, exp of the loss of the examples at hand."""
-        found = self._entropies(inner, batch, is_judged=True)
-        loss = self._mean(found.sums, found.counts).mean()
+        found = self._entropies(inner, batch)
+        loss = (found.sums / self._divisors(found.counts)).mean()
         accuracy = found.hits.sum().double() / found.counts.sum()
         return loss, {"token_accuracy": accuracy, "perplexity": loss.exp()}
 
@@ -271,6 +300,14 @@ class LanguageModelProblem(SentAsText, Problem):
         if self.weight_decay:
             described["weight_decay"] = str(self.weight_decay)
         return described
+
+
+def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross entropy of each token, in the shape of `labels`; 0 where the label is -100."""
+    found = F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return found.view(labels.shape)
 
 
 FIELDS = frozenset({"ids", "mask", "labels", "source"})
@@ -352,6 +389,60 @@ def _check_config(module: nn.Module) -> None:
             "second derivative. With 'sdpa' first-order methods run fused kernels of torch, and "
             "second-order ones plain operators"
         )
+
+
+class HeadOfLogits:
+    """The layer that makes logits of the features of tokens, and the model without it.
+
+    Args:
+        module: As of `without_parameters`, with a method `get_output_embeddings`.
+        start: Its trainable parameters.
+
+    Raises:
+        ValueError: The model has no such layer, or does something with what comes out of it.
+    """
+
+    def __init__(self, module: nn.Module, start: Params) -> None:
+        get: Any = getattr(module, "get_output_embeddings", None)
+        head = None if get is None else get()
+        if not isinstance(head, nn.Module):
+            raise ValueError(
+                f"logits_chunk must be None for a {type(module).__name__}, which does not tell the "
+                "layer of its logits (get_output_embeddings)"
+            )
+        self.head = head
+        names = {id(leaf): name for name, leaf in module.named_parameters()}
+        self._names = {
+            names[id(leaf)]: local for local, leaf in head.named_parameters() if leaf.requires_grad
+        }
+        memo: dict[int, Any] = {id(leaf): leaf for leaf in module.parameters()}
+        memo |= {id(leaf): leaf for leaf in module.buffers()}
+        memo[id(head)] = nn.Identity()
+        self.body = copy.deepcopy(module, memo)
+        ids = torch.arange(8)[None]
+        with torch.no_grad():
+            whole: Any = call(module, start, ids)
+            features: Any = call(self.body, start, ids)
+            logits = call(head, self.to_head(start), features.logits)
+        if not torch.allclose(whole.logits, logits, rtol=1e-3, atol=1e-5):
+            raise ValueError(
+                f"logits_chunk must be None for a {type(module).__name__}, whose logits are not "
+                "what its last layer makes of its features (it scales or caps them): use "
+                "micro_batch"
+            )
+
+    def to_head(self, inner: Params) -> Params:
+        """The parameters of the head, by the names that it has for them."""
+        return {local: inner[name] for name, local in self._names.items()}
+
+
+def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module, its constants in float64 where y is."""
+    if dtype != torch.float64 or _is_double(module):
+        return module
+    if module not in _doubled:
+        _doubled[module] = _in_double(module)
+    return _doubled[module]
 
 
 def _is_double(module: nn.Module) -> bool:

@@ -20,9 +20,6 @@ from metadist.trees import Params
 class Weights(ABC):
     """Weights of the training examples, a function of the outer variable x."""
 
-    sums_over_parts: bool = True
-    """Whether the weight of an example is the same in every mini-batch that holds it."""
-
     @abstractmethod
     def init(self, generator: torch.Generator) -> Params:
         """x at the start."""
@@ -129,7 +126,7 @@ class Rater(Weights):
     Args:
         vocabulary: Tokens are 0 .. vocabulary-1.
         width: The size of h, >= 1.
-        kind: "softmax" compares the examples of a mini-batch and needs it whole: no micro_batch.
+        kind: "softmax" compares the examples of a mini-batch with one another.
     """
 
     def __init__(
@@ -140,7 +137,6 @@ class Rater(Weights):
         if kind not in ("sigmoid", "softmax"):
             raise ValueError(f"kind must be 'sigmoid' or 'softmax', got {kind!r}")
         self.vocabulary, self.width, self.kind = vocabulary, width, kind
-        self.sums_over_parts = kind == "sigmoid"
 
     def init(self, generator: torch.Generator) -> Params:
         def drawn(*shape: int) -> Tensor:

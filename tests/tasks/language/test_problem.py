@@ -36,7 +36,7 @@ from metadist.tasks.opened import opened
 from metadist.trees import Params
 from tests.problems import assert_close
 from tests.tasks.helpers import refusal
-from tests.tasks.language.helpers import gpt2, llama, rows, task, token_sources
+from tests.tasks.language.helpers import LLAMA, gpt2, llama, rows, task, token_sources
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -337,8 +337,8 @@ def test_what_cannot_be_trained_is_refused_before_any_work(tmp_path: Path) -> No
     assert "matches none of" in refusal(lambda: llama(trainable="nothing.*")())
     message = refusal(lambda: HuggingFace("no/such-model", local_files_only=True)())
     assert "not whole in" in message and "hub" in message and "hf download no/such-model" in message
-    assert "micro_batch must be None" in refusal(
-        lambda: LanguageModelProblem(BIGRAM, WEIGHTS["softmax"], micro_batch=2)
+    assert "logits_chunk must be None" in refusal(
+        lambda: LanguageModelProblem(BIGRAM, weights, logits_chunk=2)
     )
     assert "floor must be" in refusal(lambda: SourceWeights(["a", "b"], floor=0.5))
 
@@ -355,6 +355,43 @@ def test_the_vocabulary_of_the_tokenizer_must_fit(tmp_path: Path) -> None:
     problem = LanguageModelProblem(llama(), SourceWeights(data.sources))
     message = refusal(lambda: problem.check_sampler(data))
     assert "vocabulary must be <= the 32 embeddings of the model, got 256" in message
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "lora"])
+def test_parts_of_a_mini_batch_and_of_the_logits_give_the_same(name: str) -> None:
+    data = task(is_padded=True)
+    weights = WEIGHTS["softmax" if name == "llama" else "sources"]
+    for mean in ("example", "token"):
+        totals = []
+        for sizes in ({}, {"micro_batch": 4, "logits_chunk": 5}):
+            problem = LanguageModelProblem(MODELS[name], weights, mean=mean, **sizes)
+            algorithm = ITD(inner_steps=2, inner_lr=0.5)
+            totals.append(task_hypergradients(problem, algorithm, _outer(problem), [data]).total)
+        assert_close(totals[0], totals[1], 1e-12)
+
+
+def test_logits_that_are_capped_are_not_computed_in_chunks() -> None:
+    factory = HuggingFace(
+        {**LLAMA, "model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 1.0}
+    )
+    message = refusal(lambda: LanguageModelProblem(factory, WEIGHTS["sources"], logits_chunk=4))
+    assert "scales or caps them" in message
+
+
+def test_bfloat16_is_near_and_is_refused_for_differences() -> None:
+    data = task()
+    totals = []
+    for precision in ("float32", "bf16"):
+        problem = LanguageModelProblem(llama(precision=precision), WEIGHTS["sources"])
+        outer = {"logits": torch.tensor([0.3, -0.2])}
+        found = task_hypergradients(problem, ITD(inner_steps=2, inner_lr=0.5), outer, [data])
+        totals.append(found.total["logits"])
+    assert not torch.equal(*totals)
+    assert F.cosine_similarity(totals[0], totals[1], dim=0) > 0.99
+    torch.testing.assert_close(totals[1], totals[0], rtol=0.1, atol=0)
+    assert "must be in float32 or float64 with SAMA" in refusal(
+        lambda: _trainer(problem, data, SAMA(inner_steps=1, inner_lr=0.1))
+    )
 
 
 def test_rematerialised_blocks_give_the_same_hypergradient() -> None:
