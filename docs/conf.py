@@ -59,7 +59,7 @@ html_title = "metadist"
 html_static_path = ["_static"]
 html_css_files = ["metadist.css"]
 html_show_sourcelink = False
-html_sidebars = {"index": []}
+html_sidebars = dict.fromkeys(("index", "gallery", "experiments"), [])  # no list of pages
 html_theme_options = {
     "github_url": "https://github.com/metadist/metadist",
     "show_toc_level": 2,

@@ -32,7 +32,7 @@ def page(text: str) -> str:
     parts = [head + MARK, "# All at a glance\n", _wrap(LEGEND) + "\n", _table()]
     for family in FAMILIES:
         parts.append(f"# {family}\n")
-        parts += (section(cls) for cls in members(family))
+        parts += (_section(cls) for cls in members(family))
     return "\n".join(parts)
 
 
@@ -51,16 +51,16 @@ def _table() -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def section(cls: PublicClass) -> str:
+def _section(cls: PublicClass) -> str:
     bullets = []
     for fact, text in facts(cls.doc).items():
         if fact not in ("Family", "For", "Use"):  # these are in headings and in the table
             bullets.append(_wrap(f"* **{fact}:** {text}", indent="  "))
-    paragraphs = [f"## {cls.name}", f"**{title(cls.doc)}.**", _body(cls), "\n".join(bullets)]
+    paragraphs = [f"## {cls.name}", f"**{title(cls.doc)}.**", body(cls), "\n".join(bullets)]
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
-def _body(cls: PublicClass) -> str:
+def body(cls: PublicClass) -> str:
     """Formulas and prose: the docstring without its first line, Args and facts."""
     paragraphs = cls.doc.split("\n\n")[1:]
     kept = []

@@ -16,7 +16,7 @@ from typing import Any
 from plain_docstrings import entries
 
 from metadist import algorithms
-from metadist.cli.catalogue import FAMILIES, brief, title
+from metadist.cli.catalogue import FAMILIES, facts, title
 from metadist.cli.classes import PublicClass
 from metadist.cli.names import named
 
@@ -30,7 +30,21 @@ PAGE = """# {name}
 
 {said}
 
-* **In a terminal:** `metadist train --algorithm {short}`, `--algorithm.help {short}`
+::::{{grid}} 1 1 2 2
+:gutter: 3
+
+:::{{grid-item-card}} What it costs
+{costs}
+:::
+
+:::{{grid-item-card}} When it breaks
+{breaks}
+:::
+::::
+
+{origin}
+
+In a terminal: `metadist train --algorithm {short}`; `--algorithm.help {short}` shows its options.
 
 ## Hyperparameters
 
@@ -41,7 +55,7 @@ PAGE = """# {name}
 
 ## Source
 
-All of it but the docstring, from `algorithms/{file}`. The names are those of
+All of `algorithms/{file}` but the docstring. The names are those of
 [the algorithms](../algorithms.md): `h_v` is H v, `f_y` the gradient of f in y.
 
 ```{{literalinclude}} ../../algorithms/{file}
@@ -53,19 +67,24 @@ All of it but the docstring, from `algorithms/{file}`. The names are those of
 
 def page(cls: PublicClass) -> str:
     """The page of one algorithm, in Markdown."""
-    found = getattr(algorithms, cls.name)
-    file = Path(inspect.getfile(found)).name
-    section = WRITTEN["section"](cls)
-    said = section.split("\n\n", 2)[2]  # behind the heading and the title
+    file = Path(inspect.getfile(getattr(algorithms, cls.name))).name
+    known = facts(cls.doc)
     return PAGE.format(
         name=cls.name,
         short=cls.name.lower(),
         title=title(cls.doc),
-        use=f"Use it for {brief(cls.doc, 'Use')}." if brief(cls.doc, "Use") else "",
-        said=said.strip("\n"),
+        use=f"Use it for {known['Use']}" if "Use" in known else "",
+        said=WRITTEN["body"](cls),
+        costs=_bullets(known, "For", "Cost", "State", "Memory"),
+        breaks=known["Breaks"],
+        origin=_bullets(known, "Source", "Differs"),
         file=file,
         lines=_lines(DOCS.parent / "algorithms" / file, cls.name),
     )
+
+
+def _bullets(known: dict[str, str], *names: str) -> str:
+    return "\n".join(f"* **{name}:** {known[name]}" for name in names if name in known)
 
 
 def _lines(file: Path, name: str) -> str:
@@ -93,7 +112,8 @@ def shorten(app: Any, docname: str, source: list[str]) -> None:
     """The page of all algorithms ends with the table, and lists the pages of its members."""
     if docname == "algorithms":
         text = source[0]
-        source[0] = text[: text.index(f"\n# {FAMILIES[0]}\n")]
+        text = text[: text.index(f"\n# {FAMILIES[0]}\n")]
+        source[0] = text.replace("\n# ", "\n## ")  # a page has one title
         for family in FAMILIES:
             names = [cls.name.lower() for cls in WRITTEN["members"](family)]
             listed = "\n".join(f"algorithms/{name}" for name in names)
