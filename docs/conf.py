@@ -34,7 +34,7 @@ python_maximum_signature_line_length = 88
 
 nitpicky = True
 # Types of other projects, and those of ours that are not public.
-_PACKAGES = "algorithms|cluster|compare|models|tasks"
+_PACKAGES = "algorithms|cluster|compare|loggers|models|tasks"
 nitpick_ignore_regex = [("py:.*", rf"(?!metadist\.(({_PACKAGES})\.)?[A-Z]\w+$).*")]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -59,7 +59,7 @@ html_title = "metadist"
 html_static_path = ["_static"]
 html_css_files = ["metadist.css"]
 html_show_sourcelink = False
-html_sidebars = dict.fromkeys(("index", "gallery", "experiments"), [])  # no list of pages
+html_sidebars = {page: [] for page in ("index", "gallery", "experiments")}  # no list of pages
 html_theme_options = {
     "github_url": "https://github.com/metadist/metadist",
     "show_toc_level": 2,
