@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import ray
 import torch
@@ -21,7 +22,7 @@ from metadist.cluster.actors.buffers import (
     split_state,
     to_array,
 )
-from metadist.cluster.actors.connection import draining_nodes
+from metadist.cluster.actors.connection import draining_nodes, this_node
 from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.metrics import RunMetrics
 from metadist.cluster.actors.options import Server, Workers, check_kind
@@ -31,6 +32,7 @@ from metadist.cluster.parameter_server.compression import Compression
 from metadist.cluster.parameter_server.policies import BSP, Policy
 from metadist.cluster.parameter_server.scheduler import Scheduler
 from metadist.cluster.parameter_server.server import ParameterServer
+from metadist.cluster.parameter_server.states import HeldStates
 from metadist.cluster.parameter_server.supervisor import Supervisor
 from metadist.cluster.parameter_server.transport import Transport, TransportName
 from metadist.cluster.parameter_server.worker import Worker
@@ -42,6 +44,8 @@ from metadist.trees import Params
 from metadist.workload import Workload
 
 log = logging.getLogger("metadist.cluster")
+
+StateName = Literal["server", "worker"]
 
 LAST_STATE_S = 20.0
 """How long the server may take to give its state when a run ends; schedulers grant 30 s."""
@@ -92,6 +96,12 @@ class RayExecutor(Executor):
         transport: How x and the sums travel: "object_store", Ray's, or "nixl", from memory to
             memory without a copy in between, over RDMA or between GPUs where the machine has it
             (Ray's direct tensor transport, alpha in Ray 2.60; needs metadist[nixl] on all nodes).
+        state: Who has the states that an algorithm keeps of tasks from step to step (`keep_state`):
+            "server": the parameter server; they travel with each lease. "worker": the worker that
+            computes the task, which then always computes it; x and the sums alone travel. Every
+            `Server.snapshot_every` versions, and for a checkpoint, the driver fetches them one by
+            one to its temporary folder; those of a lost worker are computed again from there.
+            For inner variables that are large; it changes no byte.
         address: The address of a running cluster, for example "auto" or "10.0.0.1:6379". None: the
             variable RAY_ADDRESS, which Ray sets in a submitted job, and without it (or with
             "local") a cluster of our own on this machine, with at least the CPUs the workers need.
@@ -109,6 +119,7 @@ class RayExecutor(Executor):
         backup_factor: float | None = None,
         compression: Compression = "none",
         transport: TransportName = "object_store",
+        state: StateName = "server",
         address: str | None = None,
         object_store_bytes: int | None = None,
     ) -> None:
@@ -126,6 +137,13 @@ class RayExecutor(Executor):
             raise ValueError(
                 f"compression must be one of {get_args(Compression)}, got {compression!r}"
             )
+        if state not in get_args(StateName):
+            raise ValueError(f"state must be one of {get_args(StateName)}, got {state!r}")
+        if state == "worker" and backup_factor is not None:
+            raise ValueError(
+                f"backup_factor must be None with state='worker', got {backup_factor}: no other "
+                "worker holds the states of a slow one's tasks"
+            )
         if server.gpus_per_server and not workers.gpus_per_worker:
             raise ValueError(
                 f"gpus_per_worker must be > 0 with gpus_per_server={server.gpus_per_server:g}, got "
@@ -141,6 +159,8 @@ class RayExecutor(Executor):
         self._prefetch = prefetch
         self._backup_factor = backup_factor
         self._compression = compression
+        self._state = state
+        self._held: HeldStates | None = None
         self._pool: WorkerPool | None = None
         self._supervisor: Supervisor | None = None
         self._scheduler: Scheduler | None = None
@@ -174,6 +194,11 @@ class RayExecutor(Executor):
                 f"policy must be synchronous, as BSP() is, with {why}, got {str(self._policy)!r}: "
                 "every step needs what the step before it left"
             )
+        if self._state == "worker" and not workload.keep_state:
+            raise ValueError(
+                "state must be 'server' with keep_state=False, got 'worker': nothing is kept from "
+                "step to step that could stay on a worker. Leave it out"
+            )
         self._spec = OuterSpec.of(state.outer)
         self._bounds = shard_bounds(self._spec.num_elements, self._server.num_shards)
         if self._server.num_shards > 1 and workload.stepping_rules().project is not None:
@@ -198,13 +223,19 @@ class RayExecutor(Executor):
             self._forget_actors()
         try:
             self._placement.open(workload.compute.device)
-            pool = self._start_pool(payload)
+            self._forget_held()
+            if self._state == "worker":
+                self._check_room_for_versions()
+            pool = self._start_pool(payload, self._num_held(workload))
+            if self._state == "worker":
+                self._held = HeldStates(workload, pool, state.version, state.states)
+                state = state._replace(states={})
             parts = split_state(pack_state(state), self._bounds)
             supervisor = self._start_server(parts, optimizer, workload)
         except BaseException:
             self.close()
             raise
-        self._scheduler = Scheduler(workload, self._policy, supervisor, pool)
+        self._scheduler = Scheduler(workload, self._policy, supervisor, pool, self._held)
         self._metrics = RunMetrics(ray.get_runtime_context().get_job_id())
         log.info("%s", self.describe())
 
@@ -241,17 +272,26 @@ class RayExecutor(Executor):
                 self.close()
 
     def state(self) -> OuterState:
-        return join_states(self._started().state(), self._spec)
+        return self._whole(self._started().state())
 
     def last_state(self) -> OuterState:
         if self._supervisor is None:
             return self.state()
-        return join_states(self._supervisor.last_state(LAST_STATE_S), self._spec)
+        return self._whole(self._supervisor.last_state(LAST_STATE_S))
+
+    def _whole(self, parts: list[PackedState]) -> OuterState:
+        found = join_states(parts, self._spec)
+        return found if self._held is None else found._replace(states=self._held.at(found.version))
 
     def describe(self) -> dict[str, str]:
         infos = self._pool.infos if self._pool else []
-        ways = {"compression": self._compression, "transport": self._transport.name}
-        unusual = {name: way for name, way in ways.items() if way not in ("none", "object_store")}
+        ways = {
+            "compression": self._compression,
+            "transport": self._transport.name,
+            "state": self._state,
+        }
+        usual = ("none", "object_store", "server")
+        unusual = {name: way for name, way in ways.items() if way not in usual}
         return {
             "executor": "ray",
             "policy": str(self._policy),
@@ -274,9 +314,37 @@ class RayExecutor(Executor):
 
     def _forget_actors(self) -> None:
         self._placement.forget()
+        self._forget_held()
         self._pool = self._supervisor = self._scheduler = self._judge = None
 
-    def _start_pool(self, payload: bytes) -> WorkerPool:
+    def _forget_held(self) -> None:
+        if self._held is not None:
+            self._held.close()
+        self._held = None
+
+    def _num_held(self, workload: Workload) -> int:
+        """Of how many tasks a worker holds the states."""
+        if self._state != "worker":
+            return 0
+        leases = math.ceil(workload.leases_per_step / self._workers.num_at_start)
+        return leases * workload.tasks_per_lease
+
+    def _check_room_for_versions(self) -> None:
+        """Raise ValueError if the versions of x since a snapshot would fill the object store."""
+        here = this_node()
+        resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+        there = resources.get("object_store_memory", math.inf) / 2
+        size = self._spec.num_elements * self._spec.dtype.itemsize
+        most = int(there / size) - 1 if there < math.inf else math.inf
+        if self._server.snapshot_every > most:
+            raise ValueError(
+                f"snapshot_every must be <= {most} with state='worker' and an outer variable of "
+                f"{size / 1e6:.3g} MB, got {self._server.snapshot_every}: x of each step since the "
+                f"last snapshot is kept, in half of the object store of {2 * there / 1e6:.4g} MB "
+                "(object_store_bytes). Or leave the states with the server, state='server'"
+            )
+
+    def _start_pool(self, payload: bytes, num_held: int = 0) -> WorkerPool:
         if self._pool is None:
             self._pool = WorkerPool(
                 partial(self._placement.make, Worker),
@@ -298,6 +366,7 @@ class RayExecutor(Executor):
             self._bounds,
             self._compression,
             self._transport,
+            num_held,
         )
         return self._pool
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -12,11 +13,12 @@ from metadist.cluster.actors.buffers import PackedState
 from metadist.cluster.parameter_server.ledger import Ledger
 from metadist.cluster.parameter_server.policies import Policy
 from metadist.cluster.parameter_server.server import Progress
+from metadist.cluster.parameter_server.states import HeldStates
 from metadist.cluster.parameter_server.supervisor import ServerGone, SumLost, Supervisor
-from metadist.cluster.parameter_server.worker_pool import Done, Lost, WorkerPool
+from metadist.cluster.parameter_server.worker_pool import Done, Fetch, Fetched, Lost, WorkerPool
 from metadist.executor import StepReport
 from metadist.outer import StepResult
-from metadist.workload import Workload
+from metadist.workload import Lease, Workload
 
 T = TypeVar("T")
 
@@ -31,15 +33,24 @@ class Scheduler:
         policy: Decides when to step.
         supervisor: The supervisor of a started server.
         pool: Started workers.
+        held: Where workers hold the states of tasks; None: the server has them, if there are any.
     """
 
     def __init__(
-        self, workload: Workload, policy: Policy, supervisor: Supervisor, pool: WorkerPool
+        self,
+        workload: Workload,
+        policy: Policy,
+        supervisor: Supervisor,
+        pool: WorkerPool,
+        held: HeldStates | None = None,
     ) -> None:
         self._workload = workload
         self._policy = policy
         self._supervisor = supervisor
         self._pool = pool
+        self._held = held
+        if held is not None:
+            supervisor.gather = self._gather
         self._ledger: Ledger | None = None
         self._outer: tuple[ObjectRef[Any], ...] = ()
 
@@ -64,7 +75,39 @@ class Scheduler:
 
     def state(self) -> list[PackedState]:
         """Everything that must persist, the parts of all shards."""
-        return self._with_server(self._supervisor.state)
+        return self._with_server(self._snapshot)
+
+    def _snapshot(self) -> list[PackedState]:
+        parts = self._supervisor.state()
+        if self._held is not None:
+            self._held.keep(parts[0].version)
+        return parts
+
+    def _gather(self, version: int, until: float = math.inf) -> None:
+        """Have the states at this version, which is that of x, on the driver's disk.
+
+        Raises:
+            TimeoutError: It is `until`, or something was lost where that is given.
+        """
+        held, ledger = self._held, self._ledger
+        if held is None or held.has(version):
+            return
+        held.gather(version)
+        while not held.has(version):
+            held.ask(ledger.in_flight if ledger else ())
+            for event in self._pool.wait(1.0):
+                if isinstance(event, Fetched):
+                    held.take(event)
+                elif isinstance(event, Lost) and isinstance(event.lease, Fetch):
+                    held.lost(event.lease)
+                elif ledger is not None:
+                    self._note(event, ledger)
+                if isinstance(event, Lost) and until < math.inf:
+                    raise TimeoutError("a worker was lost")
+            if time.perf_counter() > until:
+                raise TimeoutError("the workers did not give their states in time")
+            if ledger is not None and until == math.inf:
+                self._hand_out(ledger)
 
     def _with_server(self, action: Callable[[], T]) -> T:
         """What `action` returns; it is repeated whenever the server is lost and replaced."""
@@ -82,6 +125,8 @@ class Scheduler:
         ledger = self._ledger
         if ledger.version >= self._until_version:
             return None
+        if self._held is not None and self._supervisor.is_due:
+            self._snapshot()
         weights = ledger.next_step()
         if not weights:
             self._hand_out(ledger)
@@ -105,6 +150,8 @@ class Scheduler:
         self._done: dict[int, Done] = {}
         progress: Progress = self._supervisor.ask([self._supervisor.server.progress.remote()])[0]
         self._outer = self._supervisor.pull()
+        if self._held is not None:
+            self._held.reached(progress.version, self._outer)
         return Ledger(
             self._policy,
             self._workload.leases_per_step,
@@ -113,29 +160,46 @@ class Scheduler:
         )
 
     def _hand_out(self, ledger: Ledger) -> None:
-        while self._pool.has_room and (lease_id := ledger.issue()) is not None:
+        while self._has_room and (lease_id := ledger.issue()) is not None:
             # Fresh ones come in the order of their numbers, so this one was handed out before.
             if lease_id < self._handed_out_below:
                 self._reissued.append(lease_id)
             self._handed_out_below = max(self._handed_out_below, lease_id + 1)
             lease = self._workload.lease(lease_id, ledger.version)
+            if self._held is not None:
+                self._held.send(lease)
+                continue
             kept = None
             if self._workload.keep_state:
                 kept = self._supervisor.server.kept.remote(lease.indices)
             self._pool.submit(lease, self._outer, kept)
-        self._pool.back_up()
+        if self._held is None:
+            self._pool.back_up()
+        elif news := self._held.take_news():
+            self._pool.notify("states_held", workers=news)
 
-    def _note(self, event: Done | Lost, ledger: Ledger) -> None:
+    @property
+    def _has_room(self) -> bool:
+        # A lease waits for the worker that holds its states, however many it has.
+        return bool(self._pool.actors) if self._held is not None else self._pool.has_room
+
+    def _note(self, event: Done | Fetched | Lost, ledger: Ledger) -> None:
         if isinstance(event, Done):
             ledger.arrive(event.result.lease_id)
             self._done[event.result.lease_id] = event
+            if self._held is not None:
+                self._held.done(event.result.lease_id, event.result.version)
             return
+        if isinstance(event, Fetched) or not isinstance(event.lease, Lease):
+            return  # of a snapshot that was given up
         self._lose(event.lease.id, ledger)
         if event.lost_data:
             # x was lost, perhaps with the server: find out before the losses of workers that cannot
             # read x add up to the end of the run.
             self._supervisor.ask(self._supervisor.versions())
             self._outer = self._supervisor.pull()
+            if self._held is not None:
+                self._held.reached(ledger.version, self._outer)
 
     def _lose(self, lease_id: int, ledger: Ledger) -> None:
         ledger.lose(lease_id)
@@ -159,6 +223,8 @@ class Scheduler:
             return None
         self._outer = outer
         ledger.apply(weights, step.version)
+        if self._held is not None:
+            self._held.reached(step.version, outer)
         for lease_id in weights:
             del self._done[lease_id]
         return step

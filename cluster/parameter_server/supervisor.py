@@ -76,6 +76,10 @@ class Supervisor:
         self._left: frozenset[str] = frozenset()
         self.servers: list[Any] = []
         """The actors, each a `ParameterServer`."""
+        self.gather: Callable[..., None] | None = None
+        """Called with the version of a state, and perhaps the time at which to give up, before it
+        replaces the last snapshot: has what belongs to it and is not in the server. Snapshots are
+        then made by calls of `state` alone, when `is_due`."""
 
     @property
     def server(self) -> Any:
@@ -231,6 +235,8 @@ class Supervisor:
             raise self._failed(
                 exceptions.RaySystemError(f"its shards have versions {versions_of(parts)} of x")
             )
+        if self.gather is not None:
+            self.gather(parts[0].version)
         self._keep(parts)
         return self._snapshot
 
@@ -249,7 +255,14 @@ class Supervisor:
             ready = set(self._runtime.ready(pending, min(1.0, left_s)))
             pending = [ref for ref in pending if ref not in ready]
         with suppress(exceptions.RayError):
-            self._keep(self._runtime.get(refs))
+            parts = self._runtime.get(refs)
+            if self.gather is not None and len(versions_of(parts)) == 1:
+                try:
+                    self.gather(parts[0].version, deadline)
+                except Exception as error:  # noqa: BLE001 - whatever it is: there is a snapshot
+                    log.warning("the states of the last steps are lost: %s", error)
+                    return self._snapshot
+            self._keep(parts)
         return self._snapshot
 
     def _states(self) -> list[ObjectRef[Any]]:
@@ -260,9 +273,16 @@ class Supervisor:
         self._version = version
         if version > self._furthest:
             self._furthest, self._num_losses = version, 0
+        if self.gather is not None:
+            return
         self._fetch()
         if not self._fetching and version - self._asked_at >= self._snapshot_every:
             self._fetching, self._asked_at = self._states(), version
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last snapshot is `snapshot_every` versions old."""
+        return self._version - self._snapshot[0].version >= self._snapshot_every
 
     def take_num_lost(self) -> int:
         """Servers lost since this was last called."""

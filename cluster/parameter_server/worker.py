@@ -15,6 +15,7 @@ from metadist.cluster.actors.buffers import Array, OuterSpec, to_array, to_tenso
 from metadist.cluster.actors.errors import exits_raised
 from metadist.cluster.actors.placement import WorkerInfo, worker_device
 from metadist.cluster.parameter_server.compression import Bfloat16, Compression
+from metadist.cluster.parameter_server.held import Held, check_room
 from metadist.cluster.parameter_server.transport import (
     OBJECT_STORE,
     Pulled,
@@ -55,6 +56,7 @@ class Worker:
         bounds: Sequence[tuple[int, int]] | None = None,
         compression: Compression = "none",
         transport: Transport = OBJECT_STORE,
+        num_held: int = 0,
     ) -> WorkerInfo:
         """Where this worker runs, once it is ready to compute leases of another workload.
 
@@ -65,6 +67,7 @@ class Worker:
             bounds: The slices of x that the shards of the server own; None: there is one shard.
             compression: How sums of hypergradients are compressed, see `RayExecutor`.
             transport: How tensors are sent.
+            num_held: Of how many tasks it will hold the states, see `compute_held`.
         """
         self._workload: Workload = cloudpickle.loads(payload)
         device = pick_device(worker_device(self._workload.compute.device))
@@ -77,6 +80,8 @@ class Worker:
         self._feed = (
             self._workload.feed(self._outer) if isinstance(self._workload, Workload) else None
         )
+        self._held = Held()
+        self._num_held = num_held
         return WorkerInfo.here(self._name, device)
 
     @exits_raised()
@@ -99,6 +104,78 @@ class Worker:
         states = {index: to_tensor(state).to(device) for index, state in (kept or {}).items()}
         computed = self._workload.compute_lease(lease, self._outer, previous, states, self._feed)
         return computed.result, *self.send(computed)
+
+    @exits_raised()
+    def compute_held(
+        self,
+        lease: Lease,
+        before: Sequence[Lease],
+        kept: Mapping[int, Array] | None,
+        *pulled: Pulled,
+    ) -> tuple[LeaseResult | Pushed, ...]:
+        """As `compute`, with the states of the tasks that this worker holds, and goes on to hold.
+
+        Args:
+            lease: The tasks.
+            before: Leases of the same tasks at earlier versions of x, whose states are computed
+                again first; their sums are in x.
+            kept: The states to begin with, which replace what is held; None: what is held.
+            pulled: x at the version of each lease, in slices.
+        """
+        self._hold(lease.indices, lease.version, before, kept, pulled)
+        computed = self._step(lease, pulled[-len(self._bounds) :])
+        return computed.result, *self.send(computed._replace(states={}))
+
+    @exits_raised()
+    def give(
+        self,
+        indices: Sequence[int],
+        version: int,
+        before: Sequence[Lease],
+        kept: Mapping[int, Array] | None,
+        *pulled: Pulled,
+        lets_go: bool = False,
+    ) -> dict[int, Array]:
+        """The states of tasks at that version of x, where there are any.
+
+        Args:
+            indices: The tasks.
+            version: The version of x.
+            before: As for `compute_held`.
+            kept: As for `compute_held`.
+            pulled: x at the version of each lease of `before`, in slices.
+            lets_go: Whether another worker holds them from now on.
+        """
+        self._hold(indices, version, before, kept, pulled)
+        states = {i: to_array(state) for i, state in self._held.at(indices, version).items()}
+        if lets_go:
+            self._held.let_go(indices)
+        return states
+
+    def _hold(
+        self,
+        indices: Sequence[int],
+        version: int,
+        before: Sequence[Lease],
+        kept: Mapping[int, Array] | None,
+        pulled: Sequence[Pulled],
+    ) -> None:
+        if kept is None:
+            return
+        device = self._flat.device
+        states = {index: to_tensor(state).to(device) for index, state in kept.items()}
+        self._held.set(indices, before[0].version if before else version, states)
+        size = len(self._bounds)
+        for number, lease in enumerate(before):
+            self._step(lease, pulled[number * size : (number + 1) * size])
+
+    def _step(self, lease: Lease, pulled: Sequence[Pulled]) -> Contribution:
+        self.load(pulled)
+        states = self._held.at(lease.indices, lease.version)
+        computed = self._workload.compute_lease(lease, self._outer, None, states, self._feed)
+        check_room(computed.states, self._num_held, self._flat.device)
+        self._held.step(lease.indices, lease.version, computed.states)
+        return computed
 
     def judge(
         self,

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from ray import ObjectRef
 
+from metadist.cluster.actors.buffers import Array
 from metadist.cluster.actors.failure import WORKER, Failures
 from metadist.cluster.actors.placement import WorkerInfo
 from metadist.cluster.actors.pool import RAY, ActorPool, Call, Runtime, Slot
-from metadist.cluster.parameter_server.worker import Judged
 from metadist.outer import LeaseResult
 from metadist.workload import Lease
 
@@ -28,24 +28,43 @@ class Done(NamedTuple):
 class Lost(NamedTuple):
     """A lease has to be computed again; `lost_data`: because x could not be read."""
 
-    lease: Lease
+    lease: Lease | Fetch
     lost_data: bool
+
+
+class Fetch(NamedTuple):
+    """The states of these tasks at that version of x are to be fetched from a worker."""
+
+    indices: tuple[int, ...]
+    version: int
+
+    @property
+    def in_words(self) -> str:
+        """What it is, for messages."""
+        return f"the states of tasks {', '.join(map(str, self.indices))}"
+
+
+class Fetched(NamedTuple):
+    """They came: the states by task, where there are any, in the object store."""
+
+    fetch: Fetch
+    states: dict[int, Array]
 
 
 STUCK_FACTOR = 2.0
 """A lease stuck behind one that takes this many times the median goes to another worker."""
 
 
-Work = Lease | range
-"""A lease of a training, or the indices of tasks of an evaluation."""
+Work = Lease | range | Fetch
+"""A lease of a training, the indices of tasks of an evaluation, or states to fetch."""
 
 
 @dataclass(eq=False, kw_only=True)
 class _Call(Call):
-    """Some work that a worker has, with what else it was sent."""
+    """Some work that a worker has, with what else it was sent; None: nobody else can do it."""
 
     item: Work
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...] | None
     totals: tuple[ObjectRef[Any], ...] = ()
 
 
@@ -98,7 +117,7 @@ class WorkerPool(ActorPool[_Slot]):
         self._prefetch = prefetch
         self._backup_factor = backup_factor
         self._setup: tuple[Any, ...] = ()
-        self._events: list[Done | Lost] = []
+        self._events: list[Done | Fetched] = []
         self._paused: list[_Paused] = []
         self._judged: dict[range, list[dict[str, float]]] = {}
         self._waiting_s = 0.0
@@ -133,6 +152,43 @@ class WorkerPool(ActorPool[_Slot]):
         """
         self._send(lease, kept, *outer)
 
+    @property
+    def actors(self) -> list[Any]:
+        """The workers that may be given work, however much they have."""
+        return [slot.actor for slot in self._slots if slot.is_alive and not slot.is_heir_ready]
+
+    def name_of(self, actor: Any) -> str | None:
+        """The name of a worker; None if it is gone."""
+        return next((slot.name for slot in self._slots if slot.actor is actor), None)
+
+    def submit_held(self, actor: Any, lease: Lease, num_shards: int, *arguments: Any) -> None:
+        """Have this one of `actors` compute `lease`, whose states it holds.
+
+        Args:
+            actor: The worker.
+            lease: The lease.
+            num_shards: The shards of x.
+            arguments: The further arguments of `Worker.compute_held`.
+        """
+        compute = actor.compute_held.options(num_returns=1 + num_shards)
+        ref, *totals = compute.remote(lease, *arguments)
+        size = 1 + len(arguments[0])
+        call = _Call(ref, lease.in_words, "lease", size, item=lease, arguments=None)
+        call.totals = tuple(totals)
+        self._add(actor, call)
+
+    def fetch(self, actor: Any, fetch: Fetch, *arguments: Any) -> None:
+        """Ask this one of `actors`; the further arguments are those of `Worker.give`."""
+        ref = actor.give.remote(*fetch, *arguments)
+        size = 1 + len(arguments[0])
+        self._add(actor, _Call(ref, fetch.in_words, "fetch", size, item=fetch, arguments=None))
+
+    def _add(self, actor: Any, call: _Call) -> None:
+        slot = next(slot for slot in self._slots if slot.actor is actor)
+        if not slot.calls:
+            self._rest(slot)
+        slot.calls.append(call)
+
     def judge(self, chunks: Sequence[range], *arguments: Any) -> list[dict[str, float]]:
         """The metrics of the tasks in all chunks, in order; leases are kept for `wait` meanwhile.
 
@@ -157,7 +213,7 @@ class WorkerPool(ActorPool[_Slot]):
                 self._losses.pop(_in_words(chunk), None)
                 self._errors.pop(_in_words(chunk), None)
 
-    def _send(self, item: Work, *arguments: Any) -> None:
+    def _send(self, item: Lease | range, *arguments: Any) -> None:
         """Give `item` to the worker that has been idle longest, else to the next to be idle."""
         now = self._runtime.now()
         with_room = [slot for slot in self._slots if self._room_at(slot) <= now]
@@ -180,36 +236,37 @@ class WorkerPool(ActorPool[_Slot]):
         """Give what takes long to idle workers too; the first answer counts."""
         while (overdue := self._next_backup()) is not None and overdue[0] <= self._runtime.now():
             call = overdue[1]
+            assert call.arguments is not None and not isinstance(call.item, Fetch)
             self._send(call.item, *call.arguments)
 
     def forget(self) -> None:
         """Let go of all leases; what is still being computed is thrown away."""
         for slot in self._slots:
             slot.num_losses = 0
-        self._let_go(Lease)
+        self._let_go(Lease, Fetch)
         self._losses.clear()
         self._errors.clear()
         self._events = []
 
-    def _let_go(self, kind: type[Work]) -> None:
+    def _let_go(self, *kinds: type[Work]) -> None:
         for slot in self._slots:
             for call in slot.calls:
                 # An actor call cannot be taken back: the worker stays busy until it has answered.
-                call.is_redundant |= isinstance(call.item, kind)
-        self._paused = [paused for paused in self._paused if not isinstance(paused.item, kind)]
+                call.is_redundant |= isinstance(call.item, kinds)
+        self._paused = [paused for paused in self._paused if not isinstance(paused.item, kinds)]
 
-    def wait(self, timeout_s: float | None = None) -> list[Done | Lost]:
+    def wait(self, timeout_s: float | None = None) -> list[Done | Fetched | Lost]:
         """What happened to leases; blocks until something did, or a worker has room again."""
         self._check_starved()
         self._wait(math.inf if timeout_s is None else timeout_s)
-        lost = [Lost(paused.item, paused.lost_data) for paused in self._take_due(Lease)]
+        lost = [Lost(paused.item, paused.lost_data) for paused in self._take_due(Lease, Fetch)]
         events, self._events = [*self._events, *lost], []
         return events
 
-    def _take_due(self, kind: type[Work]) -> list[Any]:
-        """The paused work of this kind that may be tried again now."""
+    def _take_due(self, *kinds: type[Work]) -> list[Any]:
+        """The paused work of these kinds that may be tried again now."""
         now = self._runtime.now()
-        due = [item for item in self._paused if item.at <= now and isinstance(item.item, kind)]
+        due = [item for item in self._paused if item.at <= now and isinstance(item.item, kinds)]
         self._paused = [item for item in self._paused if item not in due]
         return due
 
@@ -249,7 +306,12 @@ class WorkerPool(ActorPool[_Slot]):
         slot.lease_s = math.inf
         return answer
 
-    def _answered(self, slot: _Slot, call: _Call, answer: LeaseResult | Judged) -> None:
+    def _answered(self, slot: _Slot, call: _Call, answer: Any) -> None:
+        if isinstance(call.item, Fetch):
+            self._rest(slot)
+            if not call.is_redundant:
+                self._events.append(Fetched(call.item, answer))
+            return
         # It may have begun, and even ended, before the end of the one before it was noticed.
         slot.lease_s = max(answer.seconds, self._runtime.now() - slot.since)
         self._rest(slot, answer.seconds)
@@ -294,6 +356,8 @@ class WorkerPool(ActorPool[_Slot]):
                 factor = STUCK_FACTOR if place else self._backup_factor
                 usual_s = self._paces[slot.calls[0].kind].median_s
                 if factor is None or usual_s is None or call.is_redundant or self._others(call):
+                    continue
+                if call.arguments is None:
                     continue
                 slow.append((slot.since + factor * usual_s, call))
         return min(slow, key=lambda pair: pair[0], default=None)

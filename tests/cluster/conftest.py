@@ -56,7 +56,7 @@ class Shared:
     def start(
         self,
         workload: Workload | None = None,
-        state: OuterState | None = None,
+        first: OuterState | None = None,
         optimizer: OuterOptimizer = ADAM,
         **options: Any,
     ) -> RayExecutor:
@@ -69,8 +69,8 @@ class Shared:
                 options = {**options, "workers": replace(workers, start_timeout_s=600.0)}
             self._executor = RayExecutor(**options)
         workload = workload or make_workload()
-        state = state or first_state(workload.problem, optimizer)
-        self._executor.start(workload, optimizer, state)
+        first = first or first_state(workload.problem, optimizer)
+        self._executor.start(workload, optimizer, first)
         return self._executor
 
     def close(self) -> None:

@@ -95,7 +95,7 @@ def test_a_run_that_goes_on_gives_the_bytes_of_an_uninterrupted_one(executor):
     list(running.run(4))
     list(running.run(6))
     assert state_bytes(running.state()) == state_bytes(expected)
-    running = executor(state=state)
+    running = executor(first=state)
     list(running.run(6))
     assert state_bytes(running.state()) == state_bytes(expected)
     assert all(torch.equal(running.state().outer[name], x) for name, x in expected.outer.items())
@@ -247,7 +247,7 @@ def test_asynchronous_runs_go_on_from_any_state(executor):
     for _ in itertools.islice(running.run(20), 5):
         pass
     state = running.state()
-    reports = list(executor(state=state).run(state.version + 2))
+    reports = list(executor(first=state).run(state.version + 2))
     # Holes first, in the order of their numbers.
     applied = {*range(state.applied_below), *state.applied}
     free = (n for n in range(100) if n not in applied)
