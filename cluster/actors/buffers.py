@@ -6,6 +6,7 @@ them without an error, so they are only ever copied from.
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -97,6 +98,21 @@ def read_only(array: Array) -> Tensor:
 def to_tensor(array: Array) -> Tensor:
     """A tensor of the same values, in fresh memory."""
     return read_only(array).clone()
+
+
+def on_disk(array: Array) -> Tensor:
+    """A tensor of the same values, in a file of the temporary folder that has no name any more.
+
+    It is mapped into memory and not read: the kernel reads what somebody looks at, and takes the
+    pages back when it needs them. The space is free again when the tensor is gone, or this process.
+    """
+    if not array.size:
+        return to_tensor(array)
+    with tempfile.TemporaryFile() as file:
+        file.write(np.ascontiguousarray(array).data)
+        file.flush()
+        mapped = np.memmap(file, dtype=array.dtype, mode="c", shape=array.shape)
+    return read_only(np.asarray(mapped))
 
 
 def join(parts: Sequence[Array]) -> Tensor:

@@ -223,7 +223,7 @@ class RayExecutor(Executor):
             self._forget_actors()
         try:
             self._placement.open(workload.compute.device)
-            self._forget_held()
+            self._held = None
             if self._state == "worker":
                 self._check_room_for_versions()
             pool = self._start_pool(payload, self._num_held(workload))
@@ -314,13 +314,7 @@ class RayExecutor(Executor):
 
     def _forget_actors(self) -> None:
         self._placement.forget()
-        self._forget_held()
-        self._pool = self._supervisor = self._scheduler = self._judge = None
-
-    def _forget_held(self) -> None:
-        if self._held is not None:
-            self._held.close()
-        self._held = None
+        self._pool = self._supervisor = self._scheduler = self._judge = self._held = None
 
     def _num_held(self, workload: Workload) -> int:
         """Of how many tasks a worker holds the states."""

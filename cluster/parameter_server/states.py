@@ -9,9 +9,8 @@ from typing import Any
 from ray import ObjectRef
 from torch import Tensor
 
-from metadist.cluster.actors.buffers import Array, to_array
+from metadist.cluster.actors.buffers import Array, on_disk, to_array
 from metadist.cluster.parameter_server.held import Homes
-from metadist.cluster.parameter_server.shelf import Shelf
 from metadist.cluster.parameter_server.worker_pool import Fetch, Fetched, WorkerPool
 from metadist.workload import Lease, Workload
 
@@ -36,8 +35,7 @@ class HeldStates:
         self._workload = workload
         self._pool = pool
         self._homes: Homes[Any] = Homes(workload.leases_per_step)
-        self._shelf = Shelf()
-        self._shelf.lay(version, states)
+        self._snapshots = {version: dict(states)}
         self._snapshot = self._version = version
         self._outers: dict[int, tuple[ObjectRef[Any], ...]] = {}
         self._wanted = version
@@ -51,8 +49,7 @@ class HeldStates:
         if version < self._version:
             self._homes.forget_versions()
             self._outers.clear()
-            self._shelf.keep_only([version])
-            self._snapshot = version
+            self.keep(version)
         self._version = version
         self._outers[version] = outer
 
@@ -77,11 +74,11 @@ class HeldStates:
 
     def has(self, version: int) -> bool:
         """Whether the driver has the states at that version."""
-        return version in self._shelf
+        return version in self._snapshots
 
     def at(self, version: int) -> dict[int, Tensor]:
         """The states at that version, on the driver's disk."""
-        return self._shelf.at(version)
+        return self._snapshots[version]
 
     def gather(self, version: int) -> None:
         """Begin to fetch the states at the present version of x."""
@@ -120,11 +117,11 @@ class HeldStates:
         if version != self._wanted:
             return  # of a snapshot that was given up
         for index, array in fetched.states.items():
-            self._gathered[index] = self._shelf.mapped(version, index, array)
+            self._gathered[index] = on_disk(array)
         if not self._homes.is_certain(number):
             self._homes.confirm(number, version)
         if not self._to_ask and not self._asked:
-            self._shelf.lay(version, dict(sorted(self._gathered.items())))
+            self._snapshots[version] = dict(sorted(self._gathered.items()))
             self._gathered = {}
 
     def lost(self, fetch: Fetch) -> None:
@@ -133,7 +130,7 @@ class HeldStates:
 
     def keep(self, version: int) -> None:
         """Begin again from the snapshot of that version, which is whole, and forget older ones."""
-        self._shelf.keep_only([version])
+        self._snapshots = {version: self._snapshots[version]}
         self._snapshot = version
         for old in [old for old in self._outers if old < version]:
             del self._outers[old]
@@ -150,10 +147,6 @@ class HeldStates:
         self._reported = dict(sorted(found.items()))
         return self._reported
 
-    def close(self) -> None:
-        """Remove the snapshots from the disk; tensors of `at` stay."""
-        self._shelf.close()
-
     def _answered(self, fetch: Fetch) -> int:
         number = self._number(fetch.indices[0] // self._workload.tasks_per_lease)
         self._asked.pop(number, None)
@@ -169,7 +162,7 @@ class HeldStates:
         self, indices: tuple[int, ...], version: int
     ) -> tuple[range, dict[int, Array]]:
         """(the versions whose leases are to be computed again, the states to begin with)."""
-        states = self._shelf.at(self._snapshot)
+        states = self._snapshots[self._snapshot]
         kept = {index: to_array(states[index]) for index in indices if index in states}
         return range(self._snapshot, version), kept
 

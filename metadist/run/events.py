@@ -19,7 +19,10 @@ log = logging.getLogger("metadist.run")
 # Configure logging to see these lines; on the terminal a failure shows as its exception.
 log.addHandler(logging.NullHandler())
 
-USUAL = ("run_started", "run_finished", "lease_reissued", "worker_moved", "checkpoint_written")
+USUAL = (
+    *("run_started", "run_finished", "lease_reissued", "worker_moved", "states_held"),
+    "checkpoint_written",
+)
 """Events at the level INFO of the log; that of run_failed is ERROR, of the others WARNING."""
 
 
@@ -35,6 +38,7 @@ class EventLog:
         run_failed             error
         worker_lost            num_lost, num_workers (alive now)
         worker_moved           worker, node, which Ray announced to stop; it is started elsewhere
+        states_held            workers: the tasks whose states each holds from now on, by name
         node_draining          the node of x or of the driver will stop; a checkpoint is written
         server_recovered       num_lost; x went back to an earlier state where it had to
         lease_reissued         leases

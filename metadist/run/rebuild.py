@@ -197,7 +197,9 @@ def _arguments(value: Any, where: str, unknown: list[str]) -> dict[str, Any]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             unknown.append(f"{where}, a {type(value).__name__} made from *{name}")
             continue
-        found = getattr(value, name, getattr(value, f"_{name}", unknown))
+        found = getattr(value, name, unknown)
+        if found is unknown or inspect.ismethod(found):
+            found = getattr(value, f"_{name}", unknown)
         if found is unknown:
             unknown.append(
                 f"{where}.{name}, which {type(value).__name__} does not keep (self.{name} = {name})"

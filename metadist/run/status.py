@@ -158,6 +158,11 @@ class RunStatus:
             listed = ", ".join(shown[:NUM_WORKERS]) + (f", and {more} more" if more > 0 else "")
             tasks = f" (tasks/s: {listed})" if shown else ""
             yield "workers", f"{workers.value:.0f}{tasks}"
+        if isinstance(held := self._last("states_held").get("workers"), dict):
+            named = sorted(held.items(), key=_by_name)[:NUM_WORKERS]
+            more = len(held) - len(named)
+            listed = "; ".join(_short(f"{name}: {_plain(tasks)}") for name, tasks in named)
+            yield "states", f"of tasks, on {listed}" + (f"; and {more} more" if more > 0 else "")
         for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
             if text := self._losses(split):
                 yield name, text
