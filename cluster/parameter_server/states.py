@@ -42,7 +42,7 @@ class HeldStates:
         self._gathered: dict[int, Tensor] = {}
         self._asked: dict[int, Any] = {}
         self._to_ask: list[int] = []
-        self._reported: dict[str, list[int]] = {}
+        self._reported: list[str] = []
 
     def reached(self, version: int, outer: tuple[ObjectRef[Any], ...]) -> None:
         """Note that x has that version; that of an earlier snapshot, if the server was lost."""
@@ -135,17 +135,18 @@ class HeldStates:
         for old in [old for old in self._outers if old < version]:
             del self._outers[old]
 
-    def take_news(self) -> dict[str, list[int]] | None:
-        """The tasks whose states each worker holds, by name; None: as last said."""
+    def take_news(self) -> list[str] | None:
+        """Each worker with the tasks whose states it holds; None: as last said."""
         found: defaultdict[str, list[int]] = defaultdict(list)
         for number, worker in sorted(self._homes.workers.items()):
             name = self._pool.name_of(worker)
             if name is not None:
                 found[name] += self._indices(number)
-        if found == self._reported:
+        news = [f"{name}: {', '.join(map(str, tasks))}" for name, tasks in sorted(found.items())]
+        if news == self._reported:
             return None
-        self._reported = dict(sorted(found.items()))
-        return self._reported
+        self._reported = news
+        return news
 
     def _answered(self, fetch: Fetch) -> int:
         number = self._number(fetch.indices[0] // self._workload.tasks_per_lease)

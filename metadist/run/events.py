@@ -38,7 +38,7 @@ class EventLog:
         run_failed             error
         worker_lost            num_lost, num_workers (alive now)
         worker_moved           worker, node, which Ray announced to stop; it is started elsewhere
-        states_held            workers: the tasks whose states each holds from now on, by name
+        states_held            workers, each with the tasks whose states it holds from now on
         node_draining          the node of x or of the driver will stop; a checkpoint is written
         server_recovered       num_lost; x went back to an earlier state where it had to
         lease_reissued         leases

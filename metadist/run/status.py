@@ -158,10 +158,9 @@ class RunStatus:
             listed = ", ".join(shown[:NUM_WORKERS]) + (f", and {more} more" if more > 0 else "")
             tasks = f" (tasks/s: {listed})" if shown else ""
             yield "workers", f"{workers.value:.0f}{tasks}"
-        if isinstance(held := self._last("states_held").get("workers"), dict):
-            named = sorted(held.items(), key=_by_name)[:NUM_WORKERS]
-            more = len(held) - len(named)
-            listed = "; ".join(_short(f"{name}: {_plain(tasks)}") for name, tasks in named)
+        if isinstance(held := self._last("states_held").get("workers"), list):
+            more = len(held) - NUM_WORKERS
+            listed = "; ".join(_short(str(text)) for text in held[:NUM_WORKERS])
             yield "states", f"of tasks, on {listed}" + (f"; and {more} more" if more > 0 else "")
         for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
             if text := self._losses(split):
