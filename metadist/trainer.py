@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from metadist import __version__
@@ -44,6 +45,7 @@ from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterVariable, check_state
 from metadist.problem import Problem, has_artifacts, has_few_shot_classes, start_carried
 from metadist.run.background import Background
+from metadist.run.banner import banner
 from metadist.run.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -529,6 +531,7 @@ class Trainer:
                 self._monitor = monitor
                 if self.version == 0:
                     monitor.task(self._probe.sample(0))
+            self._introduce(run.progress)
             self.has_started = True
             about = {"until_step": num_steps, **self._executor.describe()}
             with self._events.run(self.version, **about):
@@ -576,6 +579,26 @@ class Trainer:
             best=best,
             calls=run.calls,
         )
+
+    def _introduce(self, progress: TerminalProgress) -> None:
+        """Say what is trained, on what and where."""
+        if self._quiet:
+            return
+        outer, _ = split_own(self.outer)
+        leaf = next(iter(outer.values()))
+        task = to_device(sample_task(self._probe, 0), leaf.device, leaf.dtype)
+        with torch.no_grad():
+            inner = self.problem.init_inner(outer, task)
+        for line in banner(
+            problem=self.problem,
+            algorithm=self.algorithm,
+            outer=self.outer,
+            inner=inner,
+            task=task,
+            num_tasks=self._workload.meta_batch_size,
+            place=self._executor.describe(),
+        ):
+            progress.say(line)
 
     def save(self) -> int:
         """Within `on_step`: bring `outer` and `inner` to this step and write a checkpoint of it.

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 from metadist.cli.help import class_help, command_help, shown
 from metadist.cli.mistakes import explain, options_of
 from metadist.cli.names import expand, expand_names, expand_tree, kind_of
+from metadist.cli.sizes import leave_open
 from metadist.run.files import MAX_CONFIG_BYTES
 from metadist.run.uris import check_no_secrets
 
@@ -43,6 +44,8 @@ class Parser(ArgumentParser):
         """Options that come before all flags, which name classes by default. A default in the usual
         sense would fill in the values of its class, of which those that another class knows too
         would stay when that one is named."""
+        self.takes_sizes = False
+        """Whether sizes that are not given are left open, see `metadist.cli.sizes`."""
 
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
         args = classes_first(expand_names(sys.argv[1:] if args is None else list(args)))
@@ -93,6 +96,9 @@ class Parser(ArgumentParser):
                 del first[option]
         pairs = [part for pair in first.items() for part in pair]
         found = super().parse_args([*pairs, *args], *rest, **options)
+        if self.takes_sizes:
+            given = super().parse_args([*pairs, *args], *rest, **{**options, "defaults": False})
+            leave_open(found, given)
         # Also those of files: a run keeps its options, and prints some of them.
         check_no_secrets([f"--{name}={value}" for name, value in found.items()])
         return found

@@ -13,6 +13,8 @@ from metadist.algorithm import Algorithm
 from metadist.cli.mistakes import parameters_of
 from metadist.cli.names import ProblemBase, SamplerBase, kind_of
 from metadist.cli.parsing import Parser
+from metadist.cli.sizes import are_open, fill
+from metadist.task import Shardable, Stream, Task, sample_task
 
 
 def add_config(parser: Parser) -> None:
@@ -33,6 +35,7 @@ def add_workload(parser: Parser) -> None:
     parser.add_subclass_arguments(
         Algorithm, "algorithm", required=True, help="The method that estimates hypergradients."
     )
+    parser.takes_sizes = True
     parser.first |= {
         "--problem": "few_shot",
         "--problem.model": "conv4",
@@ -46,17 +49,36 @@ def instantiate(config: Namespace, parser: Parser, only: str | None = None) -> N
     for key, default in parser.get_defaults().items():
         if default is not None and key in config and config[key] is None:
             raise ValueError(f"{key} must be a value, got null: leave it out for {default!r}")
-    for key, value in vars(config).items():
-        _check_nulls(key, value)
-    torch.manual_seed(config.seed)  # the model's initial weights
+    _check_nulls("sampler", config.get("sampler"))
     optimizer = config.get("outer_optimizer", Namespace())
     if not isinstance(optimizer, Namespace):  # which the parser lets pass
         raise ValueError(f"outer_optimizer must be a mapping of its options, got {optimizer!r}")
+    if are_open(config):
+        fill(config, _first_task(_make(config, parser, "sampler").sampler))
+    for key, value in vars(config).items():
+        _check_nulls(key, value)
+    return _make(config, parser, only)
+
+
+def _first_task(sampler: Any) -> Task | None:
+    """A task of a sampler, for its sizes; None if it fails, which is reported with its checks."""
+    # No process may hold the whole of the first kind; other classes come later in the second.
+    if isinstance(sampler, Shardable | Stream):
+        return None
+    try:
+        task = sample_task(sampler, 0)
+    except Exception:  # noqa: BLE001  # see above
+        return None
+    return task if isinstance(task, Task) else None
+
+
+def _make(config: Namespace, parser: Parser, only: str | None) -> Namespace:
     if only is not None:
         config = config.clone()
         for key in list(config.keys(branches=True)):
             if kind_of(key) and "." not in key and key != only:
                 config[key] = None
+    torch.manual_seed(config.seed)  # the model's initial weights
     try:
         return parser.instantiate(config)
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from metadist.executor import StepReport
 from metadist.loggers.base import Bearing, LoggedRun, Logger
 from metadist.loggers.tensor_board import TensorBoardLogger
 from metadist.outer import LeaseResult
+from metadist.run.banner import Forecast
 from metadist.task import Task
 
 log = logging.getLogger("metadist.run.monitor")
@@ -183,6 +185,7 @@ class TerminalProgress:
         self._lines_every = lines_every
         self._num_steps = num_steps
         self._latest: dict[str, float] = {}
+        self._forecast = Forecast(num_steps)
         self._bar: Progress | None = None
         if self._console.is_terminal and not quiet:
             self._bar = Progress(
@@ -200,6 +203,8 @@ class TerminalProgress:
         """Show one outer step."""
         self._latest.update(report.metrics)
         version = report.step.version
+        if forecast := self._forecast.after(version, time.monotonic()):
+            self.say(forecast)
         shown = " ".join(
             f"{label} {self._latest[name]:.3f}"
             for label, name in (

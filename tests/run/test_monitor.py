@@ -307,7 +307,10 @@ def test_a_trainer_tells_of_its_steps_on_the_error_stream(capsys):
     make_trainer(quiet=False, log_every=2).fit(4)
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.fullmatch(r"(step [24]/4 loss \d\.\d{3} workers 1 [\d.]+ tasks/s\n){2}", err)
+    steps = r"(step [24]/4 loss \d\.\d{3} workers 1 [\d.]+ tasks/s\n){2}"
+    assert re.fullmatch(
+        r"\w+, by ITD: \d+ numbers in x.*\n4 tasks a step on cpu: .*\n" + steps, err
+    )
 
 
 def test_on_a_terminal_progress_is_a_bar(monkeypatch):

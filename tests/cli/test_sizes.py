@@ -1,0 +1,71 @@
+"""Sizes of models that are not given on the command line are those of the tasks."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from metadist import Batch, Task
+from metadist.cli import train
+from metadist.cli.sizes import sizes_of
+from metadist.cli.workload import instantiate
+from tests.tasks.helpers import write_tree
+
+
+def problem_of(options: str):
+    parser = train.parser()
+    config = parser.parse_args(shlex.split(options))
+    return instantiate(config, parser).problem, config
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return write_tree(Path("images"), [f"class{i}" for i in range(15)], 4, "RGB", side=20)
+
+
+def test_a_model_has_the_sizes_of_the_files(images):
+    options = "--sampler image_folder --sampler.root images --sampler.n_way 3 --sampler.k_query 3"
+    problem, config = problem_of(options)
+    assert config.problem.init_args.model.init_args.as_dict() == {
+        "n_way": 3,
+        "in_channels": 3,
+        "image_size": 20,
+        "width": 64,
+        "batch_norm": "transductive",
+    }
+    assert problem._model.head.out_features == 3
+    assert train.parser().dump(config, skip_unset=False)  # what a run folder keeps
+
+
+def test_what_is_given_stays(images, tmp_path):
+    Path("some.yaml").write_text("problem: {init_args: {model: {init_args: {in_channels: 3}}}}")
+    options = "--config some.yaml --problem.model.n_way 7 --sampler image_folder "
+    _, config = problem_of(options + "--sampler.root images --sampler.n_way 3 --sampler.k_query 3")
+    sizes = config.problem.init_args.model.init_args
+    assert (sizes.n_way, sizes.in_channels, sizes.image_size) == (7, 3, 20)
+
+
+def test_sizes_have_their_defaults_on_a_stream_whose_classes_come_later():
+    _, config = problem_of("--sampler split_glyphs --problem hyper_cleaning --problem.model linear")
+    assert config.problem.init_args.num_examples == 5000
+    assert config.problem.init_args.model.init_args.out_features == 10
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "expected"),
+    [
+        (torch.zeros(4, 1, 8, 6), torch.tensor([0, 1, 2, 1]), {"in_channels": 1, "n_way": 4}),
+        (torch.zeros(4, 6), torch.zeros(4, 2), {"in_features": 6, "out_features": 2}),
+        (torch.zeros(4), torch.zeros(4), {"num_examples": 4}),
+    ],
+)
+def test_sizes_are_read_from_the_tensors(inputs, targets, expected):
+    query = Batch.of(inputs[:1], targets[:1] + 3)
+    found = sizes_of(Task(Batch.of(inputs, targets), query, 0))
+    assert expected.items() <= found.items()
+    assert ("image_size" in found) is False
+    assert ("n_way" in found) is ("n_way" in expected)
