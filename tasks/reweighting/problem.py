@@ -171,6 +171,12 @@ class HyperCleaning(ExampleWeighting):
         """Whether the weight of each example is below 1/2."""
         return self.weights(context, self.losses(inner, batch), batch) < 0.5
 
+    def artifacts(self, outer: Params, inner: Params | None) -> dict[str, bytes]:
+        """`weights.csv`: the weight of each training example, in the order of the data."""
+        weights = outer["logits"].sigmoid().tolist()
+        lines = [f"{position},{weight:.6g}\n" for position, weight in enumerate(weights)]
+        return {"weights.csv": ("position,weight\n" + "".join(lines)).encode()}
+
 
 class ClassWeights(ExampleWeighting):
     """A weight for each class, for training data in which some classes are rare.

@@ -73,6 +73,20 @@ class InPlace(Base):
     def forward(self, x):
         return self.head(x.mul_(2).flatten(1))
 
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+class Once(Base):
+    def forward(self, x):
+        return Squared.apply(self.head(x.flatten(1)))
+
 class OneByOne(Base):
     def forward(self, x):
         out = self.head(x.flatten(1))
@@ -87,6 +101,7 @@ class OneByOne(Base):
         ("Normed", "BROKEN  model", "with_task_batch_norm(model)"),
         ("Noisy", "BROKEN  model", "random"),
         ("InPlace", "BROKEN  model", "changed in place"),
+        ("Once", "BROKEN  model", "once_differentiable"),
         ("OneByOne", "note    vmap", "tasks go one at a time"),
     ],
 )
