@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from metadist.tasks.few_shot.episodes import ClassImages as ClassImages
     from metadist.tasks.few_shot.episodes import EpisodeSampler as EpisodeSampler
     from metadist.tasks.few_shot.folder import ImageFolder as ImageFolder
+    from metadist.tasks.few_shot.frozen import LinearProbe as LinearProbe
+    from metadist.tasks.few_shot.frozen import NearestCentroid as NearestCentroid
     from metadist.tasks.few_shot.glyphs import Glyphs as Glyphs
     from metadist.tasks.few_shot.omniglot import Omniglot as Omniglot
     from metadist.tasks.few_shot.problem import FewShotProblem as FewShotProblem

@@ -77,11 +77,10 @@ def connect(
                 maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         with _sigterm_kept():
             ray.init(**options)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
         raise ConnectError(
-            f"address must name a running Ray cluster, got {address!r}: {error}. Is it up "
-            "(`ray status`)? Does this machine have its token (the file ~/.ray/auth_token and "
-            "RAY_AUTH_MODE=token)?"
+            f"address must name a running Ray cluster, got {address!r}: {first_sentence(error)}. "
+            f"Is it up (`ray status`)? {token_advice()}"
         ) from error
     return True
 
@@ -209,6 +208,30 @@ def _session() -> Path:
     """Ray's folder of this cluster, with its logs and sockets."""
     node: Any = ray._private.worker._global_node
     return Path(node.get_session_dir_path())
+
+
+def first_sentence(error: Exception) -> str:
+    """What Ray says without its advice, which is longer."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].partition(". ")[0].rstrip(".")
+
+
+def token_advice() -> str:
+    """What to type where a cluster does not take the token of this machine."""
+    path = _token_path()
+    mode = "export RAY_AUTH_MODE=token"
+    if not (os.environ.get("RAY_AUTH_TOKEN") or path.is_file()):
+        return (
+            f"This machine has no token: type `mkdir -p {path.parent} && scp HEAD:.ray/auth_token "
+            f"{path} && {mode}`, HEAD being the machine where `ray start --head` ran; for a "
+            "cluster to be started here, `ray get-auth-token --generate` makes one"
+        )
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return f"This machine has a token that it does not show: type `{mode}`"
+    return (
+        f"Its token is that of {'RAY_AUTH_TOKEN' if os.environ.get('RAY_AUTH_TOKEN') else path}: "
+        "compare it with that of the head, `ray get-auth-token` there and here"
+    )
 
 
 def _token_path() -> Path:

@@ -25,6 +25,7 @@ from typing import Any
 from ray import exceptions
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from metadist.cluster.actors.connection import first_sentence, token_advice
 from metadist.cluster.actors.errors import ConnectError
 from metadist.cluster.actors.runtime_env import metadist_runtime_env
 from metadist.run.uris import check_no_secret, check_no_secrets, tidy
@@ -154,9 +155,9 @@ def _connect(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(address)
     except (OSError, RuntimeError, exceptions.RayError) as error:
         raise ConnectError(
-            f"address must be that of a Ray dashboard, got {address!r}: {error} Is the cluster up, "
-            "and the tunnel (`ray dashboard cluster.yaml`)? Does this machine have the token of "
-            "the cluster (the file ~/.ray/auth_token, and RAY_AUTH_MODE=token)?"
+            f"address must be that of a Ray dashboard, got {address!r}: {first_sentence(error)}. "
+            "Is the cluster up (`ray status`), and the tunnel to another machine (`ray dashboard "
+            f"cluster.yaml`)? {token_advice()}"
         ) from error
 
 

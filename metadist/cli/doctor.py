@@ -162,8 +162,8 @@ def token() -> Iterator[Finding]:
         yield Finding("ok", "token", "in RAY_AUTH_TOKEN")
     elif not path.is_file():
         way_out = (
-            "a run on this machine makes one; to join a cluster, copy that of its head node to "
-            f"{path} and `chmod 600` it"
+            "a run on this machine makes one; to join a cluster, type `mkdir -p "
+            f"{path.parent} && scp HEAD:.ray/auth_token {path} && export RAY_AUTH_MODE=token`"
         )
         yield Finding("note", "token", "none", way_out)
     elif stat.S_IMODE(path.stat().st_mode) & 0o077:

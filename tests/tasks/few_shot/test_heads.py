@@ -12,7 +12,15 @@ from metadist.algorithms import ITD
 from metadist.compute import Compute
 from metadist.models import Conv4
 from metadist.task import to_device
-from metadist.tasks import FewShotProblem, FixedTasks, Glyphs, ProtoNet, RidgeHead
+from metadist.tasks import (
+    FewShotProblem,
+    FixedTasks,
+    Glyphs,
+    LinearProbe,
+    NearestCentroid,
+    ProtoNet,
+    RidgeHead,
+)
 from metadist.trees import leaves
 from tests.problems import DOUBLE, generator, image_task
 from tests.tasks.helpers import refusal
@@ -107,7 +115,61 @@ def test_training_and_test_may_have_other_numbers_of_classes():
     torch.testing.assert_close(module(task.query.tensors[0]), trainer.predict(task))
 
 
-@pytest.mark.parametrize("kind", [ProtoNet, RidgeHead])
+def probe_loss(task, steps, lr):
+    """The query loss, as a function of the log of the decay, by gradient steps written out."""
+    (x, y), (u, v) = task.support.tensors, task.query.tensors
+    body = conv4().to(DOUBLE).features
+    features, queries = body(x).detach(), body(u).detach()
+
+    def loss(log_decay):
+        weight = torch.zeros(3, features.shape[1], dtype=DOUBLE, requires_grad=True)
+        bias = torch.zeros(3, dtype=DOUBLE, requires_grad=True)
+        for _ in range(steps):
+            fit = F.cross_entropy(features @ weight.T + bias, y)
+            size = weight.square().sum() + bias.square().sum()
+            slopes = torch.autograd.grad(
+                fit + log_decay.exp() / 2 * size, (weight, bias), create_graph=True
+            )
+            weight, bias = weight - lr * slopes[0], bias - lr * slopes[1]
+        return F.cross_entropy(queries @ weight.T + bias, v)
+
+    return loss
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_linear_probe_is_logistic_regression_on_frozen_features(vectorize):
+    problem = LinearProbe(conv4().to(DOUBLE), decay=0.1)
+    outer = outer_of(problem)
+    tasks = [image_task(i, n_way=3) for i in range(2)]
+    x = outer["frozen.log_decay"].clone().requires_grad_()
+    expected = sum(probe_loss(task, 3, 0.4)(x) for task in tasks)
+    (slope,) = torch.autograd.grad(expected, x)
+    algorithm = ITD(inner_steps=3, inner_lr=0.4)
+    compute = Compute(vectorize=vectorize)
+    found = task_hypergradients(problem, algorithm, outer, tasks, report=True, compute=compute)
+    assert found.metrics["query_loss"] == pytest.approx(float(expected.detach()), rel=1e-9)
+    torch.testing.assert_close(found.total["frozen.log_decay"], slope, rtol=1e-7, atol=1e-12)
+
+
+def test_a_nearest_centroid_is_a_proto_net_whose_features_stay():
+    model = conv4()
+    problem, task = NearestCentroid(model), image_task(0, n_way=3)
+    outer = outer_of(problem)
+    assert list(outer) == ["frozen.log_scale"]
+    proto_net = ProtoNet(model)
+    task = to_device(task, "cpu", torch.float32)
+    start = proto_net.init_outer(generator(0))
+    torch.testing.assert_close(
+        predict(problem, STEP, problem.init_outer(generator(0)), task),
+        predict(proto_net, STEP, start, task),
+    )
+    assert all(leaf.requires_grad for leaf in model.parameters())  # a copy is frozen
+    trainer = Trainer(problem, FixedTasks([task] * 2), STEP, keep_state=False, quiet=True)
+    trainer.fit(2)
+    assert trainer.outer["frozen.log_scale"] != 0
+
+
+@pytest.mark.parametrize("kind", [ProtoNet, RidgeHead, NearestCentroid, LinearProbe])
 def test_a_closed_form_is_predicted_and_exported(kind):
     problem = kind(conv4("inductive"))
     outer = problem.init_outer(generator(0))
