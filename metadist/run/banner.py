@@ -35,14 +35,11 @@ def banner(
     """
     model = problem.describe().get("model")
     what = type(problem).__name__ + (f" of {model}" if model else "")
-    where = place.get("device", "cpu")
-    if "num_workers" in place:
-        where += f" of {place['num_workers']} workers"
     tasks = "1 task" if num_tasks == 1 else f"{num_tasks} tasks"
     return [
         f"{what}, by {type(algorithm).__name__}: {num_elements(outer):,} numbers in x, "
         f"{num_elements(inner):,} in y",
-        f"{tasks} a step on {where}: support {_shape(task.support)}, query {_shape(task.query)}",
+        f"{tasks} a step on {place.get('device', 'cpu')}: support {_shape(task.support)}, query {_shape(task.query)}",
     ]
 
 
