@@ -36,10 +36,11 @@ def banner(
     model = problem.describe().get("model")
     what = type(problem).__name__ + (f" of {model}" if model else "")
     tasks = "1 task" if num_tasks == 1 else f"{num_tasks} tasks"
+    sets = f"support {_shape(task.support)}, query {_shape(task.query)}"
     return [
         f"{what}, by {type(algorithm).__name__}: {num_elements(outer):,} numbers in x, "
         f"{num_elements(inner):,} in y",
-        f"{tasks} a step on {place.get('device', 'cpu')}: support {_shape(task.support)}, query {_shape(task.query)}",
+        f"{tasks} a step on {place.get('device', 'cpu')}: {sets}",
     ]
 
 
