@@ -3,6 +3,8 @@
     step-00000100/tensors.safetensors     outer variable, state of optimiser and algorithm
     step-00000100/tensors-1.safetensors   if a server of several shards wrote it: the same of its
                                           second shard, and so on
+    step-00000100/states-1.safetensors    if the kept states of tasks are large: that of one task;
+                                          otherwise they are in the first file
     step-00000100/state.json              everything else
     step-00000100/manifest.json           sizes and SHA-256 of these and of itself, written last
 
@@ -22,6 +24,7 @@ import json
 import math
 import operator
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,6 +44,10 @@ FORMAT = 3
 READABLE = (2, FORMAT)
 """Format 2 is that of one shard."""
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+STATES = "states.safetensors"
+LARGE_STATES_BYTES = 64 << 20
+"""Kept states that have so many bytes together get a file each, so that no process that saves or
+loads them has to hold them all in memory."""
 MAX_MANIFEST_BYTES = 1 << 16
 
 Malformed = (
@@ -202,9 +209,12 @@ class CheckpointStore:
                 raise TypeError(f"info is {state['info']!r}")
             if min([state["applied_below"], *state["applied"]]) < 0:
                 raise ValueError("a lease has a negative number")
-            parts = []
+            parts: list[Params] = []
+            kept: Params = {}
             for file in manifest.files:
-                if file != STATE:
+                if file in manifest.state_files:
+                    kept |= self._mapped(name, file, manifest)
+                elif file != STATE:
                     data = self._file(name, file, manifest)
                     parts.append(safetensors.torch.load(data))
                     if (step := _step_of_part(data)) not in (None, str(state["version"])):
@@ -217,7 +227,7 @@ class CheckpointStore:
             }
             optimizer = {key: _whole(parts, f"optimizer.{key}") for key in state["optimizer"]}
             recursion = {key: _whole(parts, f"recursion.{key}") for key in state["recursion"]}
-            states = {int(key): _whole(parts, f"states.{key}") for key in state["states"]}
+            states = {int(key): _whole([*parts, kept], f"states.{key}") for key in state["states"]}
             restored = OuterState(
                 outer=outer,
                 optimizer=optimizer,
@@ -263,11 +273,34 @@ class CheckpointStore:
         data = self._read(name, file, expected[0])
         found = (len(data), _sha256(data))
         if found != expected:
-            raise CheckpointError(
-                f"checkpoint {self.folder.path(name)} is damaged: {file} must have (bytes, "
-                f"SHA-256) {expected}, got {found}"
-            )
+            raise self._damaged(name, file, expected, found)
         return data
+
+    def _mapped(self, name: str, file: str, manifest: _Manifest) -> Params:
+        """The tensors of a file, if it is what the manifest says: mapped into memory, not read."""
+        if self.folder.local is None:
+            with tempfile.NamedTemporaryFile() as copy:
+                copy.write(self._file(name, file, manifest))
+                copy.flush()
+                return safetensors.torch.load_file(copy.name)
+        expected, where = manifest.files[file], f"{name}/{file}"
+        try:
+            found = (self.folder.size_bytes(where), self.folder.sha256(where))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoint {self.folder.path(name)} is damaged: {file} cannot be read: {error}"
+            ) from error
+        if found != expected:
+            raise self._damaged(name, file, expected, found)
+        return safetensors.torch.load_file(self.folder.local / where)
+
+    def _damaged(
+        self, name: str, file: str, expected: tuple[int, str], found: tuple[int, str]
+    ) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint {self.folder.path(name)} is damaged: {file} must have (bytes, "
+            f"SHA-256) {expected}, got {found}"
+        )
 
     def _if_good(self, name: str) -> Checkpoint | None:
         """A checkpoint, if it is whole; raises OSError if the storage fails to say."""
@@ -376,12 +409,19 @@ class _Manifest(NamedTuple):
     files: dict[str, tuple[int, str]]
     score: float | None
 
+    @property
+    def state_files(self) -> list[str]:
+        """The files of large kept states."""
+        after = list(self.files).index(STATE) + 1
+        return list(self.files)[after:]
+
     @classmethod
     def of(cls, tree: Any) -> _Manifest:
         """The manifest in this JSON; raises one of `Malformed` if it is none."""
         listed, score = tree["files"], tree["score"]
         parts = itertools.takewhile(listed.__contains__, map(_part_name, itertools.count(1)))
-        names = [TENSORS, *parts, STATE]
+        numbered = (_part_name(number, STATES) for number in itertools.count(1))
+        names = [TENSORS, *parts, STATE, *itertools.takewhile(listed.__contains__, numbered)]
         return cls(
             {
                 file: (operator.index(listed[file]["size_bytes"]), str(listed[file]["sha256"]))
@@ -409,13 +449,14 @@ def _signature(leaf: Any) -> str:
     return f"{str(leaf.dtype).removeprefix('torch.')} of shape {tuple(leaf.shape)}"
 
 
-def _part_name(number: int) -> str:
-    stem, dot, suffix = TENSORS.partition(".")
-    return f"{stem}-{number}{dot}{suffix}" if number else TENSORS
+def _part_name(number: int, first: str = TENSORS) -> str:
+    stem, dot, suffix = first.partition(".")
+    return f"{stem}-{number}{dot}{suffix}" if number else first
 
 
 def _parts(state: OuterState) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the file of each shard, made one at a time for the sake of memory."""
+    """(name, content) of each file of tensors, made one at a time for the sake of memory."""
+    is_large = sum(leaf.nbytes for leaf in state.states.values()) >= LARGE_STATES_BYTES
     # One shard may hold what is not of one floating dtype, or no vectors.
     bounds = [(0, num_elements(state.outer))]
     if state.num_shards > 1:
@@ -428,12 +469,15 @@ def _parts(state: OuterState) -> Iterator[tuple[str, bytes]]:
                     tensors[f"{group}.{name}"] = leaf
                 elif leaf.ndim:
                     tensors[f"{group}.{name}"] = leaf[start:stop]
-        if number == 0:
+        if number == 0 and not is_large:
             tensors |= {f"states.{index}": leaf for index, leaf in state.states.items()}
         contiguous = {name: leaf.contiguous() for name, leaf in tensors.items()}
         # Of a state in one file nothing could be of another step.
         about = {"version": str(state.version)} if len(bounds) > 1 else None
         yield _part_name(number), safetensors.torch.save(contiguous, about)
+    for number, (index, leaf) in enumerate(state.states.items() if is_large else (), start=1):
+        data = safetensors.torch.save({f"states.{index}": leaf.contiguous()})
+        yield _part_name(number, STATES), data
 
 
 def _step_of_part(data: bytes) -> str | None:

@@ -614,3 +614,26 @@ def test_a_part_is_made_when_the_one_before_it_is_written(monkeypatch):
     monkeypatch.setattr(store.folder, "write", note_writing)
     store.save(Checkpoint(long_state(3)))
     assert order == ["made", "written"] * 3 + ["written"] * 2
+
+
+def test_large_kept_states_have_a_file_each_which_is_mapped_and_verified(place, monkeypatch):
+    monkeypatch.setattr("metadist.run.checkpoint.LARGE_STATES_BYTES", 100)
+    store = CheckpointStore(place)
+    first = checkpoint(1)
+    states = {index: fresh((10 + index,), index) for index in (0, 2, 5)}
+    saved = Checkpoint(first.state._replace(states=states), {"seed": 1})
+    name = store.save(saved)
+    files = json.loads(read(store, name, MANIFEST))["files"]
+    assert list(files) == [TENSORS, *(f"states-{n}.safetensors" for n in (1, 2, 3)), STATE]
+    loaded = store.load()[1]
+    assert everything(loaded) == everything(saved)
+    loaded.state.states[2].zero_()
+    assert everything(store.load()[1]) == everything(saved), "the file is not written to"
+    assert store.save(saved) == name and store.is_whole(name)
+    data = read(store, name, "states-2.safetensors")
+    write(store, name, "states-2.safetensors", data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"is damaged: states-2.safetensors must have"):
+        store.load(name)
+    store.folder.remove(f"{name}/states-2.safetensors")
+    with pytest.raises(CheckpointError, match=r"is damaged: states-2.safetensors cannot be read"):
+        store.load(name)
