@@ -1,14 +1,18 @@
 """Pages are written for GitHub; the site leads their links to where it has the same.
 
-What lies outside of docs/ is on GitHub, and each algorithm has a page of its own.
+What lies outside of docs/ is on GitHub, and each algorithm has a page of its own. Code that begins
+with a public name, in pages and in docstrings, leads to the reference.
 """
 
 from __future__ import annotations
 
 import re
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 from docutils import nodes
+from sphinx.addnodes import pending_xref
 
 from metadist.cli.names import named
 
@@ -16,6 +20,24 @@ REPOSITORY = "https://github.com/metadist/metadist/blob/main/"
 COMMAND = re.compile(
     r"(metadist|scripts/\S+|pip|ray|git|python|\.venv/\S+|tensorboard|nvidia-smi|[A-Z_]+=\S+) "
 )
+
+PACKAGES = ("algorithms", "cluster", "compare", "loggers", "models", "tasks")
+
+
+@cache
+def public_names() -> dict[str, str]:
+    """The full name of each public name, by it and by the bare name.
+
+    Of bare names only those that nothing else has: `adapt` is an argument, and samplers have
+    methods `solution_metrics`.
+    """
+    found = {}
+    for package in ("metadist", *(f"metadist.{name}" for name in PACKAGES)):
+        for name in import_module(package).__all__:
+            found[f"{package}.{name}"] = f"{package}.{name}"
+            if name != name.lower() or ("_" in name and package != "metadist.compare"):
+                found[name] = f"{package}.{name}"
+    return found
 
 
 def for_site(text: str, page: str) -> str:
@@ -48,7 +70,22 @@ def _highlight_commands(app: Any, doctree: nodes.document) -> None:
             block["language"] = "bash"
 
 
+def _link_names(app: Any, doctree: nodes.document) -> None:
+    names = public_names()
+    for code in list(doctree.findall(nodes.literal)):
+        found = re.match(r"[\w.]*\w", code.astext())
+        parts = found[0].split(".") if found else []
+        target = names.get(".".join(parts)) or names.get(".".join(parts[:-1]))
+        is_free = isinstance(code.parent, (nodes.paragraph, nodes.entry, nodes.emphasis))
+        if target and is_free:
+            options = {"refdomain": "py", "reftype": "obj", "reftarget": target}
+            link = pending_xref("", refexplicit=True, refdoc=app.env.docname, **options)
+            code.replace_self(link)
+            link.append(code)
+
+
 def setup(app: Any) -> dict[str, bool]:
     app.connect("source-read", _read)
     app.connect("doctree-read", _highlight_commands)
+    app.connect("doctree-read", _link_names)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
