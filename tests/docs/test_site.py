@@ -93,3 +93,16 @@ Source: Ji_,
 """
     )
     assert docstrings["entries"]("\n".join(lines))["y_"][0] == "Outer and inner,"
+
+
+def test_links_of_pages_lead_to_what_the_site_has(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "_extensions")
+    for_site = runpy.run_path(str(DOCS / "_extensions" / "markdown_links.py"))["for_site"]
+    repository = "https://github.com/metadist/metadist/blob/main"
+    page = "[a](../examples/few_shot.py) [b](algorithms.md#itd) [c](algorithms.md#how-to-choose)"
+    expected = f"[a]({repository}/examples/few_shot.py) [b](algorithms/itd.md) "
+    assert for_site(page, "tasks") == expected + "[c](algorithms.md#how-to-choose)"
+    page = "[a](../tasks.md) [b](../../CONTRIBUTING.md) [c](../algorithms.md#itd)"
+    expected = f"[a](../tasks.md) [b]({repository}/CONTRIBUTING.md) [c](../algorithms/itd.md)"
+    assert for_site(page, "migration/higher") == expected
+    assert for_site("[a](#itd)", "algorithms") == "[a](algorithms/itd.md)"
