@@ -352,8 +352,9 @@ class Adam(StepRule):
         if isinstance(lr, dict):
             raise TypeError("lr must be a number for Adam, got a tree of rates")
         (beta1, beta2), count = self.betas, memory.num_steps + 1
-        first = tree_map(lambda m, g: beta1 * m + (1 - beta1) * g, memory.means[0], gradient)
-        second = tree_map(lambda s, g: beta2 * s + (1 - beta2) * g * g, memory.means[1], gradient)
+        first = add(scale(memory.means[0], beta1), gradient, 1 - beta1)
+        square = multiply(scale(gradient, 1 - beta2), gradient)
+        second = add(scale(memory.means[1], beta2), square)
         rate, root = lr / (1 - beta1**count), call(math.sqrt, 1 - beta2**count)
 
         def moved(y: Tensor, m: Tensor, s: Tensor) -> Tensor:

@@ -8,9 +8,13 @@ what is sent or stored is flattened.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from metadist.followed import Followed
 
 Params = dict[str, Tensor]
 """Tensors by name: the form of every variable, direction and gradient."""
@@ -28,28 +32,74 @@ def tree_map(function: Callable[..., Tensor], first: Params, *rest: Params) -> P
     return {name: function(leaf, *(other[name] for other in rest)) for name, leaf in first.items()}
 
 
+FUSED = {"cuda"}
+"""The types of device on which a call on a tree is one operation, and not one by leaf.
+
+On a GPU each operation costs the time to ask for it. On a CPU nothing would be gained, and sums
+over a tree would have other bytes than they always had.
+"""
+
+
+def _is_fused(*trees: Params) -> bool:
+    """Whether these can go together: on such a device, and not under torch.func."""
+    # Its transforms have no rules for lists of tensors.
+    leaves = [leaf for tree in trees for leaf in tree.values()]
+    return (
+        len(leaves) > len(trees)
+        and leaves[0].device.type in FUSED
+        and not any(map(is_functorch_wrapped_tensor, leaves))
+    )
+
+
+def _together(function: Callable[..., Sequence[Tensor]], first: Params, *rest: Any) -> Params:
+    """What one of torch's functions of lists gives for the leaves of trees, and numbers."""
+    lists = [
+        [other[name] for name in first] if isinstance(other, dict) else other for other in rest
+    ]
+    return dict(zip(first, function(list(first.values()), *lists), strict=True))
+
+
 def add(first: Params, second: Params, scale: float | Tensor = 1.0) -> Params:
     """`first + scale * second`."""
-    return tree_map(lambda a, b: a + scale * b, first, second)
+    if not isinstance(scale, float) or scale != 1:
+        second = _scaled(second, scale)
+    if _is_fused(first, second):
+        return _together(torch._foreach_add, first, second)
+    return tree_map(torch.add, first, second)
 
 
 def sub(first: Params, second: Params) -> Params:
     """`first - second`."""
+    if _is_fused(first, second):
+        return _together(torch._foreach_sub, first, second)
     return tree_map(torch.sub, first, second)
 
 
 def scale(tree: Params, factor: float | Tensor) -> Params:
     """`factor * tree`."""
-    return tree_map(lambda a: factor * a, tree)
+    return _scaled(tree, factor)
+
+
+def _scaled(tree: Params, factor: Any) -> Params:
+    if not _is_fused(tree):
+        return tree_map(lambda a: factor * a, tree)
+    if isinstance(factor, Followed):
+        factor = factor.beside(next(iter(tree.values())))
+    return _together(torch._foreach_mul, tree, factor)
 
 
 def multiply(first: Params, second: Params) -> Params:
     """The elementwise product of two trees (each leaf broadcasts)."""
+    if _is_fused(first, second):
+        return _together(torch._foreach_mul, first, second)
     return tree_map(torch.mul, first, second)
 
 
 def zeros_like(tree: Params) -> Params:
     """A tree of zeros of the same shapes."""
+    if _is_fused(tree) and len({leaf.dtype for leaf in tree.values()}) == 1:
+        leaf = next(iter(tree.values()))
+        return unflatten(leaf.new_zeros(num_elements(tree)), tree)
     return tree_map(torch.zeros_like, tree)
 
 
@@ -60,6 +110,8 @@ def detach(tree: Params) -> Params:
 
 def dot(first: Params, second: Params) -> Tensor:
     """The inner product over all leaves, a tensor of shape ()."""
+    if _is_fused(first, second):
+        return (flatten(first) * flatten({name: second[name] for name in first})).sum()
     products = tree_map(lambda a, b: (a * b).sum(), first, second)
     if not products:
         return torch.zeros(())

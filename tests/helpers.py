@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from metadist import CheckpointStore, LocalExecutor, OuterOptimizer, StepReport, Task, Trainer
+from metadist import (
+    CheckpointStore,
+    LocalExecutor,
+    OuterOptimizer,
+    StepReport,
+    Task,
+    Trainer,
+    trees,
+)
 from metadist.algorithms import ITD
 from metadist.cli import main
 from metadist.compute import Compute
@@ -117,6 +126,16 @@ def with_compute(options: dict[str, Any], front: tuple[str, ...] = ()) -> dict[s
     ours = {name: value for name, value in options.items() if name in names}
     rest = {name: value for name, value in options.items() if name not in names}
     return {"compute": Compute(**{"device": "cpu", **ours}), **rest}
+
+
+@contextmanager
+def fused() -> Iterator[None]:
+    """Within the block a CPU asks for as few operations as a GPU is asked for."""
+    trees.FUSED.add("cpu")
+    try:
+        yield
+    finally:
+        trees.FUSED.remove("cpu")
 
 
 def fresh(shape: Sequence[int], seed: int = 0) -> Tensor:

@@ -26,7 +26,7 @@ from metadist.task import Task, to_device
 from metadist.tasks import FewShotProblem
 from metadist.trees import Params, add
 from tests.algorithms.test_table import CASES, outer_of
-from tests.helpers import small_conv4
+from tests.helpers import fused, small_conv4
 from tests.problems import Quadratic, generator, image_task, quadratic_task
 from tests.tape import recording
 
@@ -196,15 +196,16 @@ NETWORKS: list[tuple[Any, Algorithm]] = [
 
 @pytest.mark.parametrize("vectorize", [False, True])
 @pytest.mark.parametrize(("adapt", "algorithm"), NETWORKS, ids=str)
-def test_a_network_has_its_bytes(adapt, algorithm, vectorize):
+def test_a_network_has_its_bytes_as_a_gpu_computes_it(adapt, algorithm, vectorize):
     problem = FewShotProblem(small_conv4(), adapt=adapt)
     tasks = [to_device(image_task(index), "cpu", torch.float32) for index in range(8)]
-    assert_graphs_change_nothing(
-        *(problem, algorithm, problem.init_outer(generator(0)), tasks),
-        vectorize=vectorize,
-        together=2,
-        report_every=2 if algorithm is NETWORKS[1][1] else 0,
-    )
+    with fused():
+        assert_graphs_change_nothing(
+            *(problem, algorithm, problem.init_outer(generator(0)), tasks),
+            vectorize=vectorize,
+            together=2,
+            report_every=2 if algorithm is NETWORKS[1][1] else 0,
+        )
 
 
 class Reading(Quadratic):
