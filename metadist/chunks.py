@@ -1,8 +1,9 @@
-"""How many tasks are computed together on a CPU.
+"""How many tasks are computed together.
 
 A call under vmap costs nearly the same for one small task as for many, until what it works on
-leaves the cache. So the sizes of a task decide, and nothing else: neither time nor the number of
-workers, so that every process finds the same number.
+leaves the cache of a CPU; a GPU gains from all that its memory holds. So the sizes of a task
+decide, and nothing else: neither time nor the number of workers, so that every process finds the
+same number.
 """
 
 from __future__ import annotations
@@ -32,22 +33,25 @@ FORWARD_BYTES, FEW = 64 << 20, 4
 """What the tasks of a chunk may take beside their inner variables, unless they are few."""
 
 
+GPU_BYTES = 4 << 30
+"""The same on a GPU, where derivatives take about four times as much for a while."""
+
 _known: dict[Any, tuple[ReferenceType[Problem], int]] = {}
 """What was measured in this process, by the identity of a problem and the sizes of x and a task."""
 
 
 def chunk_of(problem: Problem, outer: Params, task: Task, compute: Compute = DEFAULT) -> int:
-    """How many tasks like `task` go through vmap together, at least `FEW`.
+    """How many tasks like `task` go through vmap together, on a CPU at least `FEW`.
 
     As many as their inner variables fill 8 MB. And as many as their data, and what their encoding
     and their losses compute in a forward pass on a draw, fill 64 MB: beyond that memory is all that
-    grows.
+    grows. On a GPU, as many as the latter fill 4 GB.
 
     Cost: a forward pass, once for tasks of equal sizes.
     """
     some = first_parts(task, compute.batch_sizes, compute.seed)
     tensors = [*outer.values(), *some.support.tensors, *some.query.tensors]
-    key = id(problem), tuple((leaf.shape, leaf.dtype) for leaf in tensors)
+    key = id(problem), tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in tensors)
     of, chunk = _known.get(key, (None, 0))
     if of is None or of() is not problem:  # an identity may come again
         chunk = _measure(problem, outer, task, some)
@@ -67,6 +71,8 @@ def _measure(problem: Problem, outer: Params, task: Task, some: Task) -> int:
         problem.inner_loss(context, inner, some.support)
         problem.outer_loss(context, inner, some.query)
     beside = results.num_bytes + num_bytes([*some.support.tensors, *some.query.tensors])
+    if next(iter(outer.values())).device.type != "cpu":
+        return max(1, GPU_BYTES // beside)
     by_size = min(CACHE_BYTES // num_bytes(inner), FORWARD_BYTES // beside)
     return max(FEW, by_size)
 

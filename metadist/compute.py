@@ -33,8 +33,8 @@ class Compute:
             since vmap is slower than a loop otherwise; what vmap cannot run is run one after
             another, with a warning.
         chunk_size: The largest number of tasks under one vmap; bounds memory. None: in a
-            training all on a GPU, and on a CPU by their sizes (see `metadist.chunks`), which is
-            written to checkpoints; in an evaluation 25.
+            training by their sizes (see `metadist.chunks`), which is written to checkpoints for a
+            CPU; in an evaluation 25.
         graph_budget: Bytes of graphs that a worker keeps from the forward steps of ITD for the way
             back; what does not fit is computed again. 0: memory does not grow with the number of
             steps, at about 1.3 times the time.
@@ -198,7 +198,8 @@ def _value_of(read: Callable[[], Any]) -> Any:
         return None
 
 
-CUBLAS_CONFIG = "CUBLAS_WORKSPACE_CONFIG"
+CUBLAS_CONFIG, CUBLAS_FIXED = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+"""What cuBLAS reads when it starts, and the value with which its sums are always the same."""
 
 
 def parse_device(device: str) -> torch.device | None:
@@ -218,12 +219,18 @@ def parse_device(device: str) -> torch.device | None:
     return parsed
 
 
+def wants_gpu(device: str) -> bool:
+    """Whether what has that device computes on a GPU here, or would if there were one."""
+    parsed = parse_device(device)
+    return torch.cuda.is_available() if parsed is None else parsed.type == "cuda"
+
+
 def pick_device(device: str) -> torch.device:
     """The device of that name on this machine; "auto" is the GPU if there is one."""
     chosen = parse_device(device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if chosen.type == "cuda":
         # Read when the first product is computed; without it cuBLAS may take any of its sums.
-        os.environ.setdefault(CUBLAS_CONFIG, ":4096:8")
+        os.environ.setdefault(CUBLAS_CONFIG, CUBLAS_FIXED)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be 'cpu' or 'auto' where torch sees no GPU, got {device!r}")
     return chosen

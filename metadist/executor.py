@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from metadist.checks.values import check
-from metadist.compute import Compute, intra_op_threads, pick_device
+from metadist.compute import Compute, intra_op_threads, pick_device, wants_gpu
 from metadist.feed import Feed, Wanted
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable, StepResult
@@ -93,6 +93,10 @@ class Executor(Protocol):
 
     statistics_of: str = "whole batches"
     """What a batch norm sees; a run keeps to it, since the losses depend on it."""
+
+    def num_on_gpus(self, compute: Compute) -> int:
+        """How many processes share a step and compute on a GPU; 0: none, or it is not known yet."""
+        return int(wants_gpu(compute.device))
 
     def probe(self, sampler: TaskSampler) -> TaskSampler:
         """The sampler that is checked before a run; `sampler` itself, or parts of its tasks.

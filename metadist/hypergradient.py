@@ -149,7 +149,7 @@ def task_hypergradients(
     on_cpu = next(iter(outer.values())).device.type == "cpu"
     if vectorizes(compute.vectorize, problem, algorithm, outer, tasks):
         size = compute.chunk_size or len(tasks)
-        if compute.chunk_size is None and on_cpu and len(tasks) > FEW:
+        if compute.chunk_size is None and len(tasks) > (FEW if on_cpu else 1):
             size = chunk_of(problem, outer, tasks[0], compute)
         groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
     else:

@@ -122,7 +122,8 @@ class Trainer:
             `num_tasks`, 16 of any other.
         tasks_per_lease: Tasks that travel together, see `Workload`; None: as in the checkpoint of
             a resumed run; otherwise a quarter of a meta-batch (the largest divisor below that), and
-            in one process as many as go through vmap together if these are more.
+            in one process as many as go through vmap together if these are more. On GPUs the
+            largest that leaves each worker a lease.
         keep_state: True: every outer step has the same tasks and continues from what the algorithm
             keeps of each, see `Workload`; False: every task is new; None: True with a sampler that
             says `num_tasks`, else False; and False where the start of adaptation is learned (MAML),
@@ -281,8 +282,7 @@ class Trainer:
         chunk = chunk_on_cpu(replace(probed, compute=compute), outer)
         self._cuts_freely = tasks_per_lease is None
         if tasks_per_lease is None:
-            shares = self._executor.shares_leases
-            tasks_per_lease = default_tasks_per_lease(meta_batch_size, 1 if shares else chunk)
+            tasks_per_lease = self._default_lease(meta_batch_size, chunk, compute)
         self._workload = replace(
             self._workload,
             compute=compute,
@@ -454,6 +454,16 @@ class Trainer:
             "outer_optimizer": self._optimizer,
         }
 
+    def _default_lease(self, meta_batch_size: int, chunk: int, compute: Compute) -> int:
+        """Tasks per lease where none are given.
+
+        A GPU gets all its tasks of a step at once: it is busy with few only a part of the time.
+        """
+        if num_workers := self._executor.num_on_gpus(compute):
+            return _largest_divisor(meta_batch_size, meta_batch_size // num_workers)
+        shares = self._executor.shares_leases
+        return default_tasks_per_lease(meta_batch_size, 1 if shares else chunk)
+
     @property
     def _chunk_size(self) -> int:
         """How many tasks go together on a CPU."""
@@ -523,6 +533,7 @@ class Trainer:
         try:
             self._executor.notify = self._events.write  # type: ignore[method-assign]
             self._executor.start(self._workload, self._optimizer, self._state)
+            self._tell_of_gpus(run.progress)
             if self.run_dir is not None:
                 self._open_run_dir(self.run_dir, num_steps)
                 newer = self._store.newer(self.version) if self._store and self._goes_back else []
@@ -667,6 +678,17 @@ class Trainer:
             "graph_budget": self._workload.compute.graph_budget,
             **self._executor.describe(),
         }
+
+    def _tell_of_gpus(self, progress: TerminalProgress) -> None:
+        """Say what was chosen for GPUs: how much travels together, and what stays there."""
+        work = self._workload
+        if self._cuts_freely and (num_workers := self._executor.num_on_gpus(work.compute)):
+            progress.say(
+                f"tasks_per_lease={work.tasks_per_lease}, for {num_workers} on GPUs who share the "
+                f"{work.meta_batch_size} tasks of a step"
+            )
+        if (data := self._executor.describe().get("data")) is not None:
+            progress.say(f"data: {data}")
 
     def _periodically(
         self,
@@ -975,8 +997,12 @@ def _check_observers(
 
 def default_tasks_per_lease(meta_batch_size: int, chunk: int = 1) -> int:
     """The largest divisor that leaves at least four leases, or is at most `chunk`."""
-    most = min(max(1, meta_batch_size // 4, chunk), meta_batch_size)
-    return max(size for size in range(1, most + 1) if meta_batch_size % size == 0)
+    return _largest_divisor(meta_batch_size, max(meta_batch_size // 4, chunk))
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    most = min(max(1, most), number)
+    return max(size for size in range(1, most + 1) if number % size == 0)
 
 
 def headline(result: EvaluationResult) -> str:

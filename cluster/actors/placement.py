@@ -29,7 +29,7 @@ from metadist.cluster.actors.connection import (
     this_node,
 )
 from metadist.cluster.actors.options import Workers
-from metadist.compute import CUBLAS_CONFIG
+from metadist.compute import CUBLAS_CONFIG, CUBLAS_FIXED
 
 
 class Placement:
@@ -98,12 +98,22 @@ class Placement:
         place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
         actor: Any = ray.remote(actor_class).options(
             num_cpus=bundle["CPU"],
-            num_gpus=bundle.get("GPU", 0),
+            **gpu_options(bundle.get("GPU", 0)),
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy=place,
         )
         return actor.remote(f"worker-{number}")
+
+    def num_on_gpus(self, device: str) -> int:
+        """How many workers will have a GPU, as far as that is known without connecting."""
+        if (per_worker := self._workers.gpus_per_worker) is not None:
+            has_one = per_worker > 0
+        elif device == "auto":
+            has_one = ray.is_initialized() and self._num_gpus(device) > 0
+        else:
+            has_one = device == "cuda"
+        return self._workers.num_workers if has_one else 0
 
     def close(self) -> None:
         """Return all resources, and close the connection if it was made here."""
@@ -130,6 +140,15 @@ class Placement:
             # Nodes with GPUs may still join.
             return 1.0
         return 1.0 / math.ceil(self._workers.num_at_start / num_in_cluster)
+
+
+def gpu_options(num_gpus: float) -> dict[str, Any]:
+    """Ray's options of an actor with so many GPUs, whose cuBLAS adds up as that of this process."""
+    if not num_gpus:
+        return {"num_gpus": 0}
+    # In the environment that the process starts with, since libraries read it when they are loaded.
+    config = {CUBLAS_CONFIG: os.environ.get(CUBLAS_CONFIG, CUBLAS_FIXED)}
+    return {"num_gpus": num_gpus, "runtime_env": {"env_vars": config}}
 
 
 def _node_of(group: PlacementGroup, index: int) -> str | None:

@@ -41,6 +41,7 @@ from metadist.cluster.data_parallel.oracle import ClusterOracle
 from metadist.cluster.data_parallel.pending import Rounds, known
 from metadist.cluster.data_parallel.worker import ShardWorker
 from metadist.cluster.data_parallel.worker_pool import ShardPool
+from metadist.compute import Compute
 from metadist.executor import Executor, StepReport
 from metadist.optimizer import OuterOptimizer
 from metadist.oracle import SOURCES, Constants, CountingOracle, MiniBatches
@@ -121,6 +122,10 @@ class DataParallelExecutor(Executor):
         self._pool: ShardPool | None = None
         self._arithmetic: dict[str, str] = {}
         self._variable: OuterVariable | None = None
+
+    def num_on_gpus(self, compute: Compute) -> int:
+        """See `Executor`; all workers compute the same lease."""
+        return min(1, self._placement.num_on_gpus(compute.device))
 
     def probe(self, sampler: TaskSampler) -> TaskSampler:
         """See `Executor`: where workers read their parts, the first of them."""

@@ -26,7 +26,7 @@ from metadist.cluster.actors.connection import draining_nodes, this_node
 from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.metrics import RunMetrics
 from metadist.cluster.actors.options import Server, Workers, check_kind
-from metadist.cluster.actors.placement import Placement, devices_of
+from metadist.cluster.actors.placement import Placement, devices_of, gpu_options
 from metadist.cluster.actors.runtime_env import pickle_by_value
 from metadist.cluster.parameter_server.compression import Compression
 from metadist.cluster.parameter_server.policies import BSP, Policy
@@ -37,6 +37,7 @@ from metadist.cluster.parameter_server.supervisor import Supervisor
 from metadist.cluster.parameter_server.transport import Transport, TransportName
 from metadist.cluster.parameter_server.worker import Worker
 from metadist.cluster.parameter_server.worker_pool import WorkerPool
+from metadist.compute import Compute
 from metadist.executor import Executor, Judge, StepReport
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterState, shard_bounds
@@ -166,6 +167,10 @@ class RayExecutor(Executor):
         self._scheduler: Scheduler | None = None
         self._judge: tuple[bytes, ObjectRef[Any]] | None = None
         self._arithmetic: dict[str, str] = {}
+
+    def num_on_gpus(self, compute: Compute) -> int:
+        """See `Executor`; with device "auto" and no `gpus_per_worker` a connection tells."""
+        return self._placement.num_on_gpus(compute.device)
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         """See `Executor`; started again, it keeps its processes and sets them up anew."""
@@ -397,6 +402,6 @@ def _make_server(num_gpus: float, number: int) -> Any:
     # node that has died in the meantime is a loss like any other.
     place = NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=num_gpus > 0)
     actor: Any = ray.remote(ParameterServer).options(
-        num_cpus=0, num_gpus=num_gpus, scheduling_strategy=place
+        num_cpus=0, **gpu_options(num_gpus), scheduling_strategy=place
     )
     return actor.remote()

@@ -194,6 +194,7 @@ ray.init(address=cluster.address, logging_level="WARNING", log_to_driver=False)
 def where(_):
     context = ray.get_runtime_context()
     gpus = context.get_accelerator_ids()["GPU"]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     return context.get_node_id(), gpus, os.environ["CUDA_VISIBLE_DEVICES"]
 
 def places(executor):

@@ -7,12 +7,13 @@ import torch
 
 from metadist import Batch, Problem, Task
 from metadist.algorithms import AID, ITD, LancBiO, Reptile
-from metadist.chunks import FEW, chunk_of
+from metadist.chunks import FEW, GPU_BYTES, chunk_of
 from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients, vectorizes
 from metadist.models import MLP
 from metadist.tasks import FewShotProblem
 from tests.helpers import regression
+from tests.pretend_device import pretending, task_there, there
 from tests.problems import Smooth, assert_close, generator, smooth_task, vector_task
 
 
@@ -66,3 +67,19 @@ def test_chunks_add_up_to_what_a_loop_computes(algorithm):
     )
     assert_close(found.total, expected.total, 1e-12)
     assert found.metrics == pytest.approx(expected.metrics, rel=1e-12)
+
+
+def test_on_a_gpu_the_bytes_of_a_forward_pass_bound_a_chunk():
+    x = torch.zeros(1000, 1)
+    task = Task(Batch.of(x, x), Batch.of(x, x), 0)
+    found = []
+    with pretending():
+        for width in (400, 800, 400_000):
+            problem = regression(MLP(hidden=(width,)))
+            outer = there(problem.init_outer(generator(0)))
+            found.append(chunk_of(problem, outer, task_there(task)))
+    few, half, one = found
+    # Of both sets the hidden numbers before and after their activation.
+    assert few == pytest.approx(GPU_BYTES / (4 * 4 * 1000 * 400), rel=0.2)
+    assert half == pytest.approx(few / 2, rel=0.05)
+    assert one == 1

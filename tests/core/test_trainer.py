@@ -701,6 +701,39 @@ def test_leases_and_chunks_follow_from_the_size_of_a_task(options, expected):
     assert (settings["tasks_per_lease"], settings["chunk_size"]) == expected
 
 
+class OnGPUs(Recording):
+    """Several who would have a GPU each."""
+
+    shares_leases = True
+
+    def __init__(self, num_workers):
+        super().__init__()
+        self.num_workers = num_workers
+
+    def num_on_gpus(self, compute):
+        return self.num_workers
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "expected"), [(1, 24), (2, 12), (5, 4), (7, 3), (24, 1), (99, 1)]
+)
+def test_each_of_those_on_a_gpu_gets_a_lease_of_a_step(num_workers, expected, capsys):
+    trainer = make_trainer(meta_batch_size=24, executor=OnGPUs(num_workers), quiet=False)
+    assert trainer.workload.tasks_per_lease == expected
+    trainer.fit(1)
+    said = f"tasks_per_lease={expected}, for {num_workers} on GPUs who share the 24 tasks of a step"
+    assert said in " ".join(capsys.readouterr().err.split())
+    given = make_trainer(meta_batch_size=24, executor=OnGPUs(num_workers), tasks_per_lease=6)
+    assert given.workload.tasks_per_lease == 6
+
+
+def test_whoever_asks_for_a_gpu_is_taken_to_have_one():
+    executor = LocalExecutor()
+    assert executor.num_on_gpus(Compute(device="cuda")) == 1
+    assert executor.num_on_gpus(Compute(device="cpu")) == 0
+    assert executor.num_on_gpus(Compute(device="auto")) == int(torch.cuda.is_available())
+
+
 @pytest.mark.parametrize(
     "first", [{}, {"tasks_per_lease": 2}, {"tasks_per_lease": 4, "chunk_size": 3}]
 )

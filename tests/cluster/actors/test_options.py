@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+from typing import Any
 
 import pytest
 import ray
 
-from metadist.cluster import ConnectError, ResourcesError, Workers
+from metadist.cluster import (
+    ConnectError,
+    DataParallelExecutor,
+    RayExecutor,
+    ResourcesError,
+    Workers,
+)
 from metadist.cluster.actors import connection
-from metadist.cluster.actors.placement import Placement
+from metadist.cluster.actors.placement import Placement, gpu_options
+from metadist.compute import CUBLAS_CONFIG, Compute
 
 
 def test_no_more_workers_are_waited_for_than_there_are():
@@ -107,3 +116,39 @@ def test_rays_own_limit_of_a_start_is_explained(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(ConnectError, match=r"within its own limit of 30 s.*the machine is busy"):
         connection.connect("local", 1, False, None)
+
+
+@pytest.mark.parametrize(
+    ("gpus_per_worker", "device", "expected"),
+    [(None, "cuda", 3), (None, "cpu", 0), (0, "auto", 0), (0.5, "auto", 3), (None, "auto", 0)],
+)
+def test_how_many_workers_have_a_gpu_is_known_where_it_is_asked_for(
+    gpus_per_worker, device, expected, monkeypatch
+):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    workers = Workers(num_workers=3, gpus_per_worker=gpus_per_worker)
+    assert RayExecutor(workers).num_on_gpus(Compute(device=device)) == expected
+    parallel = DataParallelExecutor(workers).num_on_gpus(Compute(device=device))
+    assert parallel == min(1, expected)
+
+
+class Environment:
+    """An actor that tells of its process."""
+
+    def value(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+
+@pytest.mark.parametrize(("of_driver", "expected"), [(None, ":4096:8"), (":16:8", ":16:8")])
+def test_an_actor_with_a_gpu_starts_with_what_fixes_the_sums_of_cublas(
+    ray_session, monkeypatch, of_driver, expected
+):
+    monkeypatch.delenv(CUBLAS_CONFIG, raising=False)
+    if of_driver:
+        monkeypatch.setenv(CUBLAS_CONFIG, of_driver)
+    options = gpu_options(0.5)
+    assert options.pop("num_gpus") == 0.5  # which this cluster has not
+    actor: Any = ray.remote(Environment).options(num_cpus=0, **options).remote()
+    assert ray.get(actor.value.remote(CUBLAS_CONFIG)) == expected
+    ray.kill(actor)
+    assert gpu_options(0) == {"num_gpus": 0}
