@@ -98,66 +98,58 @@ class Feed:
         return self._there(found)
 
     def _prepare(self, wanted: Wanted) -> _Prepared:
-        """What is to be sent for these tasks, on the CPU."""
+        """What is to be sent for these tasks. In a thread, so that it may not ask anything of CUDA.
+
+        Pinned memory is asked for by the thread that computes: it may be recording a graph, which
+        a call of another thread would break.
+        """
         if self._tables and isinstance(self._sampler, Resident):
             rows = [self._sampler.rows(index) for index in wanted.indices]
-            return _Prepared(Packed.of(rows, self._pinned), wanted.indices, [])
+            return _Prepared(wanted.indices, rows, [])
         tasks = [sample_task(self._sampler, index, wanted.step) for index in wanted.indices]
-        return _Prepared(self._packed(tasks), wanted.indices, tasks)
+        return _Prepared(wanted.indices, [], tasks)
 
     def _there(self, prepared: _Prepared) -> list[Task]:
-        pieces = prepared.packed.there(self._device)
-        if self._tables and isinstance(self._sampler, Resident):
-            cut = self._sampler.cut
-            pairs = zip(pieces, prepared.indices, strict=True)
-            tasks = [cut(self._tables, rows, index) for rows, index in pairs]
-            return [to_device(task, self._device, self._dtype) for task in tasks]
-        return _unpack(prepared.tasks, pieces)
+        if not (self._tables and isinstance(self._sampler, Resident)):
+            return send(prepared.tasks, self._device, self._dtype)
+        rows_there = Packed.of(prepared.rows, self._pinned).there(self._device)
+        tasks = [
+            self._sampler.cut(self._tables, rows, index)
+            for rows, index in zip(rows_there, prepared.indices, strict=True)
+        ]
+        return [to_device(task, self._device, self._dtype) for task in tasks]
 
     def _fixed(self, index: int, num_tasks: int) -> Task:
         """A task of a fixed set, sent the first time; later ones too where there is no room."""
         number = index % num_tasks
         task = self._kept.get(number)
         if task is None:
-            found = sample_task(self._sampler, number)
-            packed = self._packed([found])
-            (task,) = _unpack([found], packed.there(self._device))
-            if packed.buffer.nbytes <= self._left:
-                self._left -= packed.buffer.nbytes
+            (task,) = send([sample_task(self._sampler, number)], self._device, self._dtype)
+            size = sum(tensor.nbytes for tensor in tensors_of(task))
+            if size <= self._left:
+                self._left -= size
                 self._kept[number] = task
         return task._replace(id=index)
-
-    def _packed(self, tasks: list[Task]) -> Packed:
-        return _pack(tasks, self._dtype, self._pinned)
 
 
 def send(tasks: list[Task], device: torch.device, dtype: torch.dtype) -> list[Task]:
     """The tasks on `device`, of a GPU after one copy; floating tensors in `dtype`."""
     if device.type == "cpu":
         return [to_device(task, device, dtype) for task in tasks]
-    return _unpack(tasks, _pack(tasks, dtype, device.type == "cuda").there(device))
-
-
-def _pack(tasks: list[Task], dtype: torch.dtype, pinned: bool) -> Packed:
-    everything = [_cast(tensor, dtype) for task in tasks for tensor in tensors_of(task)]
-    return Packed.of(everything, pinned)
-
-
-def _unpack(tasks: list[Task], pieces: list[Tensor]) -> list[Task]:
-    """The tasks with `pieces` for their tensors."""
-    left = iter(pieces)
-    return [with_tensors(task, list(islice(left, len(tensors_of(task))))) for task in tasks]
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    everything = [
+        tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for task in tasks
+        for tensor in tensors_of(task)
+    ]
+    there = iter(Packed.of(everything, device.type == "cuda").there(device))
+    return [with_tensors(task, list(islice(there, len(tensors_of(task))))) for task in tasks]
 
 
 class _Prepared(NamedTuple):
-    """What is sent for tasks: rows of tables, or all tensors of `tasks`."""
+    """What is sent for tasks: rows of tables, or the tasks."""
 
-    packed: Packed
     indices: Sequence[int]
+    rows: list[Tensor]
     tasks: list[Task]
 
 

@@ -533,7 +533,6 @@ class Trainer:
         try:
             self._executor.notify = self._events.write  # type: ignore[method-assign]
             self._executor.start(self._workload, self._optimizer, self._state)
-            self._tell_of_gpus(run.progress)
             if self.run_dir is not None:
                 self._open_run_dir(self.run_dir, num_steps)
                 newer = self._store.newer(self.version) if self._store and self._goes_back else []
@@ -543,6 +542,7 @@ class Trainer:
                 if self.version == 0:
                     monitor.task(self._probe.sample(0))
             self._introduce(run.progress)
+            self._tell_of_gpus(run.progress)
             self.has_started = True
             about = {"until_step": num_steps, **self._executor.describe()}
             with self._events.run(self.version, **about):

@@ -16,7 +16,7 @@ from metadist.checks.sampler import SamplerError, check_sampler
 from metadist.compute import Compute
 from metadist.feed import Feed, Wanted
 from metadist.outer import OuterVariable
-from metadist.task import Batch, Resident, Task, sample_task, tensors_of, to_device
+from metadist.task import Batch, Packed, Resident, Task, sample_task, tensors_of, to_device
 from metadist.tasks import CorruptedImages, FewShotDataset, FewShotProblem, Glyphs, ImageFolder
 from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler
 from metadist.workload import Workload
@@ -236,7 +236,17 @@ def test_the_next_lease_is_sampled_while_one_is_computed_and_nothing_past_the_en
     kind, monkeypatch
 ):
     sampler = kind()
+    packed_by = set()
+
+    def pack(*arguments: Any) -> Packed:
+        packed_by.add(threading.current_thread())
+        return pack_as_ever(*arguments)
+
+    pack_as_ever = Packed.of
+    monkeypatch.setattr(Packed, "of", pack)
     run(sampler, monkeypatch)
+    # Another thread may not ask CUDA for pinned memory while a graph is recorded.
+    assert packed_by == {threading.main_thread()}
     step = 100 if kind is Stepwise else 0
     assert [index for index, _ in sampler.seen] == [n + (n // 4) * step for n in range(12)]
     assert [here for _, here in sampler.seen] == [True] * 2 + [False] * 10
