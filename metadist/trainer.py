@@ -64,6 +64,7 @@ from metadist.run.files import (
 )
 from metadist.run.lock import RunLock
 from metadist.run.monitor import Monitor, TerminalProgress, calls_of
+from metadist.run.reading import software
 from metadist.run.rebuild import config_of, is_own
 from metadist.run.settings import as_text, difference, recorded
 from metadist.run.storage import Folder, Mirror, is_part
@@ -544,7 +545,8 @@ class Trainer:
             self._introduce(run.progress)
             self._tell_of_gpus(run.progress)
             self.has_started = True
-            about = {"until_step": num_steps, **self._executor.describe()}
+            about: dict[str, Any] = {"until_step": num_steps, **self._executor.describe()}
+            about["software"] = [f"metadist {__version__}", *software()]
             with self._events.run(self.version, **about):
                 if is_new:
                     self._save(waits=True)  # for a run that dies before it gets to the next

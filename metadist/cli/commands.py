@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "Adapt to one task, and write the model as plain torch.",
     "inspect": "Show the checkpoints of a run and what one of them holds.",
     "status": "Show how a run stands, from its folder alone.",
+    "report": "Write one HTML page about a run or a comparison.",
     "compare": "Train several methods on one problem, on equal budgets.",
     "tune": "Search for good hyperparameters with Ray Tune.",
     "data": "List the data sets, or download one of them.",

@@ -18,7 +18,15 @@ from metadist.cli.contenders import check_contender, contender, go_to, keep_conf
 from metadist.cli.parsing import errors_of, read_yaml
 from metadist.cluster import Workers
 from metadist.cluster.jobs.parallel import in_parallel
-from metadist.compare.plan import Comparison, Outcome, Run
+from metadist.compare.plan import (
+    COMPARISON,
+    ERROR,
+    Comparison,
+    Outcome,
+    Run,
+    read_outcomes,
+    read_reported,
+)
 from metadist.compare.report import (
     check_matplotlib,
     curves,
@@ -38,8 +46,6 @@ from metadist.compare.run import (
 from metadist.run.storage import Folder
 from metadist.run.text import printable
 
-CONFIG = "comparison.json"
-ERROR = "error.txt"
 OWN = [field.name for field in fields(Comparison) if field.name != "shared"]
 """Keys of a config that are no options of a training."""
 
@@ -61,25 +67,21 @@ def compare(config: Namespace) -> int:
             with errors_of(where):
                 check_contender(run.options, run.values, config.workers, OWN)
     folder = Folder(config.run_dir)
-    keep_config(folder, tree, CONFIG)
+    keep_config(folder, tree, COMPARISON)
 
     _run_all(comparison, flat(tried), config)
-    outcomes = {entry: _outcomes(comparison, folder, runs) for entry, runs in tried.items()}
-    searched = [outcome for outcome in flat(outcomes) if outcome.run.point]
     # Each point of a grid is tried with the first seed, and the best of them with all seeds.
-    chosen = {entry: comparison.chosen(found) for entry, found in outcomes.items()}
-    _run_all(comparison, [run for runs in chosen.values() for run in runs[1:]], config)
-    for entry in {outcome.run.entry for outcome in searched}:
-        if chosen[entry]:
-            outcomes[entry] = _outcomes(comparison, folder, chosen[entry])
-        else:
-            not_finite = f"{comparison.metric} is not finite"
-            outcomes[entry] = [
-                outcome._replace(error=outcome.error or not_finite) for outcome in outcomes[entry]
-            ]
+    tried_outcomes = {
+        entry: read_outcomes(comparison, folder, runs) for entry, runs in tried.items()
+    }
+    chosen = [comparison.chosen(found)[1:] for found in tried_outcomes.values()]
+    _run_all(comparison, [run for runs in chosen for run in runs], config)
+    found = read_reported(comparison, folder)
+    outcomes = found.outcomes
     _report(comparison, folder, outcomes, config.plots)
-    if searched:
-        folder.write("grid.csv", grid_to_csv(comparison, searched, flat(chosen)).encode())
+    if found.searched:
+        grid = grid_to_csv(comparison, found.searched, found.chosen)
+        folder.write("grid.csv", grid.encode())
     return int(any(outcome.error for outcome in flat(outcomes)))
 
 
@@ -160,21 +162,6 @@ def _execute(job: Job) -> str:
 def _contender(comparison: Comparison, run: Run, run_dir: str) -> Contender:
     num_steps = comparison.budget.steps or MAX_STEPS
     return contender({**run.options, "num_steps": num_steps}, run.values, run_dir)
-
-
-def _outcomes(comparison: Comparison, folder: Folder, runs: Sequence[Run]) -> list[Outcome]:
-    return [_outcome(comparison, folder / run.name, run) for run in runs]
-
-
-def _outcome(comparison: Comparison, folder: Folder, run: Run) -> Outcome:
-    records = read_records(folder)
-    if is_finished(records, comparison.budget):
-        return Outcome(run, records, None)
-    try:
-        error = folder.read(ERROR, at_most=1 << 24).decode().strip()
-    except FileNotFoundError:
-        error = "not run"
-    return Outcome(run, records, error.partition("\n")[0])
 
 
 def _report(

@@ -14,9 +14,14 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from metadist.checks.values import plain, require_integer
-from metadist.compare.run import Budget, Record
+from metadist.compare.run import Budget, Record, is_finished, read_records
+from metadist.run.storage import Folder
 
 GRID = "grid"
+COMPARISON = "comparison.json"
+"""The file of the folder that keeps the config."""
+ERROR = "error.txt"
+"""The file of a run that says why it has failed."""
 OURS = {
     "run_dir": "every run has a folder of its own",
     "seed": "give `seeds`",
@@ -185,6 +190,59 @@ class Comparison:
         if not math.isfinite(value):
             return -math.inf
         return value if self.mode == "max" else -value
+
+
+class Reported(NamedTuple):
+    """What the folder of a comparison holds.
+
+    Args:
+        outcomes: The runs of each entry that are reported: all seeds, of a grid at its best point.
+        searched: The runs of all points of all grids.
+        chosen: The runs of the best points.
+    """
+
+    outcomes: dict[str, list[Outcome]]
+    searched: list[Outcome]
+    chosen: list[Run]
+
+
+def read_reported(comparison: Comparison, folder: Folder) -> Reported:
+    """The outcomes of a comparison so far, from its folder."""
+    outcomes: dict[str, list[Outcome]] = {}
+    searched: list[Outcome] = []
+    chosen: list[Run] = []
+    for entry in comparison.entries:
+        found = read_outcomes(comparison, folder, comparison.runs(entry))
+        outcomes[entry] = found
+        if not found[0].run.point:
+            continue
+        searched += found
+        best = comparison.chosen(found)
+        chosen += best
+        if best:
+            outcomes[entry] = read_outcomes(comparison, folder, best)
+        else:
+            not_finite = f"{comparison.metric} is not finite"
+            outcomes[entry] = [
+                outcome._replace(error=outcome.error or not_finite) for outcome in found
+            ]
+    return Reported(outcomes, searched, chosen)
+
+
+def read_outcomes(comparison: Comparison, folder: Folder, runs: Sequence[Run]) -> list[Outcome]:
+    """How runs ended, or stand, from the folder of their comparison."""
+    return [_outcome(comparison, folder / run.name, run) for run in runs]
+
+
+def _outcome(comparison: Comparison, folder: Folder, run: Run) -> Outcome:
+    records = read_records(folder)
+    if is_finished(records, comparison.budget):
+        return Outcome(run, records, None)
+    try:
+        error = folder.read(ERROR, at_most=1 << 24).decode().strip()
+    except FileNotFoundError:
+        error = "not run"
+    return Outcome(run, records, error.partition("\n")[0])
 
 
 def merge(shared: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,10 @@ NUM_POINTS = 200
 """The number of points of a curve."""
 PRODUCTS = "products H v"
 """The axis that is drawn where a method uses such products."""
+MIN_SEEDS = 3
+"""The number of seeds from which on an interval says something."""
 AXES: dict[str, Callable[[Record], float]] = {
+    "outer steps": lambda record: record.spent.step,
     "seconds of training": lambda record: record.spent.seconds,
     "oracle calls, in gradients": lambda record: record.spent.gradients,
     PRODUCTS: lambda record: record.spent.calls.get("hvp", 0),
@@ -93,8 +96,14 @@ def to_csv(table: Sequence[Row]) -> str:
     return text.getvalue()
 
 
+def headline_columns(comparison: Comparison) -> list[str]:
+    """The columns that are seen first, the metric that was asked for before all others."""
+    metric = comparison.metric
+    return [metric, f"{metric} at best", "seconds", "gradients"]
+
+
 def to_markdown(comparison: Comparison, table: Sequence[Row]) -> str:
-    """Markdown: the metrics in one table, the budget spent in another, then the errors."""
+    """Markdown: a table of five columns, then all metrics, the budget spent, and the errors."""
     spent: list[str] = []
     at_end: list[str] = []
     at_best: list[str] = []
@@ -107,8 +116,12 @@ def to_markdown(comparison: Comparison, table: Sequence[Row]) -> str:
             at_end.append(name)
     lines = [
         f"Budget: {_budget(comparison)}; seeds {', '.join(map(str, comparison.seeds))}. Means +- "
-        "half widths of 95 % t-intervals over seeds, at the end of the budget; `at best`: at the "
-        f"evaluation with {comparison.mode} {comparison.metric}.",
+        f"half widths of 95 % t-intervals over seeds (from {MIN_SEEDS} on), at the end of the "
+        f"budget; `at best`: at the evaluation with {comparison.mode} {comparison.metric}.",
+        "",
+        *_grid(["entry"], headline_columns(comparison), table),
+        "",
+        "All metrics:",
         "",
         *_grid(["entry", "point", "runs"], at_end + at_best, table),
         "",
@@ -137,12 +150,11 @@ def grid_to_csv(comparison: Comparison, tried: Sequence[Outcome], chosen: Iterab
 
 def to_console(comparison: Comparison, table: Sequence[Row]) -> Table:
     """A short table for the terminal."""
-    metric = comparison.metric
-    columns = ["steps", "seconds", "gradients", metric, f"{metric} at best"]
-    shown = Table("entry", "point", "runs", *columns)
+    columns = headline_columns(comparison)
+    shown = Table("entry", *columns)
     for row in table:
-        cells = [_cell(row, name) for name in columns]
-        shown.add_row(row.entry, row.point, str(row.num_runs), *cells)
+        point = f"\n{row.point}" if row.point else ""
+        shown.add_row(row.entry + point, *(row_cell(row, name) for name in columns))
     return shown
 
 
@@ -159,20 +171,14 @@ def curves(metric: str, outcomes: Mapping[str, Sequence[Outcome]]) -> bytes:
     """A PNG: a metric against each of `AXES`, means over seeds within bands from min to max."""
     from matplotlib.figure import Figure
 
-    axes = dict(AXES)
-    if not _uses_products(outcomes):
-        del axes[PRODUCTS]
+    axes = {label: AXES[label] for label in used_axes(outcomes)}
     picture = Figure(figsize=(6 + 3 * len(axes), 4.5), layout="constrained")
     panels = picture.subplots(1, len(axes), sharey=True)
     later: list[float] = []
     for panel, (label, position) in zip(panels, axes.items(), strict=True):
         for number, (entry, found) in enumerate(outcomes.items()):
-            lines = []
-            for outcome in found:
-                line = _line(outcome.records, metric, position)
-                if line and line[-1][0] > 0:
-                    lines.append(line)
-                    later += [value for _, value in line[1:]]
+            lines = _lines(found, metric, position)
+            later += [value for line in lines for _, value in line[1:]]
             if not lines:
                 continue
             places, low, mean, high = _band(lines)
@@ -194,6 +200,26 @@ def curves(metric: str, outcomes: Mapping[str, Sequence[Outcome]]) -> bytes:
     stream = io.BytesIO()
     picture.savefig(stream, format="png", dpi=120, metadata={"Software": None})
     return stream.getvalue()
+
+
+def used_axes(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
+    """The names of `AXES` to draw: products only where a method uses them."""
+    return [label for label in AXES if label != PRODUCTS or _uses_products(outcomes)]
+
+
+def band_of(
+    outcomes: Sequence[Outcome], metric: str, position: Callable[[Record], float]
+) -> list[list[float]] | None:
+    """[places, min, mean, max] of a metric over runs; None if no run has it."""
+    lines = _lines(outcomes, metric, position)
+    return [column.tolist() for column in _band(lines)] if lines else None
+
+
+def _lines(
+    outcomes: Sequence[Outcome], metric: str, position: Callable[[Record], float]
+) -> list[list[tuple[float, float]]]:
+    found = [_line(outcome.records, metric, position) for outcome in outcomes]
+    return [line for line in found if line and line[-1][0] > 0]
 
 
 def _uses_products(outcomes: Mapping[str, Sequence[Outcome]]) -> bool:
@@ -243,11 +269,13 @@ def _mean(values: list[float]) -> list[float | str]:
     return [interval.mean, interval.half_width]
 
 
-def _cell(row: Row, column: str) -> str:
+def row_cell(row: Row, column: str) -> str:
+    """A mean with its interval, as text; empty where there is none."""
     mean, half = _mean(row.numbers.get(column, []))
     if mean == "":
         return ""
-    return f"{mean:.4g}" + (f" +- {half:.2g}" if half else "")
+    has_interval = half and len(row.numbers[column]) >= MIN_SEEDS
+    return f"{mean:.4g}" + (f" +- {half:.2g}" if has_interval else "")
 
 
 def _grid(heads: Sequence[str], columns: Sequence[str], table: Sequence[Row]) -> list[str]:
@@ -255,7 +283,7 @@ def _grid(heads: Sequence[str], columns: Sequence[str], table: Sequence[Row]) ->
     lines = [[*heads, *columns], ["---"] * (len(heads) + len(columns))]
     for row in table:
         words = {"entry": row.entry, "point": row.point, "runs": str(row.num_runs)}
-        cells = [_cell(row, column) for column in columns]
+        cells = [row_cell(row, column) for column in columns]
         lines.append([*(words[head] for head in heads), *cells])
     return ["| " + " | ".join(line) + " |" for line in lines]
 

@@ -32,7 +32,7 @@ class EventLog:
     Each has `time` (UTC), `event`, `step` (outer steps taken) and what belongs to it:
 
         run_started            until_step, what `Executor.describe` returns, and of the process
-                               host, boot, pid and started
+                               host, boot, pid and started; software: what it runs on
         run_finished
         run_interrupted        by Ctrl-C or SIGTERM
         run_failed             error

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 import re
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +32,9 @@ MAX_SCALAR_BYTES = 32 << 20
 MAX_LINE_BYTES = 1 << 16
 MAX_RECORD_BYTES = 1 << 16
 """The size of the longest record that is looked into; a scalar takes a hundred bytes."""
+MAX_PICTURE_BYTES = 1 << 19
+MAX_PICTURES = 24
+PNG = b"\x89PNG\r\n\x1a\n"
 MAX_RECORDS = 100_000
 MAX_TAGS = 10_000
 MAX_NAME = 1000
@@ -126,20 +131,115 @@ def find_json(folder: Folder, name: str) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"{name} is no JSON object of at most 1 MiB"]
 
 
+def find_tree(folder: Folder, name: str) -> dict[str, Any]:
+    """The JSON object in a file, of any form; empty where there is none to be read."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(folder.read(name, 1 << 24))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 def find_scalars(folder: Folder) -> tuple[dict[str, Scalar], list[str]]:
     """(the newest value of every scalar by tag, what is wrong with TensorBoard's files).
 
     Values of steps that an interrupted run had taken and its continuation takes again are left
     out, as TensorBoard does it.
     """
+    found: dict[str, Scalar] = {}
+    wrong: dict[str, None] = {}
+
+    def news(event: Any) -> list[Any]:
+        return [
+            value
+            for value in event.summary.value
+            if value.WhichOneof("value") == "simple_value" and value.tag not in found
+        ]
+
+    for event, values in _events(folder, wrong, news, MAX_RECORD_BYTES):
+        if len(found) >= MAX_TAGS:
+            break
+        for value in values:
+            found.setdefault(value.tag, Scalar(value.simple_value, event.step, event.wall_time))
+    return found, list(wrong)
+
+
+@dataclass(frozen=True)
+class History:
+    """What TensorBoard's files of a run hold, by tag.
+
+    Args:
+        scalars: The values of each scalar, in the order of their steps.
+        images: The newest picture of each tag: (step, PNG).
+        texts: The newest text.
+        histograms: The newest distribution: (step, [(lower edge, upper edge, count)]).
+        unreadable: What is wrong with the files; what they would add is missing.
+        is_partial: Whether the files are so long that only the newest records were read.
+    """
+
+    scalars: dict[str, list[Scalar]]
+    images: dict[str, tuple[int, bytes]]
+    texts: dict[str, str]
+    histograms: dict[str, tuple[int, list[tuple[float, float, float]]]]
+    unreadable: list[str]
+    is_partial: bool
+
+
+def find_history(folder: Folder) -> History:
+    """All that TensorBoard's files of a run say, without what was taken again."""
+    wrong: dict[str, None] = {}
+    found = History({}, {}, {}, {}, [], is_partial=False)
+    num_events = 0
+    for event, values in _events(folder, wrong, _all_values, MAX_PICTURE_BYTES):
+        num_events += 1
+        for value in values:
+            kind = value.WhichOneof("value")
+            if kind == "simple_value":
+                scalar = Scalar(value.simple_value, event.step, event.wall_time)
+                if value.tag in found.scalars or len(found.scalars) < MAX_TAGS:
+                    found.scalars.setdefault(value.tag, []).append(scalar)
+            elif kind == "image" and len(found.images) < MAX_PICTURES:
+                data = bytes(value.image.encoded_image_string)
+                if data.startswith(PNG):
+                    found.images.setdefault(value.tag, (event.step, data))
+            elif kind == "histo":
+                buckets = _buckets(value.histo)
+                found.histograms.setdefault(value.tag, (event.step, buckets))
+            elif kind == "tensor" and value.tensor.string_val:
+                text = value.tensor.string_val[0].decode(errors="replace")
+                found.texts.setdefault(value.tag, text)
+    # The files are read from their end.
+    scalars = {
+        tag: sorted(column, key=lambda scalar: scalar.step) for tag, column in found.scalars.items()
+    }
+    is_partial = num_events >= MAX_RECORDS
+    return replace(found, scalars=scalars, unreadable=list(wrong), is_partial=is_partial)
+
+
+def _all_values(event: Any) -> list[Any]:
+    return list(event.summary.value)
+
+
+def _buckets(histogram: Any) -> list[tuple[float, float, float]]:
+    """(lower edge, upper edge, count) of the buckets that lie in the range of the values."""
+    found = []
+    lower = histogram.min
+    for upper, count in zip(histogram.bucket_limit, histogram.bucket, strict=False):
+        if count > 0:
+            found.append((max(lower, histogram.min), min(upper, histogram.max), count))
+        lower = upper
+    return found[:MAX_TAGS]
+
+
+def _events(
+    folder: Folder, wrong: dict[str, None], wanted: Callable[[Any], list[Any]], at_most: int
+) -> Iterator[tuple[Any, list[Any]]]:
+    """(event, the values of it that are `wanted`), newest first; notes what is `wrong`."""
     # Late: it takes long to import, and no worker needs it.
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-    found: dict[str, Scalar] = {}
-    wrong: dict[str, None] = {}
     end = math.inf
-    for number, (file, record) in enumerate(_records(folder, wrong)):
-        if number >= MAX_RECORDS or len(found) >= MAX_TAGS:
+    for number, (file, record) in enumerate(_records(folder, wrong, at_most)):
+        if number >= MAX_RECORDS:
             break
         damaged = f"{folder.path(file)} has a damaged record"
         try:
@@ -149,12 +249,8 @@ def find_scalars(folder: Folder) -> tuple[dict[str, Scalar], list[str]]:
             continue
         is_start = event.HasField("session_log") and event.session_log.status == SessionLog.START
         is_known = 0 <= event.step <= MAX_STEP and 0 <= event.wall_time <= MAX_SECONDS
-        news = [
-            value
-            for value in event.summary.value
-            if value.WhichOneof("value") == "simple_value" and value.tag not in found
-        ]
-        if not is_start and not (news and event.step < end):
+        values = wanted(event)
+        if not is_start and not (values and event.step < end):
             continue
         # Only of what is used, as it is slow.
         if not is_known or _checksum(record[:-4]) != struct.unpack("<I", record[-4:])[0]:
@@ -162,14 +258,10 @@ def find_scalars(folder: Folder) -> tuple[dict[str, Scalar], list[str]]:
         elif is_start:
             end = min(end, event.step)
         else:
-            for value in news:
-                if len(value.tag) <= MAX_NAME:
-                    scalar = Scalar(value.simple_value, event.step, event.wall_time)
-                    found.setdefault(value.tag, scalar)
-    return found, list(wrong)
+            yield event, [value for value in values if len(value.tag) <= MAX_NAME]
 
 
-def _records(folder: Folder, wrong: dict[str, None]) -> Iterator[tuple[str, bytes]]:
+def _records(folder: Folder, wrong: dict[str, None], at_most: int) -> Iterator[tuple[str, bytes]]:
     """(file, data and its checksum) of short records, newest first.
 
     What is being written now is left out. Behind damage, the next header with a right checksum is
@@ -199,7 +291,7 @@ def _records(folder: Folder, wrong: dict[str, None]) -> Iterator[tuple[str, byte
             begin = first + size + 4
             if begin > len(data):
                 break
-            if size <= MAX_RECORD_BYTES:
+            if size <= at_most:
                 places.append((first, begin))
         for first, last in reversed(places):
             yield name, data[first:last]
@@ -235,6 +327,21 @@ def this_process() -> dict[str, Any]:
     """What tells this process from others: its machine, number, and start."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _started(pid)}
+
+
+def software() -> list[str]:
+    """What a process here runs on, in words: versions, the system, CPUs and GPU."""
+    import torch
+
+    words = [
+        f"Python {platform.python_version()}",
+        f"torch {torch.__version__}",
+        f"{platform.system()} {platform.machine()}",
+        f"{os.cpu_count()} CPUs",
+    ]
+    if torch.cuda.is_available():
+        words.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
+    return words
 
 
 def is_gone(process: Mapping[str, Any]) -> bool:

@@ -137,7 +137,11 @@ def test_a_comparison_ends_with_tables_and_curves(cli):
     assert 0 < float(aid["adjoint_residual"]) < 1
     assert float(aid["test_error"]) > 0
     markdown = Path("out/table.md").read_text()
-    assert re.search(r"\| AID \|  \| 2 \| [-\d.e]+ \+- [\d.e]+ \|", markdown)
+    # An interval of two seeds says nothing.
+    assert re.search(r"\| AID \|  \| 2 \| [-\d.e]+ \| [-\d.e]+ \|", markdown)
+    assert markdown.splitlines()[2] == (
+        "| entry | query_loss | query_loss at best | seconds | gradients |"
+    )
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in lines[:4]} == {lines[0].count("|")}
     for name in ("query_loss", "support_loss", "test_error"):
@@ -648,7 +652,10 @@ def test_tables_hold_the_final_and_the_best_metrics():
     assert (b["runs"], b["query_loss"], b["query_loss +-"]) == ("1", "0.2", "")
     assert b["errors"] == "runs/B/seed-1: ValueError: no"
     markdown = to_markdown(it, table)
-    assert "| A |  | 2 | 0.4 +- 1.3 | 0.6 +- 1.3 | 0.2 +- 1.3 | 0.8 +- 1.3 |" in markdown
+    assert "| A |  | 2 | 0.4 | 0.6 | 0.2 | 0.8 |" in markdown  # too few for an interval
+    three = {"A": [*outcomes()["A"], outcomes()["A"][0]._replace(records=outcomes()["A"][1][1])]}
+    # 4.303 standard errors of 0.3, 0.5 and 0.5.
+    assert "| A |  | 3 | 0.4333 +- 0.29 |" in to_markdown(it, rows(it, three))
     assert "* runs/B/seed-1: ValueError: no" in markdown
 
 

@@ -16,7 +16,7 @@ from metadist.run.storage import Folder
 from tests.helpers import Recording, Spoiled, curves, exact, make_trainer, read_events
 from tests.run.test_monitor import report, result
 
-OF_PROCESS = ("time", "host", "boot", "pid", "started")
+OF_PROCESS = ("time", "host", "boot", "pid", "started", "software")
 
 
 def told(path) -> list[tuple[Any, ...]]:
