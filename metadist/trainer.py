@@ -43,6 +43,7 @@ from metadist.loggers.base import LoggedRun, Logger
 from metadist.loggers.tensor_board import TensorBoardLogger
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterVariable, check_state
+from metadist.pictures import Gallery, WeighsExamples, example_weights, log_adaptation
 from metadist.problem import Problem, has_artifacts, has_few_shot_classes, start_carried
 from metadist.run.background import Background
 from metadist.run.banner import banner
@@ -258,6 +259,7 @@ class Trainer:
         self._loggers = [*loggers] if has_tensorboard else [TensorBoardLogger(), *loggers]
         self._callbacks = [*callbacks]
         self._monitor: Monitor | None = None
+        self._gallery = Gallery()
         self._max_dropped = max_dropped
         self._quiet = quiet
         self._config = config
@@ -714,10 +716,30 @@ class Trainer:
         if validates:
             score = self._validate(monitor, run.progress)
         if monitor is not None:
+            self._gallery.show(partial(self._show, monitor, validates))
             monitor.flush()
         self._save(score)
         if validates or version >= num_steps:
             self._write_artifacts()
+
+    def _show(self, monitor: Monitor, validates: bool) -> None:
+        """Log pictures of this step: of the first task of validation, and of learned weights."""
+        if validates and self._val_sampler is not None:
+            log_adaptation(
+                monitor,
+                self.problem,
+                self.algorithm,
+                self.outer,
+                sample_task(self._val_sampler, 0, self.last_step),
+                self._eval_inner_steps,
+                replace(self._workload.compute, device="cpu"),
+            )
+        if 0 in self._state.states and isinstance(self.problem, WeighsExamples):
+            found = example_weights(
+                self.problem, self.sampler, self.outer, self.inner(0), self._task(0)
+            )
+            for name, weights in found.items():
+                monitor.histogram(f"weights/{name}", weights)
 
     def _write_artifacts(self) -> None:
         """Write what the problem shows of this step."""

@@ -27,8 +27,8 @@ PRODUCTS = "products H v"
 MIN_SEEDS = 3
 """The number of seeds from which on an interval says something."""
 AXES: dict[str, Callable[[Record], float]] = {
-    "outer steps": lambda record: record.spent.step,
     "seconds of training": lambda record: record.spent.seconds,
+    "outer steps": lambda record: record.spent.step,
     "oracle calls, in gradients": lambda record: record.spent.gradients,
     PRODUCTS: lambda record: record.spent.calls.get("hvp", 0),
 }

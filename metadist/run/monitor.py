@@ -140,6 +140,14 @@ class Monitor:
         named = {scalar_name(split, name): value for name, value in values.items()}
         self._call("log_scalars", self._version, named)
 
+    def image(self, name: str, image_CHW: Tensor) -> None:
+        """Log a picture of the newest step."""
+        self._call("log_image", self._version, name, image_CHW)
+
+    def histogram(self, name: str, values: Tensor) -> None:
+        """Log a distribution of the newest step."""
+        self._call("log_histogram", self._version, name, values)
+
     def flush(self) -> None:
         """Have everything so far where it belongs; open again what has failed."""
         for logger in self._loggers:

@@ -73,6 +73,10 @@ class ExampleWeighting(Problem):
     def weights(self, context: Params, losses: Tensor, batch: Batch) -> Tensor:
         """w >= 0 of the support examples of `batch`, whose `losses` are given; (examples,)."""
 
+    def example_weights(self, context: Params, inner: Params, batch: Batch) -> Tensor:
+        """w of the support examples of `batch` at y, shape (examples,)."""
+        return self.weights(context, self.losses(inner, batch), batch)
+
     def weighted(self, context: Params, losses: Tensor, batch: Batch) -> Tensor:
         """The term of each example in the inner loss: a function with derivative w in `losses`."""
         return self.weights(context, losses, batch) * losses
@@ -169,7 +173,7 @@ class HyperCleaning(ExampleWeighting):
 
     def suspected(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         """Whether the weight of each example is below 1/2."""
-        return self.weights(context, self.losses(inner, batch), batch) < 0.5
+        return self.example_weights(context, inner, batch) < 0.5
 
     def artifacts(self, outer: Params, inner: Params | None) -> dict[str, bytes]:
         """`weights.csv`: the weight of each training example, in the order of the data."""
@@ -256,7 +260,7 @@ class LossWeighting(ExampleWeighting):
 
     def suspected(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         """Whether the weight of each example is below 1/2."""
-        return self.weights(context, self.losses(inner, batch), batch) < 0.5
+        return self.example_weights(context, inner, batch) < 0.5
 
     def weighted(self, context: Params, losses: Tensor, batch: Batch) -> Tensor:
         slopes, thresholds = self._slopes(context), context["thresholds"]

@@ -298,7 +298,7 @@ def test_a_comparison_on_one_page(comparison, tmp_path):
     labels = [a["aria-label"] for tag, a in found.elements if tag == "svg" and "aria-label" in a]
     assert labels[:3] == [
         f"query_loss against {axis}: A, B"
-        for axis in ("outer steps", "seconds of training", "oracle calls, in gradients")
+        for axis in ("seconds of training", "outer steps", "oracle calls, in gradients")
     ]
     assert "runs/A/seed-2: OSError: <script>" in found.text
     assert "B algorithm.inner_lr=0.2 0.125 yes" in found.text
