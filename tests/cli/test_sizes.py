@@ -69,3 +69,18 @@ def test_sizes_are_read_from_the_tensors(inputs, targets, expected):
     assert expected.items() <= found.items()
     assert ("image_size" in found) is False
     assert ("n_way" in found) is ("n_way" in expected)
+
+
+def test_a_table_is_cleaned_from_the_command_line(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{number % 7},{number % 5},{'ab'[number % 2]}\n" for number in range(20)]
+    Path("noisy.csv").write_text("x,y,kind\n" + "".join(rows))
+    Path("checked.csv").write_text("x,y,kind\n0.5,1,a\n1.5,3,b\n")
+    options = "--sampler table --sampler.train noisy.csv --sampler.val checked.csv "
+    options += "--sampler.label kind --problem hyper_cleaning --problem.model linear "
+    options += "--algorithm lancbio --algorithm.inner_lr 0.5 --num_steps 2 --run_dir run"
+    code, _, err = cli("train", *shlex.split(options))
+    assert code == 0, err
+    assert "HyperCleaning of LinearClassifier, by LancBiO: 20 numbers in x, 6 in y" in err
+    written = Path("run/artifacts/step-00000002/weights.csv").read_text().splitlines()
+    assert len(written) == 21

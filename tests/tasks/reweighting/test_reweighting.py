@@ -140,6 +140,11 @@ def test_per_example_names_what_has_an_entry_for_each_example():
     assert {name: len(leaf) for name, leaf in outer.items()} == {"logits": 60}
 
 
+def test_learned_weights_are_a_file_of_the_run():
+    found = HyperCleaning(3).artifacts({"logits": torch.tensor([0.0, 2.0, -30.0])}, None)
+    assert found == {"weights.csv": b"position,weight\n0,0.5\n1,0.880797\n2,9.35762e-14\n"}
+
+
 def train(problem, data, algorithm, num_steps, optimizer, **options):
     trainer = Trainer(
         problem,
