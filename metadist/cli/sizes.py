@@ -6,11 +6,14 @@ Between parsing and the making of objects such a size is None in the config.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
 from metadist.cli.mistakes import parameters_of
-from metadist.task import Task, targets_of
+
+if TYPE_CHECKING:  # help shows without torch
+    from metadist.task import Task
 
 CLASSES = ("n_way", "num_classes", "out_features")
 SIZES = (*CLASSES, "in_channels", "image_size", "in_features", "num_examples")
@@ -38,6 +41,8 @@ def fill(config: Namespace, task: Task | None) -> None:
 
 def sizes_of(task: Task) -> dict[str, int]:
     """What a task says of the sizes that models and problems have, by name."""
+    from metadist.task import targets_of
+
     inputs, targets = task.support.tensors[0], targets_of(task.support)
     sizes = {"num_examples": len(task.support.index)}
     if inputs.ndim > 1:
