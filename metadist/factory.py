@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from importlib import import_module
@@ -60,6 +61,13 @@ class ModelFactory:
                 f"arguments must be numbers, texts, and lists and dicts of these, got {error}: a "
                 "factory travels as text; build the object inside the function"
             ) from error
+
+    def with_seed(self, seed: int) -> ModelFactory:
+        """The same factory with another seed."""
+        require_word("seed", seed)
+        other = copy.copy(self)
+        other.seed = seed
+        return other
 
     def __call__(self) -> nn.Module:
         """A new model, with the same weights each time; torch's own random state stays."""

@@ -7,6 +7,8 @@ from metadist.exports import lazy
 if TYPE_CHECKING:
     from metadist.tasks.language.hugging_face import HuggingFace as HuggingFace
     from metadist.tasks.language.problem import LanguageModelProblem as LanguageModelProblem
+    from metadist.tasks.language.retraining import Retrained as Retrained
+    from metadist.tasks.language.retraining import retrain as retrain
     from metadist.tasks.language.sources import TokenSources as TokenSources
     from metadist.tasks.language.weights import ExampleWeights as ExampleWeights
     from metadist.tasks.language.weights import Rater as Rater
