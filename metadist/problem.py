@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -176,6 +176,15 @@ class HasModel(Protocol):
 
     def module(self, outer: Params, inner: Params, task: Task) -> nn.Module:
         """The model as a plain torch module that holds copies of the adapted weights."""
+        ...
+
+
+@runtime_checkable
+class HasScores(Protocol):
+    """A problem whose outer variable weights training data, see `metadist scores`."""
+
+    def scores(self, outer: Params, task: Task) -> Iterator[dict[str, Any]]:
+        """What was learned of each source or support example of `task`, as JSON has it."""
         ...
 
 

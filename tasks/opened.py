@@ -76,10 +76,10 @@ class SentAsText:
     model: nn.Module | ModelFactory
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if not isinstance(self.model, ModelFactory):
+        if not isinstance(getattr(self, "model", None), ModelFactory):
             return super().__reduce_ex__(protocol)
         arguments = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-        return _received, (type(self), arguments, opened(self.model).digest)
+        return _received, (type(self), arguments, opened(arguments["model"]).digest)
 
 
 def _received(cls: type, arguments: dict[str, Any], digest: str) -> Any:

@@ -75,6 +75,13 @@ def test_hyper_cleaning(run):
     assert metrics["test_accuracy"] > 0.85
 
 
+def test_language_model(run, tmp_path):
+    pytest.importorskip("transformers")
+    shares = run("language_model", folder=str(tmp_path), num_steps=8)
+    assert shares["news"] > shares["web"] + 0.05
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
 def test_continual_learning(run):
     metrics = run("continual_learning", num_tasks=2, per_task=150)
     assert metrics["accuracy"] > 0.3

@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "Adapt to tasks of another split and report the metrics.",
     "predict": "Adapt to images of classes, and say the class of others.",
     "export": "Adapt to one task, and write the model as plain torch.",
+    "scores": "Write the learned weight of each source or example.",
     "inspect": "Show the checkpoints of a run and what one of them holds.",
     "status": "Show how a run stands, from its folder alone.",
     "report": "Write one HTML page about a run or a comparison.",

@@ -70,6 +70,7 @@ KINDS = {
     "policies": Kind(("executor.policy",), ("metadist.cluster",), POLICY),
     "step_rules": Kind(("algorithm.inner_optimizer",), ("metadist",), STEP_RULE),
     "loggers": Kind(("loggers",), ("metadist.loggers",), LOGGER, "Logger"),
+    "weights": Kind(("problem.weights",), ("metadist.tasks",), ("init", "of", "scores")),
 }
 
 
@@ -119,7 +120,9 @@ def _named_in(module: str, kind: str) -> dict[str, PublicClass]:
 
 
 def _can_be_written(parameter: Parameter) -> bool:
-    is_text = not parameter.types.isdisjoint({"bool", "int", "float", "str", "Path"})
+    is_text = not parameter.types.isdisjoint(
+        {"bool", "int", "float", "str", "Path", "Sequence[str]"}
+    )
     return is_text or kind_of(parameter.name) is not None
 
 

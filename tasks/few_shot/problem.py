@@ -17,6 +17,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.func import vjp
 
 from metadist.checks.values import check
+from metadist.factory import ModelFactory
 from metadist.models import TaskBatchNorm
 from metadist.problem import Problem
 from metadist.rows import rows
@@ -25,14 +26,12 @@ from metadist.tasks.few_shot.heads import prototypes
 from metadist.tasks.network import (
     Head,
     call,
-    check_model,
     last_executed,
     last_registered,
     names_of,
     plain_module,
-    trainable,
-    without_parameters,
 )
+from metadist.tasks.opened import SentAsText, opened
 from metadist.trees import Params, dot, stack
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -65,7 +64,7 @@ INPUTS = "inputs.support"
 CLASS_AXIS, IGNORED = 1, -100  # of F.cross_entropy, also where each pixel has a class
 
 
-class FewShotProblem(Problem):
+class FewShotProblem(SentAsText, Problem):
     """A model whose parameters are the outer variable, some of them adapted to each task.
 
     Examples of a task are pairs of `inputs` and `targets`. `adapt` decides which method this is:
@@ -83,7 +82,8 @@ class FewShotProblem(Problem):
     gradient.
 
     Args:
-        model: The network; its current weights are the start of training.
+        model: The network; its current weights are the start of training. Or a `ModelFactory`,
+            which is sent to workers as text.
         adapt: Which parameters are adapted, see above.
         loss: "cross_entropy" (integer targets; reports accuracy), "mse", or a function of
             (output, target) that returns the mean over examples, shape ().
@@ -105,7 +105,7 @@ class FewShotProblem(Problem):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | ModelFactory,
         adapt: str | Sequence[str] = "all",
         loss: Literal["cross_entropy", "mse"] | Loss = "cross_entropy",
         batch_encode: Literal["auto"] | bool = "auto",
@@ -115,30 +115,31 @@ class FewShotProblem(Problem):
         if isinstance(loss, str) and loss not in LOSSES:
             raise ValueError(f"loss must be one of {sorted(LOSSES)} or a function, got {loss!r}")
         check("weight_decay", weight_decay, ge=0)
-        check_model(model)
+        found = opened(model)
+        if isinstance(model, ModelFactory):
+            self.model = model
         self.weight_decay = weight_decay
         self.loss = loss
         self.adapt = adapt
         self.batch_encode = batch_encode
         self._loss = LOSSES[loss] if isinstance(loss, str) else loss
         self.few_shot_classes = loss == "cross_entropy"
-        self._start = trainable(model)
-        modules = list(model.modules())
+        self._start, self._model = found.start, found.module
+        modules = list(self._model.modules())
         self._inductive = any(
             isinstance(module, TaskBatchNorm) and module.policy == "inductive" for module in modules
         )
         self._has_rnn = any(isinstance(module, nn.RNNBase) for module in modules)
-        self._model = without_parameters(model)
         self._split: Head | None = None
         self._split_is_checked = False
         self._head_is_found = False
         self._runs_once = True
         if adapt == "head":
             # What comes last is known for sure when the first inputs are there.
-            self._split = Head(self._model, last_registered(model))
+            self._split = Head(self._model, last_registered(self._model))
             self._adapted = list(self._split.of_head(self._start))
         else:
-            self._adapted = _adapted_names(model, list(self._start), adapt)
+            self._adapted = _adapted_names(self._model, list(self._start), adapt)
         self.head_start = head_start
         if head_start != "learned":
             self._check_head_start()

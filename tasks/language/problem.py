@@ -6,7 +6,7 @@ Shape letters: n examples, L tokens of a row, V tokens of the vocabulary, D feat
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -274,6 +274,13 @@ class LanguageModelProblem(SentAsText, Problem):
                 f"{self.weights.describe()}"
             )
         return self.weights.by_name(outer)
+
+    def scores(self, outer: Params, task: Task) -> Iterator[dict[str, Any]]:
+        """The share and weight of each source, or the weight or rating of each support row."""
+        places = torch.arange(len(task.support.index)).split(AT_A_TIME)
+        some = (task.support.take(part) for part in places)
+        with torch.no_grad():
+            yield from self.weights.scores(outer, ((fields_of(part), part) for part in some))
 
     def save_pretrained(self, inner: Params, folder: str | Path) -> None:
         """Save the model with the weights `inner` as transformers and peft do.

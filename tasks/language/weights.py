@@ -6,8 +6,8 @@ Shape letters: n examples, L tokens of a row, k sources.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,9 +35,18 @@ class Weights(ABC):
         """The outer variables with a row for each support example."""
         return set()
 
+    def scores(
+        self, outer: Params, parts: Iterator[tuple[Mapping[str, Tensor], Batch]]
+    ) -> Iterator[dict[str, Any]]:
+        """What was learned of each example, given all of them part by part."""
+        for fields, batch in parts:
+            found = self.of(outer, fields, batch).tolist()
+            for row, weight in zip(batch.index.tolist(), found, strict=True):
+                yield {"row": row, "weight": weight}
+
+    @abstractmethod
     def describe(self) -> str:
         """What it is, in a line."""
-        return type(self).__name__
 
 
 class SourceWeights(Weights):
@@ -80,6 +89,14 @@ class SourceWeights(Weights):
     def by_name(self, outer: Params) -> dict[str, float]:
         """p of each source by its name."""
         return dict(zip(self.sources, self.shares(outer).tolist(), strict=True))
+
+    def scores(
+        self, outer: Params, parts: Iterator[tuple[Mapping[str, Tensor], Batch]]
+    ) -> Iterator[dict[str, Any]]:
+        total = sum(self.sources.values())
+        for name, share in self.by_name(outer).items():
+            weight = share * total / self.sources[name]
+            yield {"source": name, "share": share, "weight": weight}
 
     def of(self, outer: Params, fields: Mapping[str, Tensor], batch: Batch) -> Tensor:
         source = _field(fields, "source", "TokenSources gives it")
@@ -149,7 +166,23 @@ class Rater(Weights):
             "bias": torch.zeros(1),
         }
 
+    def scores(
+        self, outer: Params, parts: Iterator[tuple[Mapping[str, Tensor], Batch]]
+    ) -> Iterator[dict[str, Any]]:
+        """The rating of each example, which "softmax" weighs against those of a mini-batch."""
+        for fields, batch in parts:
+            found = self.ratings(outer, fields)
+            for row, rating in zip(batch.index.tolist(), found.tolist(), strict=True):
+                yield {"row": row, "rating": rating}
+
     def of(self, outer: Params, fields: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        ratings = self.ratings(outer, fields)
+        if self.kind == "softmax":
+            return len(ratings) * ratings.softmax(0)
+        return 2 * ratings.sigmoid()
+
+    def ratings(self, outer: Params, fields: Mapping[str, Tensor]) -> Tensor:
+        """r of each example, shape (n,)."""
         ids = _field(fields, "ids", "it holds the tokens")
         rows = outer["embeddings"][ids.long()]
         if (mask := fields.get("mask")) is None:
@@ -157,10 +190,7 @@ class Rater(Weights):
         else:
             kept = mask.to(rows.dtype)
             mean = (rows * kept[..., None]).sum(1) / kept.sum(1, keepdim=True)
-        rating = (mean @ outer["hidden"]).tanh() @ outer["rating"] + outer["bias"]
-        if self.kind == "softmax":
-            return len(rating) * rating.softmax(0)
-        return 2 * rating.sigmoid()
+        return (mean @ outer["hidden"]).tanh() @ outer["rating"] + outer["bias"]
 
     def describe(self) -> str:
         return f"by a net of width {self.width}, {self.kind}"

@@ -9,6 +9,8 @@ decay), so data may be cut into shards.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -180,6 +182,11 @@ class HyperCleaning(ExampleWeighting):
         weights = outer["logits"].sigmoid().tolist()
         lines = [f"{position},{weight:.6g}\n" for position, weight in enumerate(weights)]
         return {"weights.csv": ("position,weight\n" + "".join(lines)).encode()}
+
+    def scores(self, outer: Params, task: Task) -> Iterator[dict[str, Any]]:
+        """The weight of each training example."""
+        for row, weight in enumerate(outer["logits"].sigmoid().tolist()):
+            yield {"row": row, "weight": weight}
 
 
 class ClassWeights(ExampleWeighting):

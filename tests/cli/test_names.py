@@ -23,13 +23,14 @@ from tests.cli.helpers import flat
 
 KNOWN = {
     "algorithms": "itd aid noloopaid metasgd stocbio",
-    "problems": "few_shot hyper_cleaning lancbio_synthetic pbgd_toy text_regularisation",
+    "problems": "few_shot hyper_cleaning language_model lancbio_synthetic text_regularisation",
     "models": "conv4 resnet12 mlp linear",
     "samplers": "glyphs sinusoid omniglot fc100 image_folder lancbio_data no_data",
     "executors": "local ray data_parallel",
     "policies": "bsp ssp asp buffered",
     "step_rules": "adam adamw sgd",
     "loggers": "csv mlflow tensor_board wandb",
+    "weights": "example_weights rater source_weights",
 }
 
 
