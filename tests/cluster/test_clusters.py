@@ -103,6 +103,33 @@ cluster.shutdown()
 """
 
 
+NODES = """
+import os
+os.environ["RAY_AUTH_MODE"] = "disabled"
+from ray.cluster_utils import Cluster
+from metadist.cluster import reach_nodes, versions
+from metadist.cluster.actors import network
+node = dict(include_dashboard=False, object_store_memory=100 << 20)
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, **node))
+for _ in range(2):
+    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+ways = []
+reach = network._reach
+network._reach = lambda node, block, way: ways.append(way) or reach(node, block, way)
+found = reach_nodes(cluster.address)
+print([(node.error, node.versions == versions(), node.bytes_per_s > 0) for node in found])
+print(len(ways), sum(way.startswith("from ") for way in ways), flush=True)
+cluster.shutdown()
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(240)
+def test_each_node_is_reached_from_here_and_from_another_node(home):
+    lines = Script(NODES, home).finish()[0].splitlines()
+    assert lines == [str([(None, True, True)] * 3), "6 3"]
+
+
 @pytest.mark.cluster
 @pytest.mark.timeout(240)
 def test_a_cluster_of_others_is_used_and_left_as_it_was(home):
