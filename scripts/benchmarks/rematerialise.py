@@ -48,9 +48,13 @@ class Weights(Problem):
 
     def _losses(self, inner: Params, batch: Batch) -> Tensor:
         (ids,) = batch.tensors
-        logits = torch.func.functional_call(
-            self._model, inner, (), {"input_ids": ids, "use_cache": False}
-        ).logits[:, :-1]
+        logits = (
+            torch.func.functional_call(
+                self._model, inner, (), {"input_ids": ids, "use_cache": False}
+            )
+            .logits[:, :-1]
+            .float()
+        )
         losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         return losses.mean(1)
 
@@ -61,7 +65,7 @@ class Weights(Problem):
         return self._losses(inner, batch).mean()
 
 
-def llama(layers: int, width: int = 96) -> nn.Module:
+def llama(layers: int, width: int = 64) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         num_hidden_layers=layers,
@@ -70,14 +74,14 @@ def llama(layers: int, width: int = 96) -> nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=256,
-        max_position_embeddings=128,
+        max_position_embeddings=256,
         bos_token_id=0,
         eos_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
 
 
-def tokens(examples: int = 8, length: int = 128) -> Task:
+def tokens(examples: int = 4, length: int = 256) -> Task:
     def batch(seed: int) -> Batch:
         random = torch.Generator().manual_seed(seed)
         return Batch.of(torch.randint(256, (examples, length), generator=random))
@@ -150,10 +154,10 @@ def compared(title: str, ways: dict[str, Callable[[], Tensor]]) -> None:
 def decoders() -> None:
     task = tokens()
     plain, again = (
-        Weights(change(llama(16)), 8) for change in (lambda model: model, rematerialise)
+        Weights(change(llama(16)), 4) for change in (lambda model: model, rematerialise)
     )
     compared(
-        "Llama, 16 layers of width 96, 8 x 128 tokens: one product (J v, H v)",
+        "Llama, 16 layers of width 64, 4 x 256 tokens: one product (J v, H v)",
         {"plain": partial(product, plain, task), "rematerialised": partial(product, again, task)},
     )
     adjoint, unrolled = (ITD(2, 0.1, engine=engine) for engine in ("adjoint", "unrolled"))
