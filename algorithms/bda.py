@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from metadist.algorithm import Estimate, InnerState
 from metadist.algorithms.parts.inner import Descent, decayed
-from metadist.algorithms.parts.through import Trace, pull
+from metadist.algorithms.parts.through import Trace, bears_rounding_through, pull
 from metadist.checks.values import rule
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, scale, zeros_like
@@ -57,6 +57,10 @@ class BDA(Descent):
         """Those of g_y and f_y in the direction of inner step t."""
         share = decayed(self.alpha, self.alpha_decay, t)
         return 1 - share, share if self.y_lr is None else share * self.y_lr / self.step_rule.lr
+
+    @property
+    def bears_rounding(self) -> str:
+        return bears_rounding_through(self.step_rule)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         steps, rate = self.step_rule, self.step_rule.lr_at(oracle.step)

@@ -58,7 +58,6 @@ class BOME(InnerLoop):
     """
 
     takes_second_derivatives = False
-    takes_differences = True
 
     y_lr: float = rule(0.1, gt=0)
     eta: float = rule(0.5, gt=0)

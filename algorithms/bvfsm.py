@@ -66,7 +66,7 @@ class BVFSM(InnerLoop):
     """
 
     takes_second_derivatives = False
-    takes_differences = True
+    bears_rounding = "float32"
 
     y_steps: int = rule(10, ge=1)
     y_lr: float = rule(0.1, gt=0)

@@ -45,7 +45,7 @@ class DARTS(InnerLoop):
     """
 
     takes_second_derivatives = False
-    takes_differences = True
+    bears_rounding = "float32"
     refuses_decay = ""
 
     epsilon: float = rule(0.01, gt=0)

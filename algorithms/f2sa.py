@@ -71,7 +71,7 @@ class F2SA(InnerLoop):
     """
 
     takes_second_derivatives = False
-    takes_differences = True
+    bears_rounding = "autocast"
 
     y_lr: float | None = rule(None, gt=0, none="for inner_lr")
     lam: float = rule(10.0, gt=0)

@@ -47,6 +47,7 @@ class FreePBGD(InnerLoop):
     """
 
     takes_second_derivatives = False
+    bears_rounding = "autocast"
 
     inner_steps: int = rule(1, ge=1)
     gamma: float = rule(10.0, gt=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metadist.algorithm import Estimate
 from metadist.algorithms.parts.inner import NO_MEMORY, Descent
-from metadist.algorithms.parts.through import Trace, pull
+from metadist.algorithms.parts.through import Trace, bears_rounding_through, pull
 from metadist.checks.values import rule
 from metadist.oracle import Draw, Oracle
 from metadist.step_rules import Memory
@@ -84,6 +84,10 @@ class IAPTT(Descent):
     @property
     def kept_options(self) -> dict[str, str]:
         return {"start_lr": ""}
+
+    @property
+    def bears_rounding(self) -> str:
+        return bears_rounding_through(self.step_rule)
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> IAPTTState:
         return IAPTTState(inner, inner, self.new_memory(inner))

@@ -77,6 +77,7 @@ class LancBiO(InnerLoop):
     """
 
     no_graph = LOOKS_AT_EIGENVALUES
+    bears_rounding = "autocast"
 
     adjoint_steps: int = rule(5, ge=1)
     subspace_start: int = rule(1, ge=1)

@@ -73,7 +73,6 @@ class MEHA(SingleLoop):
 
     takes_second_derivatives = False
     takes_prox = True
-    takes_differences = True
 
     y_lr: float = rule(0.1, gt=0)
     gamma: float = rule(1.0, gt=0)

@@ -48,7 +48,7 @@ class PZOBO(InnerLoop):
 
     takes_second_derivatives = False
     trains = "both"
-    takes_differences = True
+    bears_rounding = "float32"
     refuses_decay = ""
 
     mu: float = rule(0.01, gt=0)

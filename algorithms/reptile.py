@@ -42,6 +42,7 @@ class Reptile(Descent):
 
     takes_second_derivatives = False
     trains = "start"
+    bears_rounding = "autocast"
 
     inner_steps: int = rule(5, ge=1)
 

@@ -50,7 +50,7 @@ class SAMA(InnerLoop):
     """
 
     takes_second_derivatives = False
-    takes_differences = True
+    bears_rounding = "float32"
     refuses_decay = ""
 
     epsilon: float = rule(0.01, gt=0)

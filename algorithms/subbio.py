@@ -51,6 +51,7 @@ class SubBiO(InnerLoop):
     """
 
     no_graph = LOOKS_AT_EIGENVALUES
+    bears_rounding = "autocast"
 
     adjoint_lr: float | None = None
     adjoint_steps: int = rule(1, ge=1)

@@ -8,7 +8,7 @@ import torch
 
 from metadist.algorithm import Estimate, InnerState
 from metadist.algorithms.parts.inner import Descent
-from metadist.algorithms.parts.through import Trace, pull
+from metadist.algorithms.parts.through import Trace, bears_rounding_through, pull
 from metadist.checks.values import rule
 from metadist.oracle import Draw, Oracle
 from metadist.step_rules import Memory
@@ -57,6 +57,10 @@ class UFOM(Descent):
                 f"exact_probability must be in (0, 1], got {self.exact_probability}: for first "
                 "order alone use ITD with first_order=True"
             )
+
+    @property
+    def bears_rounding(self) -> str:
+        return bears_rounding_through(self.step_rule)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         exact = oracle.uniform() < self.exact_probability

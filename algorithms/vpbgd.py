@@ -57,7 +57,6 @@ class VPBGD(InnerLoop):
     """
 
     takes_second_derivatives = False
-    takes_differences = True
 
     y_lr: float = rule(0.1, gt=0)
     gamma_init: float = rule(0.0, ge=0)

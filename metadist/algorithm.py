@@ -83,9 +83,6 @@ class Algorithm(ABC):
     """Whether it can handle a lower objective with a non-smooth part (`Problem.prox_inner`)."""
     takes_map: bool = False
     """Whether it can go through the fixed point of `Problem.inner_map`."""
-    takes_differences: bool = False
-    """Whether h has differences between first derivatives, or inner variables, at points that are
-    near one another, over their distance: these drown in the rounding of less than float32."""
     no_graph: str = ""
     """Why a lease of it can be no CUDA graph; empty: it can."""
 
@@ -143,6 +140,16 @@ class Algorithm(ABC):
         pass; a method that says False keeps those, which are faster and smaller.
         """
         return True
+
+    @property
+    def bears_rounding(self) -> str:
+        """What h may be computed in.
+
+        "float32": no less, where h is divided by what may be small, the distance of points near one
+        another. "autocast": also losses in bfloat16 from a y in float32. "bfloat16": also a y in
+        bfloat16.
+        """
+        return "bfloat16"
 
     @property
     def compiles(self) -> bool:

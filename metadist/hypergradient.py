@@ -130,8 +130,8 @@ def task_hypergradients(
             raise ValueError(
                 f"torch.autocast({kind!r}) must be off around hypergradients, got on: it rounds "
                 "inner gradients to half precision, whose second derivatives are then off by 40 % "
-                "and more. Leave it out; encode_precision='bf16' runs the part before an adapted "
-                "head so, and precision='tf32' is faster for all else"
+                "and more. Put it within the losses, around the model alone (docs/gpu.md says for "
+                "which methods); encode_precision='bf16' runs the part before an adapted head so"
             )
     if states is None and algorithm.needs_kept_state:
         raise ValueError(

@@ -214,6 +214,9 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().norm() / expected.norm().clamp_min(1e-12))
 
 
+keep_inputs_only = rematerialise  # where an argument has that name
+
+
 class Conv4(nn.Module):
     """Four blocks of conv 3x3, batch norm, ReLU, max-pool 2, and a linear head.
 
@@ -223,6 +226,7 @@ class Conv4(nn.Module):
         width: Channels of every block; 64 (Omniglot) and 32 (mini-ImageNet) are usual.
         image_size: H = W, the side of the images, >= 16.
         batch_norm: A policy: "transductive", "inductive" or "none".
+        rematerialise: Whether its blocks keep their inputs only, see `rematerialise`.
 
     Source: Vinyals et al., NeurIPS 2016; Finn, Abbeel, Levine, ICML 2017.
     """
@@ -234,6 +238,7 @@ class Conv4(nn.Module):
         width: int = 64,
         image_size: int = 28,
         batch_norm: BatchNormPolicy = "transductive",
+        rematerialise: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(n_way=n_way, in_channels=in_channels, width=width)
@@ -249,6 +254,8 @@ class Conv4(nn.Module):
             blocks.append(nn.Sequential(conv, norm, nn.ReLU(), nn.MaxPool2d(2)))
         self.features = nn.Sequential(*blocks, nn.Flatten())
         self.head = nn.Linear(width * (image_size // 16) ** 2, n_way)
+        if rematerialise:
+            keep_inputs_only(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, shape (R, N), of images of shape (R, C, H, W)."""
@@ -287,6 +294,7 @@ class ResNet12(nn.Module):
         widths: Channels of the blocks; (64, 160, 320, 640) as in MetaOptNet.
         image_size: H = W, the side of the images, >= 16.
         batch_norm: A policy: "transductive", "inductive" or "none".
+        rematerialise: Whether its blocks keep their inputs only, see `rematerialise`.
 
     Source: Lee et al., "Meta-Learning with Differentiable Convex Optimization", CVPR 2019.
     Differs from it in: no DropBlock, whose masks no inner loop could replay.
@@ -299,6 +307,7 @@ class ResNet12(nn.Module):
         widths: tuple[int, int, int, int] = (64, 160, 320, 640),
         image_size: int = 84,
         batch_norm: BatchNormPolicy = "transductive",
+        rematerialise: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(n_way=n_way, in_channels=in_channels, widths=min(widths))
@@ -313,6 +322,8 @@ class ResNet12(nn.Module):
             nn.Flatten(),
         )
         self.head = nn.Linear(widths[-1], n_way)
+        if rematerialise:
+            keep_inputs_only(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, shape (R, N), of images of shape (R, C, H, W)."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metadist.algorithm import OWN, Estimate, InnerState, split_own
 from metadist.algorithms.parts.inner import Descent
-from metadist.algorithms.parts.through import Trace, pull
+from metadist.algorithms.parts.through import Trace, bears_rounding_through, pull
 from metadist.checks.values import rule
 from metadist.followed import filled
 from metadist.oracle import Draw, Oracle
@@ -97,6 +97,10 @@ class Unrolling(Descent):
     @property
     def takes_second_derivatives(self) -> bool:
         return self.second_order_steps > 0
+
+    @property
+    def bears_rounding(self) -> str:
+        return bears_rounding_through(self.step_rule)
 
     @property
     def compiles(self) -> bool:

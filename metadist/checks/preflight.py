@@ -386,13 +386,13 @@ def _require_like(name: str, value: Any, start: Params) -> None:
 
 
 def check_precision(workload: Workload, outer: Params) -> None:
-    """Raise ValueError for an algorithm of differences on a problem that computes too roughly.
+    """Raise ValueError for an algorithm on a problem that computes too roughly for it.
 
     Looks at what the inner loss computes with, not only at the dtype of x: a problem may keep y in
     bfloat16, or run its model under autocast.
     """
     algorithm, problem = workload.algorithm, workload.problem
-    if not algorithm.takes_differences:
+    if algorithm.bears_rounding == "bfloat16":
         return
     outer, _ = split_own(outer)
     task = _task(workload.sampler, outer)
@@ -400,20 +400,31 @@ def check_precision(workload: Workload, outer: Params) -> None:
         context, start = context_of(problem, outer, task), problem.init_inner(outer, task)
         with _Dtypes() as computed:
             problem.inner_loss(context, start, _drawn(task, workload.compute).support)
+    borne = {torch.bfloat16} if algorithm.bears_rounding == "autocast" else set()
     for where, dtypes in (
         ("the context", _dtypes(context.values())),
         ("the inner variable", _dtypes(start.values())),
-        ("inner_loss", computed.found),
+        ("inner_loss", computed.found - borne),
     ):
         rough = {dtype for dtype in dtypes if _is_rough(dtype)}
         if rough:
+            reason = DIFFERENCES if not borne else NOT_MEASURED
             raise ValueError(
                 f"{where} must be in float32 or float64 with {type(algorithm).__name__}, got "
-                f"{', '.join(sorted(map(str, rough)))}: it takes differences between first "
-                "derivatives at near points, which are smaller than the rounding there. Cast the "
-                "model with model.float() (without autocast), or use an algorithm without "
-                "differences, as SOBA or ITD"
+                f"{', '.join(sorted(map(str, rough)))}: {reason}, or use another algorithm, as "
+                "SOBA or ITD"
             )
+
+
+DIFFERENCES = (
+    "it takes differences between first derivatives at near points, or goes through steps of Adam "
+    "with eps < 1e-3, and rounding drowns what it divides by. Cast the model with model.float() "
+    "(without autocast)"
+)
+NOT_MEASURED = (
+    "its error with that is large, or was not measured. Cast the model with model.float(), and run "
+    "it under autocast in bfloat16 within the losses"
+)
 
 
 MIN_COSINE = 0.9

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from metadist import Trainer, check_hypergradient
+from metadist.algorithm import Algorithm
 from metadist.algorithms import AID, ALGORITHMS, BDA, DARTS, ITD, UFOM, Reptile
 from metadist.checks.preflight import NoSecondDerivative, initial_outer, preflight
 from metadist.compute import Compute, warn_once
 from metadist.evaluation import evaluate
+from metadist.step_rules import Adam
 from metadist.task import Batch, Task
 from metadist.tasks import FewShotProblem
 from metadist.trees import Params, tree_map
@@ -478,11 +480,17 @@ class Rough(Quadratic):
         return super().outer_loss(context, {"y": inner["y"].to(context["x"].dtype)}, batch)
 
 
-DIFFERENCES = ["bome", "bvfsm", "darts", "f2sa", "meha", "pzobo", "sama", "vpbgd"]
+DIFFERENCES = ["bvfsm", "darts", "pzobo", "sama"]
+LOSSES_ALONE = ["f2sa", "freepbgd", "lancbio", "reptile", "subbio"]
 
 
 def test_which_algorithms_take_differences():
-    assert [name for name, cls in ALGORITHMS.items() if cls.takes_differences] == DIFFERENCES
+    borne = {
+        name: cls(inner_steps=3).bears_rounding  # type: ignore[call-arg]
+        for name, cls in ALGORITHMS.items()
+    }
+    assert [name for name in borne if borne[name] == "float32"] == DIFFERENCES
+    assert [name for name in borne if borne[name] == "autocast"] == LOSSES_ALONE
 
 
 @pytest.mark.parametrize("where", ["start", "loss", "autocast"])
@@ -495,6 +503,34 @@ def test_differences_below_float32_are_refused(name, where):
         Trainer(Rough(where), QuadraticSampler(), algorithm, quiet=True)
     with pytest.raises(ValueError, match=message):
         check_hypergradient(Rough(where), QuadraticSampler().sample(0), algorithm)
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype"), [("start", torch.bfloat16), ("autocast", torch.float16)]
+)
+@pytest.mark.parametrize("name", ["f2sa", "lancbio"])
+def test_what_was_not_measured_is_refused(name, where, dtype):
+    algorithm = ALGORITHMS[name](inner_steps=3)  # type: ignore[call-arg]
+    message = rf"must be in float32 or float64 with .*, got {dtype}: .*under autocast in bfloat16"
+    with pytest.raises(ValueError, match=message):
+        Trainer(Rough(where, dtype), QuadraticSampler(), algorithm, quiet=True)
+
+
+@pytest.mark.parametrize("name", ["itd", "bda", "fg2u", "iaptt", "ufom"])
+def test_derivatives_of_adam_bear_rounding_if_its_eps_is_not_small(name):
+    def method(eps: float) -> Algorithm:
+        rule = Adam(1e-3, eps=eps)
+        return ALGORITHMS[name](inner_steps=3, inner_optimizer=rule)  # type: ignore[call-arg]
+
+    with pytest.raises(ValueError, match=r"got torch.bfloat16: .*through steps of Adam with eps"):
+        Trainer(Rough("autocast"), QuadraticSampler(), method(1e-8), quiet=True)
+    assert method(1e-3).bears_rounding == "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["f2sa", "meha", "bome", "vpbgd"])
+def test_differences_of_points_that_lie_apart_bear_losses_under_autocast(name):
+    algorithm = ALGORITHMS[name](inner_steps=3)  # type: ignore[call-arg]
+    Trainer(Rough("autocast"), QuadraticSampler(), algorithm, quiet=True)
 
 
 @pytest.mark.parametrize("where", ["start", "loss", "nowhere"])

@@ -217,13 +217,13 @@ def test_derivatives_of_the_first_four_orders(frozen):
 @pytest.mark.parametrize("batch_norm", ["transductive", "inductive"])
 @pytest.mark.parametrize("make", [Conv4, ResNet12])
 def test_backbones_of_few_shot_tasks(make, batch_norm):
-    def model() -> nn.Module:
+    def model(**options: bool) -> nn.Module:
         torch.manual_seed(0)
         size: Any = {"width": 4} if make is Conv4 else {"widths": (2, 3, 3, 4)}
-        return make(3, 1, image_size=16, batch_norm=batch_norm, **size).double()
+        return make(3, 1, image_size=16, batch_norm=batch_norm, **size, **options).double()
 
     data = image_task(0)
-    changed = rematerialise(model())
+    changed = model(rematerialise=True)
     assert [name for name, layer in changed.named_modules() if is_rematerialised(layer)] == [
         f"features.{number}" for number in range(4)
     ]
