@@ -33,7 +33,7 @@ font-size:.85rem;vertical-align:middle;margin-left:.6rem}.ok{color:var(--ok)}.ba
 table{border-collapse:collapse;display:block;overflow-x:auto;max-width:100%;font-size:.93rem}
 th,td{text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid var(--line);
 vertical-align:top;overflow-wrap:anywhere}
-td.num,th.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td.num,th.num{text-align:right;padding-left:.8rem;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.key{color:var(--soft);white-space:nowrap}
 pre{background:var(--card);border:1px solid var(--line);border-radius:.4rem;padding:.7rem;
 overflow:auto;max-height:30rem;font-size:.85rem}

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import csv
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from metadist import LocalExecutor, Trainer
+from metadist import Callback, LocalExecutor, StepReport, Trainer
 from metadist.cluster import (
     RayExecutor,
     Workers,
 )
 from metadist.executor import Executor
+from metadist.loggers import CSVLogger
 from metadist.run.status import run_status
 from metadist.run.storage import Folder
 from tests.cluster.toy import ADAM, Deadly, OneStep, Regression
 from tests.helpers import read_events
+
+
+class Noting(Callback):
+    """Writes down each step and the process that it is called in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_step(self, report: StepReport) -> None:
+        with (self.folder / "noted.txt").open("a") as stream:
+            stream.write(f"{report.step.version} {os.getpid()}\n")
+
+
+def logged(folder: Path) -> dict[tuple[str, str], str]:
+    with (folder / "metrics.csv").open(newline="") as stream:
+        return {(row["step"], row["name"]): row["value"] for row in csv.DictReader(stream)}
 
 
 def told(folder: Path, executor: Executor, deaths: str) -> list[tuple[Any, ...]]:
@@ -31,6 +50,8 @@ def told(folder: Path, executor: Executor, deaths: str) -> list[tuple[Any, ...]]
         checkpoint_every=2,
         executor=executor,
         run_dir=folder,
+        loggers=[CSVLogger()],
+        callbacks=[Noting(folder)],
         quiet=True,
     ).fit(4)
     found = []
@@ -53,5 +74,14 @@ def test_a_lost_worker_is_told_with_its_leases(free_cluster, tmp_path):
     assert [line for line in remote[1:] if line not in losses] == local[1:]
     assert local[0][2]["until_step"] == remote[0][2]["until_step"] == 4
     assert (remote[0][2]["executor"], remote[0][2]["num_workers"]) == ("ray", "2")
+    here = [f"{step} {os.getpid()}" for step in (1, 2, 3, 4)]
+    assert (tmp_path / "ray" / "noted.txt").read_text().splitlines() == here
+    alone, rows = logged(tmp_path / "local"), logged(tmp_path / "ray")
+    assert ("3", "workers/lost") in rows and ("1", "workers/number") in rows
+    assert not any(name.startswith("workers/") for _, name in alone)
+    timed = "tasks/per_second"
+    expected = {key: value for key, value in alone.items() if key[1] != timed}
+    assert expected.keys() >= {("4", "outer/hypergradient_norm")}
+    assert {key: rows[key] for key in expected} == expected
     status = run_status(tmp_path / "ray")
     assert (status.state, status.step, status.newest) == ("finished", 4, "step-00000004")
