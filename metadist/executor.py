@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from metadist.trees import Params
 from metadist.workload import Lease, Workload
 
 log = logging.getLogger("metadist.executor")
+
+T = TypeVar("T")
 
 MAX_BACKOFF_S = 10.0
 """The longest pause before a lease is tried again."""
@@ -84,7 +86,7 @@ class Judge(Protocol):
 class Executor(Protocol):
     """Runs outer steps: hands out leases, applies their sums to the outer variable.
 
-    Derive from it: `probe`, `judge` and `last_state` have a body, the other methods have none.
+    Derive from it: `probe`, `call`, `judge` and `last_state` have a body, the others have none.
     """
 
     shares_leases: bool = True
@@ -105,6 +107,14 @@ class Executor(Protocol):
         that no machine needs to hold all data.
         """
         return sampler
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What `function` returns for these arguments; needs no `start`.
+
+        A trainer has its checks made here, which need the memory of a lease: an executor whose
+        workers alone have that memory asks one of them. This body calls it in this process.
+        """
+        return function(*arguments)
 
     def notify(self, event: str, **fields: Any) -> None:
         """Called with what must be known before a step ends; a trainer puts its events here."""

@@ -25,14 +25,7 @@ from metadist.callbacks import (
     call_on_evaluation,
     call_on_step,
 )
-from metadist.checks.preflight import (
-    check_losses,
-    check_trainable,
-    chunk_on_cpu,
-    initial_outer,
-    learns_start,
-    preflight,
-)
+from metadist.checks.preflight import check_trainable, checked, learns_start
 from metadist.checks.sampler import check_sampler
 from metadist.checks.values import check
 from metadist.compute import DEFAULT, Compute
@@ -230,7 +223,7 @@ class Trainer:
             algorithm,
             meta_batch_size,
             keep_state,
-            learns_start=learns_start(problem, self._probe, compute.seed),
+            learns_start=self._executor.call(learns_start, problem, self._probe, compute.seed),
             is_one_task=reports[0].distinct_tasks == 1,
         )
         self.problem = problem
@@ -280,9 +273,8 @@ class Trainer:
             self.run_dir = self._mirror.path
         self._events = EventLog(None if self.run_dir is None else self.run_dir / EVENTS)
         probed = replace(self._workload, sampler=self._probe)
-        outer = initial_outer(probed)
-        compute = preflight(probed, outer, is_whole=self._probe is sampler)
-        chunk = chunk_on_cpu(replace(probed, compute=compute), outer)
+        is_whole = self._probe is sampler
+        outer, compute, chunk = self._executor.call(checked, probed, is_whole, val_sampler)
         self._cuts_freely = tasks_per_lease is None
         if tasks_per_lease is None:
             tasks_per_lease = self._default_lease(meta_batch_size, chunk, compute)
@@ -292,8 +284,6 @@ class Trainer:
             tasks_per_lease=tasks_per_lease,
             chunk_on_cpu=chunk,
         )
-        if val_sampler is not None:
-            check_losses(problem, val_sampler, outer, "val_sampler", compute)
         self._info: dict[str, Any] = {}
         if self._store is not None:
             self._info = self._recorded()

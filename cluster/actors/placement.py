@@ -6,8 +6,8 @@ import math
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 import torch
@@ -28,8 +28,11 @@ from metadist.cluster.actors.connection import (
     reserve,
     this_node,
 )
+from metadist.cluster.actors.errand import errand
 from metadist.cluster.actors.options import Workers
 from metadist.compute import CUBLAS_CONFIG, CUBLAS_FIXED
+
+T = TypeVar("T")
 
 
 class Placement:
@@ -50,6 +53,37 @@ class Placement:
         self._is_connection_ours = False
         self._bundles: list[tuple[PlacementGroup, int]] = []
 
+    def connect(self) -> None:
+        """Connect, if this process is not connected.
+
+        Raises:
+            ConnectError: The cluster cannot be reached.
+        """
+        workers = self._workers
+        self._is_connection_ours |= connect(
+            self._address, workers.num_cpus, workers.show_output, self._object_store_bytes
+        )
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What `function` returns in a process with the CPUs of a worker, see `errand`.
+
+        Raises:
+            ConnectError: The cluster cannot be reached.
+            ResourcesError: The CPUs are not free in time.
+        """
+        self.connect()
+        workers = self._workers
+        bundle = {"CPU": float(workers.cpus_per_worker)}
+        group = reserve([bundle], workers.start_timeout_s, can_grow=self._can_grow)
+        try:
+            return errand(group, function, *arguments)
+        finally:
+            remove_placement_group(group)
+
+    @property
+    def _can_grow(self) -> bool:
+        return not (self._is_connection_ours and is_of_this_machine(self._address))
+
     def open(self, device: str) -> None:
         """Connect, wait for the bundles of `min_workers`, and demand those of the others; once.
 
@@ -68,9 +102,7 @@ class Placement:
             )
         if device == "cuda" and workers.gpus_per_worker == 0:
             raise ValueError("gpus_per_worker must be > 0 or None with device='cuda', got 0")
-        self._is_connection_ours |= connect(
-            self._address, workers.num_cpus, workers.show_output, self._object_store_bytes
-        )
+        self.connect()
         if self._bundles:
             return
         num_gpus = self._num_gpus(device)
@@ -78,8 +110,7 @@ class Placement:
         num_at_start = workers.num_at_start
         is_elastic = num_at_start < workers.num_workers
         option = "min_workers" if is_elastic else "num_workers"
-        can_grow = not (self._is_connection_ours and is_of_this_machine(self._address))
-        group = reserve([bundle] * num_at_start, workers.start_timeout_s, option, can_grow)
+        group = reserve([bundle] * num_at_start, workers.start_timeout_s, option, self._can_grow)
         self._bundles = [(group, index) for index in range(num_at_start)]
         for _ in range(workers.num_workers - num_at_start):
             self._bundles.append((demand(bundle), 0))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import ray
 import torch
@@ -45,6 +45,8 @@ from metadist.trees import Params
 from metadist.workload import Workload
 
 log = logging.getLogger("metadist.cluster")
+
+T = TypeVar("T")
 
 StateName = Literal["server", "worker"]
 
@@ -171,6 +173,20 @@ class RayExecutor(Executor):
     def num_on_gpus(self, compute: Compute) -> int:
         """See `Executor`; with device "auto" and no `gpus_per_worker` a connection tells."""
         return self._placement.num_on_gpus(compute.device)
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """See `Executor`; with state="worker" a process with the CPUs of a worker calls it.
+
+        So this process builds no inner variable. An executor that is at work has no CPUs left for
+        that, and calls it here.
+        """
+        if self._state != "worker" or self._pool is not None:
+            return function(*arguments)
+        try:
+            return self._placement.call(function, *arguments)
+        except BaseException:
+            self.close()
+            raise
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         """See `Executor`; started again, it keeps its processes and sets them up anew."""

@@ -83,12 +83,13 @@ class Scheduler:
             self._held.keep(parts[0].version)
         return parts
 
-    def _gather(self, version: int, until: float = math.inf) -> None:
+    def _gather(self, version: int, limit_s: float = math.inf) -> None:
         """Have the states at this version, which is that of x, on the driver's disk.
 
         Raises:
-            TimeoutError: It is `until`, or something was lost where that is given.
+            TimeoutError: It took longer than `limit_s`, or something was lost where that is given.
         """
+        until = time.perf_counter() + limit_s
         held, ledger = self._held, self._ledger
         if held is None or held.has(version):
             return
@@ -102,11 +103,11 @@ class Scheduler:
                     held.lost(event.lease)
                 elif ledger is not None:
                     self._note(event, ledger)
-                if isinstance(event, Lost) and until < math.inf:
+                if isinstance(event, Lost) and limit_s < math.inf:
                     raise TimeoutError("a worker was lost")
             if time.perf_counter() > until:
                 raise TimeoutError("the workers did not give their states in time")
-            if ledger is not None and until == math.inf:
+            if ledger is not None and limit_s == math.inf:
                 self._hand_out(ledger)
 
     def _with_server(self, action: Callable[[], T]) -> T:

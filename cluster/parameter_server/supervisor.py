@@ -77,7 +77,7 @@ class Supervisor:
         self.servers: list[Any] = []
         """The actors, each a `ParameterServer`."""
         self.gather: Callable[..., None] | None = None
-        """Called with the version of a state, and perhaps the time at which to give up, before it
+        """Called with the version of a state, and perhaps the seconds it may take, before it
         replaces the last snapshot: has what belongs to it and is not in the server. Snapshots are
         then made by calls of `state` alone, when `is_due`."""
 
@@ -258,7 +258,7 @@ class Supervisor:
             parts = self._runtime.get(refs)
             if self.gather is not None and len(versions_of(parts)) == 1:
                 try:
-                    self.gather(parts[0].version, deadline)
+                    self.gather(parts[0].version, deadline - self._runtime.now())
                 except Exception as error:  # noqa: BLE001 - whatever it is: there is a snapshot
                     log.warning("the states of the last steps are lost: %s", error)
                     return self._snapshot

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -74,6 +74,39 @@ def initial_outer(workload: Workload) -> Params:
     outer = {**outer, **workload.algorithm.init_own(start)}
     check_flattenable(outer, "outer")
     return {name: leaf.detach().cpu() for name, leaf in outer.items()}
+
+
+class Checked(NamedTuple):
+    """What the checks before a training have found.
+
+    Args:
+        outer: x at the start.
+        compute: How to compute the workload, see `preflight`.
+        chunk_on_cpu: See `Workload`.
+    """
+
+    outer: Params
+    compute: Compute
+    chunk_on_cpu: int
+
+
+def checked(workload: Workload, is_whole: bool, val_sampler: TaskSampler | None) -> Checked:
+    """All checks before a training, which need the memory of a lease.
+
+    Args:
+        workload: What is to be trained.
+        is_whole: As for `preflight`.
+        val_sampler: The tasks of validation.
+
+    Raises:
+        ValueError: Training or validation cannot work.
+    """
+    outer = initial_outer(workload)
+    compute = preflight(workload, outer, is_whole)
+    chunk = chunk_on_cpu(replace(workload, compute=compute), outer)
+    if val_sampler is not None:
+        check_losses(workload.problem, val_sampler, outer, "val_sampler", compute)
+    return Checked(outer, compute, chunk)
 
 
 def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compute:

@@ -7,9 +7,11 @@ import os
 import signal
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from random import Random
 from typing import Any
 
+import fsspec
 import pytest
 import ray
 import torch
@@ -24,6 +26,7 @@ from metadist.cluster.parameter_server.server import ParameterServer
 from metadist.cluster.parameter_server.worker import Worker
 from metadist.step_rules import Adam
 from metadist.task import Batch, Task
+from metadist.trainer import Trainer
 from metadist.trees import Params
 from tests.cluster.in_process import World, holding
 from tests.cluster.toy import (
@@ -36,6 +39,7 @@ from tests.cluster.toy import (
     make_workload,
     state_bytes,
 )
+from tests.problems import assert_same_bytes
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,47 @@ def test_one_worker_has_the_same_bytes(executor):
     assert state_bytes(running.state()) == expected()
 
 
+@dataclass(frozen=True)
+class Traced(Ridge):
+    """Leaves the number of each process that builds an inner variable in a folder."""
+
+    folder: str = ""
+
+    def init_inner(self, outer: Params, task: Task) -> Params:
+        (Path(self.folder) / str(os.getpid())).touch()
+        return super().init_inner(outer, task)
+
+
+def test_the_driver_builds_no_inner_variable_and_resumes_from_storage(
+    free_cluster, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("metadist.run.checkpoint.LARGE_STATES_BYTES", 1)
+    uri = f"memory://{tmp_path.name}"
+
+    def make(run_dir=None, **options):
+        problem = Traced(folder=str(tmp_path))
+        method = keeping().algorithm
+        return Trainer(problem, FewLines(), method, run_dir=run_dir, quiet=True, **options)
+
+    def held():
+        workers = Workers(num_workers=2, start_timeout_s=600)
+        return make(uri, checkpoint_every=2, executor=RayExecutor(workers, state="worker"))
+
+    first = held()
+    first.fit(3)
+    again = held()
+    assert again.restore() == "step-00000003"
+    again.fit(5)
+    assert not (tmp_path / str(os.getpid())).exists()
+    whole = make()
+    whole.fit(5)
+    assert_same_bytes(again.outer, whole.outer)
+    for index in range(4):
+        assert_same_bytes(again.inner(index), whole.inner(index))
+    config = fsspec.filesystem("memory").cat_file(f"/{tmp_path.name}/config.yaml").decode()
+    assert "state: worker" in config
+
+
 NUM_STEPS = 7
 
 
@@ -147,16 +192,20 @@ def expected(version: int = NUM_STEPS) -> bytes:
 
 
 def start_in_process(world, workload, num_workers, snapshot_every):
-    """(the scheduler, its state as a function)."""
+    """(the scheduler, its state as a function, that of an end)."""
     first = first_state(workload.problem)
     spec = OuterSpec.of(first.outer)
     scheduler, held = holding(world, workload, first, num_workers, snapshot_every)
 
-    def state():
-        parts = join_states(scheduler.state(), spec)
-        return parts._replace(states=held.at(parts.version))
+    def whole(parts):
+        state = join_states(parts, spec)
+        return state._replace(states=held.at(state.version))
 
-    return scheduler, state
+    return (
+        scheduler,
+        lambda: whole(scheduler.state()),
+        lambda: whole(scheduler._supervisor.last_state(20.0)),
+    )
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -174,15 +223,37 @@ def test_whoever_is_lost_the_bytes_are_those_of_one_process(seed):
                 random.choice(living).die()
 
     world.happen = happen
-    scheduler, state = start_in_process(world, keeping(), num_workers, snapshot_every)
+    scheduler, state, _ = start_in_process(world, keeping(), num_workers, snapshot_every)
     versions = {report.step.version for report in scheduler.run(NUM_STEPS)}
     assert state_bytes(state()) == expected()
     assert versions == set(range(1, NUM_STEPS + 1))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_an_interrupted_run_ends_with_x_and_states_of_one_version(seed):
+    random = Random(seed)
+    world = World(random.randrange)
+    scheduler, _, last_state = start_in_process(world, keeping(), 2, snapshot_every=3)
+    calls = itertools.count()
+    end, loss = random.randint(5, 60), random.choice([Worker, ParameterServer, None])
+
+    def happen():
+        if next(calls) == end:
+            raise KeyboardInterrupt
+
+    world.happen = happen
+    with pytest.raises(KeyboardInterrupt):
+        list(scheduler.run(NUM_STEPS * 10))
+    if loss is not None:
+        random.choice(world.of(loss)).die()
+    found = last_state()
+    assert state_bytes(found) == expected(found.version)
+    assert found.version >= scheduler._supervisor._version - (0 if loss is None else 3)
+
+
 def test_no_state_travels_but_for_a_snapshot():
     world = World()
-    scheduler, state = start_in_process(world, keeping(num_features=1000), 2, snapshot_every=100)
+    scheduler, state, _ = start_in_process(world, keeping(num_features=1000), 2, 100)
     list(scheduler.run(2))
     sent = sum(actor.num_bytes for actor in world.actors)
     list(scheduler.run(12))
