@@ -43,7 +43,7 @@ def errand(group: PlacementGroup, function: Callable[..., T], *arguments: Any) -
             f"may crash the process. {message(error)}"
         ) from error
     for category, text in told:
-        warnings.warn(text, category, stacklevel=2)
+        warnings.warn(text, category, stacklevel=4)  # the call of the executor
     answer: T = found
     return answer
 
