@@ -87,7 +87,8 @@ class RayExecutor(Executor):
             long a lease may take.
         prefetch: The leases a worker may hold beside the one it computes, so that it can start the
             next at once; 0: none. They are handed out when half the usual time of a lease is over.
-            Except under BSP they are computed at an older x.
+            Except under BSP they are computed at an older x. With state="worker" all leases of a
+            step are handed out at once, and this is for validation alone.
         backup_factor: A lease that takes so many times as long as the median one goes to an idle
             worker too, and the first answer counts; None: never. Try 2 where some machines are
             slow at times.
