@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from metadist import LocalExecutor, OuterOptimizer, Trainer, evaluate, task_hypergradients
 from metadist.algorithm import Algorithm
 from metadist.algorithms import AID, BOME, ITD, SOBA, LancBiO
 from metadist.compute import Compute, DeviceMemoryError
-from metadist.models import Conv4
+from metadist.models import Conv4, rematerialise
 from metadist.task import to_device
 from metadist.tasks import FewShotProblem, Glyphs
 from metadist.trees import Params, flatten
@@ -145,3 +146,21 @@ def test_memory_that_runs_out_says_what_to_lower():
             trainer.fit(1)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("autocasts", [False, True])
+def test_rematerialised_blocks_have_the_products_of_plain_ones(autocasts):
+    def products(change):
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(4)]
+        model = change(nn.Sequential(*layers)).cuda()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocasts):
+            outputs = model(torch.ones(8, 32, device="cuda"))
+        weights = list(model.parameters())
+        slopes = torch.autograd.grad(outputs.float().sin().sum(), weights, create_graph=True)
+        return torch.autograd.grad(
+            torch.stack([slope.sin().sum() for slope in slopes]).sum(), weights
+        )
+
+    for plain, again in zip(products(lambda model: model), products(rematerialise), strict=True):
+        assert distance(again.flatten(), plain.flatten().double()) < (5e-2 if autocasts else 1e-5)
