@@ -15,10 +15,12 @@ from metadist import LocalExecutor, OuterOptimizer, Trainer, evaluate, task_hype
 from metadist.algorithm import Algorithm
 from metadist.algorithms import AID, BOME, ITD, SOBA, LancBiO
 from metadist.compute import Compute, DeviceMemoryError
-from metadist.models import Conv4, rematerialise
+from metadist.models import MLP, Conv4, rematerialise
 from metadist.task import to_device
-from metadist.tasks import FewShotProblem, Glyphs
+from metadist.tasks import FewShotProblem, Glyphs, Sinusoid
 from metadist.trees import Params, flatten
+from tests.core.test_graphs import GRAPHS, assert_same, of_name, run
+from tests.problems import generator
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,6 +102,59 @@ def test_the_bytes_are_the_same_in_another_process(name):
     code = f"from tests.gpu.test_card import digest; print(digest({name!r}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split()[-1] == digest(name)
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_have_the_bytes_of_the_plain_computation(name, vectorize):
+    algorithm = of_name(name)
+    torch.manual_seed(0)
+    adapt: Any = "all" if algorithm.trains == "start" else "head"
+    problem = FewShotProblem(MLP(1, 1, (4,)).double(), adapt=adapt, loss="mse", weight_decay=0.1)
+    sampler = Sinusoid(k_shot=8, k_query=8)
+    tasks = [to_device(sampler.sample(index), "cuda", torch.float64) for index in range(12)]
+    outer = {n: leaf.cuda() for n, leaf in problem.init_outer(generator(0)).items()}
+    outer |= algorithm.init_own(problem.init_inner(outer, tasks[0]))
+    for keeps in (False, True) if algorithm.trains != "start" else (False,):
+        options: dict[str, Any] = {"keeps": keeps, "together": 2, "vectorize": vectorize}
+        plain = run(problem, algorithm, outer, tasks, False, **options, batch_size=6)
+        found = run(problem, algorithm, outer, tasks, True, **options, batch_size=6)
+        assert_same(found, plain)
+        # SABA has a graph for each choice of parts.
+        assert found.replayed >= 2 or name == "saba"
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "lancbio"])
+def test_graphs_of_networks_have_the_bytes_of_the_plain_computation(name, vectorize):
+    torch.manual_seed(0)
+    adapt, algorithm = CASES[name]
+    problem = FewShotProblem(Conv4(width=16, image_size=28), adapt=adapt)
+    sampler = Glyphs(n_way=5, k_shot=2, k_query=3)
+    tasks = [to_device(sampler.sample(index), "cuda", torch.float32) for index in range(8)]
+    outer = {n: leaf.cuda() for n, leaf in problem.init_outer(torch.Generator()).items()}
+    options: dict[str, Any] = {"together": 2, "vectorize": vectorize, "keeps": name == "soba"}
+    plain = run(problem, algorithm, outer, tasks, False, **options)
+    found = run(problem, algorithm, outer, tasks, True, **options)
+    assert_same(found, plain)
+    assert found.replayed >= 2
+
+
+def test_what_waits_for_the_card_is_computed_without_a_graph():
+    class Reading(FewShotProblem):
+        """Looks at a number of its own loss."""
+
+        def inner_loss(self, context: Params, inner: Params, batch: Any) -> torch.Tensor:
+            loss = super().inner_loss(context, inner, batch)
+            return loss if bool(loss.detach() < 1e9) else 2 * loss
+
+    problem = Reading(MLP(1, 1, (4,)), adapt="all", loss="mse")
+    algorithm, sampler = ITD(inner_steps=2, inner_lr=0.01), Sinusoid(k_shot=4, k_query=4)
+    tasks = [to_device(sampler.sample(index), "cuda", torch.float32) for index in range(4)]
+    outer = {n: leaf.cuda() for n, leaf in problem.init_outer(generator(0)).items()}
+    with pytest.warns(RuntimeWarning, match="without CUDA graphs"):
+        found = run(problem, algorithm, outer, tasks, "auto")
+    assert_same(found, run(problem, algorithm, outer, tasks, False))
 
 
 def trained(device: str) -> tuple[Params, Any]:
