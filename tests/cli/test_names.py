@@ -120,3 +120,28 @@ def test_names_are_expanded_where_a_class_is_meant():
     }
     for text in ("null", "mine.Sampler", "no_such", '{"class_path": "glyphs"}'):
         assert expand("--sampler", text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("csv", "[metadist.loggers.CSVLogger]"),
+        ("[csv, tensorboard]", "[metadist.loggers.CSVLogger, metadist.loggers.TensorBoardLogger]"),
+        ("[csv,mine.Own]", "[metadist.loggers.CSVLogger, mine.Own]"),
+        ("null", "null"),
+        ('[{"class_path": "csv"}]', '[{"class_path": "csv"}]'),
+    ],
+)
+def test_loggers_are_a_list_of_names(text, expected):
+    assert expand_names(["--loggers", text]) == ["--loggers", expected]
+    assert expand_names([f"--loggers={text}"]) == [f"--loggers={expected}"]
+
+
+def test_loggers_in_a_file_are_names_or_classes_with_options():
+    tree = {"loggers": ["csv", {"class_path": "wandb", "init_args": {"project": "csv"}}]}
+    assert expand_tree(tree) == {
+        "loggers": [
+            "metadist.loggers.CSVLogger",
+            {"class_path": "metadist.loggers.WandbLogger", "init_args": {"project": "csv"}},
+        ]
+    }

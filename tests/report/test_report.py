@@ -14,12 +14,13 @@ import torch
 
 from metadist.cli import main
 from metadist.compare import Comparison
+from metadist.loggers import CSVLogger
 from metadist.report import comparison_page, run_page
 from metadist.report.charts import Curve, histogram, line_chart
 from metadist.report.page import escaped, table
 from metadist.run.events import EventLog
 from metadist.run.files import RESULT
-from metadist.run.storage import write_json
+from metadist.run.storage import Folder, write_json
 from metadist.tasks import FewShotProblem
 from tests.helpers import Images, make_trainer, small_conv4
 
@@ -354,3 +355,20 @@ def test_a_reader_clicks_through_the_pages(finished, comparison, tmp_path):
             browser.close()
     # The page itself and the pictures in it are all that is opened.
     assert [c for c in complaints if not c.startswith(("file://", "data:image/png"))] == []
+
+
+def test_a_run_that_is_not_on_this_machine(tmp_path):
+    uri = f"memory://{tmp_path}/far"
+    trainer = make_trainer(run_dir=uri, loggers=[CSVLogger()], log_every=1)
+    trainer.fit(2)
+    page = run_page(uri)
+    require_alone(page)
+    assert "Run far finished" in Page(page).text and "loss against outer step" in page
+    assert "metrics.csv" in Page(page).text
+    assert main(["report", uri]) == 0
+    assert Folder(uri).read("report.html", 1 << 21).startswith(b"<!DOCTYPE html>")
+    resumed = make_trainer(run_dir=uri, loggers=[CSVLogger()], log_every=1)
+    resumed.restore()
+    resumed.fit(3)
+    rows = Folder(uri).read("metrics.csv", 1 << 20).decode().splitlines()
+    assert [row[0] for row in rows if ",loss/train," in row] == ["1", "2", "3"]

@@ -353,3 +353,13 @@ def test_a_test_is_recorded_beside_the_training(run):
     values = scalars(found)
     assert values["accuracy/test"] == approximately({5: result.metrics["query_accuracy"].mean})
     assert set(values["outer/lr"]) == {1, 2, 3, 4, 5}
+
+
+def test_a_test_of_an_earlier_checkpoint_leaves_the_later_curves(tmp_path):
+    trainer = make_trainer(run_dir=tmp_path, checkpoint_every=2, log_every=1)
+    trainer.fit(4)
+    trainer.restore("step-00000002")
+    trainer.record("test", trainer.test(curves("test"), 2))
+    values = scalars(events(tmp_path / "tensorboard"))
+    assert set(values["loss/train"]) == {1, 2, 3, 4}
+    assert set(values["loss/test"]) == {2}
