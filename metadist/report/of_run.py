@@ -32,6 +32,7 @@ from metadist.run.files import (
     RESULT,
     TENSORBOARD,
 )
+from metadist.run.names import width_name
 from metadist.run.reading import History, Scalar, find_history, find_tree
 from metadist.run.status import RunStatus, run_status
 from metadist.run.storage import Folder
@@ -126,7 +127,7 @@ def _intro(folder: Folder, status: RunStatus, result: Mapping[str, Any]) -> HTML
     for metric in ("accuracy", "loss"):
         found = status.scalars.get(f"{metric}/val")
         if found is not None and not tested:
-            width = status.scalars.get(f"{metric}/val_half_width")
+            width = status.scalars.get(width_name(f"{metric}/val"))
             shown = interval_text(found.value, width.value if width else None)
             tiles.append(tile(f"validation {metric}, step {found.step}", shown))
     seconds = result.get("seconds")
@@ -168,12 +169,12 @@ def _results(status: RunStatus, result: Mapping[str, Any]) -> str:
         rows.append(["test", _metric_name(name), f"{mean:.4g}", _half(half), ""])
     for tag, scalar in status.scalars.items():
         metric, _, split = tag.partition("/")
-        if metric not in ("accuracy", "loss") or "half_width" in split:
+        if metric not in ("accuracy", "loss"):
             continue
         which, _, rest = split.partition("_")
         if which == "test" and result.get("test"):
             continue
-        half_width = status.scalars.get(f"{tag}_half_width")
+        half_width = status.scalars.get(width_name(tag))
         name = f"{metric} {_suffix(rest)}".strip()
         half = None if half_width is None else half_width.value
         rows.append([which, name, f"{scalar.value:.4g}", _half(half), scalar.step])
@@ -210,14 +211,13 @@ def curves_of(scalars: Mapping[str, Sequence[Scalar]]) -> str:
         curves: dict[bool, list[Curve]] = {True: [], False: []}
         tags = [tag for tag in scalars if tag.startswith(f"{metric}/")]
         for tag in sorted(tags, key=_order):
-            if not tag.endswith("_half_width"):
-                is_main = tag.count("_") == 0 or tag == f"{metric}/train_before"
-                curves[is_main].append(_curve(tag, scalars[tag], scalars.get(f"{tag}_half_width")))
+            is_main = tag.count("_") == 0 or tag == f"{metric}/train_before"
+            curves[is_main].append(_curve(tag, scalars[tag], scalars.get(width_name(tag))))
         first.append(line_chart(curves[True], "outer step", metric))
         more.append(line_chart(curves[False], "outer step", metric))
     for tag, column in sorted(scalars.items()):
         group = tag.partition("/")[0]
-        if group in ("accuracy", "loss") or tag.endswith("_half_width"):
+        if group in ("accuracy", "loss", "width"):
             continue
         points = [(float(scalar.step), scalar.value) for scalar in column]
         place = more if group in ("workers", "oracle", "tasks", "outer") else first

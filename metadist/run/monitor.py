@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from metadist.loggers.base import Bearing, LoggedRun, Logger
 from metadist.loggers.tensor_board import TensorBoardLogger
 from metadist.outer import LeaseResult
 from metadist.run.banner import Forecast
+from metadist.run.names import scalar_name, width_name
 from metadist.task import Task
 
 log = logging.getLogger("metadist.run.monitor")
@@ -129,7 +129,7 @@ class Monitor:
         scalars: dict[str, float] = {}
         for name, interval in result.metrics.items():
             scalars[scalar_name(split, name)] = interval.mean
-            scalars[f"{scalar_name(split, name)}_half_width"] = interval.half_width
+            scalars[width_name(scalar_name(split, name))] = interval.half_width
         if result.dropped:
             scalars[f"tasks/dropped_{split}"] = result.num_dropped
         self._call("log_scalars", version, scalars)
@@ -165,18 +165,6 @@ class Monitor:
 
 def _warn(logger: Logger, error: Exception) -> None:
     log.warning("rows of %s are missing: %s", type(logger).__name__, error)
-
-
-def scalar_name(split: str, metric: str) -> str:
-    """The name under which a metric of a split is logged: accuracies and losses in one group each.
-
-    TensorBoard has a section for each group, by the alphabet.
-    """
-    found = re.fullmatch(r"(query|support)_(accuracy|loss)(_before)?", metric)
-    if found is None:
-        return f"{split}/{metric}"
-    which = "" if found[1] == "query" else "_support"
-    return f"{found[2]}/{split}{which}{found[3] or ''}"
 
 
 class TerminalProgress:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from metadist.run.checkpoint import CheckpointStore
 from metadist.run.files import CHECKPOINTS, CONFIG, RESULT, TENSORBOARD
+from metadist.run.names import width_name
 from metadist.run.reading import (
     MAX_STEP,
     Scalar,
@@ -175,7 +176,7 @@ class RunStatus:
             if found is None:
                 continue
             at = found.step
-            width = self.scalars.get(f"{metric}/{split}_half_width")
+            width = self.scalars.get(width_name(f"{metric}/{split}"))
             before = self.scalars.get(f"{metric}/{split}_before")
             parts.append(
                 f"{metric} {found.value:.4g}"

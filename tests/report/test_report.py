@@ -114,10 +114,10 @@ def test_a_finished_run_on_one_page(finished):
         assert part in found.text, part
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
-        *("Results", "Curves", "Sample tasks", "What happened", "Protocol", "Settings"),
-        *("Environment", "Files and how to repeat it"),
+        *("Results", "Curves", "Sample tasks", "Adaptation", "What happened", "Protocol"),
+        *("Settings", "Environment", "Files and how to repeat it"),
     ]
-    assert [tag for tag, _ in found.elements].count("img") == 2
+    assert [tag for tag, _ in found.elements].count("img") == 3
     labels = [a["aria-label"] for tag, a in found.elements if tag == "svg" and "aria-label" in a]
     assert labels[0] == (
         "accuracy against outer step: training, training before adaptation, validation, test"

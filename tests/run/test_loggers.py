@@ -142,7 +142,7 @@ def test_after_an_interruption_every_row_is_there_once(tmp_path, kind):
 
     found, expected = rows(cut), rows(whole)
     tested = [row for row in found if "/test" in row[1]]
-    assert {name for _, name, _ in tested} >= {"loss/test", "loss/test_half_width"}
+    assert {name for _, name, _ in tested} >= {"loss/test", "width/loss/test"}
     found = [row for row in found if row not in tested and row[0] > 0]
     names = Counter((step, name) for step, name, _ in found)
     assert max(names.values()) == 1

@@ -20,7 +20,8 @@ from metadist import LocalExecutor, OuterOptimizer, StepReport
 from metadist.algorithms import ITD
 from metadist.loggers import LoggedRun, TensorBoardLogger
 from metadist.outer import LeaseResult, StepResult
-from metadist.run.monitor import MAX_IMAGES, Monitor, TerminalProgress, scalar_name
+from metadist.run.monitor import MAX_IMAGES, Monitor, TerminalProgress
+from metadist.run.names import scalar_name
 from metadist.task import Batch, Task
 from metadist.tasks import FewShotProblem
 from tests.helpers import Images, Recording, Spoiled, curves, make_trainer, small_conv4
@@ -104,12 +105,12 @@ def test_validation_is_written_with_its_interval(run):
     assert set(values["accuracy/val"]) == {2, 4, 5}
     last = trainer.test(Images(), 3).metrics["query_accuracy"]
     assert values["accuracy/val"][5] == pytest.approx(last.mean, rel=1e-6)
-    assert values["accuracy/val_half_width"][5] == pytest.approx(last.half_width, rel=1e-6)
+    assert values["width/accuracy/val"][5] == pytest.approx(last.half_width, rel=1e-6)
 
 
 def test_sample_tasks_are_shown_as_pictures(run):
     _, _, found = run
-    assert sorted(found.Tags()["images"]) == ["task/query", "task/support"]
+    assert sorted(found.Tags()["images"]) == ["adaptation/query", "task/query", "task/support"]
     for name in ("task/support", "task/query"):
         (image,) = found.Images(name)
         # 6 pictures of 16 x 16 in 4 columns and 2 rows, a line of 1 pixel around each.
