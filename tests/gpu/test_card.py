@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from metadist import LocalExecutor, OuterOptimizer, Trainer, evaluate, task_hype
 from metadist.algorithm import Algorithm
 from metadist.algorithms import AID, BOME, ITD, SOBA, LancBiO
 from metadist.compute import Compute, DeviceMemoryError
+from metadist.feed import Feed, Wanted
 from metadist.models import MLP, Conv4, rematerialise
-from metadist.task import to_device
-from metadist.tasks import FewShotProblem, Glyphs, Sinusoid
+from metadist.task import TaskSampler, sample_task, tensors_of, to_device
+from metadist.tasks import CorruptedImages, FewShotProblem, Glyphs, Sinusoid
 from metadist.trees import Params, flatten
 from tests.core.test_graphs import GRAPHS, assert_same, of_name, run
 from tests.problems import generator
@@ -219,3 +221,29 @@ def test_rematerialised_blocks_have_the_products_of_plain_ones(autocasts):
 
     for plain, again in zip(products(lambda model: model), products(rematerialise), strict=True):
         assert distance(again.flatten(), plain.flatten().double()) < (5e-2 if autocasts else 1e-5)
+
+
+def test_features_in_bfloat16_keep_the_direction():
+    expected = hypergradient("anil", "cpu", torch.float64, False)
+    for vectorize in (False, True):
+        found = hypergradient("anil", "cuda", torch.float32, vectorize, encode_precision="bf16")
+        assert torch.cosine_similarity(found.double(), expected, dim=0) > 0.99
+
+
+SAMPLERS: dict[str, Callable[[], TaskSampler]] = {
+    "cut from tables": lambda: Glyphs(n_way=5, k_shot=2, k_query=3, augment=False),
+    "packed": lambda: Glyphs(n_way=5, k_shot=2, k_query=3),
+    "sent once": lambda: CorruptedImages("digits", num_train=80, num_val=60, num_test=10),
+}
+
+
+@pytest.mark.parametrize("how", SAMPLERS)
+def test_tasks_come_to_the_card_with_the_bytes_of_sample(how):
+    sampler = SAMPLERS[how]()
+    feed = Feed(sampler, torch.device("cuda"), torch.float32, 10**9)
+    for lease in (Wanted((0, 1, 2), 0), Wanted((3, 4, 5), 0)):
+        feed.next = Wanted((3, 4, 5), 0)
+        for index, task in zip(lease.indices, feed.tasks(lease), strict=True):
+            expected = sample_task(sampler, index)
+            for there, here in zip(tensors_of(task), tensors_of(expected), strict=True):
+                assert there.is_cuda and torch.equal(there.cpu(), here)
