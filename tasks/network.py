@@ -137,10 +137,30 @@ def without_parameters(model: nn.Module) -> nn.Module:
             f"model must be a module that copy.deepcopy can copy, got {type(model).__name__}, "
             f"with which it ends in {type(error).__name__}: {error}{_computed(model)}"
         ) from error
-    for layer in copied.modules():
+    return _all_picklable(copied)
+
+
+def emptied(model: nn.Module) -> tuple[Params, nn.Module]:
+    """(the trainable parameters of `model`, `model` itself without memory for them).
+
+    For a model that nobody else has: nothing is copied, so that a frozen base may stay a file that
+    is mapped into memory.
+    """
+    start = {name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad}
+    blank = {
+        name: nn.Parameter(torch.empty_like(leaf, device="meta")) for name, leaf in start.items()
+    }
+    for place in _places(model):
+        if place.key in blank:
+            place.owner[place.name] = blank[place.key]
+    return {name: leaf.detach() for name, leaf in start.items()}, _all_picklable(model)
+
+
+def _all_picklable(model: nn.Module) -> nn.Module:
+    for layer in model.modules():
         if parametrize.is_parametrized(layer):
             _make_picklable(layer, type(layer).__bases__[0])
-    return copied
+    return model
 
 
 def _computed(model: nn.Module) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from metadist.factory import ModelFactory
-from metadist.tasks.network import check_model, trainable, without_parameters
+from metadist.tasks.network import check_model, emptied, trainable, without_parameters
 from metadist.trees import Params, as_bytes
 
 
@@ -43,7 +43,8 @@ def opened(model: nn.Module | ModelFactory) -> Opened:
         if (key := model.key()) not in _built:
             made = model()
             check_model(made)
-            _built[key] = Opened(trainable(made), without_parameters(made), digest_of(made))
+            digest = digest_of(made)
+            _built[key] = Opened(*emptied(made), digest)
         return _built[key]
     if not isinstance(model, nn.Module):
         raise ValueError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -162,10 +162,10 @@ class LanguageModelProblem(SentAsText, Problem):
         return found if found.dtype == leaf.dtype else found.to(leaf.dtype)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        if not self._is_bf16:
+            return nullcontext()
         # Without its cache, which would hold weights that a derivative has replaced since.
-        return torch.autocast(
-            device.type, torch.bfloat16, enabled=self._is_bf16, cache_enabled=False
-        )
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
     def losses(self, inner: Params, batch: Batch) -> Tensor:
         """The loss of each example, shape (n,), see `mean`."""
