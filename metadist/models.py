@@ -246,6 +246,7 @@ class Conv4(nn.Module):
             raise ValueError(f"image_size must be >= 16 for four poolings, got {image_size}")
         self.n_way, self.in_channels, self.width = n_way, in_channels, width
         self.image_size, self.batch_norm = image_size, batch_norm
+        self.rematerialise = rematerialise
         channels = [in_channels, width, width, width, width]
         blocks: list[nn.Module] = []
         for i in range(4):
@@ -315,6 +316,7 @@ class ResNet12(nn.Module):
             raise ValueError(f"image_size must be >= 16 for four poolings, got {image_size}")
         self.n_way, self.in_channels, self.widths = n_way, in_channels, widths
         self.image_size, self.batch_norm = image_size, batch_norm
+        self.rematerialise = rematerialise
         channels = [in_channels, *widths]
         self.features = nn.Sequential(
             *(ResidualBlock(channels[i], channels[i + 1], batch_norm) for i in range(4)),
