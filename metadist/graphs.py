@@ -12,6 +12,7 @@ another lease than it was recorded from, and serves only if all bytes are the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 from weakref import ReferenceType, ref
 
@@ -41,7 +42,9 @@ WARM_UP = 2
 class Recorder(Protocol):
     """How operations on a type of device are recorded."""
 
-    def __call__(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def __call__(
+        self, run: Callable[[], Any], device: torch.device
+    ) -> tuple[Any, Callable[[], None]]:
         """(what `run` gives, what computes it again into the same memory).
 
         It runs more than once, the last time to be recorded; no memory of the first runs is used.
@@ -52,38 +55,29 @@ class Recorder(Protocol):
         ...
 
 
-def record_cuda(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+def record_cuda(run: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
     """By a CUDA graph, as torch.cuda.graph documents it."""
-    current, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            run()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # All graphs share memory, which is safe since results are copied before another one runs. And
-    # other threads may copy the data of the next lease meanwhile.
-    with torch.cuda.graph(graph, pool=_pool(), stream=side, capture_error_mode="thread_local"):
-        found = run()
+    with torch.cuda.device(device):
+        current, (side, pool) = torch.cuda.current_stream(), _place(torch.cuda.current_device())
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                run()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # All graphs share memory, which is safe since results are copied before another one runs.
+        # And other threads may copy the data of the next lease meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            found = run()
     return found, graph.replay
 
 
-_streams: dict[int, Any] = {}
-_pools: list[Any] = []
-
-
-def _side_stream(device: int) -> Any:
-    # One for warm-up and recording: cuBLAS takes a workspace by stream, and one taken while it is
-    # recorded would lie in the memory of the graph.
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
-
-
-def _pool() -> Any:
-    if not _pools:
-        _pools.append(torch.cuda.graph_pool_handle())
-    return _pools[0]
+@lru_cache
+def _place(device: int) -> tuple[Any, Any]:
+    """The stream and the memory of all graphs of a device."""
+    # One stream for warm-up and recording: cuBLAS takes a workspace by stream, and one taken while
+    # it is recorded would lie in the memory of the graph.
+    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
 
 RECORDERS: dict[str, Recorder] = {"cuda": record_cuda}
@@ -105,7 +99,7 @@ class Graph:
             self._recording = Recording(numbers, buffers)
             return function(still, self._recording.numbers)
 
-        found, self._replay = RECORDERS[device.type](run)
+        found, self._replay = RECORDERS[device.type](run, device)
         self._results, self._form_found = tree_flatten(found)
         self.is_verified = False
 

@@ -68,7 +68,7 @@ def _tensors(tree: Any) -> list[Tensor]:
     return found
 
 
-def record(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+def record(run: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
     """A `metadist.graphs.Recorder`."""
     run()
     with Tape() as tape:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from metadist.step_rules import SGD, Adam
 from metadist.task import Task, to_device
 from metadist.tasks import FewShotProblem
 from metadist.trees import Params, add
-from tests.helpers import fused, small_conv4
+from tests.helpers import exact_state, fused, make_trainer, small_conv4
 from tests.problems import Quadratic, generator, image_task, quadratic_task
 from tests.tape import recording
 
@@ -263,7 +264,7 @@ def test_what_cannot_be_a_graph_is_computed_without_and_warned_of_once(problem, 
 
 
 def test_memory_that_runs_out_while_it_is_recorded_is_a_reason_too(monkeypatch):
-    def no_room(run: Any) -> Any:
+    def no_room(run: Any, device: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setitem(graphs.RECORDERS, "cpu", no_room)
@@ -313,3 +314,49 @@ def test_followed_numbers_are_inputs_to_tensors_and_conditions_to_python():
     whole = torch.arange(2) + step * 2
     assert whole.dtype == torch.int64 and int(step) == 3
     assert record.holds([3, 14]) and not record.holds([8, 14])
+
+
+def test_a_training_has_the_same_bytes_with_graphs():
+    def trained(cuda_graphs: Any) -> Any:
+        algorithm = ITD(2, inner_optimizer=SGD(schedule="power"))
+        trainer = make_trainer(algorithm=algorithm, cuda_graphs=cuda_graphs, device="auto")
+        trainer.fit(6)
+        owned = graphs._known.get((id(trainer.problem), id(trainer.algorithm), cuda_graphs))
+        return exact_state(trainer), owned[2]._replayed if owned else 0
+
+    with recording(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        plain, found = trained(False), trained("auto")
+        demanded = trained(True)
+    assert found[0] == plain[0] and demanded[0] == plain[0]
+    assert found[1] >= 2 and demanded[1] >= 2
+
+
+def test_a_training_that_must_have_graphs_is_refused_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="cuda_graphs must be 'auto' or False on a CPU"):
+        make_trainer(cuda_graphs=True, device="auto")
+
+
+def test_a_cuda_graph_is_warmed_up_on_the_stream_of_its_recording(monkeypatch):
+    cuda = MagicMock()
+    order: list[str] = []
+    cuda.stream.return_value.__enter__.side_effect = lambda: order.append("side stream")
+    cuda.graph.return_value.__enter__.side_effect = lambda: order.append("recording")
+    monkeypatch.setattr(torch, "cuda", cuda)
+    graphs._place.cache_clear()
+    try:
+        found, replay = graphs.record_cuda(lambda: order.append("run"), torch.device("cuda:1"))
+    finally:
+        graphs._place.cache_clear()
+    assert found is None and order == ["side stream", "run", "run", "recording", "run"]
+    side = cuda.Stream.return_value
+    cuda.device.assert_called_once_with(torch.device("cuda:1"))
+    cuda.stream.assert_called_once_with(side)
+    cuda.graph.assert_called_once_with(
+        cuda.CUDAGraph.return_value,
+        pool=cuda.graph_pool_handle.return_value,
+        stream=side,
+        capture_error_mode="thread_local",
+    )
+    assert replay is cuda.CUDAGraph.return_value.replay
