@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,13 +11,22 @@ import torch
 from torch import Tensor
 
 from metadist import Trainer
-from metadist.algorithms import AID, ITD, SOBA
+from metadist.algorithms import AID, ITD, MEHA, SOBA
+from metadist.problem import Problem
 from metadist.step_rules import Adam
 from metadist.task import Batch, Task, to_device
-from metadist.tasks import FixedTasks
+from metadist.tasks import (
+    ClassWeights,
+    FixedTasks,
+    HyperCleaning,
+    LinearClassifier,
+    LossWeighting,
+    Sine,
+    SparseRegression,
+)
 from metadist.trees import Params, flatten, tree_map
 from tests.core.test_rematerialise import METHODS, hypergradient
-from tests.problems import Smooth, smooth_task
+from tests.problems import Smooth, generator, smooth_task, vector_task
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 
@@ -87,3 +98,53 @@ def test_kept_states_are_saved_and_resumed_to_the_same_bytes(algorithm, x, y, tm
     assert {leaf.dtype for leaf in once.inner(0).values()} == {y}
     for one, other in ((once.outer, again.outer), (once.inner(0), again.inner(0))):
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def pictures(num_examples: int = 6) -> Task:
+    def batch(seed: int) -> Batch:
+        inputs = torch.rand(num_examples, 2, 2, generator=generator(seed), dtype=DOUBLE)
+        return Batch.named(inputs=inputs, targets=torch.arange(num_examples) % 3)
+
+    return Task(batch(1), batch(2), 0)
+
+
+def vectors() -> Task:
+    support, query, _ = vector_task(0, outputs=1)
+
+    def flat(batch: Batch) -> Batch:
+        return Batch.of(batch.tensors[0], batch.tensors[1][:, 0])
+
+    return Task(flat(support), flat(query), 0)
+
+
+SHIPPED: dict[str, tuple[Callable[[], Problem], Callable[[], Task]]] = {
+    "hyper-cleaning": (lambda: HyperCleaning(6, model=LinearClassifier(4, 3)), pictures),
+    "class weights": (lambda: ClassWeights(3, model=LinearClassifier(4, 3)), pictures),
+    "loss weighting": (lambda: LossWeighting(4, model=LinearClassifier(4, 3)), pictures),
+    "sparse regression": (lambda: SparseRegression(3, 1, terms=("ridge",)), vectors),
+    "toy": (Sine, vectors),
+}
+
+
+@pytest.mark.parametrize(("x", "y"), [*OTHERS, (SINGLE, SINGLE), (DOUBLE, DOUBLE)])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_problems_follow_x_and_refuse_another_y_before_they_start(name, x, y):
+    make, task_of = SHIPPED[name]
+    problem, task = make(), task_of()
+    init_outer, init_inner = problem.init_outer, problem.init_inner
+
+    def outer_in_x(random: torch.Generator) -> Params:
+        return tree_map(lambda leaf: leaf.to(x), init_outer(random))
+
+    def inner_in_y(outer: Params, task: Task) -> Params:
+        return tree_map(lambda leaf: leaf.to(y), init_inner(outer, task))
+
+    start = init_inner(outer_in_x(generator(0)), task)
+    assert {leaf.dtype for leaf in start.values()} == {x}
+    vars(problem).update(init_outer=outer_in_x, init_inner=inner_in_y)
+    # Toys do arithmetic alone, in which torch mixes dtypes; products of matrices it does not.
+    refused = x != y and name != "toy"
+    with pytest.raises(ValueError, match="dtype") if refused else nullcontext():
+        trainer = Trainer(problem, FixedTasks([task]), MEHA(2, 0.01), quiet=True)
+        trainer.fit(1)
+        assert {leaf.dtype for leaf in trainer.outer.values()} == {x}

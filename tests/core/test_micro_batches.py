@@ -226,3 +226,30 @@ def test_arguments_that_are_refused():
         sum_of_micro_batches(square, (variables,), (randn(2, 5, 3), randn(3, 5)), 0)
     with pytest.raises(ValueError, match=r"tensors of one length >= 1.*\(5, 3\), \(4,\)"):
         sum_of_micro_batches(square, (variables,), (randn(2, 5, 3), randn(3, 4)), 2)
+
+
+def test_parts_may_have_parts():
+    """As a decoder's examples have tokens: first and second derivatives, in examples as well."""
+    w, x, weights = (randn(1, 3), randn(2, 6, 3), randn(3, 6))
+
+    def nested(variables: Params, x: Tensor, weights: Tensor) -> Tensor:
+        hidden = (x * variables["w"]).tanh()
+        return sum_of_micro_batches(square, (variables,), (hidden, weights), 2)
+
+    def derivatives(size: int | None) -> list[Tensor]:
+        leaves = [leaf.detach().requires_grad_() for leaf in (w, x, weights)]
+        value = sum_of_micro_batches(nested, ({"w": leaves[0]},), leaves[1:], size)
+        slopes = torch.autograd.grad(value, leaves, create_graph=True)
+        curved = torch.stack([slope.sin().sum() for slope in slopes]).sum()
+        return [value.detach(), *slopes, *torch.autograd.grad(curved, leaves)]
+
+    def plain() -> list[Tensor]:
+        leaves = [leaf.detach().requires_grad_() for leaf in (w, x, weights)]
+        value = square({"w": leaves[0]}, (leaves[1] * leaves[0]).tanh(), leaves[2])
+        slopes = torch.autograd.grad(value, leaves, create_graph=True)
+        curved = torch.stack([slope.sin().sum() for slope in slopes]).sum()
+        return [value.detach(), *slopes, *torch.autograd.grad(curved, leaves)]
+
+    for size in (None, 4):
+        for found, expected in zip(derivatives(size), plain(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
