@@ -38,7 +38,7 @@ def pages():
     found = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*/*.md")]
     for page in sorted(found):
         is_generated = page.parent == ROOT / "docs" / "algorithms"
-        if not is_generated and "```python" in page.read_text():
+        if not is_generated and "```py" in page.read_text():
             yield page
 
 
@@ -85,5 +85,6 @@ def test_a_program_that_is_skipped_says_why():
 @pytest.mark.parametrize("page", list(pages()), ids=lambda page: page.name)
 def test_no_program_hides_in_an_indented_block(page):
     """Sphinx and this test would not see that it is Python."""
+    assert "```py\n" not in page.read_text(), "write ```python"
     text = re.sub(r"(?s)```.*?```", "", page.read_text())
     assert not re.findall(r"(?m)^    (?:from \w+ import|import \w|trainer\.|trainer = ).*$", text)
