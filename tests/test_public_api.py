@@ -59,3 +59,11 @@ def test_importing_a_package_imports_no_torch_until_a_name_is_used(module):
     )
     code = code.replace("View", importlib.import_module(module).__all__[0])
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_of_the_language_family_import_no_transformers():
+    code = (
+        "import sys; from metadist.tasks.language import *; "
+        "assert not {'transformers', 'peft', 'tokenizers', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
