@@ -178,8 +178,8 @@ class RayExecutor(Executor):
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """See `Executor`; with state="worker" a process with the CPUs of a worker calls it.
 
-        So this process builds no inner variable. An executor that is at work has no CPUs left for
-        that, and calls it here.
+        So this process builds no inner variable for a check. An executor that is at work has no
+        CPUs left for that, and calls it here.
         """
         if self._state != "worker" or self._pool is not None:
             return function(*arguments)

@@ -11,7 +11,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import fsspec
 import pytest
 import ray
 import torch
@@ -24,6 +23,7 @@ from metadist.cluster.parameter_server import held as held_module
 from metadist.cluster.parameter_server.held import Held, Homes, check_room
 from metadist.cluster.parameter_server.server import ParameterServer
 from metadist.cluster.parameter_server.worker import Worker
+from metadist.run.rebuild import config_of
 from metadist.step_rules import Adam
 from metadist.task import Batch, Task
 from metadist.trainer import Trainer
@@ -164,8 +164,8 @@ def test_the_driver_builds_no_inner_variable_and_resumes_from_storage(
         return Trainer(problem, FewLines(), method, run_dir=run_dir, quiet=True, **options)
 
     def held():
-        workers = Workers(num_workers=2, start_timeout_s=600)
-        return make(uri, checkpoint_every=2, executor=RayExecutor(workers, state="worker"))
+        executor = RayExecutor(Workers(num_workers=2, start_timeout_s=600), state="worker")
+        return make(uri, checkpoint_every=2, executor=executor, config="given: here\n")
 
     first = held()
     first.fit(3)
@@ -178,8 +178,11 @@ def test_the_driver_builds_no_inner_variable_and_resumes_from_storage(
     assert_same_bytes(again.outer, whole.outer)
     for index in range(4):
         assert_same_bytes(again.inner(index), whole.inner(index))
-    config = fsspec.filesystem("memory").cat_file(f"/{tmp_path.name}/config.yaml").decode()
-    assert "state: worker" in config
+
+
+def test_a_run_of_python_writes_down_who_has_the_states():
+    config = config_of({"executor": RayExecutor(state="worker")}, None)
+    assert '"state": "worker"' in config
 
 
 NUM_STEPS = 7
