@@ -334,9 +334,11 @@ def train(card: Card, adapt: Literal["all", "head"], device: str, executor: Exec
     )
     num_steps = 2 if card.is_tiny else 30
     times: list[float] = []
+    places: set[str] = set()
 
     def note(report: StepReport) -> bool:
         times.append(report.seconds)
+        places.add(executor.describe().get("device", ""))  # known until the end of the run
         return True
 
     trainer.fit(1 + num_steps, on_step=note)
@@ -350,7 +352,7 @@ def train(card: Card, adapt: Literal["all", "head"], device: str, executor: Exec
         x=flatten(trainer.outer),
         by_step=1000 * statistics.median(times[1:]),
         accuracy=str(judged.metrics["query_accuracy"]),
-        place=executor.describe().get("device", ""),
+        place=", ".join(sorted(places)),
     )
 
 
