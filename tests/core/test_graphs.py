@@ -136,7 +136,7 @@ def test_every_algorithm_has_its_bytes_on_kept_states(name):
     assert_graphs_change_nothing(problem, algorithm, outer, tasks, keeps=True, batch_size=2)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS.keys() - set(GRAPHS))
+@pytest.mark.parametrize("name", sorted(ALGORITHMS.keys() - set(GRAPHS)))
 def test_an_algorithm_that_can_be_no_graph_says_why(name, monkeypatch):
     algorithm = of_name(name)
     problem, tasks, outer = tasks_and_x(algorithm, 1)
