@@ -495,6 +495,8 @@ def with_inner_steps(algorithm: Algorithm, inner_steps: int) -> Algorithm:
     try:
         return dataclasses.replace(algorithm, **changes)  # type: ignore[type-var]
     except ValueError as error:
+        if inner_steps < 1:
+            raise
         raise ValueError(
             f"inner steps of an evaluation must suit {type(algorithm).__name__}, got "
             f"{inner_steps}: {error}"

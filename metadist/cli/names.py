@@ -150,7 +150,8 @@ def expand_tree(tree: Any, option: str = "") -> Any:
     if isinstance(tree, str):
         return expand(option, tree)
     if isinstance(tree, list):
-        inside = f"{option}.class_path"
+        # A list of names elsewhere is a mistake, whose message repeats it as it is.
+        inside = f"{option}.class_path" if kind_of(option) == "loggers" else ""
         return [expand_tree(item, inside if isinstance(item, str) else option) for item in tree]
     if not isinstance(tree, dict):
         return tree
