@@ -174,8 +174,15 @@ def _start_or_find(
         try:
             client.submit_job(entrypoint=command, submission_id=id, runtime_env=runtime_env)
         except RuntimeError as error:
-            if "No available agent" in str(error) and time.monotonic() < deadline:
-                time.sleep(1)  # the head has just started
+            if "No available agent" in str(error):  # the head may have just started
+                if time.monotonic() > deadline:
+                    raise ConnectError(
+                        "no node of this Ray can start jobs: its agent has not started, or its "
+                        "port (52365 unless said otherwise) is taken by another Ray on the machine "
+                        "(logs/dashboard_agent.log of the Ray session says which); try again, or "
+                        "start Ray with `--dashboard-agent-listen-port` and a free port"
+                    ) from error
+                time.sleep(1)
             elif "already exists" not in str(error):
                 raise
             # Otherwise another submission came between our listing and our call.

@@ -70,7 +70,8 @@ def _print_accuracy(query: Labelled, predicted: list[str], classes: list[str]) -
         return
     others = sorted(set(query.labels) - set(classes))
     if others:
-        print(f"no accuracy: folders of --query that are no class: {', '.join(others[:5])}")
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        print(f"no accuracy: folders of --query that are no class: {', '.join(others[:5])}{more}")
         return
     hits = sum(a == b for a, b in zip(query.labels, predicted, strict=True))
     print(f"accuracy {hits / len(predicted):.4f} ({hits} of {len(predicted)})")

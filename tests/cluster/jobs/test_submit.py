@@ -98,7 +98,7 @@ def test_a_head_that_has_just_started_is_waited_for(jobs, monkeypatch):
     assert jobs.submit_job.call_count == 3
     monkeypatch.setattr(submit_module, "START_S", 0.0)
     monkeypatch.setattr(jobs, "submit_job", Mock(side_effect=RuntimeError(refusal)))
-    with pytest.raises(RuntimeError, match="No available agent"):
+    with pytest.raises(ConnectError, match="no node of this Ray can start jobs"):
         hand_in()
 
 
