@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -482,7 +483,7 @@ class Trainer:
         self._workload = work
 
     def fit(
-        self, num_steps: int, on_step: Callable[[StepReport], bool] | None = None
+        self, num_steps: int, on_step: Callable[[StepReport], bool | None] | None = None
     ) -> TrainingResult:
         """Train until the outer variable has taken `num_steps` outer steps in all.
 
@@ -493,7 +494,8 @@ class Trainer:
         Args:
             num_steps: The outer step to end at; at most the `num_steps` of a stream.
             on_step: Called with the report of every outer step; False ends the run there, as at
-                `num_steps`. Within it, `save` brings `outer` and `inner` to that step.
+                `num_steps`, None does not. Within it, `save` brings `outer` and `inner` to that
+                step.
 
         Raises:
             TrainingDiverged: `max_dropped` tasks in a row had no finite hypergradient; the last
@@ -515,7 +517,7 @@ class Trainer:
     def _fit(
         self,
         num_steps: int,
-        on_step: Callable[[StepReport], bool] | None,
+        on_step: Callable[[StepReport], bool | None] | None,
         run: _Run,
         stop: OneStop,
     ) -> TrainingResult:
@@ -556,7 +558,7 @@ class Trainer:
                     run.count(report, self._max_dropped)
                     call_on_step(self._callbacks, report)
                     version = report.step.version
-                    ends = on_step is not None and not on_step(report)
+                    ends = on_step is not None and _is_false(on_step(report))
                     if self.version == version:  # it has called `save`
                         run.settle()
                     last = version if ends else num_steps
@@ -643,10 +645,14 @@ class Trainer:
         call_on_evaluation(self._callbacks, EvaluationReport(split, self.version, result))
 
     def log(self, values: Mapping[str, float], group: str = "mine") -> None:
-        """Log scalars of your own as "group/name", of the newest step; within `fit` only."""
+        """Log scalars of your own as "group/name", of the newest step; within `fit` only.
+
+        Raises:
+            ValueError: A name is no text, or a value no number.
+        """
         if self._monitor is None:
             raise ValueError("log must be called while fit runs, with a run_dir")
-        self._monitor.scalars(group, values)
+        self._monitor.scalars(group, {name: _scalar(name, one) for name, one in values.items()})
 
     def _logged_run(self) -> LoggedRun:
         assert self.run_dir is not None and self._folder is not None
@@ -985,6 +991,25 @@ class _Run:
                 f"{', '.join(map(str, self._in_a_row[:8]))} ...), max_dropped={max_dropped}: try a "
                 "smaller inner_lr or outer lr, or clip_norm"
             )
+
+
+def _is_false(answer: Any) -> bool:
+    """Whether it is False, also that of a comparison of numpy or torch."""
+    return isinstance(answer, bool | np.bool_ | Tensor) and not answer
+
+
+def _scalar(name: Any, value: Any) -> float:
+    if not isinstance(name, str):
+        raise ValueError(f"names in log must be texts, got {name!r}: log({{'distance': 0.5}})")
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"values in log must be numbers, got {got} for {name!r}: give a float, or several names"
+        ) from error
 
 
 def _rows_of(logger: Logger) -> str:

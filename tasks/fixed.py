@@ -53,7 +53,8 @@ class OneTask:
 
     Each set is a `Batch`; tensors or arrays (inputs, targets), or a mapping of them by name; a
     map-style data set of (input, target); or a DataLoader of one, whose data set is read once.
-    All of it is kept in memory, and travels to workers.
+    All of it is copied into memory, and travels to workers. Sets with names are brought into the
+    order of the support set. Targets that are integers or booleans become int64.
 
     Args:
         support: Training data.
@@ -61,15 +62,18 @@ class OneTask:
         test: Data on which `solution_metrics` judges a solution; None: it has no metrics.
 
     Raises:
-        ValueError: A set of another kind, an iterable one, or examples of several shapes.
+        ValueError: A set of another kind, an iterable or empty one, examples of several shapes, or
+            other names than those of the support set.
     """
 
     num_tasks = 1
 
     def __init__(self, support: Data, query: Data, test: Data | None = None) -> None:
-        self.support = batch_of(support, "support")
-        self.query = batch_of(query, "query")
-        self.test_set = None if test is None else batch_of(test, "test")
+        self.support = _own(support, "support")
+        self.query = _named_as(self.support, _own(query, "query"), "query")
+        self.test_set = (
+            None if test is None else _named_as(self.support, _own(test, "test"), "test")
+        )
 
     def sample(self, index: int) -> Task:
         """The task."""
@@ -80,6 +84,26 @@ class OneTask:
         if self.test_set is None:
             return {}
         return metrics_on(problem, outer, inner, self.test_set)
+
+
+def _own(data: Data, field: str) -> Batch:
+    """A copy of all examples, which nobody else can change."""
+    batch = batch_of(data, field)
+    if not len(batch.index):
+        raise ValueError(f"{field} must hold an example, got none: check how the set was selected")
+    return batch.map(lambda tensor: tensor.detach().clone())
+
+
+def _named_as(support: Batch, batch: Batch, field: str) -> Batch:
+    """The batch with its tensors in the order of the names of `support`."""
+    if support.names.keys() != batch.names.keys():
+        wanted, got = (", ".join(names) or "no names" for names in (support.names, batch.names))
+        raise ValueError(
+            f"{field} must have the names of support ({wanted}), got {got}: rename its tensors"
+        )
+    if not batch.names:
+        return batch
+    return batch._replace(tensors=batch.fields(*support.names), names=support.names)
 
 
 AT_ONCE = 1000

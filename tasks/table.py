@@ -16,6 +16,8 @@ from metadist.tasks.fixed import OneTask
 
 Columns = dict[str, list[Any]]
 WEIGHT = "weight"
+MISSING = ("", "nan", "<na>", "nat")
+"""How a label that is missing reads, in a file or a data frame."""
 
 
 class DataFrame(Protocol):
@@ -63,19 +65,24 @@ class Table(OneTask):
             if source is None or isinstance(source, str | Path):  # what a config can hold
                 setattr(self, name, source)
         self.rows = _columns(train, "train")
-        _require(self.rows, label, "train", "label")
         names = [name for name in self.rows if name != label]
         self.features = list(names if features is None else features)
         if not self.features or label in self.features:
             raise ValueError(
                 f"features must be columns beside the label {label!r}, got {self.features}"
             )
-        self.class_names = tuple(sorted(set(map(str, self.rows[label]))))
+        self.class_names = tuple(sorted(set(self._labels(self.rows, "train"))))
         if len(self.class_names) < 2:
             raise ValueError(f"column {label!r} must hold two classes, got {self.class_names}")
         numbers = self._numbers(self.rows, "train")
         self.mean = numbers.mean(0)
         spread = numbers.std(0, correction=0)
+        if not (usable := spread.isfinite()).all():
+            name = self.features[int((~usable).nonzero()[0])]
+            raise ValueError(
+                f"features must have a spread that is finite, got {float(spread[~usable][0])} in "
+                f"column {name!r} of train: scale its numbers, or leave it out (features=[...])"
+            )
         self.spread = torch.where(spread > 0, spread, torch.inf)
         others = [_columns(val, "val"), None if test is None else _columns(test, "test")]
         sets = [
@@ -127,9 +134,8 @@ class Table(OneTask):
         )
 
     def _batch(self, rows: Columns, field: str) -> Batch:
-        _require(rows, self.label, field, "label")
         numbers = {name: number for number, name in enumerate(self.class_names)}
-        labels = list(map(str, rows[self.label]))
+        labels = self._labels(rows, field)
         unknown = sorted(set(labels) - set(numbers))
         if unknown:
             raise ValueError(
@@ -137,6 +143,17 @@ class Table(OneTask):
                 f"column {self.label!r}: the classes are {', '.join(self.class_names[:10])}"
             )
         return Batch.of(self.inputs(rows), torch.tensor([numbers[label] for label in labels]))
+
+    def _labels(self, rows: Columns, field: str) -> list[str]:
+        _require(rows, self.label, field, "label")
+        for row, value in _count(rows[self.label]):
+            is_missing = value is None or str(value).strip().lower() in MISSING
+            if is_missing:
+                raise ValueError(
+                    f"labels must be given, got {value!r} in row {row} of column {self.label!r} of "
+                    f"{field}: fill it in, or leave the row out"
+                )
+        return list(map(str, rows[self.label]))
 
     def _numbers(self, rows: Columns, field: str) -> Tensor:
         columns = []
@@ -182,20 +199,32 @@ def _columns(rows: str | Path | Rows, field: str) -> Columns:
             f"{field} must be a CSV file, a DataFrame or a mapping of columns, got "
             f"{type(rows).__name__}"
         )
-    columns = {str(name): list(values) for name, values in rows.items()}
+    columns = {
+        str(name): values.tolist() if isinstance(values, Tensor) else list(map(_item, values))
+        for name, values in rows.items()
+    }
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) != 1 or not all(lengths.values()):
         raise ValueError(f"{field} must have columns of one length >= 1, got {lengths}")
     return columns
 
 
+def _item(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
 def _read(file: Path, field: str) -> Columns:
     if not file.is_file():
         raise ValueError(f"{field} must be a CSV file, got {file}: no such file")
-    with file.open(newline="", encoding="utf-8-sig") as opened:
-        lines = csv.reader(opened)
-        names = next(lines, [])
-        rows = [row for row in lines if row]
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as opened:
+            lines = csv.reader(opened)
+            names = next(lines, [])
+            rows = [row for row in lines if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(
+            f"{field} must be a CSV file in UTF-8, got {file}: {error}; save it as UTF-8"
+        ) from error
     if len(set(names)) < len(names) or not rows:
         raise ValueError(
             f"{field} must have a line of different column names and a row, got {names} and "

@@ -85,9 +85,17 @@ def batch_of(data: Data, field: str) -> Batch:
     if isinstance(data, Batch):
         return data
     if isinstance(data, Mapping):
-        return Batch.named(**{name: _tensor(part, field) for name, part in data.items()})
+        if not all(isinstance(name, str) for name in data):
+            raise ValueError(
+                f"{field} must have names that are texts, got {list(data)}: rename them"
+            )
+        parts = {name: _tensor(part, field) for name, part in data.items()}
+        if "targets" in parts:
+            parts["targets"] = _as_targets(parts["targets"])
+        return Batch.named(**parts)
     if isinstance(data, tuple | list) and len(data) == 2 and all(map(_is_array, data)):
-        return Batch.of(*(_tensor(part, field) for part in data))
+        inputs, targets = (_tensor(part, field) for part in data)
+        return Batch.of(inputs, _as_targets(targets))
     data = map_style(data, field)
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or _is_array(data):
         raise ValueError(
@@ -113,7 +121,8 @@ def batch_of(data: Data, field: str) -> Batch:
             f"{field} must give tensors, arrays or numbers of one shape at each position, got "
             f"{error}: convert them in the data set (of torchvision's, transform=ToTensor())"
         ) from error
-    return Batch.of(*map(_narrow, columns))
+    inputs, targets, *others = map(_narrow, columns)
+    return Batch.of(inputs, _as_targets(targets), *others)
 
 
 def _is_array(value: Any) -> bool:
@@ -122,7 +131,10 @@ def _is_array(value: Any) -> bool:
 
 def _tensor(value: Any, field: str) -> Tensor:
     try:
-        return _narrow(torch.as_tensor(value))
+        # A copy has no negative strides, which torch has no tensors for.
+        return _narrow(
+            torch.as_tensor(value.copy(order="C") if isinstance(value, np.ndarray) else value)
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{field} must be arrays of numbers, got {error}") from error
 
@@ -130,3 +142,9 @@ def _tensor(value: Any, field: str) -> Tensor:
 def _narrow(tensor: Tensor) -> Tensor:
     """float64 as torch's default, since numpy's arrays are float64 and torch's weights are not."""
     return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
+
+
+def _as_targets(tensor: Tensor) -> Tensor:
+    """Integers and booleans as int64, which losses of classes take."""
+    is_number = tensor.is_floating_point() or tensor.is_complex()
+    return tensor if is_number else tensor.to(torch.int64)

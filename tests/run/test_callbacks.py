@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from metadist import Callback, CallbackError, EvaluationReport, StepReport
@@ -106,3 +107,9 @@ def test_commands_continue_a_run_without_a_callback_that_text_cannot_describe(tm
     config = (tmp_path / "config.yaml").read_text()
     assert "# not called by commands: callbacks[0], a class" in config
     assert "# unknown: callbacks" not in config and '"callbacks": []' in config
+
+
+def test_only_false_ends_a_run_within_on_step():
+    assert make_trainer().fit(2, lambda report: None).num_steps == 2
+    assert make_trainer().fit(2, lambda report: False).num_steps == 1
+    assert make_trainer().fit(2, lambda report: np.bool_(False)).num_steps == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from metadist.loggers import CSVLogger, LoggedRun, Logger, MlflowLogger, WandbLogger
 from metadist.loggers.sent import Sent
@@ -313,3 +315,24 @@ def test_without_its_package_a_logger_says_what_to_install(monkeypatch, cls, ext
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=rf"pip install 'metadist\[{extra}\]'"):
         cls()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"a": None}, "values in log must be numbers, got None for 'a': give a float"),
+        ({"a": "1"}, "got '1' for 'a'"),
+        ({"a": torch.zeros(2)}, "got a tensor (2,) for 'a'"),
+        ({3: 1.0}, "names in log must be texts, got 3: log("),
+    ],
+)
+def test_scalars_that_are_none_are_refused_where_they_are_logged(tmp_path, values, message):
+    trainer = trainer_of(tmp_path, CSVLogger())
+
+    def on_step(report: Any) -> None:
+        trainer.log({"good": torch.tensor(1.0)})
+        with pytest.raises(ValueError, match=re.escape(message)):
+            trainer.log(values)
+
+    trainer.fit(1, on_step)
+    assert (1, "mine/good", 1.0) in csv_rows(tmp_path)

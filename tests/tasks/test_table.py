@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,17 @@ def test_rows_are_written_with_their_weights(tmp_path: Path):
         ),
         ({**TRAIN, "a": [1, None, 2, 3]}, {}, "got None in row 2 of column 'a' of train"),
         ({**TRAIN, "kind": list("xxxx")}, {}, "column 'kind' must hold two classes, got ('x',)"),
+        (
+            {**TRAIN, "kind": ["x", "", "x", "y"]},
+            {},
+            "labels must be given, got '' in row 2 of column 'kind' of train: fill it in, or",
+        ),
+        ({**TRAIN, "kind": [0, 1, 1, math.nan]}, {}, "got nan in row 4 of column 'kind' of train"),
+        (
+            {**TRAIN, "a": [1e200, -1e200, 1e200, 0]},
+            {},
+            "features must have a spread that is finite, got inf in column 'a' of train: scale",
+        ),
         ({**TRAIN, "kind": list("xzxz")}, {}, "val must hold classes of the training rows, got y"),
     ],
 )
@@ -98,3 +110,19 @@ def test_ragged_files_are_refused(tmp_path: Path):
     assert "a line of different column names and a row, got ['a', 'a']" in refusal(
         lambda: Table(file, VAL, label="kind")
     )
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path: Path):
+    file = tmp_path / "t.csv"
+    file.write_bytes("a,kind\n1,\xe4\n".encode("latin-1"))
+    assert f"train must be a CSV file in UTF-8, got {file}: " in refusal(
+        lambda: Table(file, VAL, label="kind")
+    )
+
+
+def test_columns_of_tensors_are_read_as_numbers():
+    kinds = torch.tensor([0, 1, 0, 1])
+    table = Table(
+        {"a": torch.arange(4.0), "kind": kinds}, {"a": [1], "kind": [*kinds[:1]]}, label="kind"
+    )
+    assert table.class_names == ("0", "1") and table.query.tensors[1].tolist() == [0]

@@ -98,3 +98,42 @@ def test_one_task_is_judged_on_its_test_data():
     assert metrics["test_accuracy"] == pytest.approx(2 / 3)
     assert metrics["test_loss"] == pytest.approx(np.log(2))
     assert not OneTask(DATASET, DATASET).solution_metrics(problem, outer, inner)
+
+
+def test_named_sets_are_brought_into_the_order_of_the_support_set():
+    swapped = {"targets": TARGETS, "inputs": INPUTS}
+    data = OneTask({"inputs": INPUTS, "targets": TARGETS}, swapped, test=swapped)
+    for batch in (data.query, data.test_set):
+        assert list(batch.names) == ["inputs", "targets"]
+        assert torch.equal(batch.tensors[0], INPUTS) and torch.equal(batch.tensors[1], TARGETS)
+    for other, got in (({"x": INPUTS, "targets": TARGETS}, "x, targets"), (DATASET, "no names")):
+        message = f"query must have the names of support (targets, inputs), got {got}: rename"
+        assert message in refusal(lambda other=other: OneTask(swapped, other))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int16", "uint16", "bool"])
+def test_targets_are_int64_and_inputs_stay(dtype: str):
+    targets = TARGETS.numpy().astype(dtype)
+    rows = [(np.uint8([3]), target) for target in targets]
+    for batch in (
+        batch_of((np.zeros((6, 1), "uint8"), targets), "support"),
+        batch_of({"inputs": np.zeros((6, 1), "uint8"), "targets": targets}, "support"),
+        batch_of(rows, "support"),
+    ):
+        assert batch.tensors[0].dtype == torch.uint8
+        assert batch.tensors[1].dtype == torch.int64 and torch.equal(batch.tensors[1], TARGETS)
+
+
+def test_one_task_keeps_what_it_was_given():
+    array, tensor = INPUTS.numpy().copy(), TARGETS.clone()
+    data = OneTask((array[::-1], tensor), Batch.of(torch.from_numpy(array), tensor))
+    array[:] = 0
+    tensor[:] = 0
+    assert torch.equal(data.support.tensors[0], INPUTS.flip(0))
+    assert torch.equal(data.query.tensors[0], INPUTS)
+    assert torch.equal(data.support.tensors[1], TARGETS)
+
+
+def test_an_empty_set_is_refused():
+    message = "query must hold an example, got none: check how"
+    assert message in refusal(lambda: OneTask(DATASET, (INPUTS[:0], TARGETS[:0])))
