@@ -199,10 +199,7 @@ def _columns(rows: str | Path | Rows, field: str) -> Columns:
             f"{field} must be a CSV file, a DataFrame or a mapping of columns, got "
             f"{type(rows).__name__}"
         )
-    columns = {
-        str(name): values.tolist() if isinstance(values, Tensor) else list(map(_item, values))
-        for name, values in rows.items()
-    }
+    columns = {str(name): [_item(value) for value in values] for name, values in rows.items()}
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) != 1 or not all(lengths.values()):
         raise ValueError(f"{field} must have columns of one length >= 1, got {lengths}")

@@ -112,4 +112,4 @@ def test_commands_continue_a_run_without_a_callback_that_text_cannot_describe(tm
 def test_only_false_ends_a_run_within_on_step():
     assert make_trainer().fit(2, lambda report: None).num_steps == 2
     assert make_trainer().fit(2, lambda report: False).num_steps == 1
-    assert make_trainer().fit(2, lambda report: np.bool_(False)).num_steps == 1
+    assert make_trainer().fit(2, lambda report: cast(Any, np.bool_(False))).num_steps == 1

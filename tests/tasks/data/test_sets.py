@@ -103,18 +103,20 @@ def test_one_task_is_judged_on_its_test_data():
 def test_named_sets_are_brought_into_the_order_of_the_support_set():
     swapped = {"targets": TARGETS, "inputs": INPUTS}
     data = OneTask({"inputs": INPUTS, "targets": TARGETS}, swapped, test=swapped)
+    assert data.test_set is not None
     for batch in (data.query, data.test_set):
         assert list(batch.names) == ["inputs", "targets"]
         assert torch.equal(batch.tensors[0], INPUTS) and torch.equal(batch.tensors[1], TARGETS)
-    for other, got in (({"x": INPUTS, "targets": TARGETS}, "x, targets"), (DATASET, "no names")):
-        message = f"query must have the names of support (targets, inputs), got {got}: rename"
-        assert message in refusal(lambda other=other: OneTask(swapped, other))
+    message = "query must have the names of support (targets, inputs), got "
+    other = {"x": INPUTS, "targets": TARGETS}
+    assert message + "x, targets: rename" in refusal(lambda: OneTask(swapped, other))
+    assert message + "no names: rename" in refusal(lambda: OneTask(swapped, DATASET))
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int16", "uint16", "bool"])
 def test_targets_are_int64_and_inputs_stay(dtype: str):
     targets = TARGETS.numpy().astype(dtype)
-    rows = [(np.uint8([3]), target) for target in targets]
+    rows = [(np.array([3], "uint8"), target) for target in targets]
     for batch in (
         batch_of((np.zeros((6, 1), "uint8"), targets), "support"),
         batch_of({"inputs": np.zeros((6, 1), "uint8"), "targets": targets}, "support"),
