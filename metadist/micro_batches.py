@@ -46,14 +46,14 @@ def sum_of_micro_batches(
         micro_batch: Examples per part; None: all of them.
 
     Raises:
-        ValueError: `micro_batch` < 1; `function` draws random numbers, changes its arguments, or
-            depends on a variable that is no argument of it.
+        ValueError: `micro_batch` < 1; `function` returns no scalar, draws random numbers, changes
+            its arguments, or depends on a variable that is no argument of it.
 
     Cost: that of one call with all examples; of a second-order product one more gradient. Under
     torch.func, so also under vmap, memory is that of all examples, and a warning says so.
     """
     if micro_batch is None:
-        return function(*variables, *examples)
+        return _scalar(function(*variables, *examples))
     require_integer("micro_batch", micro_batch, 1)
     sizes = {len(tensor) for tensor in examples}
     if len(sizes) != 1 or not min(sizes):
@@ -62,7 +62,7 @@ def sum_of_micro_batches(
             f"{[tuple(tensor.shape) for tensor in examples]}"
         )
     if min(sizes) <= micro_batch:
-        return function(*variables, *examples)
+        return _scalar(function(*variables, *examples))
     tensors = [leaf for tree in variables for leaf in tree.values()] + [*examples]
     parts = _Parts(function, [list(tree) for tree in variables], micro_batch, tensors)
     wants_gradient = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tensors)
@@ -70,6 +70,16 @@ def sum_of_micro_batches(
         return torch.stack([parts.value(part) for _, part in parts.cut(tensors)]).sum()
     found: Tensor = _Sum.apply(parts, *tensors)
     return found
+
+
+def _scalar(value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != ():
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"the function of micro-batches must return a tensor of shape (), got {got}: sum over "
+            "the examples within it"
+        )
+    return value
 
 
 class _Parts:
@@ -98,7 +108,7 @@ class _Parts:
         leaves = iter(arguments)
         trees = [{name: next(leaves) for name in names} for names in self._names]
         with self._surroundings.again():
-            return self._function(*trees, *leaves)
+            return _scalar(self._function(*trees, *leaves))
 
     def gathered(self, tensors: Sequence[Tensor], wanted: Sequence[bool], of_part: OfPart) -> Grads:
         """What `of_part` gives for the wanted tensors: summed, and of examples in order."""

@@ -113,7 +113,16 @@ def _parents(name: str) -> list[str]:
 
 
 def _named(model: nn.Module, patterns: str | Sequence[str]) -> list[str]:
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    given, patterns = patterns, [patterns] if isinstance(patterns, str) else patterns
+    if (
+        not isinstance(patterns, Sequence)
+        or not patterns
+        or not all(isinstance(pattern, str) for pattern in patterns)
+    ):
+        raise ValueError(
+            f"blocks must be 'auto', or patterns of names of modules, got {given!r}: name at least "
+            "one, such as 'features.*'"
+        )
     found: dict[str, None] = {}
     names = [name for name, _ in model.named_modules() if name]
     for pattern in patterns:
@@ -366,20 +375,24 @@ class _Checkpoint(torch.autograd.Function):
                 "and weights, it also takes one from elsewhere, whose gradient would be lost: pass "
                 "it as an argument, or leave out rematerialise"
             )
-        ctx.floating = [n for n, leaf in enumerate(outputs) if leaf.is_floating_point()]
-        ctx.mark_non_differentiable(*(leaf for leaf in outputs if not leaf.is_floating_point()))
+        ctx.differentiable = [n for n, leaf in enumerate(outputs) if _is_differentiable(leaf)]
+        ctx.mark_non_differentiable(*(leaf for leaf in outputs if not _is_differentiable(leaf)))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         wanted = ctx.needs_input_grad[1:]
-        pull = _Pull(ctx.function, wanted, ctx.floating)
+        pull = _Pull(ctx.function, wanted, ctx.differentiable)
         found = iter(
             _Checkpoint.apply(
-                pull, *(cotangents[number] for number in ctx.floating), *ctx.saved_tensors
+                pull, *(cotangents[number] for number in ctx.differentiable), *ctx.saved_tensors
             )
         )
         return None, *(next(found) if is_wanted else None for is_wanted in wanted)
+
+
+def _is_differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 class _Pull(NamedTuple):

@@ -241,7 +241,9 @@ def table(result: Mapping[str, Any]) -> str:
         if name in losses:
             loss = f"{np.mean(losses[name]):.4f}"
             over = result["gain_over_uniform"][name]
-            gain = f"{over['mean']:.4f} (standard error {over['error']:.4f})"
+            gain = f"{over['mean']:.4f}"
+            if math.isfinite(over["error"]):  # there are several seeds
+                gain += f" (standard error {over['error']:.4f})"
         lines.append(f"| {name} | {share} | {separated} | {loss} | {gain} |")
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -91,6 +92,17 @@ class HuggingFace(ModelFactory):
         require_word("seed", seed)
         if hasattr(model, "to_dict"):
             model = {**model.to_dict(), "model_type": model.model_type}
+        if isinstance(model, nn.Module) or not isinstance(model, str | Path | Mapping):
+            raise ValueError(
+                f"model must be a name, a folder or a config, got {type(model).__name__}: a module "
+                "goes to LanguageModelProblem as it is"
+            )
+        for field, flag in (
+            ("rematerialise", rematerialise),
+            ("local_files_only", local_files_only),
+        ):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{field} must be True or False, got {flag!r}")
         if isinstance(model, Mapping) and "model_type" not in model:
             raise ValueError(
                 f"model must have a model_type where it is a config, got {', '.join(model)}: add "

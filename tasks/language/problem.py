@@ -127,8 +127,12 @@ class LanguageModelProblem(SentAsText, Problem):
     def check_sampler(self, sampler: TaskSampler) -> None:
         """Raise ValueError if tokens of task 0 are outside the vocabulary, or an example has none.
 
+        Also if the sampler names its sources, and `SourceWeights` names others or in another order.
+
         Cost: the rows are read once.
         """
+        if isinstance(self.weights, SourceWeights):
+            self.weights.check_sources(getattr(sampler, "sources", None))
         task = sampler.sample(0)
         size = self.vocabulary
         told = getattr(sampler, "vocabulary", None)

@@ -24,7 +24,10 @@ from metadist.tasks.language.sources import TokenSources
 from metadist.tasks.language.weights import ExampleWeights
 from metadist.trees import detach, gradients, leaves
 
-VALIDATION_ONLY = "validation only"
+UNIFORM, VALIDATION_ONLY = "uniform", "validation only"
+CLEAN_ONLY, RANDOM_CHOICE = "clean only", "random choice"
+OURS = (UNIFORM, VALIDATION_ONLY, CLEAN_ONLY, RANDOM_CHOICE)
+"""The mixtures that `retrain` adds."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ class Retrained:
         lines = [f"{'mixture':{width}}  test loss            perplexity"]
         for name in sorted(self.losses, key=self.mean):
             perplexity = math.exp(self.mean(name))
-            lines.append(f"{name:{width}}  {self.interval(name)}  {perplexity:10.2f}")
+            has_interval = len(self.losses[name]) > 1
+            loss = str(self.interval(name)) if has_interval else f"{self.mean(name):.4f}"
+            lines.append(f"{name:{width}}  {loss:19}  {perplexity:10.2f}")
         return "\n".join(lines)
 
 
@@ -106,12 +111,23 @@ def retrain(
         device: Where to train.
 
     Raises:
-        ValueError: No test text, a source that there is not, an argument out of its range.
+        ValueError: No test text, a source that there is not, shares whose sum is 0, a mixture with
+            the name of one that is added here, an argument out of its range.
 
     Cost: one gradient of a mini-batch for each step, mixture and seed.
     """
+    if not isinstance(model, ModelFactory):
+        raise ValueError(
+            f"model must be a ModelFactory or HuggingFace, got {type(model).__name__}: every seed "
+            "has initial weights of its own; pass what builds it"
+        )
     require_integer("num_steps", num_steps, 1)
     require_integer("batch_size", batch_size, 1)
+    if taken := [name for name in learned if name in OURS]:
+        raise ValueError(
+            f"learned must have other names than {', '.join(OURS)}, which are added, got "
+            f"{', '.join(taken)}: rename them"
+        )
     if data.test is None:
         raise ValueError(
             "data must have a test text, got none: pass test= to TokenSources.from_..."
@@ -141,18 +157,23 @@ def _mixtures(
     """The shares of the sources of each mixture; None: the validation text."""
     mixtures: dict[str, Mapping[str, float] | None] = {
         **learned,
-        "uniform": data.sources,
+        UNIFORM: data.sources,
         VALIDATION_ONLY: None,
     }
     if clean:
         names = list(data.sources)
         chosen = Random(seed, "choice of sources", 0).choose(len(names), len(clean))
-        mixtures["clean only"] = {name: data.sources[name] for name in clean}
-        mixtures["random choice"] = {names[i]: data.sources[names[i]] for i in chosen}
+        mixtures[CLEAN_ONLY] = {name: data.sources[name] for name in clean}
+        mixtures[RANDOM_CHOICE] = {names[i]: data.sources[names[i]] for i in chosen}
     for name, shares in mixtures.items():
         if shares is not None:
             for source, share in shares.items():
                 check(f"share of {source!r} in {name!r}", share, ge=0)
+            if not sum(shares.values()) > 0:
+                raise ValueError(
+                    f"shares of {name!r} must have a sum > 0, got {dict(shares)}: name a source to "
+                    "train on"
+                )
     return mixtures
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from metadist.problem import Problem
 from metadist.task import Batch, Task, stay_on_host
 from metadist.tasks.fixed import metrics_on
 from metadist.tasks.language.token_files import (
+    IGNORED,
     TEST,
     TRAIN,
     VALIDATION,
@@ -157,8 +159,10 @@ class TokenSources:
             local_files_only: Whether to look in the cache only.
 
         Raises:
-            ValueError: A missing file, an empty source, a folder with other tokens.
+            ValueError: A missing file, one that is not UTF-8, an empty source, a folder with other
+                tokens.
         """
+        _require_sources(sources)
         texts = {name: _files(name, path) for name, path in sources.items()}
         held_out = {VALIDATION: _files("validation", validation)}
         if test is not None:
@@ -216,6 +220,13 @@ class TokenSources:
         Raises:
             ValueError: As for `from_text`; pack=False without a padding token.
         """
+        _require_sources(sources)
+        for name, given in {**sources, f"({VALIDATION})": validation, f"({TEST})": test}.items():
+            if isinstance(given, str | bytes | os.PathLike):
+                raise ValueError(
+                    f"texts of {name} must be a list or generator of texts, got {given!r:.60}: its "
+                    "letters are no texts; put it in a list, or files into TokenSources.from_text"
+                )
         found = open_tokenizer(tokenizer, revision, local_files_only)
         fill = found.pad if pad is None else pad
         if not pack and fill is None:
@@ -328,10 +339,16 @@ class TokenSources:
             num_tasks: See `TokenSources`.
 
         Raises:
-            ValueError: A row longer than L, tokens outside the vocabulary, labels of another shape,
-                an example without a token to predict, an empty source.
+            ValueError: A row longer than L, tokens that are no integers or outside the vocabulary,
+                such labels, or labels of another shape, an example without a token to predict, an
+                empty source.
         """
         require_integer("vocabulary", vocabulary, 1)
+        _require_sources(sources)
+        held_out = {VALIDATION: validation, **({} if test is None else {TEST: test})}
+        for kind, trees in (("ids", {**sources, **held_out}), ("labels", labels or {})):
+            for name, given in trees.items():
+                _require_rows(f"{kind} of {name!r}", given)
         tokenizer = Tokenizer(
             name="ids",
             digest=hashlib.sha256(f"ids of {vocabulary}".encode()).hexdigest(),
@@ -351,14 +368,21 @@ class TokenSources:
                     f"{len(of_rows)}"
                 )
             is_full = all(len(row) == length for row in given)
-            examples = (
-                (
-                    _row(name, row, length),
-                    None if of_rows is None else _row(name, of_rows[i], length),
-                )
-                for i, row in enumerate(given)
-            )
-            for row in padded(examples, length, pad):
+
+            def examples() -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64] | None]]:
+                for i, row in enumerate(given):
+                    ids, targets = _row(f"ids of {name!r}", row, length), None
+                    if of_rows is not None:
+                        targets = _row(f"labels of {name!r}", of_rows[i], length)
+                        if len(targets) != len(ids):
+                            raise ValueError(
+                                f"labels of {name!r} must have one for each of the {len(ids)} "
+                                f"tokens of row {i}, got {len(targets)}: add {IGNORED} where none "
+                                "is predicted"
+                            )
+                    yield ids, targets
+
+            for row in padded(examples(), length, pad):
                 yield row._replace(mask=None) if is_full else row
 
         with Writer(Path(folder).absolute(), tokenizer, length, {}) as writer:
@@ -388,13 +412,40 @@ def _with_mask(rows: Iterable[Row], is_padded: bool) -> Iterator[Row]:
         yield row
 
 
-def _row(name: str, row: Sequence[int], length: int) -> NDArray[np.int64]:
-    array = np.asarray(row, dtype=np.int64)
+def _require_sources(sources: object) -> None:
+    if not isinstance(sources, Mapping) or not sources:
+        raise ValueError(
+            "sources must be a dict with at least one source by its name, got "
+            f"{repr(sources) if sources == {} else type(sources).__name__}: "
+            "pass {'news': ..., 'web': ...}"
+        )
+
+
+def _require_rows(what: str, given: Any) -> None:
+    is_list = hasattr(given, "__len__") and hasattr(given, "__getitem__")
+    if not is_list or isinstance(given, str | bytes | Mapping):
+        raise ValueError(
+            f"{what} must be an array (n, L) or a list of rows, got {type(given).__name__}: they "
+            "are gone through twice; put them in a list"
+        )
+    if len(given) and np.ndim(given[0]) != 1:
+        raise ValueError(
+            f"{what} must be rows of tokens, (n, L), got a first row with {np.ndim(given[0])} "
+            "axes: pass a list of rows"
+        )
+
+
+def _row(what: str, row: Sequence[int], length: int) -> NDArray[np.int64]:
+    array = np.asarray(row)
     if array.ndim != 1 or len(array) > length:
         raise ValueError(
-            f"rows of {name!r} must be at most {length} tokens, got shape {array.shape}: cut them"
+            f"{what} must be rows of at most {length} tokens, got shape {array.shape}: cut them"
         )
-    return array
+    if len(array) and not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"{what} must be integers, got {array.dtype}: round them yourself, or pass token ids"
+        )
+    return array.astype(np.int64)
 
 
 def _refuse_text(text: str) -> NDArray[np.int64]:
@@ -412,13 +463,23 @@ def _files(name: str, path: str | Path) -> list[Path]:
     return files
 
 
+def _pieces(file: Path) -> Iterator[str]:
+    with file.open(encoding="utf-8") as lines:
+        try:
+            while piece := lines.read(PIECE):
+                yield piece + lines.readline()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{str(file)!r} must be text in UTF-8, got the byte "
+                f"0x{error.object[error.start]:02x} ({error.reason}): convert the file"
+            ) from error
+
+
 def _packed_files(files: Sequence[Path], tokenizer: Tokenizer, length: int) -> Iterator[Row]:
     def texts() -> Iterator[NDArray[np.int64]]:
         after = [] if tokenizer.end is None else [tokenizer.end]
         for file in files:
-            with file.open(encoding="utf-8") as lines:
-                while piece := lines.read(PIECE):
-                    yield tokenizer.encode(piece + lines.readline())
+            yield from map(tokenizer.encode, _pieces(file))
             yield np.array(after, dtype=np.int64)
 
     return packed(texts(), length, None)

@@ -174,6 +174,14 @@ class Writer:
                 f"tokens must be 0 .. {self._vocabulary - 1}, got {low} .. {high} in {where}: the "
                 "vocabulary is larger than was said, or the ids are of another tokenizer"
             )
+        if row.labels is not None:
+            told = row.labels[row.labels != IGNORED]
+            if len(told) and (told.min() < 0 or told.max() >= self._vocabulary):
+                raise ValueError(
+                    f"labels must be 0 .. {self._vocabulary - 1}, or {IGNORED} where none is "
+                    f"predicted, got {told.min()} .. {told.max()} in {where}: they are tokens of "
+                    "the vocabulary"
+                )
         counted = row.ids if row.labels is None else row.labels
         is_told = counted[1:] != IGNORED
         if row.mask is not None:

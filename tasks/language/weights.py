@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
+from warnings import warn
 
 import torch
 from torch import Tensor
@@ -58,16 +59,22 @@ class SourceWeights(Weights):
     the floor), and a mini-batch drawn uniformly has the loss sum_s p_s L_s on average.
 
     Args:
-        sources: The names of the sources in the order of their numbers, or the rows of each by its
-            name, as `TokenSources.sources`; names alone: q = 1/k.
+        sources: The rows of each source by its name, in the order of their numbers, as
+            `TokenSources.sources`; names alone: q = 1/k, for sources of as many rows each.
         floor: The least p of a source, 0 <= floor < 1/k: a source of which nothing is drawn has no
             gradient to come back by.
     """
 
     def __init__(self, sources: Sequence[str] | Mapping[str, int], floor: float = 0.0) -> None:
-        if isinstance(sources, str) or len(sources) < 2:
+        if (
+            not isinstance(sources, Sequence | Mapping)
+            or isinstance(sources, str)
+            or not all(isinstance(name, str) for name in sources)
+            or len(sources) < 2
+        ):
             raise ValueError(
-                f"sources must name at least two sources, got {sources!r}: one has no weight"
+                f"sources must name at least two sources, got {sources!r}: one has no weight; pass "
+                "TokenSources.sources, or a list of names"
             )
         check("floor", floor, ge=0, lt=1 / len(sources))
         rows = dict(sources) if isinstance(sources, Mapping) else dict.fromkeys(sources, 1)
@@ -76,6 +83,39 @@ class SourceWeights(Weights):
         for name, count in rows.items():
             require_integer(f"sources[{name!r}]", count, 1)
         self.sources, self.floor = rows, floor
+
+    def check_sources(self, given: object) -> None:
+        """Compare the sources with those of a sampler, which are names or rows by name.
+
+        Anything else tells nothing.
+
+        Raises:
+            ValueError: The names, or their order, are others. Warns where the rows are in another
+                proportion: p is then no share of the loss.
+        """
+        if not isinstance(given, Mapping | list | tuple):
+            return
+        if not all(isinstance(name, str) for name in given):
+            return
+        if list(given) != list(self.sources):
+            raise ValueError(
+                "sources of SourceWeights must be those of the sampler in its order, "
+                f"{list(given)}, got {list(self.sources)}: weights would belong to other sources; "
+                "pass sampler.sources"
+            )
+        if not isinstance(given, Mapping):
+            return
+        total, ours = sum(given.values()), sum(self.sources.values())
+        if any(
+            abs(self.sources[s] * total / (rows * ours) - 1) > 0.01 for s, rows in given.items()
+        ):
+            warn(
+                "sources of SourceWeights should be in the proportion of the rows, "
+                f"{dict(given)}, got {self.sources}: what is learned are then weights relative to "
+                "the rows, no shares of the loss; pass sampler.sources",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def init(self, generator: torch.Generator) -> Params:
         return {"logits": torch.zeros(len(self.sources))}

@@ -206,11 +206,16 @@ def elsewhere(variables: Params, x: Tensor) -> Tensor:
     return (x @ (variables["w"] * ELSEWHERE.exp())).sum()
 
 
+def per_example(variables: Params, x: Tensor) -> Tensor:
+    return x @ variables["w"]
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         (random, r"function of micro-batches must not draw random numbers"),
         (writing, r"function of micro-batches must not change its inputs or buffers"),
+        (per_example, r"must return a tensor of shape \(\), got shape \(2,\)"),
         (elsewhere, r"it also takes one of shape \(3,\) from elsewhere.*pass it in variables"),
     ],
 )

@@ -203,6 +203,32 @@ def derivatives(model: nn.Module, inputs: Tensor, order: int) -> list[Tensor]:
     return found
 
 
+class Fourier(nn.Module):
+    """A block whose output is complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = torch.fft.fft(self.layers(x.real))
+        return found
+
+
+def test_complex_outputs_of_blocks_have_their_derivatives():
+    torch.manual_seed(0)
+    plain = nn.Sequential(Fourier(), Fourier()).double()
+    model, x = rematerialise(copy.deepcopy(plain), "*"), torch.randn(3, 4, dtype=torch.float64)
+
+    def derivatives_of(model: nn.Module) -> Any:
+        leaves = list(model.parameters())
+        first = torch.autograd.grad(model(x).abs().square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), leaves)
+        return first, second
+
+    torch.testing.assert_close(derivatives_of(model), derivatives_of(plain))
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_derivatives_of_the_first_four_orders(frozen):
     plain = decoder(frozen=frozen)
@@ -390,6 +416,8 @@ def test_patterns_stand_for_one_part_of_a_name_each():
     [
         ("layers.*.nothing", r"blocks must match names of modules, got 'layers.\*.nothing'.*embed"),
         (["layers.1.out", "layers.*"], r"within one another .*got 'layers.1.out' and 'layers.1'"),
+        (5, r"blocks must be 'auto', or patterns of names of modules, got 5"),
+        ([], r"got \[\]: name at least one"),
     ],
 )
 def test_blocks_that_are_refused(blocks, message):

@@ -36,7 +36,7 @@ from metadist.tasks.opened import opened
 from metadist.trees import Params
 from tests.problems import assert_close
 from tests.tasks.helpers import refusal
-from tests.tasks.language.helpers import LLAMA, gpt2, llama, rows, task, token_sources
+from tests.tasks.language.helpers import LLAMA, Bigram, gpt2, llama, rows, task, token_sources
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -333,6 +333,12 @@ def test_what_cannot_be_trained_is_refused_before_any_work(tmp_path: Path) -> No
     assert "dropout must be off" in refusal(lambda: LanguageModelProblem(training, weights))
     assert "lora_dropout=0.1" in refusal(lambda: llama(lora={**LORA, "lora_dropout": 0.1}))
     assert "trust_remote_code must be False" in refusal(lambda: llama(trust_remote_code=True))
+    no_flag: Any = "false"
+    assert "rematerialise must be True or False, got 'false'" in refusal(
+        lambda: llama(rematerialise=no_flag)
+    )
+    for wrong in (5, None, nn.Linear(2, 2)):
+        assert "model must be a name, a folder or a config" in refusal(partial(HuggingFace, wrong))
     assert "'bf16'" in refusal(lambda: llama(dtype="bfloat16"))
     assert "matches none of" in refusal(lambda: llama(trainable="nothing.*")())
     message = refusal(lambda: HuggingFace("no/such-model", local_files_only=True)())
@@ -355,6 +361,19 @@ def test_the_vocabulary_of_the_tokenizer_must_fit(tmp_path: Path) -> None:
     problem = LanguageModelProblem(llama(), SourceWeights(data.sources))
     message = refusal(lambda: problem.check_sampler(data))
     assert "vocabulary must be <= the 32 embeddings of the model, got 256" in message
+
+
+def test_sources_must_be_those_of_the_data(tmp_path: Path) -> None:
+    data = token_sources(tmp_path)
+    for names in (["bad", "good"], ["good", "bad", "more"]):
+        problem = LanguageModelProblem(BIGRAM, SourceWeights(names))
+        message = refusal(partial(problem.check_sampler, data))
+        assert "its order, ['good', 'bad'], got" in message and str(names) in message
+    problem = LanguageModelProblem(Bigram(256), SourceWeights(["good", "bad"]))
+    with pytest.warns(RuntimeWarning, match="should be in the proportion of the rows"):
+        problem.check_sampler(data)
+    wrong: Any = 5
+    assert "sources must name at least two" in refusal(lambda: SourceWeights(wrong))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "lora"])

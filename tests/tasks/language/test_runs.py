@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_a_run_of_the_command_line_is_resumed_and_scored(
             "model": {"class_path": "metadist.tasks.HuggingFace", "init_args": {"model": config}},
             "weights": {
                 "class_path": "source_weights",
-                "init_args": {"sources": ["good", "bad"]},
+                "init_args": {"sources": {"good": 60, "bad": 55}},
             },
             "logits_chunk": 40,
         },
@@ -137,6 +138,16 @@ def test_retraining_on_equal_tokens_tells_mixtures_apart(tmp_path: Path) -> None
     assert "sources must be among good, bad, got worse" in refusal(
         lambda: retrain(BYTES, data, {"x": {"worse": 1.0}})
     )
+    assert "+-" not in str(again)
+    assert "learned must have other names" in refusal(
+        lambda: retrain(BYTES, data, {"clean only": {"good": 1.0}})
+    )
+    for shares in ({}, {"good": 0.0}):
+        assert "shares of 'x' must have a sum > 0" in refusal(
+            partial(retrain, BYTES, data, {"x": shares})
+        )
+    module: Any = torch.nn.Linear(2, 2)
+    assert "model must be a ModelFactory" in refusal(lambda: retrain(module, data, learned))
     plain = TokenSources.from_texts(
         {"a": ["x" * 99], "b": ["y" * 99]}, ["x" * 99], "bytes", 16, tmp_path / "other"
     )

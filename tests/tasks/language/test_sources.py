@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,45 @@ def test_what_cannot_be_trained_on_is_refused_while_it_is_written(tmp_path: Path
         lambda: TokenSources.from_text(short, texts["test"], length=4096, folder=tmp_path / "other")
     )
     assert not (tmp_path / "other").exists()
+
+
+def test_ids_and_labels_that_would_be_read_as_others_are_refused(tmp_path: Path) -> None:
+    ids, other = rows(0, 2), rows(1, 2)
+
+    def of(a: Any = ids, of_a: Any = ids, **options: Any) -> str:
+        given = {"sources": {"a": a, "b": other}, "validation": other}
+        given |= {"labels": {"a": of_a, "b": other, "validation": other}}
+        given |= {"vocabulary": 32, "length": 8, "folder": tmp_path / "tokens"}
+        return refusal(lambda: TokenSources.from_ids(**{**given, **options}))
+
+    assert "ids of 'a' must be integers, got float32" in of(ids.float())
+    assert "labels of 'a' must be integers, got float64" in of(of_a=ids.double())
+    for wrong in (32, -1):
+        assert f"or -100 where none is predicted, got {wrong} .. {wrong}" in of(
+            of_a=torch.full((2, 8), wrong)
+        )
+    assert "one for each of the 8 tokens of row 0, got 3" in of(of_a=ids[:, :3])
+    assert "ids of 'a' must be an array (n, L) or a list of rows, got generator" in of(
+        row for row in ids
+    )
+    assert "a first row with 0 axes" in of(ids[0])
+    assert "sources must be a dict with at least one source" in of(sources={})
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_texts_that_are_paths_or_no_utf_8_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes("caf\u00e9 au lait ".encode("latin-1") * 9)
+    folder = tmp_path / "tokens"
+    texts: Any
+    for texts in (path, str(path), b"text"):
+        for sources, validation in (({"a": texts}, ["x" * 99]), ({"a": ["x" * 99]}, texts)):
+            message = refusal(
+                partial(TokenSources.from_texts, sources, validation, "bytes", 8, folder)
+            )
+            assert "must be a list or generator of texts" in message and "from_text" in message
+    message = refusal(lambda: TokenSources.from_text({"a": path}, path, "bytes", 8, folder))
+    assert f"{str(path)!r} must be text in UTF-8, got the byte 0xe9" in message
 
 
 def test_a_tokenizer_of_a_folder_is_used_and_needs_a_padding_token(tmp_path: Path) -> None:
