@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from metadist.checks.values import check_fields, rule
+from metadist.checks.values import check_fields, require_word, rule
 from metadist.trees import Params
 
 Vectorize = Literal["auto"] | bool
@@ -80,6 +80,7 @@ class Compute:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        require_word("seed", self.seed)
         device = parse_device(self.device)
         if self.cuda_graphs is True and device is not None and device.type == "cpu":
             raise ValueError(

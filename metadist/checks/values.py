@@ -120,6 +120,13 @@ def require_integer(name: str, value: object, minimum: int) -> None:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
 
 
+def require_bool(**values: object) -> None:
+    """Raise ValueError unless each of `values` is a boolean: the text "false" counts as True."""
+    for name, value in values.items():
+        if not isinstance(plain(value), bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def require_word(name: str, value: object) -> None:
     """Raise ValueError unless `value` is an integer in [0, 2^64)."""
     require_integer(name, value, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from jsonargparse import Namespace
 
 from metadist.cli.parsing import Parser
@@ -32,6 +34,8 @@ def run(config: Namespace) -> int:
     from metadist.report import comparison_page, run_page
     from metadist.run.storage import Folder
 
+    if config.output and (config.output.endswith("/") or Path(config.output).is_dir()):
+        raise ValueError(f"output must be a file, got the folder {config.output!r}: name one in it")
     folder = Folder(config.run_dir)
     make = comparison_page if COMPARISON in folder.names() else run_page
     page = make(config.run_dir).encode()

@@ -39,6 +39,8 @@ def run(config: Namespace) -> int:
 
     if not Path(config.out).parent.is_dir():
         raise ValueError(f"out must be in a folder that exists, got {config.out!r}")
+    if Path(config.out).is_dir():
+        raise ValueError(f"out must be a file, got the folder {config.out!r}: name a file in it")
     saved = train.saved_config(config.run_dir)
     config.device, config.inner_steps = "cpu", None
     trained = load(saved, config)

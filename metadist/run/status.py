@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -243,6 +244,11 @@ def run_status(run: str | Path, stale_s: float = 300.0, now: float | None = None
     events, wrong, is_partial = find_events(folder)
     unreadable += wrong
     if not (events or scalars or names or unreadable or set(there) & set(BEGUN)):
+        if runs := _runs_in(folder, there):
+            raise ValueError(
+                f"run_dir must be the folder of a run, got {str(run)!r}: it holds runs: "
+                f"{', '.join(runs[:5])}{', ...' * (len(runs) > 5)}; give one"
+            )
         raise ValueError(
             f"run_dir must be the folder of a run that has begun to train, got {str(run)!r}: give "
             "the run_dir of `metadist train`. That of a job appears when the job starts: "
@@ -274,6 +280,16 @@ def run_status(run: str | Path, stale_s: float = 300.0, now: float | None = None
         str(run), state, age_s, step, until, left_s, scalars, events, names, newest, store.best(),
         damaged, result if state == "finished" else {}, unreadable, is_partial,
     )  # fmt: skip
+
+
+def _runs_in(folder: Folder, names: Sequence[str]) -> list[str]:
+    """The first few of `names` that are folders of runs."""
+    found = []
+    for name in names[:100]:
+        with suppress(OSError):
+            if set((folder / name).names()) & set(BEGUN):
+                found.append(name)
+    return found[:6]
 
 
 def _state(names: Sequence[str], has_result: bool) -> State:

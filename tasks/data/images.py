@@ -44,7 +44,9 @@ def picture(value: object) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, Tensor):
-        array = value.detach().cpu().numpy()
+        value = value.detach().cpu()
+        # numpy has no bfloat16.
+        array = (value.float() if value.is_floating_point() else value).numpy()
         array = array.transpose(1, 2, 0) if array.ndim == 3 else array
     elif isinstance(value, np.ndarray):
         array = value

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from metadist.checks.values import require_bool
 from metadist.tasks.data.unpickle import read_arrays
 from metadist.tasks.few_shot.class_splits import packaged_splits, require_split
 from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler, require_episode
@@ -40,6 +41,7 @@ class _Cifar100Split(EpisodeSampler):
         verify: bool = True,
     ) -> None:
         require_episode(n_way, k_shot, k_query, seed)
+        require_bool(download=download, verify=verify)
         self.root, self.download, self.verify = root, download, verify
         splits = packaged_splits(self.splits_file)
         require_split(split, list(splits))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from metadist.checks.values import require_bool
 from metadist.tasks.data.datasets import LabelledDataset, class_name, class_names, decode, labels_of
 from metadist.tasks.data.images import require_format
 from metadist.tasks.data.random import Random
@@ -73,6 +74,7 @@ class FewShotDataset(EpisodeSampler):
         augment: bool = False,
     ) -> None:
         require_episode(n_way, k_shot, k_query, seed)
+        require_bool(rotations=rotations, augment=augment)
         require_format(image_size, channels)
         splits = read_splits(splits)
         dataset = map_style(dataset)

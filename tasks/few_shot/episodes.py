@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metadist.checks.values import require_integer, require_word
+from metadist.checks.values import require_bool, require_integer, require_word
 from metadist.task import Batch, Task
 from metadist.tasks.data.images import read_images
 from metadist.tasks.data.random import Random
@@ -127,6 +127,7 @@ class EpisodeSampler:
         rotations: bool = False,
     ) -> None:
         require_episode(n_way, k_shot, k_query, seed)
+        require_bool(rotations=rotations)
         if rotations:
             require_square(classes, "rotations")
         self.n_way = int(n_way)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from metadist.checks.values import normal_form
+from metadist.checks.values import normal_form, require_bool
 from metadist.tasks.data.images import (
     Found,
     format_of,
@@ -107,6 +107,7 @@ class ImageFolder(EpisodeSampler):
         split_by: Literal["class", "image"] = "class",
     ) -> None:
         require_episode(n_way, k_shot, k_query, seed)
+        require_bool(invert=invert, rotations=rotations, augment=augment)
         require_format(image_size, channels)
         if split_by not in ("class", "image"):
             raise ValueError(f"split_by must be 'class' or 'image', got {split_by!r}")

@@ -102,8 +102,12 @@ class LinearProbe(FewShotProblem):
 
 def _frozen(model: nn.Module) -> nn.Module:
     """A copy of the model in which only the last layer is trainable."""
-    head = last_registered(model)
     model = copy.deepcopy(model)
+    leaves = list(model.parameters())
+    if not any(leaf.requires_grad for leaf in leaves):  # frozen already: the last layer of all
+        for leaf in leaves:
+            leaf.requires_grad_(leaf.is_floating_point())
+    head = last_registered(model)
     for name, leaf in model.named_parameters():
         leaf.requires_grad_(name.startswith(f"{head}."))
     return model

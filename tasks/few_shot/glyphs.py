@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from metadist.checks.values import require_bool
 from metadist.tasks.data.glyphs import load_glyphs
 from metadist.tasks.data.random import Random
 from metadist.tasks.few_shot.class_splits import require_split
@@ -73,6 +74,7 @@ class Glyphs(EpisodeSampler):
         disjoint_families: bool = True,
     ) -> None:
         require_episode(n_way, k_shot, k_query, seed)
+        require_bool(augment=augment, disjoint_families=disjoint_families)
         require_split(split, SPLITS)
         self.augment = augment
         self.disjoint_families = disjoint_families

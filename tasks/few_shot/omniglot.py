@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import chain
 from pathlib import Path
 
+from metadist.checks.values import require_bool
 from metadist.tasks.data.images import image_files, read_images, require_format
 from metadist.tasks.few_shot.class_splits import packaged_splits, read_splits, select_classes
 from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler, require_episode
@@ -67,6 +68,7 @@ class Omniglot(EpisodeSampler):
         image_size: int = 28,
     ) -> None:
         require_episode(n_way, k_shot, k_query, seed)
+        require_bool(download=download, rotations=rotations)
         require_format(image_size, 1)
         self.root, self.download, self.splits = root, download, splits
         self.image_size = image_size

@@ -14,7 +14,8 @@ import pytest
 import metadist
 from metadist import OuterOptimizer, Trainer
 from metadist.algorithms import ITD
-from metadist.checks.values import Rule, check, check_fields, rule
+from metadist.checks.values import Rule, check, check_fields, require_bool, rule
+from metadist.compute import Compute
 from metadist.workload import Workload
 from tests.problems import Quadratic, QuadraticSampler
 
@@ -173,3 +174,15 @@ def test_a_run_is_trained_and_resumed_with_scalars_of_numpy(tmp_path):
     again.restore()
     again.fit(4)
     assert again.version == 4
+
+
+def test_a_text_is_no_boolean():
+    require_bool(one=True, two=np.bool_(False))
+    with pytest.raises(ValueError, match=r"^two must be True or False, got 'false'$"):
+        require_bool(one=True, two="false")
+
+
+@pytest.mark.parametrize("seed", [True, 1.5, -1, 2**64])
+def test_a_seed_is_an_integer(seed):
+    with pytest.raises(ValueError, match="^seed must be an integer"):
+        Compute(seed=seed)

@@ -133,6 +133,8 @@ def test_the_command_writes_it_into_the_folder_or_elsewhere(finished, tmp_path, 
     assert main(["report", str(copy), "--output", str(tmp_path / "mine.html")]) == 0
     assert (tmp_path / "mine.html").is_file()
     assert re.search(r"mine\.html: \d+ kB", capsys.readouterr().out)
+    assert main(["report", str(copy), "--output", str(tmp_path)]) == 2
+    assert "output must be a file, got the folder" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "nothing")]) == 2
     assert "run_dir must be the folder of a run" in capsys.readouterr().err
 

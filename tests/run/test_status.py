@@ -20,6 +20,7 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from metadist import CheckpointStore
+from metadist.run.files import CHECKPOINTS
 from metadist.run.status import NUM_WORKERS, RunStatus, run_status
 from metadist.run.storage import Folder
 from tests.helpers import (
@@ -250,6 +251,15 @@ def test_a_folder_without_a_run_is_refused(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"run_dir must be the folder of a run .*, got '.*" + name):
         run_status(tmp_path / name)
+
+
+def test_a_folder_of_runs_names_them(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / CHECKPOINTS).mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="it holds runs: a, b; give one$"):
+        run_status(tmp_path)
 
 
 def test_stale_s_must_be_positive(run):

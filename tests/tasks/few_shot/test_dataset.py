@@ -68,6 +68,11 @@ class Floats(Named):
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
+class Rounded(Floats):
+    def convert(self, pixels: np.ndarray) -> Tensor:
+        return super().convert(pixels).bfloat16()
+
+
 class Arrays(Named):
     def convert(self, pixels: np.ndarray) -> np.ndarray:
         return pixels
@@ -88,6 +93,11 @@ def test_all_kinds_of_pictures_give_the_same_tasks(kind: type[Named]):
     assert got.class_names == ("ant", "bee", "cat")
     assert all(equal(expected.sample(i), got.sample(i)) for i in range(5))
     assert expected.sample(0).support.tensors[0].shape == (3, 3, 8, 8)
+
+
+def test_pictures_in_bfloat16_are_read():
+    exact, rounded = (few(kind()).sample(0).support.tensors[0] for kind in (Named, Rounded))
+    torch.testing.assert_close(exact, rounded, rtol=0, atol=1 / 200)
 
 
 def test_images_stay_with_their_class():
@@ -206,6 +216,8 @@ def test_bad_split_files(tmp_path: Path, splits: str, message: str):
         ),
         (SPLITS, {"split": "val"}, "split must be one of train, test, got 'val'"),
         (SPLITS, {"channels": 4}, "channels must be 1 (grey) or 3 (RGB), got 4"),
+        (SPLITS, {"rotations": "no"}, "rotations must be True or False, got 'no'"),
+        (SPLITS, {"augment": 0}, "augment must be True or False, got 0"),
         (SPLITS, {"seed": 1.0}, "seed must be an integer >= 0, got 1.0"),
     ],
 )

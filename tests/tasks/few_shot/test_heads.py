@@ -179,6 +179,18 @@ def test_a_closed_form_is_predicted_and_exported(kind):
     torch.testing.assert_close(export(problem, STEP, outer, task)(task.query.tensors[0]), logits)
 
 
+@pytest.mark.parametrize("kind", [NearestCentroid, LinearProbe])
+def test_a_model_that_is_frozen_already_is_taken(kind):
+    model = conv4()
+    task = to_device(image_task(1, n_way=5), "cpu", torch.float32)
+    expected, found = (
+        predict(problem, STEP, problem.init_outer(generator(0)), task)
+        for problem in (kind(model), kind(model.requires_grad_(False)))
+    )
+    assert torch.equal(found, expected)
+    assert not any(leaf.requires_grad for leaf in model.parameters())
+
+
 class HeadFirst(nn.Module):
     def __init__(self):
         super().__init__()
