@@ -184,5 +184,5 @@ def test_a_text_is_no_boolean():
 
 @pytest.mark.parametrize("seed", [True, 1.5, -1, 2**64])
 def test_a_seed_is_an_integer(seed):
-    with pytest.raises(ValueError, match="^seed must be an integer"):
+    with pytest.raises(ValueError, match=r"^seed must be an integer"):
         Compute(seed=seed)

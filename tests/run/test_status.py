@@ -258,7 +258,7 @@ def test_a_folder_of_runs_names_them(tmp_path):
         (tmp_path / name / CHECKPOINTS).mkdir(parents=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="it holds runs: a, b; give one$"):
+    with pytest.raises(ValueError, match=r"it holds runs: a, b; give one$"):
         run_status(tmp_path)
 
 
