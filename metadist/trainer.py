@@ -669,6 +669,7 @@ class Trainer:
             "sampler": describe_sampler(self.sampler),
             "outer optimizer": optimizer.name,
             "outer lr": optimizer.lr,
+            **_further(optimizer),
             "meta_batch_size": self._workload.meta_batch_size,
             "tasks_per_lease": self._workload.tasks_per_lease,
             "chunk_size": self._chunk_size,
@@ -991,6 +992,16 @@ class _Run:
                 f"{', '.join(map(str, self._in_a_row[:8]))} ...), max_dropped={max_dropped}: try a "
                 "smaller inner_lr or outer lr, or clip_norm"
             )
+
+
+def _further(optimizer: OuterOptimizer) -> dict[str, str | int | float]:
+    """The other options of the optimiser that are not as by default, for a reader."""
+    usual = vars(OuterOptimizer())
+    return {
+        f"outer {name}": value if isinstance(value, int | float) else str(value)
+        for name, value in vars(optimizer).items()
+        if name not in ("name", "lr") and value != usual[name]
+    }
 
 
 def _is_false(answer: Any) -> bool:

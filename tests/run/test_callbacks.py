@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from metadist import Callback, CallbackError, EvaluationReport, StepReport
+from metadist import Callback, CallbackError, EvaluationReport, OuterOptimizer, StepReport
 from metadist.run.checkpoint import CheckpointStore
 from metadist.run.storage import Folder
 from tests.helpers import curves, exact_state, make_trainer, read_events
@@ -113,3 +113,11 @@ def test_only_false_ends_a_run_within_on_step():
     assert make_trainer().fit(2, lambda report: None).num_steps == 2
     assert make_trainer().fit(2, lambda report: False).num_steps == 1
     assert make_trainer().fit(2, lambda report: cast(Any, np.bool_(False))).num_steps == 1
+
+
+def test_settings_tell_the_schedule_of_the_outer_optimizer():
+    schedule = OuterOptimizer(schedule="linear", schedule_steps=9, options={"betas": (0.5, 0.9)})
+    found = make_trainer(outer_optimizer=schedule).settings()
+    assert (found["outer schedule"], found["outer schedule_steps"]) == ("linear", 9)
+    assert found["outer options"] == "{'betas': (0.5, 0.9)}"
+    assert not {"outer clip_norm", "outer warmup_steps"} & found.keys()
