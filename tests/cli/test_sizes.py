@@ -35,6 +35,7 @@ def test_a_model_has_the_sizes_of_the_files(images):
         "in_channels": 3,
         "image_size": 20,
         "width": 64,
+        "rematerialise": False,
         "batch_norm": "transductive",
     }
     assert problem._model.head.out_features == 3

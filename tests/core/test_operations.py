@@ -27,7 +27,7 @@ COUNTS: list[tuple[str, str, bool, int, int]] = [
     ("Conv4", "MAML", True, 2766, 1544),
     ("Conv4", "ANIL", False, 480, 377),
     ("Conv4", "AID", False, 826, 727),
-    ("Conv4", "LancBiO", False, 1056, 953),
+    ("Conv4", "LancBiO", False, 1060, 957),
     ("Conv4", "BOME", False, 460, 345),
     ("MLP", "MAML", False, 626, 461),
     ("MLP", "AID", True, 434, 424),
