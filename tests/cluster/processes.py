@@ -67,6 +67,10 @@ class Script:
             start_new_session=True,
         )
 
+    def is_over(self) -> bool:
+        """Whether the process has ended."""
+        return self.process.poll() is not None
+
     def finish(self, timeout_s: float = 200) -> tuple[str, str]:
         """(stdout, stderr) at the end, of the process and all that descends from it."""
         try:
