@@ -70,10 +70,8 @@ class OneTask:
 
     def __init__(self, support: Data, query: Data, test: Data | None = None) -> None:
         self.support = _own(support, "support")
-        self.query = _named_as(self.support, _own(query, "query"), "query")
-        self.test_set = (
-            None if test is None else _named_as(self.support, _own(test, "test"), "test")
-        )
+        self.query = _named_as(self.support, query, "query")
+        self.test_set = None if test is None else _named_as(self.support, test, "test")
 
     def sample(self, index: int) -> Task:
         """The task."""
@@ -94,8 +92,11 @@ def _own(data: Data, field: str) -> Batch:
     return batch.map(lambda tensor: tensor.detach().clone())
 
 
-def _named_as(support: Batch, batch: Batch, field: str) -> Batch:
-    """The batch with its tensors in the order of the names of `support`."""
+def _named_as(support: Batch, data: Data, field: str) -> Batch:
+    """A copy of all examples, whose tensors are in the order of the names of `support`."""
+    batch = _own(data, field)
+    if isinstance(data, Batch) and not batch.names:
+        return batch  # of a problem with examples of two kinds
     if support.names.keys() != batch.names.keys():
         wanted, got = (", ".join(names) or "no names" for names in (support.names, batch.names))
         raise ValueError(

@@ -87,7 +87,7 @@ def test_it_keeps_the_contract_of_a_sampler(folder, monkeypatch):
 def test_on_ray_it_gives_the_bytes_of_one_process_and_leaves_no_process(folder, cli, command):
     state = last_state(local_run(folder, cli))
     mark = uuid.uuid4().hex
-    outcome = finish(start(command, folder, METADIST_TEST=mark))
+    outcome = finish(start(command, folder, METADIST_TEST=mark), timeout_s=400)
     assert outcome.code == 0, outcome.err
     assert last_state(folder / "far") == state
     assert becomes(lambda: not processes_with(f"METADIST_TEST={mark}"))
