@@ -269,11 +269,6 @@ class _Found(NamedTuple):
     states: Tensor | None
     calls: dict[str, int]
 
-    @property
-    def results(self) -> list[Tensor]:
-        """What must be finite: a state that is not would spoil all steps to come."""
-        return [*self.totals, *(() if self.states is None else (self.states,))]
-
 
 @dataclass
 class _Sums:
@@ -355,7 +350,7 @@ class _Run(NamedTuple):
             flatten({name: point.total[name] for name in inputs.outer}) for point in points
         )
         # A sum is finite only if all terms are, and costs one pass without a temporary.
-        results = [*totals, *(() if here.states is None else (here.states,))]
+        results = _results(totals, here.states)
         read = [result.sum() for result in results] + [v.detach() for v in here.metrics.values()]
         return _Found(
             totals=totals,
@@ -612,15 +607,21 @@ def falls_back(vectorize: Vectorize, error: Exception) -> bool:
     return True
 
 
+def _results(totals: tuple[Tensor, ...], states: Tensor | None) -> list[Tensor]:
+    """What must be finite: a state that is not would spoil all steps to come."""
+    return [*totals, *(() if states is None else (states,))]
+
+
 def _read(found: _Found) -> dict[str, float] | None:
     """The metrics, read at once with what tells whether results are finite; None: they are not.
 
     One look for all of it, since a GPU has to be waited for each time.
     """
     read: list[float] = found.read.tolist()
-    count = len(found.results)
+    results = _results(found.totals, found.states)
+    count = len(results)
     if not all(map(math.isfinite, read[:count])) and not all(
-        bool(result.isfinite().all()) for result in found.results
+        bool(result.isfinite().all()) for result in results
     ):
         return None
     return dict(zip(found.names, read[count:], strict=True))

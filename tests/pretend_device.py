@@ -21,6 +21,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from metadist import Problem, task_hypergradients
+from metadist.algorithm import Algorithm
+from metadist.compute import Compute
+from metadist.hypergradient import HypergradientSum
 from metadist.task import Batch, Task
 from metadist.trees import Params
 
@@ -158,3 +162,22 @@ def task_there(task: Task) -> Task:
         return batch.map(Elsewhere)._replace(index=Elsewhere(batch.index))
 
     return Task(moved(task.support), moved(task.query), task.id)
+
+
+def last_of_two(
+    problem: Problem, algorithm: Algorithm, outer: Params, tasks: list[Task], compute: Compute
+) -> HypergradientSum:
+    """Two steps with kept states where there are any; the second is computed from the first."""
+    keeps = algorithm.trains != "start"
+    states: dict[int, Tensor] | None = {} if keeps else None
+    for step in range(2):
+        found = task_hypergradients(
+            *(problem, algorithm, outer, tasks),
+            compute=compute,
+            states=states,
+            step=step,
+            report=True,
+            is_checked=True,
+        )
+        states = found.states if keeps else None
+    return found

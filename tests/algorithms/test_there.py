@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from metadist import Batch, Problem, Task, task_hypergradients
+from metadist import Batch, Problem, Task
 from metadist.algorithm import Algorithm
 from metadist.algorithms import ALGORITHMS, ITD
 from metadist.compute import Compute
@@ -31,9 +31,10 @@ from metadist.tasks import (
     Sinusoid,
 )
 from tests.helpers import raw, small_conv4
-from tests.pretend_device import here, pretending, task_there, there
+from tests.pretend_device import here, last_of_two, pretending, task_there, there
 from tests.problems import generator, image_task
 
+COMPUTE = Compute(vectorize=False, num_threads=1)
 IMAGES = [image_task(index) for index in range(2)]
 
 
@@ -107,12 +108,12 @@ def test_every_algorithm_gives_the_bytes_of_the_cpu(kind):
         try:
             algorithm.check(problem, start, tasks[0], tasks[0])
             outer = start | algorithm.init_own(problem.init_inner(start, tasks[0]))
-            expected = last_of_two(problem, algorithm, outer, tasks)
+            expected = last_of_two(problem, algorithm, outer, tasks, COMPUTE)
         except (ValueError, RuntimeError):
             continue  # refused, and so it would be on any device
         with pretending():
             moved = [task_there(task) for task in tasks]
-            found = last_of_two(problem, algorithm, there(outer), moved)
+            found = last_of_two(problem, algorithm, there(outer), moved, COMPUTE)
         for leaf, (own_name, theirs) in zip(
             here(found.total).values(), expected.total.items(), strict=True
         ):
@@ -121,20 +122,3 @@ def test_every_algorithm_gives_the_bytes_of_the_cpu(kind):
         assert found.dropped == expected.dropped
         ran.add(name)
     assert len(ran) >= len(names) // 4, sorted(set(names) - ran)
-
-
-def last_of_two(problem: Problem, algorithm: Algorithm, outer: Any, tasks: list[Task]) -> Any:
-    """Two steps with kept states where there are any; the second is computed from the first."""
-    keeps = algorithm.trains != "start"
-    states: dict[int, torch.Tensor] | None = {} if keeps else None
-    for step in range(2):
-        found = task_hypergradients(
-            *(problem, algorithm, outer, tasks),
-            compute=Compute(vectorize=False, num_threads=1),
-            states=states,
-            step=step,
-            report=True,
-            is_checked=True,
-        )
-        states = found.states if keeps else None
-    return found

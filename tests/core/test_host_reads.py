@@ -15,7 +15,7 @@ from metadist.models import MLP
 from metadist.task import to_device
 from metadist.tasks import FewShotProblem, Sinusoid
 from tests.helpers import small_conv4
-from tests.pretend_device import here, pretending, task_there, there
+from tests.pretend_device import here, last_of_two, pretending, task_there, there
 from tests.problems import generator, image_task
 
 TASKS = [to_device(image_task(index), "cpu", torch.float32) for index in range(2)]
@@ -91,27 +91,14 @@ def test_every_algorithm_computes_on_the_device_what_it_does_on_the_cpu(name):
     tasks = [to_device(sampler.sample(index), "cpu", torch.float64) for index in range(2)]
     outer = problem.init_outer(generator(0))
     outer |= algorithm.init_own(problem.init_inner(outer, tasks[0]))
-    keeps_states = algorithm.trains != "start"
-
-    def last_of_two(outer, tasks, vectorize):
-        states: dict[int, torch.Tensor] | None = {} if keeps_states else None
-        for step in range(2):
-            found = task_hypergradients(
-                *(problem, algorithm, outer, tasks),
-                compute=Compute(vectorize=vectorize, batch_size=6),
-                states=states,
-                step=step,
-                report=True,
-                is_checked=True,
-            )
-            states = found.states if keeps_states else None
-        return found
 
     # torch.tensordot, which SABA uses, mistakes the shape of a pretend tensor under vmap.
     for vectorize in (False,) if name == "saba" else (False, True):
-        expected = last_of_two(outer, tasks, vectorize)
+        compute = Compute(vectorize=vectorize, batch_size=6)
+        expected = last_of_two(problem, algorithm, outer, tasks, compute)
         with pretending():
-            found = last_of_two(there(outer), [task_there(task) for task in tasks], vectorize)
+            moved = [task_there(task) for task in tasks]
+            found = last_of_two(problem, algorithm, there(outer), moved, compute)
         for leaf, on_cpu in zip(here(found.total).values(), expected.total.values(), strict=True):
             torch.testing.assert_close(leaf, on_cpu, rtol=1e-9, atol=1e-12)
         assert found.metrics == pytest.approx(expected.metrics, rel=1e-9, abs=1e-12)
