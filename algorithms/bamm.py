@@ -10,7 +10,7 @@ from metadist.algorithms.parts.inner import decayed
 from metadist.algorithms.parts.linear import relative_residual
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
-from metadist.trees import Params, add, norm, scale, sub, zeros_like
+from metadist.trees import Params, add, norm, scale, sub
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,6 @@ class BAMM(AdjointLoop):
 
     mu: float = rule(0.5, ge=0, lt=1)
     mu_decay: float = rule(0.1, ge=0, le=1)
-
-    @property
-    def kept_options(self) -> dict[str, str]:
-        if self.inner_steps > 1:
-            return {}
-        return dict.fromkeys(("adjoint_lr", "adjoint_decay"), "inner_steps")
-
-    def init(self, oracle: Oracle, context: Params, inner: Params) -> AdjointState:
-        return AdjointState(inner, zeros_like(inner), self.new_memory(inner))
 
     def move(self, oracle: Oracle, context: Params, state: AdjointState) -> Estimate:
         y, v, memory = state

@@ -70,6 +70,10 @@ class FSLA(AdjointLoop):
     def tolerates_staleness(self) -> bool:
         return True
 
+    @property
+    def kept_options(self) -> dict[str, str]:
+        return {}  # h has the v from after the step
+
     def recursive_weight(self, step: int) -> float:
         return falling_weight(self.outer_weight, self.weight_decay, step)
 

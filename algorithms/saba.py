@@ -72,14 +72,6 @@ class SABA(AdjointLoop):
 
     full_pass: bool = False
 
-    @property
-    def kept_options(self) -> dict[str, str]:
-        return (
-            dict.fromkeys(("adjoint_lr", "adjoint_decay"), "inner_steps")
-            if self.inner_steps == 1
-            else {}
-        )
-
     def init(self, oracle: Oracle, context: Params, inner: Params) -> SABAState:
         num_support, num_query = len(oracle.parts("support")), len(oracle.parts("query"))
         zero_x, zero_y = zeros_like(context), zeros_like(inner)

@@ -8,7 +8,7 @@ from metadist.algorithm import Estimate
 from metadist.algorithms.parts.implicit import AdjointLoop, AdjointState
 from metadist.algorithms.parts.linear import relative_residual
 from metadist.oracle import Oracle
-from metadist.trees import Params, norm, sub, zeros_like
+from metadist.trees import Params, norm, sub
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,6 @@ class SOBA(AdjointLoop):
     @property
     def tolerates_staleness(self) -> bool:
         return True
-
-    @property
-    def kept_options(self) -> dict[str, str]:
-        return (
-            dict.fromkeys(("adjoint_lr", "adjoint_decay"), "inner_steps")
-            if self.inner_steps == 1
-            else {}
-        )
-
-    def init(self, oracle: Oracle, context: Params, inner: Params) -> AdjointState:
-        return AdjointState(inner, zeros_like(inner), self.new_memory(inner))
 
     def move(self, oracle: Oracle, context: Params, state: AdjointState) -> Estimate:
         y, v, memory = state

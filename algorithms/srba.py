@@ -76,10 +76,8 @@ class SRBA(AdjointLoop):
     @property
     def kept_options(self) -> dict[str, str]:
         # A new task begins with a whole pass, and may end before the next one.
-        options = [] if self.inner_steps > self.period else ["period"]
-        if self.inner_steps == 1:
-            options += ["adjoint_lr", "adjoint_decay"]
-        return dict.fromkeys(options, "inner_steps")
+        period = {} if self.inner_steps > self.period else {"period": "inner_steps"}
+        return period | super().kept_options
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> SRBAState:
         zero_x, zero_y = zeros_like(context), zeros_like(inner)

@@ -12,7 +12,7 @@ from metadist.algorithms.parts.linear import Product, relative_residual
 from metadist.checks.values import check, rule
 from metadist.oracle import Draw, Oracle
 from metadist.step_rules import SGD
-from metadist.trees import Params, add, sub
+from metadist.trees import Params, add, sub, zeros_like
 
 
 class AdjointState(NamedTuple):
@@ -87,6 +87,15 @@ class AdjointLoop(SingleLoop):
 
     adjoint_lr: float = rule(0.1, gt=0)
     adjoint_decay: float = rule(0.0, ge=0, le=1)
+
+    @property
+    def kept_options(self) -> dict[str, str]:
+        # h has the v from before the step, which is 0 at the only step on a new task.
+        options = ("adjoint_lr", "adjoint_decay") if self.inner_steps == 1 else ()
+        return dict.fromkeys(options, "inner_steps")
+
+    def init(self, oracle: Oracle, context: Params, inner: Params) -> Any:
+        return AdjointState(inner, zeros_like(inner), self.new_memory(inner))
 
     def step_adjoint(self, oracle: Oracle, v: Params, h_v: Params, b: Params) -> Params:
         """v - adjoint_lr_k * (H v - b)."""
