@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 
 from metadist.cli.parsing import Parser
-from metadist.cli.runs import add_adaptation, run_parser
+from metadist.cli.runs import add_adaptation, output_file, run_parser
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,11 +54,9 @@ def run(config: Namespace) -> int:
     from metadist.inference import inputs_of
     from metadist.task import Batch, Task, sample_task
 
-    output = Path(config.output)
-    if output.suffix not in (PROGRAM, WEIGHTS):
+    if not config.output.endswith((PROGRAM, WEIGHTS)):
         raise ValueError(f"output must end in {PROGRAM} or {WEIGHTS}, got {config.output!r}")
-    if not output.parent.is_dir():
-        raise ValueError(f"output must be in a folder that exists, got {config.output!r}")
+    output = output_file("output", config.output)
     saved = train.saved_config(config.run_dir)
     if config.split is not None:
         train.set_split(saved, config.split)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 
 from metadist.cli.parsing import Parser
-from metadist.cli.runs import add_adaptation, run_parser
+from metadist.cli.runs import add_adaptation, output_file, run_parser
 
 if TYPE_CHECKING:
     from metadist.cli.images import Labelled
@@ -44,8 +44,8 @@ def run(config: Namespace) -> int:
     from metadist.cli.images import labelled, support_of
     from metadist.cli.trained import load
 
-    if config.output and not Path(config.output).parent.is_dir():
-        raise ValueError(f"output must be in a folder that exists, got {config.output!r}")
+    if config.output:
+        output_file("output", config.output)
     query = labelled(Path(config.query), "query")  # first, as it is read in no time
     trained = load(train.saved_config(config.run_dir), config)
     support = support_of(trained, config.support)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from metadist.cli.parsing import Parser
 
 
@@ -33,6 +35,16 @@ def add_adaptation(parser: Parser) -> None:
         "--inner_steps", type=int | None, help="Inner steps of adaptation; by default as trained."
     )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
+
+
+def output_file(field: str, given: str) -> Path:
+    """The file to write; raises ValueError unless it can be made, before any work."""
+    path = Path(given)
+    if not path.parent.is_dir():
+        raise ValueError(f"{field} must be in a folder that exists, got {given!r}")
+    if path.is_dir():
+        raise ValueError(f"{field} must be a file, got the folder {given!r}: name a file in it")
+    return path
 
 
 def search_parser(command: str, description: str, config: str) -> Parser:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from jsonargparse import Namespace
 
 from metadist.cli.parsing import Parser
-from metadist.cli.runs import add_checkpoint
+from metadist.cli.runs import add_checkpoint, output_file
 
 
 def parser() -> Parser:
@@ -37,10 +36,7 @@ def run(config: Namespace) -> int:
     from metadist.problem import HasScores
     from metadist.task import sample_task
 
-    if not Path(config.out).parent.is_dir():
-        raise ValueError(f"out must be in a folder that exists, got {config.out!r}")
-    if Path(config.out).is_dir():
-        raise ValueError(f"out must be a file, got the folder {config.out!r}: name a file in it")
+    out = output_file("out", config.out)
     saved = train.saved_config(config.run_dir)
     config.device, config.inner_steps = "cpu", None
     trained = load(saved, config)
@@ -52,7 +48,7 @@ def run(config: Namespace) -> int:
         )
     task = sample_task(trained.sampler, config.task, trained.last_step)
     count = 0
-    with Path(config.out).open("w") as file:
+    with out.open("w") as file:
         for score in trained.problem.scores(trained.outer, task):
             file.write(json.dumps(score) + "\n")
             count += 1
