@@ -26,12 +26,14 @@ from metadist import (
     Trainer,
     trees,
 )
+from metadist.algorithm import Algorithm
 from metadist.algorithms import ITD
 from metadist.cli import main
 from metadist.compute import Compute
 from metadist.models import MLP, Conv4
 from metadist.run.reading import Scalar, find_events, find_scalars
 from metadist.run.storage import Folder
+from metadist.task import to_device
 from metadist.tasks import FewShotProblem, Sinusoid
 from metadist.trees import Params, as_bytes
 from tests.problems import generator, image_task
@@ -106,6 +108,19 @@ def regression(model: torch.nn.Module | None = None, adapt: str = "all") -> FewS
     return FewShotProblem(model or small_mlp(), adapt=adapt, loss="mse")
 
 
+def exact_regression(
+    algorithm: Algorithm, k: int = 8, num_tasks: int = 2, device: str = "cpu"
+) -> tuple[FewShotProblem, Params, list[Task]]:
+    """(problem, x, tasks) of a small network in float64, adapted as the algorithm can train it."""
+    torch.manual_seed(0)
+    adapt = "all" if algorithm.trains == "start" else "head"
+    problem = FewShotProblem(MLP(1, 1, (4,)).double(), adapt, loss="mse", weight_decay=0.1)
+    sampler = Sinusoid(k_shot=k, k_query=k)
+    tasks = [to_device(sampler.sample(index), device, torch.float64) for index in range(num_tasks)]
+    outer = {n: leaf.to(device) for n, leaf in problem.init_outer(generator(0)).items()}
+    return problem, outer | algorithm.init_own(problem.init_inner(outer, tasks[0])), tasks
+
+
 def make_trainer(**options: Any) -> Trainer:
     """A quiet trainer that takes milliseconds a step."""
     chosen: dict[str, Any] = {
@@ -159,9 +174,21 @@ def exact_state(trainer: Trainer) -> Any:
     return exact(state.outer), exact(state.optimizer), state[2:]
 
 
+def assert_undisturbed(trainer: Trainer, num_steps: int, **options: Any) -> None:
+    """It has the bytes of a training of so many steps in one go."""
+    whole = make_trainer(**options)
+    whole.fit(num_steps)
+    assert exact_state(trainer) == exact_state(whole)
+
+
+def store_of(run_dir: Path) -> CheckpointStore:
+    """The checkpoints of a run."""
+    return CheckpointStore(str(run_dir / "checkpoints"))
+
+
 def last_state(run_dir: Path) -> Any:
     """The same of the newest checkpoint of a run."""
-    _, checkpoint = CheckpointStore(str(run_dir / "checkpoints")).load()
+    _, checkpoint = store_of(run_dir).load()
     state = checkpoint.state
     return exact(state.outer), exact(state.optimizer), state[2:]
 
@@ -285,8 +312,8 @@ def processes_with(variable: str) -> list[str]:
     return found
 
 
-def becomes(condition: Callable[[], bool], timeout_s: float = 30) -> bool:
-    """Whether `condition` comes true in time."""
+def becomes(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
+    """Whether `condition` comes true in time; asks again and again."""
     end = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > end:

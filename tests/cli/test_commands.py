@@ -21,6 +21,7 @@ from tests.helpers import (
     finish,
     last_state,
     start,
+    store_of,
     words,
 )
 
@@ -107,7 +108,7 @@ def test_a_stopped_run_leaves_a_checkpoint_and_is_resumed_to_the_same_bytes(cli,
         assert stopped and 7 <= int(stopped[1]) < 60
         assert "Traceback" not in outcome.err
         run = here / str(code)
-        assert CheckpointStore(str(run / "checkpoints")).load()[0] == stopped[2]
+        assert store_of(run).load()[0] == stopped[2]
         assert not (run / "result.json").exists()
 
         assert f"continuing {run.name} from {stopped[2]}" in cli.good("resume", run.name)

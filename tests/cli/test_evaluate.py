@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from metadist import CheckpointStore, evaluate
+from metadist import evaluate
 from tests.helpers import (
     curves,
     make_trainer,
+    store_of,
 )
 
 
 def test_evaluate_judges_on_another_split(cli, run):
     out = cli.good("evaluate", run, "--num_tasks", 6, "--output", "mine.json")
     written = json.loads(Path("mine.json").read_text())
-    checkpoint = CheckpointStore(str(run / "checkpoints")).load()[1]
+    checkpoint = store_of(run).load()[1]
     trainer = make_trainer()
     expected = evaluate(
         trainer.problem,
@@ -44,7 +45,7 @@ def test_evaluate_has_options_for_everything_that_is_judged(cli, run):
     more = metrics(cli, run, "--inner_steps", 7)
     assert "inner_steps=7" in more["protocol"]["algorithm"] and more != plain
     assert metrics(cli, run, "--checkpoint", "step-00000002")["checkpoint"] == "step-00000002"
-    best = CheckpointStore(str(run / "checkpoints")).best()
+    best = store_of(run).best()
     assert metrics(cli, run, "--checkpoint", "best")["checkpoint"] == best
     other = metrics(cli, run, "--sampler", "sinusoid", "--sampler.k_shot", 9)
     assert "k_shot=9" in other["protocol"]["sampler"]

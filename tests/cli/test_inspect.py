@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from metadist import CheckpointStore
 from metadist.outer import OuterState
 from metadist.run.checkpoint import Checkpoint
 from metadist.run.text import MAX_CHARS, printable
 from tests.cli.helpers import damage, flat
+from tests.helpers import store_of
 
 
 def test_inspect_shows_the_checkpoints_and_what_is_in_one(cli, run):
     out = flat(cli.good("inspect", run))
-    best = CheckpointStore(str(run / "checkpoints")).best()
+    best = store_of(run).best()
     for step in (2, 4, 5):
         mark = "good, best" if f"step-{step:08d}" == best else "good"
         assert re.search(rf"step-{step:08d} -\d+\.\d{{4}} {mark} ", out), out
@@ -61,7 +61,7 @@ HOSTILE = [
 @pytest.mark.parametrize("name", HOSTILE)
 def test_nothing_from_a_folder_reaches_the_terminal_as_it_is(cli, tmp_path, name):
     state = OuterState({name: torch.zeros(2)}, {name: torch.zeros(2)}, 1, 0, (), {}, {})
-    store = CheckpointStore(str(tmp_path / "checkpoints"))
+    store = store_of(tmp_path)
     store.save(Checkpoint(state, {"note": name, name: 1}))
     event = {"time": "2026-11-28T06:00:00+00:00", "step": 1}
     lines = [

@@ -17,7 +17,7 @@ from metadist.algorithms import ITD
 from metadist.cli import main
 from metadist.models import Conv4
 from metadist.tasks import FewShotProblem, ImageFolder
-from tests.helpers import words
+from tests.helpers import store_of, words
 
 ITD_FLAGS = "--algorithm.inner_steps 3 --algorithm.inner_lr 0.2 --compute.device cpu"
 MODEL = "--problem.model.width 4 --problem.model.image_size 16 --problem.model.n_way 3"
@@ -88,7 +88,7 @@ def test_images_are_predicted_as_by_hand_and_mostly_right(cli, few_shot, images)
         files = sorted(images.glob(f"{part}/*/*"))
         assert torch.equal(sampler.read_images(files), pixels)
         sets[part] = pixels, torch.arange(3).repeat_interleave(len(pixels) // 3)
-    outer = CheckpointStore(str(few_shot / "checkpoints")).load()[1].state.outer
+    outer = store_of(few_shot).load()[1].state.outer
     problem = FewShotProblem(Conv4(3, 1, 4, 16), adapt="head")
     logits = predict(problem, ITD(6, 0.2), outer, Batch.of(*sets["support"]), sets["query"][0])
     shares, numbers = logits.softmax(1).max(1)

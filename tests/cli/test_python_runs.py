@@ -10,7 +10,6 @@ from torch import nn
 from metadist import Compute, OuterOptimizer, Trainer
 from metadist.algorithms import DARTS, ITD, LancBiO
 from metadist.models import MLP, Conv4
-from metadist.run.checkpoint import CheckpointStore
 from metadist.tasks import (
     ArchitectureSearch,
     CorruptedImages,
@@ -23,7 +22,7 @@ from metadist.tasks import (
     Sinusoid,
     Supernet,
 )
-from tests.helpers import last_state, make_trainer, words
+from tests.helpers import last_state, make_trainer, store_of, words
 from tests.problems import assert_same_bytes
 
 
@@ -94,10 +93,7 @@ def test_a_search_on_images_is_resumed(cli, here):
     search("half", 1)
     search("whole", 2)
     cli.good("resume", "half", "--num_steps", 2)
-    found, expected = (
-        CheckpointStore(str(here / run / "checkpoints")).load()[1].state
-        for run in ("half", "whole")
-    )
+    found, expected = (store_of(here / run).load()[1].state for run in ("half", "whole"))
     assert_same_bytes(found.outer, expected.outer)
     assert torch.equal(found.states[0], expected.states[0])
 

@@ -6,12 +6,12 @@ import re
 
 import pytest
 
-from metadist import CheckpointStore
 from tests.cli.helpers import damage, saved
 from tests.helpers import (
     CURVES,
     contents,
     last_state,
+    store_of,
     words,
 )
 
@@ -46,7 +46,7 @@ def test_resume_from_an_earlier_checkpoint_and_with_another_executor(cli, run):
         *("--num_steps", "6"),
     )
     assert "from step-00000002" in out
-    assert CheckpointStore(str(run / "checkpoints")).load()[0] == "step-00000006"
+    assert store_of(run).load()[0] == "step-00000006"
     assert last_state(run) != before
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.toy import wait_until
+from tests.helpers import becomes
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -61,7 +61,7 @@ class Hosts:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        if not wait_until(lambda: self._are_up(names), timeout_s=60):
+        if not becomes(lambda: self._are_up(names), timeout_s=60):
             logs = "\n".join(f"== {log.name}\n{log.read_text()}" for log in work.glob("*.log"))
             self.stop()
             raise RuntimeError(f"the hosts did not start:\n{logs}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.processes import CLUSTER, Script
-from tests.cluster.toy import wait_until
+from tests.helpers import becomes
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_cluster_of_our_own_is_safe_quiet_and_gone_after_closing(home, tmp_pat
     script = Script(OWN, home, str(gate))
     try:
         waiting = tmp_path / "gate.waiting"
-        assert wait_until(lambda: waiting.exists() or script.is_over(), timeout_s=300)
+        assert becomes(lambda: waiting.exists() or script.is_over(), timeout_s=300)
         if not waiting.exists():
             script.finish()  # raises what it has printed
         # What Ctrl-C does in a terminal: the whole group gets it.
@@ -56,7 +56,7 @@ def test_a_cluster_of_our_own_is_safe_quiet_and_gone_after_closing(home, tmp_pat
         assert script.process.stdout is not None
         lines = [script.process.stdout.readline().strip() for _ in range(4)]
         assert lines == ["started token", "interrupted", "same bytes True", "closed"]
-        assert wait_until(lambda: script.processes() == [script.process.pid], timeout_s=120)
+        assert becomes(lambda: script.processes() == [script.process.pid], timeout_s=120)
         _, errors = script.finish()
         assert errors == ""
         token = Path(home) / ".ray" / "auth_token"

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.processes import Script
-from tests.cluster.toy import wait_until
 from tests.helpers import (
     CURVES,
     Outcome,
+    becomes,
     finish,
     last_state,
     processes_with,
@@ -38,7 +38,7 @@ def newest(run: Path) -> int:
 
 def await_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     """Return when the run has a checkpoint of that step or a later one."""
-    wait_until(lambda: newest(run) >= step or process.poll() is not None, LONG_S)
+    becomes(lambda: newest(run) >= step or process.poll() is not None, LONG_S)
 
 
 def resume(here: Path, **variables: str) -> Outcome:
@@ -70,7 +70,7 @@ def test_a_killed_driver_is_resumed_to_the_bytes_of_one_process(tmp_path):
     assert finish(process).code == -signal.SIGKILL
     assert not (run / "result.json").exists()
     # What it started goes with it.
-    assert wait_until(lambda: not processes_with(mark), LONG_S)
+    assert becomes(lambda: not processes_with(mark), LONG_S)
     resume(tmp_path)
     assert last_state(run) == whole_run(tmp_path)
 

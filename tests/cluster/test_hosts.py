@@ -16,7 +16,7 @@ import yaml
 
 from metadist.cluster.jobs.submit import job_name
 from tests.cluster.hosts import BIN, ROOT, Hosts, missing
-from tests.cluster.toy import wait_until
+from tests.helpers import becomes
 
 pytestmark = [
     pytest.mark.cluster,
@@ -138,9 +138,9 @@ def test_submit_from_a_laptop(hosts, gate, undisturbed):
     run_dir = hosts.work / "runs" / "laptop"
     command = f"metadist submit -- {flags(gate, run_dir, num_workers=2)}"
     with hosts.running("ray dashboard cluster.yaml"):
-        assert wait_until(lambda: answers(hosts, 8265), LONG_S)
+        assert becomes(lambda: answers(hosts, 8265), LONG_S)
         following = hosts.start(command)
-        assert wait_until(lambda: len(hosts_at_work(gate)) == 2, LONG_S)
+        assert becomes(lambda: len(hosts_at_work(gate)) == 2, LONG_S)
         hosts.signal("metadist submit", signal.SIGINT)
         output, _ = following.communicate()
         assert following.returncode == 130, output
@@ -160,7 +160,7 @@ def test_submit_returns_the_exit_code_of_the_run(hosts, gate, tmp_path):
     broken = f"{submit} --ship_metadist true -- --sampler my_tasks.Broken {options}"
     broken = f"{broken} {hosts.work}/runs/broken"
     with hosts.running("ray dashboard cluster.yaml -p 8266"):
-        assert wait_until(lambda: answers(hosts, 8266), LONG_S)
+        assert becomes(lambda: answers(hosts, 8266), LONG_S)
         code, output = hosts.run(broken)
         assert (code, "a bug of the user" in output) == (1, True), output
         assert "py_modules_files" in output  # the metadist that raised it was that of the laptop
@@ -171,7 +171,7 @@ def test_submit_returns_the_exit_code_of_the_run(hosts, gate, tmp_path):
         assert (code, "address must be that of a Ray dashboard" in output) == (1, True), output
         run_dir = hosts.work / "runs" / "stopped"
         following = hosts.start(f"{submit} -- {flags(gate, run_dir, num_workers=2)}")
-        assert wait_until(lambda: len(hosts_at_work(gate)) == 2, LONG_S)
+        assert becomes(lambda: len(hosts_at_work(gate)) == 2, LONG_S)
         stop = "ray job stop --address http://127.0.0.1:8266"
         succeed(hosts, f"{stop} {job_name(str(run_dir))}-1")
         output, _ = following.communicate()
@@ -186,7 +186,7 @@ def test_submit_returns_the_exit_code_of_the_run(hosts, gate, tmp_path):
 def test_ray_submit_goes_on_without_a_host_that_died(hosts, gate, undisturbed):
     command = f"ray submit cluster.yaml train.py -- {flags(gate, 'runs/mine', num_workers=3)}"
     both = [hosts.start(command) for _ in range(2)]
-    assert wait_until(lambda: hosts_at_work(gate) == set(NAMES), LONG_S)
+    assert becomes(lambda: hosts_at_work(gate) == set(NAMES), LONG_S)
     hosts.kill("host3")
     (gate / "open").touch()
     started = 0
@@ -208,16 +208,16 @@ def test_a_look_at_the_results_and_the_end(hosts):
     assert "Active:" in succeed(hosts, "ray exec cluster.yaml 'ray status'")
     board = "ray exec cluster.yaml -p 6006 'tensorboard --logdir ~/runs --port 6006'"
     with hosts.running(board):
-        assert wait_until(lambda: answers(hosts, 6006), LONG_S)
+        assert becomes(lambda: answers(hosts, 6006), LONG_S)
         tags = "curl -fs http://127.0.0.1:6006/data/plugin/scalars/tags"
-        assert wait_until(lambda: "tasks_per_second" in hosts.run(tags)[1], LONG_S)
+        assert becomes(lambda: "tasks_per_second" in hosts.run(tags)[1], LONG_S)
     succeed(hosts, "ray rsync-down cluster.yaml '~/runs/mine' .")
     assert (hosts.user / "mine" / "result.json").is_file()
     ssh = "ssh -o StrictHostKeyChecking=no root@10.77.0.3"
     succeed(hosts, f"{ssh} '~/metadist/bin/ray stop'")
     succeed(hosts, "ray down -y cluster.yaml")
     for name in ("host1", "host2"):
-        assert wait_until(lambda: hosts.run("pgrep raylet", name=name)[0] == 1)  # noqa: B023
+        assert becomes(lambda: hosts.run("pgrep raylet", name=name)[0] == 1)  # noqa: B023
 
 
 def answers(hosts: Hosts, port: int) -> bool:

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -326,16 +325,6 @@ def local_run(
     executor.start(workload, optimizer, first_state(workload.problem, optimizer))
     reports = list(executor.run(until))
     return executor.state(), reports
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
-    """Whether the condition came true; asks again and again."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def cpus_taken() -> float:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metadist import CheckpointStore, task_hypergradients
+from metadist import task_hypergradients
 from metadist.algorithms import ITD, MRBO, SOBA
 from metadist.run.storage import Folder
 from metadist.trees import Params
-from tests.helpers import exact_state, last_state, latest_scalars, make_trainer, with_compute
+from tests.helpers import (
+    exact_state,
+    last_state,
+    latest_scalars,
+    make_trainer,
+    store_of,
+    with_compute,
+)
 from tests.problems import Quadratic, generator, quadratic_task
 
 TASKS = [quadratic_task(index) for index in range(5)]
@@ -80,7 +87,7 @@ def test_on_step_ends_a_training_as_num_steps_does(tmp_path):
     whole = make_trainer(run_dir=tmp_path / "whole")
     whole.fit(3)
     assert exact_state(stopped) == exact_state(whole)
-    assert CheckpointStore(str(tmp_path / "stopped" / "checkpoints")).load()[0] == "step-00000003"
+    assert store_of(tmp_path / "stopped").load()[0] == "step-00000003"
     # And it goes on as if nothing had happened.
     stopped.fit(5)
     whole.fit(5)
@@ -98,7 +105,7 @@ def test_save_within_on_step_is_of_that_step(tmp_path):
 
     trainer = make_trainer(run_dir=tmp_path / "run")
     trainer.fit(5, watch)
-    store = CheckpointStore(str(tmp_path / "run" / "checkpoints"))
+    store = store_of(tmp_path / "run")
     assert list(outers) == [2, 4]
     for step, outer in outers.items():
         saved = store.load(f"step-{step:08d}")[1].state.outer

@@ -11,10 +11,9 @@ from metadist import task_hypergradients
 from metadist.algorithm import Algorithm
 from metadist.algorithms import AID, ALGORITHMS, BOME, ITD, LancBiO
 from metadist.compute import Compute
-from metadist.models import MLP
 from metadist.task import to_device
-from metadist.tasks import FewShotProblem, Sinusoid
-from tests.helpers import small_conv4
+from metadist.tasks import FewShotProblem
+from tests.helpers import exact_regression, small_conv4
 from tests.pretend_device import here, last_of_two, pretending, task_there, there
 from tests.problems import generator, image_task
 
@@ -84,13 +83,7 @@ def test_the_pretend_device_refuses_to_mix_and_notes_what_waits():
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_computes_on_the_device_what_it_does_on_the_cpu(name):
     algorithm = cast(Any, ALGORITHMS[name])(inner_steps=3, inner_lr=0.01)
-    torch.manual_seed(0)
-    adapt: Any = "all" if algorithm.trains == "start" else "head"
-    problem = FewShotProblem(MLP(1, 1, (4,)).double(), adapt=adapt, loss="mse", weight_decay=0.1)
-    sampler = Sinusoid(k_shot=8, k_query=8)
-    tasks = [to_device(sampler.sample(index), "cpu", torch.float64) for index in range(2)]
-    outer = problem.init_outer(generator(0))
-    outer |= algorithm.init_own(problem.init_inner(outer, tasks[0]))
+    problem, outer, tasks = exact_regression(algorithm)
 
     # torch.tensordot, which SABA uses, mistakes the shape of a pretend tensor under vmap.
     for vectorize in (False,) if name == "saba" else (False, True):

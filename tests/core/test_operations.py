@@ -12,11 +12,8 @@ from metadist import task_hypergradients, trees
 from metadist.algorithm import Algorithm
 from metadist.algorithms import AID, BDA, BOME, ITD, MEHA, SOBA, Reptile
 from metadist.compute import Compute
-from metadist.models import MLP
 from metadist.step_rules import SGD, Adam
-from metadist.task import to_device
-from metadist.tasks import FewShotProblem, Sinusoid
-from tests.helpers import fused
+from tests.helpers import exact_regression, fused
 from tests.problems import assert_close, generator
 
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "benchmarks"
@@ -65,12 +62,7 @@ ALGORITHMS: list[Algorithm] = [
 @pytest.mark.parametrize("vectorize", [False, True])
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
 def test_fused_trees_give_the_same(algorithm, vectorize):
-    torch.manual_seed(0)
-    adapt: Any = "all" if algorithm.trains == "start" else "head"
-    problem = FewShotProblem(MLP(1, 1, (4,)).double(), adapt=adapt, loss="mse", weight_decay=0.1)
-    sampler = Sinusoid(k_shot=4, k_query=4)
-    tasks = [to_device(sampler.sample(index), "cpu", torch.float64) for index in range(2)]
-    outer = problem.init_outer(generator(0))
+    problem, outer, tasks = exact_regression(algorithm, k=4)
 
     def total() -> Any:
         return task_hypergradients(

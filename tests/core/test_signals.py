@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from metadist.run.checkpoint import CheckpointStore
 from metadist.signals import PATIENCE, OneStop, signals_held
-from tests.helpers import make_trainer
+from tests.helpers import make_trainer, store_of
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +48,7 @@ def test_a_signal_that_kills_does_so_after_a_checkpoint(tmp_path, sent, died_of)
         finally:
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -died_of
-    assert CheckpointStore(str(tmp_path / "checkpoints")).load()[0] == "step-00000002"
+    assert store_of(tmp_path).load()[0] == "step-00000002"
 
 
 def test_only_the_first_of_several_signals_takes_effect():

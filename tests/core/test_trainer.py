@@ -41,6 +41,7 @@ from tests.helpers import (
     Images,
     Recording,
     Spoiled,
+    assert_undisturbed,
     contents,
     curves,
     exact,
@@ -52,6 +53,7 @@ from tests.helpers import (
     regression,
     small_conv4,
     start,
+    store_of,
 )
 
 FAST = ITD(inner_steps=2, inner_lr=0.05)
@@ -145,10 +147,8 @@ def test_a_run_that_dies_before_its_first_steps_are_saved_goes_on_from_the_start
     assert resumed.restore() == "step-00000000"
     assert exact_state(resumed) == exact_state(make_trainer())
     resumed.fit(4)
-    whole = make_trainer()
-    whole.fit(4)
-    assert exact_state(resumed) == exact_state(whole)
-    names = CheckpointStore(str(tmp_path / "checkpoints")).names()
+    assert_undisturbed(resumed, 4)
+    names = store_of(tmp_path).names()
     assert names == ["step-00000004"], "the start is removed like any other"
     written = [
         e["step"] for e in read_events(Folder(tmp_path)) if e["event"] == "checkpoint_written"
@@ -183,9 +183,6 @@ trainer.fit(60)
 
 
 def test_a_run_that_was_killed_is_resumed_to_the_bytes_of_an_undisturbed_one(tmp_path):
-    undisturbed = make_trainer()
-    undisturbed.fit(60)
-
     folder = tmp_path / "run"
     root = Path(__file__).resolve().parents[2]
     process = start(["-c", SCRIPT, folder], tmp_path, PYTHONPATH=str(root))
@@ -200,7 +197,7 @@ def test_a_run_that_was_killed_is_resumed_to_the_bytes_of_an_undisturbed_one(tmp
     # The checkpoint of step 5 was complete before that of step 10 began; this one may not be.
     assert 5 <= resumed.version < 60
     resumed.fit(60)
-    assert exact_state(resumed) == exact_state(undisturbed)
+    assert_undisturbed(resumed, 60)
 
 
 def interrupt_at(step: int):
@@ -218,16 +215,14 @@ def test_an_interruption_is_raised_again_after_a_checkpoint_was_written(tmp_path
         trainer.fit(5)
     name = f"step-{step:08d}"
     assert f"interrupted at step {step}, saved {name}" in capsys.readouterr().err
-    assert (trainer.version, CheckpointStore(str(tmp_path / "checkpoints")).names()) == (
+    assert (trainer.version, store_of(tmp_path).names()) == (
         step,
         ["step-00000000", name],
     )
-    whole = make_trainer()
-    whole.fit(5)
     resumed = make_trainer(run_dir=tmp_path)
     resumed.restore()
     resumed.fit(5)
-    assert exact_state(resumed) == exact_state(whole)
+    assert_undisturbed(resumed, 5)
 
 
 def test_without_a_run_folder_the_interrupted_trainer_goes_on_by_itself(capsys):
@@ -236,9 +231,7 @@ def test_without_a_run_folder_the_interrupted_trainer_goes_on_by_itself(capsys):
         trainer.fit(5)
     assert "interrupted at step 2\n" in capsys.readouterr().err
     trainer.fit(5)
-    whole = make_trainer()
-    whole.fit(5)
-    assert exact_state(trainer) == exact_state(whole)
+    assert_undisturbed(trainer, 5)
 
 
 def test_an_interruption_has_no_score_of_an_earlier_validation(tmp_path):
@@ -251,7 +244,7 @@ def test_an_interruption_has_no_score_of_an_earlier_validation(tmp_path):
     )
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(5)
-    store = CheckpointStore(str(tmp_path / "checkpoints"))
+    store = store_of(tmp_path)
     assert store.load("step-00000002")[1].score is not None
     assert store.load("step-00000003")[1].score is None
     assert store.best() == "step-00000002"
@@ -284,7 +277,7 @@ def test_too_many_tasks_without_a_hypergradient_end_the_run_with_their_ids(tmp_p
         r"\.\.\.\), max_dropped=5: try a smaller inner_lr or outer lr, or clip_norm",
     ):
         trainer.fit(9)
-    assert CheckpointStore(str(tmp_path / "checkpoints")).load()[0] == "step-00000002"
+    assert store_of(tmp_path).load()[0] == "step-00000002"
 
 
 def test_dropped_tasks_are_counted_and_left_out():
@@ -315,7 +308,7 @@ def test_the_best_checkpoint_is_that_of_the_best_validation(tmp_path):
     )
     result = trainer.fit(9)
     scores: dict[str, Any] = {}
-    store = CheckpointStore(str(tmp_path / "checkpoints"))
+    store = store_of(tmp_path)
     start, *validated = store.names()
     assert (start, store.load(start)[1].score) == ("step-00000000", None)
     for name in validated:
@@ -370,7 +363,7 @@ def test_without_validation_there_is_no_best(tmp_path):
 
 def test_checkpoints_come_at_their_steps_and_the_newest_stay(tmp_path):
     make_trainer(run_dir=tmp_path, checkpoint_every=2, keep_checkpoints=2).fit(7)
-    assert CheckpointStore(str(tmp_path / "checkpoints")).names() == [
+    assert store_of(tmp_path).names() == [
         "step-00000006",
         "step-00000007",
     ]
@@ -383,10 +376,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path):
     trainer = make_trainer(run_dir=tmp_path)
     assert trainer.restore() == "step-00000004"
     assert list(trainer.skipped) == ["step-00000005"]
-    whole = make_trainer()
-    whole.fit(6)
     trainer.fit(6)
-    assert exact_state(trainer) == exact_state(whole)
+    assert_undisturbed(trainer, 6)
 
 
 @pytest.mark.parametrize(
@@ -493,7 +484,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(
         (tmp_path / name).write_text(text)
     trainer = make_trainer(run_dir=tmp_path, config="a: 1\n")
     trainer.fit(2)
-    assert CheckpointStore(str(tmp_path / "checkpoints")).load()[0] == "step-00000002"
+    assert store_of(tmp_path).load()[0] == "step-00000002"
     assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
 
 
@@ -534,7 +525,7 @@ def test_going_back_moves_the_abandoned_branch_aside_and_names_it(tmp_path, caps
     new.restore("step-00000004")
     with pytest.raises(KeyboardInterrupt):
         new.fit(8, interrupt_at(5))
-    store = CheckpointStore(str(tmp_path / "checkpoints"))
+    store = store_of(tmp_path)
     moved = ["abandoned-1/step-00000008", "abandoned-1/step-00000006"]
     assert f"of a branch that is abandoned: {', '.join(moved)}" in capsys.readouterr().err
     events = read_events(Folder(tmp_path))
@@ -581,7 +572,7 @@ def test_a_validation_that_was_interrupted_is_made_up_for(tmp_path, val_every, s
     assert resumed.fit(4).best == whole.best
     scores = []
     for name in ("whole", "broken"):
-        store = CheckpointStore(str(tmp_path / name / "checkpoints"))
+        store = store_of(tmp_path / name)
         scores.append({each: store.load(each)[1].score for each in store.names()})
     assert scores[0] == scores[1]
 
@@ -604,9 +595,7 @@ def test_checkpoints_by_time_and_those_that_stay_for_good(tmp_path, monkeypatch)
     ).fit(13, on_step)
     written = [e["step"] for e in read_events(Folder(tmp_path)) if e["event"].endswith("written")]
     assert written == [0, 3, 4, 7, 8, 11, 12, 13]
-    assert CheckpointStore(str(tmp_path / "checkpoints")).names() == [
-        f"step-{step:08d}" for step in (4, 8, 12, 13)
-    ]
+    assert store_of(tmp_path).names() == [f"step-{step:08d}" for step in (4, 8, 12, 13)]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -630,9 +619,7 @@ def test_training_continues_without_curves(tmp_path, gone, capsys, monkeypatch):
         monkeypatch.setattr("metadist.run.events._append", full)
     assert trainer.fit(8, on_step).num_steps == 8
     assert capsys.readouterr().err.count("TensorBoard events are missing from here") == 1
-    whole = make_trainer()
-    whole.fit(8)
-    assert exact_state(trainer) == exact_state(whole)
+    assert_undisturbed(trainer, 8)
 
 
 @pytest.mark.parametrize("below", ["", "deeper/still"])
@@ -767,7 +754,7 @@ def test_an_exception_of_the_users_code_comes_through_as_it_is(tmp_path):
     with pytest.raises(Failing, match="no file for task 9"):
         trainer.fit(5)
     assert trainer.has_started
-    assert CheckpointStore(str(tmp_path / "checkpoints")).load()[0] == "step-00000002"
+    assert store_of(tmp_path).load()[0] == "step-00000002"
 
 
 class Stopped(BaseException):
@@ -803,10 +790,8 @@ def test_every_way_out_leaves_a_checkpoint_of_the_last_step(tmp_path, way, place
         trainer.fit(5, on_step)
     resumed = make_trainer(run_dir=tmp_path)
     assert (trainer.version, resumed.restore()) == (3, "step-00000003")
-    whole = make_trainer()
-    whole.fit(5)
     resumed.fit(5)
-    assert exact_state(resumed) == exact_state(whole)
+    assert_undisturbed(resumed, 5)
 
 
 def test_what_a_trainer_says_of_itself_runs():

@@ -22,6 +22,7 @@ from metadist.task import TaskSampler, sample_task, tensors_of, to_device
 from metadist.tasks import CorruptedImages, FewShotProblem, Glyphs, Sinusoid
 from metadist.trees import Params, flatten
 from tests.core.test_graphs import GRAPHS, assert_same, of_name, run
+from tests.helpers import exact_regression
 from tests.problems import generator
 
 pytestmark = [
@@ -110,13 +111,7 @@ def test_the_bytes_are_the_same_in_another_process(name):
 @pytest.mark.parametrize("name", GRAPHS)
 def test_graphs_have_the_bytes_of_the_plain_computation(name, vectorize):
     algorithm = of_name(name)
-    torch.manual_seed(0)
-    adapt: Any = "all" if algorithm.trains == "start" else "head"
-    problem = FewShotProblem(MLP(1, 1, (4,)).double(), adapt=adapt, loss="mse", weight_decay=0.1)
-    sampler = Sinusoid(k_shot=8, k_query=8)
-    tasks = [to_device(sampler.sample(index), "cuda", torch.float64) for index in range(12)]
-    outer = {n: leaf.cuda() for n, leaf in problem.init_outer(generator(0)).items()}
-    outer |= algorithm.init_own(problem.init_inner(outer, tasks[0]))
+    problem, outer, tasks = exact_regression(algorithm, num_tasks=12, device="cuda")
     for keeps in (False, True) if algorithm.trains != "start" else (False,):
         options: dict[str, Any] = {"keeps": keeps, "together": 2, "vectorize": vectorize}
         plain = run(problem, algorithm, outer, tasks, False, **options, batch_size=6)

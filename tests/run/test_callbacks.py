@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from metadist import Callback, CallbackError, EvaluationReport, OuterOptimizer, StepReport
-from metadist.run.checkpoint import CheckpointStore
 from metadist.run.storage import Folder
-from tests.helpers import curves, exact_state, make_trainer, read_events
+from tests.helpers import curves, exact_state, make_trainer, read_events, store_of
 
 
 class Watching(Callback):
@@ -59,7 +58,7 @@ def test_a_callback_changes_nothing(tmp_path):
     plain = trainer_of(run_dir=tmp_path / "b")
     plain.fit(3)
     assert exact_state(meddled) == exact_state(plain)
-    best = [CheckpointStore(str(tmp_path / name / "checkpoints")).load()[1].score for name in "ab"]
+    best = [store_of(tmp_path / name).load()[1].score for name in "ab"]
     assert best[0] == best[1] is not None
 
 
@@ -87,7 +86,7 @@ def test_an_exception_ends_the_run_with_a_checkpoint_and_the_name(tmp_path, at, 
     with pytest.raises(CallbackError, match=message) as raised:
         trainer_of(callbacks=[Failing(at)], run_dir=tmp_path).fit(5)
     assert raised.value.__cause__ is not None
-    name, _ = CheckpointStore(str(tmp_path / "checkpoints")).load()
+    name, _ = store_of(tmp_path).load()
     assert name == f"step-{step:08d}"
     (event,) = [e for e in read_events(Folder(tmp_path)) if e["event"] == "run_failed"]
     assert message in event["error"]

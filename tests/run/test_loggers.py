@@ -19,7 +19,7 @@ from metadist.loggers import CSVLogger, LoggedRun, Logger, MlflowLogger, WandbLo
 from metadist.loggers.sent import Sent
 from metadist.run.status import run_status
 from metadist.run.storage import Folder
-from tests.helpers import curves, exact_state, make_trainer, read_events
+from tests.helpers import assert_undisturbed, curves, make_trainer, read_events
 
 Rows = list[tuple[int, str, float]]
 
@@ -210,9 +210,7 @@ def test_a_logger_that_fails_is_reported_once_and_opened_again_at_a_checkpoint(t
     assert event["logger"] == "Memory" and event["error"] == "ConnectionError: no network"
     assert event["step"] == 2
     assert capsys.readouterr().err.count("rows of Memory are missing from here") == 1
-    whole = make_trainer()
-    whole.fit(8)
-    assert exact_state(trainer) == exact_state(whole)
+    assert_undisturbed(trainer, 8)
     shown = dict(run_status(tmp_path)._rows())
     assert shown["logs"] == "Memory failed at step 2: ConnectionError: no network"
 

@@ -10,10 +10,9 @@ import torch
 
 from metadist import CheckpointError, OuterOptimizer, Trainer, __version__
 from metadist.algorithms import AID, ITD
-from metadist.run.checkpoint import CheckpointStore
 from metadist.run.settings import as_text, difference, recorded
 from metadist.tasks import FixedTasks
-from tests.helpers import make_trainer
+from tests.helpers import make_trainer, store_of
 from tests.problems import Quadratic, quadratic_task
 
 
@@ -113,7 +112,7 @@ def test_an_argument_that_could_not_be_resumed_is_refused_before_the_run(tmp_pat
 
 def test_a_checkpoint_names_the_version_that_wrote_it(tmp_path, monkeypatch):
     make_trainer(run_dir=tmp_path).fit(2)
-    info = CheckpointStore(str(tmp_path / "checkpoints")).load()[1].info
+    info = store_of(tmp_path).load()[1].info
     assert info["metadist"] == __version__
     monkeypatch.setattr("metadist.trainer.__version__", "9.9")
     with pytest.raises(

@@ -19,7 +19,6 @@ import pytest
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
-from metadist import CheckpointStore
 from metadist.run.files import CHECKPOINTS
 from metadist.run.status import NUM_WORKERS, RunStatus, run_status
 from metadist.run.storage import Folder
@@ -32,6 +31,7 @@ from tests.helpers import (
     make_trainer,
     read_events,
     start,
+    store_of,
 )
 from tests.run.test_events import interrupt
 from tests.run.test_monitor import events, scalars
@@ -86,7 +86,7 @@ def test_a_finished_run_at_a_glance(finished):
         6,
     )
     assert status.left_s is None and status.damaged == []
-    store = CheckpointStore(str(finished / "checkpoints"))
+    store = store_of(finished)
     assert (status.newest, status.best) == (store.load()[0], store.best())
     assert list(status.checkpoints) == store.names()
     assert status.events == read_events(Folder(finished))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from metadist import CheckpointError, CheckpointStore, OuterOptimizer
 from metadist.outer import OuterState, OuterVariable, StepRules
 from metadist.run.checkpoint import MANIFEST, STATE, TENSORS
-from tests.helpers import exact, make_trainer
+from tests.helpers import exact, make_trainer, store_of
 from tests.problems import computed_lease
 from tests.run.test_checkpoint import checkpoint, everything, signed
 
@@ -216,7 +216,7 @@ def test_any_edit_of_the_tensors_is_read_or_refused(data):
 )
 def test_a_state_of_another_optimiser_is_refused_before_anything_starts(tmp_path, change, message):
     make_trainer(run_dir=tmp_path).fit(2)
-    store = CheckpointStore(str(tmp_path / "checkpoints"))
+    store = store_of(tmp_path)
     name, found = store.load()
     store.folder.remove(name)
     store.save(type(found)(change(found.state), found.info, found.score))

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from metadist import CheckpointStore, StepReport
 from metadist.run.storage import Folder
-from tests.helpers import CURVES, Recording, contents, finish, make_trainer, start, words
+from tests.helpers import CURVES, Recording, contents, finish, make_trainer, start, store_of, words
 from tests.run.storage_faults import Faults
 from tests.run.test_checkpoint import everything
 
@@ -116,7 +116,7 @@ def test_training_in_parts_gives_the_bytes_of_training_in_one_go(place, tmp_path
     assert resumed.restore() == "step-00000002"
     resumed.fit(4)
     make_trainer(run_dir=tmp_path / "whole").fit(4)
-    whole = CheckpointStore(str(tmp_path / "whole" / "checkpoints"))
+    whole = store_of(tmp_path / "whole")
     found = CheckpointStore(f"{place}/checkpoints").load()[1]
     assert everything(found) == everything(whole.load()[1])
 

@@ -11,7 +11,8 @@ import ray
 from metadist.cluster import Workers
 from metadist.cluster.actors.metrics import RunMetrics
 from metadist.outer import LeaseResult
-from tests.cluster.toy import Deadly, make_workload, wait_until
+from tests.cluster.toy import Deadly, make_workload
+from tests.helpers import becomes
 from tests.run.test_monitor import report
 
 
@@ -43,7 +44,7 @@ def test_the_endpoint_tells_what_was_done(executor, tmp_path):
     )
     step = last.step._replace(applied=(12,), repeated=(3, 4), staleness=(6,))
     metrics.observe(last._replace(step=step))
-    wait_until(lambda: scraped("mine")["version", ""] == 4)
+    becomes(lambda: scraped("mine")["version", ""] == 4)
     found = scraped("mine")
     done = Counter(found.worker for item in reports for found in item.results) + Counter(
         ["worker-0"]

@@ -40,7 +40,8 @@ from tests.cluster.data_parallel.shards import (
 )
 from tests.cluster.data_parallel.test_executor import ALL
 from tests.cluster.data_parallel.test_local_statistics import Normed
-from tests.cluster.toy import cpus_taken, happens_first, wait_until
+from tests.cluster.toy import cpus_taken, happens_first
+from tests.helpers import becomes
 from tests.problems import Quadratic, quadratic_task, true_hypergradient
 from tests.tasks.text.test_text import sparse_task
 
@@ -202,7 +203,7 @@ def test_one_slow_worker_holds_up_the_others_after_so_many_steps(workers, tmp_pa
     for _ in range(2):
         next(reports)
         ages.append(executor._pool.oldest)
-    assert armed.exists() and wait_until((tmp_path / "waiting").exists)
+    assert armed.exists() and becomes((tmp_path / "waiting").exists)
     assert ages == [1, 2]
     timer = threading.Timer(1.0, armed.unlink)
     timer.start()
@@ -259,7 +260,7 @@ def test_a_trainer_runs_it_and_closes_it(workers, tmp_path):
     )
     training = cleaning(AID(3, 0.2), executor, run_dir=tmp_path / "run", log_every=1)
     training.fit(2)
-    assert wait_until(lambda: cpus_taken() <= before)
+    assert becomes(lambda: cpus_taken() <= before)
     local = cleaning(AID(3, 0.2), LocalExecutor())
     local.fit(2)
     for name, leaf in local.outer.items():

@@ -28,9 +28,8 @@ from tests.cluster.toy import (
     first_state,
     local_run,
     state_bytes,
-    wait_until,
 )
-from tests.helpers import read_events
+from tests.helpers import becomes, read_events
 from tests.problems import generator
 
 THREE = Compute(device="cpu", chunk_size=3)
@@ -89,7 +88,7 @@ def test_an_interrupt_ends_an_evaluation_and_the_training_can_go_on(executor, tm
     signal.signal(signal.SIGALRM, signal.default_int_handler)
 
     def interrupt():
-        assert wait_until((tmp_path / "gate.waiting").exists)
+        assert becomes((tmp_path / "gate.waiting").exists)
         signal.raise_signal(signal.SIGALRM)
 
     threading.Thread(target=interrupt).start()
@@ -111,7 +110,7 @@ def test_a_validation_scores_the_x_of_its_step_while_workers_are_ahead(free_clus
         run_dir=tmp_path / "run",
     )
     training.fit(6)
-    assert wait_until(lambda: cpus_taken() == 0)
+    assert becomes(lambda: cpus_taken() == 0)
 
     def local():
         task = (training.problem, DirectionSampler(), training.algorithm, training.outer, 7)
@@ -119,7 +118,7 @@ def test_a_validation_scores_the_x_of_its_step_while_workers_are_ahead(free_clus
 
     # With workers of its own, which end with it.
     assert training.test(DirectionSampler(), 7) == local()
-    assert wait_until(lambda: cpus_taken() == 0)
+    assert becomes(lambda: cpus_taken() == 0)
     events = read_events(Folder(tmp_path / "run"))
     scored = [event for event in events if event.get("score") is not None]
     assert [event["step"] for event in scored] == [3, 6]

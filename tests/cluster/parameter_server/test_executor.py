@@ -47,8 +47,8 @@ from tests.cluster.toy import (
     local_run,
     make_workload,
     state_bytes,
-    wait_until,
 )
+from tests.helpers import becomes
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,10 @@ def test_old_versions_of_x_are_let_go(executor):
         return running._pool.wait(0.0) == [] and all(s.item is None for s in running._pool._slots)
 
     list(running.run(5))
-    assert wait_until(lambda: all_ended() and num_references() < 15)
+    assert becomes(lambda: all_ended() and num_references() < 15)
     before = num_references()
     list(running.run(45))
-    assert wait_until(lambda: all_ended() and num_references() <= before)
+    assert becomes(lambda: all_ended() and num_references() <= before)
 
 
 def test_starting_again_keeps_the_processes(executor):
@@ -207,7 +207,7 @@ def test_an_error_in_user_code_ends_the_run_with_its_traceback(executor):
     running.close()
     running.close()
     assert ray.is_initialized(), "a connection that it did not make"
-    assert wait_until(lambda: cpus_taken() == 0)
+    assert becomes(lambda: cpus_taken() == 0)
     with pytest.raises(RuntimeError, match="must be started"):
         running.state()
 
@@ -278,7 +278,7 @@ def test_too_few_resources_are_reported_in_time(executor, workers, device, messa
     workload = replace(make_workload(meta_batch_size=8), compute=Compute(device=device))
     with pytest.raises(ResourcesError, match=message):
         executor(workload, workers=Workers(**{"start_timeout_s": 1.0, **workers}))
-    assert wait_until(lambda: cpus_taken() == 0)
+    assert becomes(lambda: cpus_taken() == 0)
 
 
 @pytest.mark.slow

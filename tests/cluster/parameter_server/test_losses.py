@@ -39,8 +39,8 @@ from tests.cluster.toy import (
     local_run,
     make_workload,
     state_bytes,
-    wait_until,
 )
+from tests.helpers import becomes
 from tests.problems import assert_same_bytes
 
 
@@ -65,7 +65,7 @@ def test_a_worker_that_ray_gave_up_is_replaced(executor, tmp_path):
     running = executor(make_workload(Waiting(index=4, gate=str(gate))))
     reports = running.run(3)
     first = next(reports)
-    assert wait_until(lambda: (tmp_path / "gate.waiting").exists())
+    assert becomes(lambda: (tmp_path / "gate.waiting").exists())
     for slot in running._pool._slots:
         ray.kill(slot.actor, no_restart=True)
     gate.touch()
@@ -254,7 +254,7 @@ def test_a_lease_that_takes_too_long_is_given_to_another_worker(executor, tmp_pa
                 pids.add(waiting.read_text())
             return len(pids) > 2
 
-        wait_until(second_waits)
+        becomes(second_waits)
         gate.touch()
 
     watcher = threading.Thread(target=open_when_replaced)
@@ -276,7 +276,7 @@ def test_a_lease_that_takes_long_goes_to_an_idle_worker_too(executor, tmp_path):
     gate.touch()
     # It comes back; the answer that it gives late is ignored.
     slots = running._pool._slots
-    assert wait_until(lambda: running._pool.wait(0.1) == [] and all(s.item is None for s in slots))
+    assert becomes(lambda: running._pool.wait(0.1) == [] and all(s.item is None for s in slots))
     reports = list(running.run(6))
     assert [report.step.version for report in reports] == [4, 5, 6]
     assert total(reports, "lost_workers") == 0
@@ -290,4 +290,4 @@ def test_workers_that_cannot_start_are_reported(executor, monkeypatch):
         executor(
             replace(make_workload(), compute=Compute(device="cuda")), workers=Workers(num_workers=1)
         )
-    assert wait_until(lambda: cpus_taken() == 0)
+    assert becomes(lambda: cpus_taken() == 0)

@@ -31,8 +31,8 @@ from tests.cluster.toy import (
     local_run,
     make_workload,
     state_bytes,
-    wait_until,
 )
+from tests.helpers import becomes
 
 # On a busy machine a server that does not hang may be taken for one that does.
 PERSISTENT = Failures(max_losses=100)
@@ -150,7 +150,7 @@ def test_a_server_that_hangs_is_replaced(executor, caplog, num_shards):
     assert sum(report.lost_servers for report in seen) >= 1
     assert "no answer for 4 s" in caplog.text
     assert state_bytes(running.state()) == state_bytes(local_run(4, wide_workload())[0])
-    assert wait_until(lambda: not os.path.exists(f"/proc/{hung}"))
+    assert becomes(lambda: not os.path.exists(f"/proc/{hung}"))
 
 
 def test_a_server_that_hangs_while_the_workers_compute_is_noticed(executor, tmp_path, caplog):
@@ -159,7 +159,7 @@ def test_a_server_that_hangs_while_the_workers_compute_is_noticed(executor, tmp_
     running = executor(workload, server=Server(timeout_s=4.0), failures=PERSISTENT)
     reports = running.run(2)
     next(reports)
-    assert wait_until(lambda: (tmp_path / "gate.waiting").exists())
+    assert becomes(lambda: (tmp_path / "gate.waiting").exists())
     before = running._supervisor.server
     hung = pid_of(before)
     os.kill(hung, signal.SIGSTOP)

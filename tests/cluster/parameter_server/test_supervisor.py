@@ -42,17 +42,17 @@ class Actor:
 def start():
     """Makes a supervisor with a server of version 7, whose answers, of all servers, are a list."""
 
-    def start(answers: list[Any] | None = None, **failures: Any):
+    def start(answers: list[Any] | None = None, num_shards: int = 1, **failures: Any):
         clock = DummyRuntime()
         answers = [] if answers is None else answers
         supervisor = Supervisor(
             lambda _: Actor(clock, answers),
             Failures(**failures),
-            Server(timeout_s=5.0),
+            Server(num_shards=num_shards, timeout_s=5.0),
             60.0,
             clock,
         )
-        supervisor.start([state(7)], [None])  # type: ignore[list-item]
+        supervisor.start([state(7)] * num_shards, [None] * num_shards)  # type: ignore[list-item]
         return supervisor, answers, clock
 
     return start
@@ -168,13 +168,8 @@ def test_a_server_of_the_last_run_that_is_gone_is_no_loss(start, max_losses):
 
 
 @pytest.mark.parametrize("torn", ["state", "last_state"])
-def test_shards_of_two_versions_are_no_state(torn):
-    clock = DummyRuntime()
-    answers: list[Any] = []
-    supervisor = Supervisor(
-        lambda _: Actor(clock, answers), Failures(), Server(num_shards=2), 60.0, clock
-    )
-    supervisor.start([state(7)] * 2, [None] * 2)  # type: ignore[list-item]
+def test_shards_of_two_versions_are_no_state(start, torn):
+    supervisor, answers, _ = start(num_shards=2)
     answers += [state(9), state(8)]
     if torn == "last_state":
         assert [part.version for part in supervisor.last_state(5.0)] == [7, 7]
@@ -185,13 +180,8 @@ def test_shards_of_two_versions_are_no_state(torn):
     assert [part.version for part in supervisor.last_state(5.0)] == [9, 9]
 
 
-def test_a_snapshot_in_two_versions_is_left_out():
-    clock = DummyRuntime()
-    answers: list[Any] = []
-    supervisor = Supervisor(
-        lambda _: Actor(clock, answers), Failures(), Server(num_shards=2), 60.0, clock
-    )
-    supervisor.start([state(7)] * 2, [None] * 2)  # type: ignore[list-item]
+def test_a_snapshot_in_two_versions_is_left_out(start):
+    supervisor, answers, _ = start(num_shards=2)
     answers += [state(17), state(16)]
     supervisor.stepped(17)
     supervisor.stepped(18)
