@@ -9,7 +9,7 @@ import torch
 from metadist.algorithm import Estimate, InnerState
 from metadist.algorithms.parts.inner import Descent
 from metadist.algorithms.parts.through import Trace, bears_rounding_through, pull
-from metadist.checks.values import rule
+from metadist.checks.values import require_number, rule
 from metadist.oracle import Draw, Oracle
 from metadist.step_rules import Memory
 from metadist.trees import Params, add, norm, sub, zeros_like
@@ -52,6 +52,7 @@ class UFOM(Descent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_number(exact_probability=self.exact_probability)
         if not 0 < self.exact_probability <= 1:
             raise ValueError(
                 f"exact_probability must be in (0, 1], got {self.exact_probability}: for first "

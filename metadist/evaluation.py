@@ -16,6 +16,7 @@ from torch import Tensor
 from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_pure, is_known_pure
+from metadist.checks.values import require_number
 from metadist.compute import AS_TORCH_IS_SET, Compute, device_memory, pick_device
 from metadist.executor import Executor, LocalExecutor
 from metadist.feed import send
@@ -160,6 +161,7 @@ def evaluate(
         FloatingPointError: the losses are NaN or infinite in all tasks but one, or in all. Fewer
             such tasks are left out of the means, and `EvaluationResult` says which.
     """
+    require_number(num_tasks=num_tasks)
     if num_tasks < 2:
         raise ValueError(f"num_tasks must be >= 2 for an interval, got {num_tasks}")
     require_sampler("sampler", sampler)
@@ -479,6 +481,7 @@ def _figures(columns: Mapping[str, torch.Tensor]) -> list[dict[str, float]]:
 
 def with_inner_steps(algorithm: Algorithm, inner_steps: int) -> Algorithm:
     """The algorithm with another number of inner steps, for adaptation only."""
+    require_number(inner_steps=inner_steps)
     fields = {f.name for f in dataclasses.fields(algorithm)}  # type: ignore[arg-type]
     if "inner_steps" not in fields:
         raise ValueError(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metadist.batch_norm import batch_norm
+from metadist.checks.values import check, require_number
 from metadist.factory import ModelFactory
 from metadist.rematerialise import rematerialise
 from metadist.rows import current_rows
@@ -57,6 +58,8 @@ class TaskBatchNorm(nn.Module):
         super().__init__()
         if policy not in ("transductive", "inductive"):
             raise ValueError(f"policy must be 'transductive' or 'inductive', got {policy!r}")
+        _check_sizes(num_features=num_features)
+        check("eps", eps, ge=0)
         self.num_features = num_features
         self.policy = policy
         self.eps = eps
@@ -242,8 +245,7 @@ class Conv4(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(n_way=n_way, in_channels=in_channels, width=width)
-        if image_size < 16:
-            raise ValueError(f"image_size must be >= 16 for four poolings, got {image_size}")
+        _check_image_size(image_size)
         self.n_way, self.in_channels, self.width = n_way, in_channels, width
         self.image_size, self.batch_norm = image_size, batch_norm
         self.rematerialise = rematerialise
@@ -311,9 +313,9 @@ class ResNet12(nn.Module):
         rematerialise: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(n_way=n_way, in_channels=in_channels, widths=min(widths))
-        if image_size < 16:
-            raise ValueError(f"image_size must be >= 16 for four poolings, got {image_size}")
+        for width in widths:
+            _check_sizes(n_way=n_way, in_channels=in_channels, widths=width)
+        _check_image_size(image_size)
         self.n_way, self.in_channels, self.widths = n_way, in_channels, widths
         self.image_size, self.batch_norm = image_size, batch_norm
         self.rematerialise = rematerialise
@@ -344,9 +346,9 @@ class MLP(nn.Module):
         self, in_features: int = 1, out_features: int = 1, hidden: tuple[int, ...] = (40, 40)
     ) -> None:
         super().__init__()
-        _check_sizes(
-            in_features=in_features, out_features=out_features, hidden=min(hidden, default=1)
-        )
+        _check_sizes(in_features=in_features, out_features=out_features)
+        for width in hidden:
+            _check_sizes(hidden=width)
         self.in_features, self.out_features, self.hidden = in_features, out_features, hidden
         sizes = [in_features, *hidden]
         layers: list[nn.Module] = []
@@ -360,7 +362,12 @@ class MLP(nn.Module):
         return self.head(self.features(x))
 
 
+def _check_image_size(image_size: int) -> None:
+    require_number(image_size=image_size)
+    if image_size < 16:
+        raise ValueError(f"image_size must be >= 16 for four poolings, got {image_size}")
+
+
 def _check_sizes(**sizes: int) -> None:
     for field, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{field} must be >= 1, got {size}")
+        check(field, size, is_integer=True, ge=1)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metadist.checks.values import check
 from metadist.followed import call
 from metadist.problem import Problem, has_inner_map, is_nonsmooth
 from metadist.task import Batch, Task
@@ -131,8 +132,7 @@ class MiniBatches:
     ) -> None:
         sizes = batch_size if isinstance(batch_size, tuple) else (batch_size, batch_size)
         for size in sizes:
-            if size is not None and size < 1:
-                raise ValueError(f"batch_size must be >= 1 or None for whole sets, got {size}")
+            check("batch_size", size, is_integer=True, ge=1, none="for whole sets")
         self.step = step
         self._num_examples: dict[Source, int] = dict(zip(SOURCES, num_examples, strict=True))
         self._task_id = task_id

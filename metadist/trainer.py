@@ -28,7 +28,7 @@ from metadist.callbacks import (
 )
 from metadist.checks.preflight import check_trainable, checked, learns_start
 from metadist.checks.sampler import check_sampler
-from metadist.checks.values import check
+from metadist.checks.values import check, require_number
 from metadist.compute import DEFAULT, Compute
 from metadist.evaluation import EvaluationResult, describe_sampler, evaluate, with_inner_steps
 from metadist.executor import Executor, LocalExecutor, StepReport
@@ -204,6 +204,7 @@ class Trainer:
         if val_every is not None and val_sampler is None:
             raise ValueError(f"val_every must be None without a val_sampler, got {val_every}")
         if eval_inner_steps is not None:
+            require_number(eval_inner_steps=eval_inner_steps)
             with_inner_steps(algorithm, eval_inner_steps)
         _check_observers(loggers, callbacks, run_dir)
         self._executor = executor or LocalExecutor()

@@ -5,7 +5,6 @@ Shape letters: n images, C channels, H height, W width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +105,7 @@ class Scaling:
 
     def __post_init__(self) -> None:
         check("std", self.std, gt=0)
-        if not math.isfinite(self.mean):
-            raise ValueError(f"mean must be finite, got {self.mean}")
+        check("mean", self.mean)
 
     def batch(self, images: Images) -> Batch:
         """Inputs float32 (n, C, H, W) and labels (n,)."""

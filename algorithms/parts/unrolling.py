@@ -12,7 +12,7 @@ from torch import Tensor
 from metadist.algorithm import OWN, Estimate, InnerState, split_own
 from metadist.algorithms.parts.inner import Descent
 from metadist.algorithms.parts.through import Trace, bears_rounding_through, pull
-from metadist.checks.values import rule
+from metadist.checks.values import require_number, rule
 from metadist.followed import filled
 from metadist.oracle import Draw, Oracle
 from metadist.step_rules import SGD, Means, Memory, StepRule
@@ -61,6 +61,8 @@ class Unrolling(Descent):
                 "truncate must be None with first_order=True, which keeps no second-order step, "
                 f"got {self.truncate}"
             )
+        if self.truncate is not None:
+            require_number(truncate=self.truncate)
         if self.truncate is not None and not 1 <= self.truncate <= self.inner_steps:
             raise ValueError(
                 f"truncate must be between 1 and inner_steps ({self.inner_steps}), got "

@@ -18,6 +18,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from metadist.checks.values import check
 from metadist.cluster.actors.connection import (
     connect,
     demand,
@@ -47,6 +48,7 @@ class Placement:
     def __init__(
         self, workers: Workers, address: str | None, object_store_bytes: int | None
     ) -> None:
+        check("object_store_bytes", object_store_bytes, is_integer=True, gt=0, none="")
         self._workers = workers
         self._address = address
         self._object_store_bytes = object_store_bytes

@@ -110,10 +110,12 @@ class DataParallelExecutor(Executor):
         refuse_unused(workers, "DataParallelExecutor", ("min_workers",))
         check("staleness", staleness, is_integer=True, ge=0)
         check("batch_statistics", batch_statistics, one_of=("whole", "local"))
-        self._is_local = batch_statistics == "local"
-        if self._is_local and workers.num_workers > 1:
+        if batch_statistics == "local" and workers.num_workers > 1:
             self.statistics_of = f"the parts of {workers.num_workers} workers"
         self._placement = Placement(workers, address, object_store_bytes)
+        # As the arguments are called, by which a run that was made in Python is written down.
+        self._address, self._object_store_bytes = address, object_store_bytes
+        self._batch_statistics = batch_statistics
         self._workers = workers
         self._failures = failures
         self._staleness = staleness
@@ -172,7 +174,7 @@ class DataParallelExecutor(Executor):
         num_examples = sum(shard_sizes[0]), sum(shard_sizes[1])
         rows = check_rows(workload.problem, problem_outer, num_examples[0])
         layout = _layout(problem_outer, rows, num_examples)
-        if self._is_local:
+        if self._batch_statistics == "local":
             check_own_draws(shard_sizes, workload.compute.batch_sizes)
             layout = layout._replace(shard_sizes=shard_sizes)
         checks = pool.check(
@@ -311,7 +313,7 @@ class DataParallelExecutor(Executor):
             "executor": "data_parallel",
             "policy": f"staleness {self._staleness}" if self._staleness else "bsp",
             "num_workers": str(self._workers.num_workers),
-            **({"batch_statistics": "local"} if self._is_local else {}),
+            **({"batch_statistics": "local"} if self._batch_statistics == "local" else {}),
             **({"device": devices_of(infos)} if infos else {}),
             **self._arithmetic,
         }

@@ -14,6 +14,7 @@ import torch
 from ray import ObjectRef
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from metadist.checks.values import check
 from metadist.cluster.actors.buffers import (
     OuterSpec,
     PackedState,
@@ -131,12 +132,8 @@ class RayExecutor(Executor):
         check_kind("server", server, Server, "Server(num_shards=2)")
         check_kind("policy", policy, Policy, "SSP(staleness=2)")
         check_kind("failures", failures, Failures, "Failures(max_losses=3)")
-        if prefetch < 0:
-            raise ValueError(f"prefetch must be >= 0, got {prefetch}")
-        if backup_factor is not None and not backup_factor >= 1:
-            raise ValueError(
-                f"backup_factor must be >= 1 or None for no backup leases, got {backup_factor}"
-            )
+        check("prefetch", prefetch, is_integer=True, ge=0)
+        check("backup_factor", backup_factor, ge=1, none="for no backup leases")
         if compression not in get_args(Compression):
             raise ValueError(
                 f"compression must be one of {get_args(Compression)}, got {compression!r}"
@@ -155,7 +152,10 @@ class RayExecutor(Executor):
                 "and have one themselves"
             )
         self._placement = Placement(workers, address, object_store_bytes)
-        self._transport = Transport(transport, on_gpu=server.gpus_per_server > 0)
+        self._channel = Transport(transport, on_gpu=server.gpus_per_server > 0)
+        # As the arguments are called, by which a run that was made in Python is written down.
+        self._address, self._object_store_bytes = address, object_store_bytes
+        self._transport = transport
         self._workers = workers
         self._server = server
         self._policy = policy
@@ -309,7 +309,7 @@ class RayExecutor(Executor):
         infos = self._pool.infos if self._pool else []
         ways = {
             "compression": self._compression,
-            "transport": self._transport.name,
+            "transport": self._transport,
             "state": self._state,
         }
         usual = ("none", "object_store", "server")
@@ -381,7 +381,7 @@ class RayExecutor(Executor):
             self._spec,
             self._bounds,
             self._compression,
-            self._transport,
+            self._channel,
             num_held,
         )
         return self._pool
@@ -399,7 +399,7 @@ class RayExecutor(Executor):
         rules = pickle_by_value(workload.stepping_rules())
         specs = self._spec.of_slices(self._bounds)
         self._supervisor.start(
-            parts, specs, optimizer, workload.compute.num_threads, rules, self._transport
+            parts, specs, optimizer, workload.compute.num_threads, rules, self._channel
         )
         return self._supervisor
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+from metadist.checks.values import check
+
 WeightName = Literal["constant", "inverse", "polynomial"]
 
 
@@ -53,10 +55,8 @@ class StalenessWeight:
                 "staleness_weight.exponent must be left out unless staleness_weight.name is "
                 f"'polynomial', got {self.exponent} with {self.name!r}"
             )
-        if self.exponent is not None and not 0 < self.exponent < float("inf"):
-            raise ValueError(
-                f"staleness_weight.exponent must be > 0 and finite, got {self.exponent}"
-            )
+        if self.exponent is not None:
+            check("staleness_weight.exponent", self.exponent, gt=0)
 
     def __call__(self, tau: int) -> float:
         """The factor, in (0, 1]."""
@@ -163,8 +163,7 @@ class SSP(Policy):
     staleness_weight: StalenessWeight = CONSTANT
 
     def __post_init__(self) -> None:
-        if self.staleness < 0:
-            raise ValueError(f"staleness of SSP must be >= 0, got {self.staleness}")
+        check("staleness of SSP", self.staleness, is_integer=True, ge=0)
 
     def leases_to_apply(self, view: View) -> tuple[int, ...]:
         oldest_allowed = view.version + 1 - self.staleness
@@ -197,8 +196,7 @@ class Buffered(Policy):
     staleness_weight: StalenessWeight = CONSTANT
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"size of Buffered must be >= 1, got {self.size}")
+        check("size of Buffered", self.size, is_integer=True, ge=1)
 
     def leases_to_apply(self, view: View) -> tuple[int, ...]:
         return tuple(view.arrived)[: self.size] if len(view.arrived) >= self.size else ()

@@ -213,8 +213,8 @@ def check_hypergradient(
     Cost: `max(repeats)` estimates (twice if the algorithm is random), 4 adaptations per direction,
     dy Hessian-vector products per Newton step, and what L-BFGS needs.
     """
-    check("num_directions", num_directions, ge=1)
-    check("max_dense", max_dense, ge=1)
+    check("num_directions", num_directions, is_integer=True, ge=1)
+    check("max_dense", max_dense, is_integer=True, ge=1)
     if any(number < 1 for number in repeats):
         raise ValueError(f"repeats must hold numbers >= 1, got {list(repeats)}")
     check_trainable(problem, algorithm)

@@ -51,11 +51,12 @@ class Rule:
     def _holds(self, value: Any) -> bool:
         if self.one_of is not None:
             return value in self.one_of
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        if not _is_number(value):
             return False
         # NaN compares as False with everything, so every rule refuses it.
         return bool(
-            (self.ge is None or value >= self.ge)
+            value > -math.inf
+            and (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
             and (value < math.inf if self.le is None else value <= self.le)
             and (self.lt is None or value < self.lt)
@@ -70,7 +71,9 @@ class Rule:
         if low is not None and high is not None:
             left, right = "(" if self.ge is None else "[", ")" if self.le is None else "]"
             return f"in {left}{low}, {high}{right}{none}"
-        assert low is not None and high is None, "a rule has a lower bound, or both"
+        assert high is None, "a rule has a lower bound, both, or none"
+        if low is None:
+            return f"a finite number{none}"
         finite = " and finite" if isinstance(value, float) else ""
         return f"{'>' if self.ge is None else '>='} {low}{finite}{none}"
 
@@ -118,6 +121,17 @@ def require_integer(name: str, value: object, minimum: int) -> None:
     """Raise ValueError unless `value` is an integer >= `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+
+
+def require_number(**values: object) -> None:
+    """Raise ValueError unless each of `values` is a number, which a boolean is not."""
+    for name, value in values.items():
+        if not _is_number(value):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def require_bool(**values: object) -> None:

@@ -87,12 +87,11 @@ _asked: dict[str, tuple[bool, bool]] = {}
 def _keeps_state(parsed: Namespace) -> bool:
     """What `tasks_of_steps` will say."""
     key = f"{parsed.sampler} {parsed.problem} {parsed.seed}"
-    algorithm = instantiate(parsed, parser(), only="algorithm").algorithm
+    algorithm = instantiate(parsed, parser(), "algorithm").algorithm
     if key not in _asked:
-        sampler = instantiate(parsed, parser(), only="sampler").sampler
-        problem = instantiate(parsed, parser(), only="problem").problem
-        is_learned = learns_start(problem, sampler, parsed.seed)
-        _asked[key] = num_tasks_of(sampler) is not None, is_learned
+        made = instantiate(parsed, parser(), "sampler", "problem")
+        is_learned = learns_start(made.problem, made.sampler, parsed.seed)
+        _asked[key] = num_tasks_of(made.sampler) is not None, is_learned
     is_fixed, is_learned = _asked[key]
     return is_fixed and not trains_start(algorithm, is_learned)
 

@@ -132,7 +132,7 @@ def _chosen(
     train.set_split(saved, config.val_split)
     return best_inner_steps(
         trained.problem,
-        instantiate(saved, train.parser(), only="sampler").sampler,
+        instantiate(saved, train.parser(), "sampler").sampler,
         trained.algorithm,
         trained.outer,
         config.try_inner_steps,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 from metadist.cli.help import class_help, command_help, shown
 from metadist.cli.mistakes import explain, options_of
 from metadist.cli.names import expand, expand_names, expand_tree, kind_of
-from metadist.cli.sizes import leave_open
+from metadist.cli.sizes import leave_open, without_open
 from metadist.run.files import MAX_CONFIG_BYTES
 from metadist.run.uris import check_no_secrets
 
@@ -44,8 +44,9 @@ class Parser(ArgumentParser):
         """Options that come before all flags, which name classes by default. A default in the usual
         sense would fill in the values of its class, of which those that another class knows too
         would stay when that one is named."""
-        self.takes_sizes = False
-        """Whether sizes that are not given are left open, see `metadist.cli.sizes`."""
+        self.fill_sizes: Callable[[Any, Parser], None] | None = None
+        """Takes sizes that are not given from the tasks, see `metadist.cli.sizes`; until then they
+        are open. None: there are none."""
 
     def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
         args = classes_first(expand_names(sys.argv[1:] if args is None else list(args)))
@@ -95,13 +96,34 @@ class Parser(ArgumentParser):
                 # It would stay where another class, with a default of its own, takes it too.
                 del first[option]
         pairs = [part for pair in first.items() for part in pair]
+        printing = []
+        if self.fill_sizes is not None and last_named("--sampler", args) is not None:
+            args, printing = without_print(args)
         found = super().parse_args([*pairs, *args], *rest, **options)
-        if self.takes_sizes:
+        if self.fill_sizes is not None:
             given = super().parse_args([*pairs, *args], *rest, **{**options, "defaults": False})
             leave_open(found, given)
+        if printing:
+            self._print_sized(found, printing[-1].partition("=")[2].split(","))
         # Also those of files: a run keeps its options, and prints some of them.
         check_no_secrets([f"--{name}={value}" for name, value in found.items()])
         return found
+
+    def _print_sized(self, config: Any, flags: Sequence[str]) -> None:
+        """Print a config with the sizes that follow from the tasks, and end the program."""
+        assert self.fill_sizes is not None
+        try:
+            self.fill_sizes(config, self)
+        except ValueError as error:
+            config, names = without_open(config)
+            note = f"left out, since they follow from the tasks: {', '.join(names)} ({error})"
+            print(f"{self.prog}: {note}", file=sys.stderr)
+        kinds = {"skip_default": False, "skip_unset": False}
+        if unknown := set(flags) - {"", *kinds}:
+            raise ValueError(f"print_config must be one of {', '.join(kinds)}, got {unknown.pop()}")
+        kinds |= {flag: True for flag in flags if flag}
+        print(self.dump(config, skip_validation=True, **kinds), end="")
+        self.exit()
 
     def _file_in(self, args: Sequence[str]) -> str | None:
         """The file named by --config that is wrong; None if other arguments are."""
@@ -115,7 +137,7 @@ class Parser(ArgumentParser):
 
     def _is_refused(self, args: Sequence[str]) -> bool:
         try:
-            self._parse(list(args))
+            self._parse(without_print(args)[0])
         except ArgumentError as error:
             return "required: " not in str(error) or "class_path" in str(error)
         except ValueError:  # refused for another reason than the one that is looked for
@@ -154,6 +176,12 @@ def name_positional(option: str, args: list[str]) -> list[str]:
     if sum(argument.partition("=")[0] == f"--{option}" for argument in named) > 1:
         raise ValueError(f"{option} must be given once, got {' '.join(args)}")
     return named
+
+
+def without_print(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(arguments without `--print_config`, those that ask for it)."""
+    asking = [arg for arg in args if arg.partition("=")[0] == "--print_config"]
+    return [arg for arg in args if arg not in asking], asking
 
 
 def classes_first(args: list[str]) -> list[str]:

@@ -19,6 +19,16 @@ CLASSES = ("n_way", "num_classes", "out_features")
 SIZES = (*CLASSES, "in_channels", "image_size", "in_features", "num_examples")
 
 
+def without_open(config: Namespace) -> tuple[Namespace, list[str]]:
+    """(a copy without the sizes that are open, their options)."""
+    config, names = config.clone(), []
+    for path, size, _ in list(_sizes(config)):
+        if config[f"{path}.init_args.{size}"] is None:
+            del config[f"{path}.init_args.{size}"]
+            names.append(f"{path.replace('.init_args', '')}.{size}")
+    return config, names
+
+
 def leave_open(config: Namespace, given: Namespace) -> None:
     """Set the sizes in `config` that were not `given` to None."""
     for path, size, _ in _sizes(config):

@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from jsonargparse import ArgumentError, Namespace
@@ -160,7 +160,7 @@ def build(config: Namespace) -> tuple[Trainer, dict[str, Any]]:
         if name is not None:
             other = config.clone()
             set_split(other, name)
-            given = instantiate(other, options_of, only="sampler").sampler
+            given = instantiate(other, options_of, "sampler").sampler
         if given is not None:
             samplers[split] = given
     if "test" in samplers:
@@ -180,7 +180,7 @@ def build(config: Namespace) -> tuple[Trainer, dict[str, Any]]:
     options["outer_optimizer"] = objects.outer_optimizer
     options["config"] = options_of.dump(config, skip_unset=False)
     trainer = Trainer(**options)
-    require_rebuilt(config.run_dir, trainer.problem, trainer.sampler)
+    require_rebuilt(config.run_dir, trainer.problem, lambda: trainer.sampler)
     if "test" in samplers:
         check_losses(
             trainer.problem,
@@ -192,7 +192,7 @@ def build(config: Namespace) -> tuple[Trainer, dict[str, Any]]:
     return trainer, samplers
 
 
-def require_rebuilt(run_dir: str, problem: Problem, sampler: TaskSampler) -> None:
+def require_rebuilt(run_dir: str, problem: Problem, sampler: Callable[[], TaskSampler]) -> None:
     """Raise ValueError if a run was made in Python, of other objects than these."""
     folder = Folder(run_dir)
     if CONFIG in folder.names():

@@ -85,8 +85,14 @@ def load(saved: Namespace, config: Namespace) -> Trained:
         ValueError: The checkpoint is not of this run's model.
     """
     objects = instantiate(saved, train.parser())
-    given = instantiate(train.saved_config(config.run_dir), train.parser(), only="sampler").sampler
-    train.require_rebuilt(config.run_dir, objects.problem, given)
+    original = train.saved_config(config.run_dir)
+
+    def sampler() -> TaskSampler:
+        if original.sampler == saved.sampler:
+            return objects.sampler
+        return instantiate(original, train.parser(), "sampler").sampler
+
+    train.require_rebuilt(config.run_dir, objects.problem, sampler)
     store = CheckpointStore((Folder(config.run_dir) / CHECKPOINTS).uri)
     name, checkpoint = store.load(config.checkpoint)
     train.report_skipped(store.skipped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def add_workload(parser: Parser) -> None:
     parser.add_subclass_arguments(
         Algorithm, "algorithm", required=True, help="The method that estimates hypergradients."
     )
-    parser.takes_sizes = True
+    parser.fill_sizes = fill_sizes
     parser.first |= {
         "--problem": "few_shot",
         "--problem.model": "conv4",
@@ -43,8 +44,21 @@ def add_workload(parser: Parser) -> None:
     }
 
 
-def instantiate(config: Namespace, parser: Parser, only: str | None = None) -> Namespace:
-    """The objects that a config names; `only` that of one option."""
+def fill_sizes(config: Namespace, parser: Parser) -> None:
+    """Set the sizes in `config` that are open to those of the tasks.
+
+    Raises:
+        ValueError: The sampler cannot be made.
+    """
+    if are_open(config):
+        fill(config, _first_task(_make(config, parser, {"sampler"}).sampler))
+
+
+def instantiate(config: Namespace, parser: Parser, *only: str) -> Namespace:
+    """The objects that a config names; `only` those of some options, if any are named.
+
+    A sampler is made once, since its data may be large; sizes that are open are filled in.
+    """
     # Null is what jsonargparse lets pass for any option of a file.
     for key, default in parser.get_defaults().items():
         if default is not None and key in config and config[key] is None:
@@ -53,11 +67,20 @@ def instantiate(config: Namespace, parser: Parser, only: str | None = None) -> N
     optimizer = config.get("outer_optimizer", Namespace())
     if not isinstance(optimizer, Namespace):  # which the parser lets pass
         raise ValueError(f"outer_optimizer must be a mapping of its options, got {optimizer!r}")
+    kept = set(only) or {key for key in vars(config) if kind_of(key)}
+    torch.manual_seed(config.seed)  # the model's initial weights
+    sampler = None
     if are_open(config):
-        fill(config, _first_task(_make(config, parser, "sampler").sampler))
+        sampler = _make(config, parser, {"sampler"}).sampler
+        with torch.random.fork_rng(devices=[]):
+            fill(config, _first_task(sampler))
+        kept -= {"sampler"}
     for key, value in vars(config).items():
         _check_nulls(key, value)
-    return _make(config, parser, only)
+    made = _make(config, parser, kept)
+    if sampler is not None:
+        made.sampler = sampler
+    return made
 
 
 def _first_task(sampler: Any) -> Task | None:
@@ -72,13 +95,12 @@ def _first_task(sampler: Any) -> Task | None:
     return task if isinstance(task, Task) else None
 
 
-def _make(config: Namespace, parser: Parser, only: str | None) -> Namespace:
-    if only is not None:
-        config = config.clone()
-        for key in list(config.keys(branches=True)):
-            if kind_of(key) and "." not in key and key != only:
-                config[key] = None
-    torch.manual_seed(config.seed)  # the model's initial weights
+def _make(config: Namespace, parser: Parser, kept: Collection[str]) -> Namespace:
+    """The objects of the options in `kept`; None for all others that name a class."""
+    config = config.clone()
+    for key in vars(config):
+        if kind_of(key) and key not in kept:
+            config[key] = None
     try:
         return parser.instantiate(config)
     except ValueError as error:

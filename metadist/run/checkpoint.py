@@ -94,8 +94,8 @@ class CheckpointStore:
         keep_best: bool = True,
         keep_every: int | None = None,
     ) -> None:
-        check("keep_last", keep_last, ge=1)
-        check("keep_every", keep_every, ge=1, none="")
+        check("keep_last", keep_last, is_integer=True, ge=1)
+        check("keep_every", keep_every, is_integer=True, ge=1, none="")
         self.uri = uri
         self.folder = Folder(uri)
         self._keep_last = keep_last

@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -83,11 +83,13 @@ def require_known(text: str, where: str) -> None:
         )
 
 
-def require_same(text: str, problem: Problem, sampler: TaskSampler, where: str) -> None:
-    """Raise ValueError unless rebuilt objects have the fingerprint that a config says."""
+def require_same(
+    text: str, problem: Problem, sampler: Callable[[], TaskSampler], where: str
+) -> None:
+    """Raise ValueError unless rebuilt objects have the fingerprint that a config says, if any."""
     for line in _lines(text, FINGERPRINT):
         then = json.loads(line)
-        now = fingerprint(problem, sampler)
+        now = fingerprint(problem, sampler())
         for name, values in then.items():
             pairs = zip(values, now.get(name, []), strict=False)
             if len(values) != len(now.get(name, [])) or not all(_near(a, b) for a, b in pairs):

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from metadist.checks.values import require_integer, require_word
+from metadist.checks.values import require_integer
 from metadist.tasks.continual.memory import MemoryKind
-from metadist.tasks.continual.stream import ImageStream, Stage
+from metadist.tasks.continual.stream import ImageStream, Stage, require_stream
 from metadist.tasks.data.datasets import LabelledDataset, decode, labels_of, open_dataset
 from metadist.tasks.data.glyphs import load_glyphs
 from metadist.tasks.data.random import Random
@@ -59,7 +59,7 @@ class PermutedImages(ImageStream):
         require_integer("num_tasks", num_tasks, 1)
         require_integer("per_task", per_task, 1)
         require_integer("num_test", num_test, 1)
-        require_word("seed", seed)
+        require_stream(batch, memory, semantic, replay, updates, kind, seed)
         source = _Source(dataset, root)
         everything = np.arange(len(source.labels))
         needed = num_tasks * per_task
@@ -117,7 +117,8 @@ class SplitImages(ImageStream):
         num_test: int = 400,
         seed: int = 0,
     ) -> None:
-        _require_split(classes_per_task, per_task, num_test, seed)
+        _require_split(classes_per_task, per_task, num_test)
+        require_stream(batch, memory, semantic, replay, updates, kind, seed)
         source = _Source(dataset, root)
         classes = np.unique(source.labels)
         num_stages = len(classes) // classes_per_task
@@ -179,7 +180,8 @@ class SplitGlyphs(ImageStream):
         num_test: int = 200,
         seed: int = 0,
     ) -> None:
-        _require_split(classes_per_task, per_task, num_test, seed)
+        _require_split(classes_per_task, per_task, num_test)
+        require_stream(batch, memory, semantic, replay, updates, kind, seed)
         glyphs = load_glyphs()
         known = list(dict.fromkeys(glyphs.scripts))
         if not scripts or not set(scripts) <= set(known):
@@ -233,11 +235,10 @@ class _Source:
         return np.stack(found), self.labels[positions]
 
 
-def _require_split(classes_per_task: Any, per_task: Any, num_test: Any, seed: Any) -> None:
+def _require_split(classes_per_task: Any, per_task: Any, num_test: Any) -> None:
     require_integer("classes_per_task", classes_per_task, 2)
     require_integer("per_task", per_task, 1)
     require_integer("num_test", num_test, 1)
-    require_word("seed", seed)
     for name, value in (("per_task", per_task), ("num_test", num_test)):
         if value % classes_per_task:
             raise ValueError(

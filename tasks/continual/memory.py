@@ -46,6 +46,7 @@ class Reservoir:
 
     def __init__(self, size: int, num_arrivals: int, draws: Random) -> None:
         require_integer("size", size, 0)
+        require_integer("num_arrivals", num_arrivals, 0)
         numbers = np.arange(num_arrivals)
         drawn = draws.words(num_arrivals) % (numbers + 1).astype(np.uint64)
         slots = np.where(numbers < size, numbers, drawn.astype(np.int64))

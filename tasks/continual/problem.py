@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metadist.checks.values import check, require_integer
+from metadist.checks.values import check, require_integer, require_number
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.tasks.network import call, check_model, trainable, without_parameters
@@ -59,6 +59,7 @@ class ContextualNetwork(nn.Module):
         ):
             require_integer(name, value, 1)
         require_integer("num_classes", num_classes, 2)
+        require_number(heads=heads)
         if heads not in (1, num_tasks):
             raise ValueError(f"heads must be 1 or num_tasks ({num_tasks}), got {heads}")
         self.num_heads, self.num_classes = heads, num_classes

@@ -88,14 +88,7 @@ class ImageStream:
         kind: MemoryKind = "ring",
         seed: int = 0,
     ) -> None:
-        require_integer("batch", batch, 2)
-        require_integer("semantic", semantic, 1)
-        require_integer("memory", memory, semantic)
-        require_integer("replay", replay, 0)
-        require_integer("updates", updates, 1)
-        require_word("seed", seed)
-        if kind not in ("ring", "reservoir"):
-            raise ValueError(f"kind must be 'ring' or 'reservoir', got {kind!r}")
+        require_stream(batch, memory, semantic, replay, updates, kind, seed)
         per_stage = len(stages[0].labels)
         if per_stage % batch:
             raise ValueError(f"batch must be a divisor of {per_stage} examples, got {batch}")
@@ -262,3 +255,17 @@ def _batch(parts: Sequence[Part]) -> Batch:
         slots=column(4),
         targets=column(2),
     )
+
+
+def require_stream(
+    batch: int, memory: int, semantic: int, replay: int, updates: int, kind: str, seed: int
+) -> None:
+    """Raise ValueError unless these are options of a stream; asked before data is read."""
+    require_integer("batch", batch, 2)
+    require_integer("semantic", semantic, 1)
+    require_integer("memory", memory, semantic)
+    require_integer("replay", replay, 0)
+    require_integer("updates", updates, 1)
+    require_word("seed", seed)
+    if kind not in ("ring", "reservoir"):
+        raise ValueError(f"kind must be 'ring' or 'reservoir', got {kind!r}")

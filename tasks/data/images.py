@@ -31,7 +31,7 @@ def require_format(image_size: int | None, channels: int | None) -> None:
     """Raise ValueError unless `image_size` and `channels` are usable."""
     if image_size is not None:
         require_integer("image_size", image_size, 1)
-    if channels not in (None, 1, 3):
+    if isinstance(channels, bool) or channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels!r}")
 
 

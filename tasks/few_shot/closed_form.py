@@ -59,6 +59,7 @@ class RidgeHead(ProtoNet):
         scale: float = 10.0,
     ) -> None:
         check("strength", strength, gt=0)
+        check("scale", scale)
         super().__init__(model, batch_encode)
         self.strength = strength
         self.scale = scale

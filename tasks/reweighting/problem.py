@@ -159,6 +159,7 @@ class HyperCleaning(ExampleWeighting):
         initial_logit: float = 0.0,
     ) -> None:
         require_integer("num_examples", num_examples, 1)
+        check("initial_logit", initial_logit)
         super().__init__(model, weight_decay)
         self.num_examples = num_examples
         self.initial_logit = initial_logit

@@ -43,6 +43,7 @@ class LancBiOSynthetic(Synthetic):
     def __init__(self, size: int = 1000, gamma: float = 0.5, start: float = 1.0) -> None:
         require_integer("size", size, 1)
         check("gamma", gamma, ge=0, lt=1)
+        check("start", start)
         super().__init__(size, size, start)
         self.gamma = gamma
 
@@ -222,6 +223,7 @@ def _vectors(
     require_integer("size", size, 1)
     require_word("seed", seed)
     check("condition", condition, ge=1)
+    check("gamma", gamma, ge=0, lt=1)
     random = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from metadist.checks.values import check, require_integer, require_word
+from metadist.checks.values import check, require_integer, require_number, require_word
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.tasks.fixed import OneTask, metrics_on
@@ -69,6 +69,7 @@ class SparseRegression(Problem):
         if unknown or not terms or isinstance(terms, str):
             raise ValueError(f"terms must be a list of {', '.join(TERMS)}, got {terms!r}")
         check("strength", strength, gt=0)
+        require_number(max_strength=max_strength)
         if not strength <= max_strength < math.inf:
             raise ValueError(
                 f"max_strength must be >= strength ({strength}) and finite, got {max_strength}"

@@ -91,6 +91,7 @@ class Sine(Toy):
         require_integer("num_outer", num_outer, 1)
         self.num_outer = num_outer
         self.num_inner = num_outer if num_inner is None else num_inner
+        require_integer("num_inner", self.num_inner, 1)
         if num_outer not in (1, self.num_inner):
             raise ValueError(f"num_outer must be 1 or num_inner ({num_inner}), got {num_outer}")
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metadist.checks.values import check, require_integer
+from metadist.checks.values import check, require_integer, require_number
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.tasks.text.sparse import sparse_matmul
@@ -57,6 +57,7 @@ class TextRegularisation(Problem):
         require_integer("num_features", num_features, 1)
         require_integer("num_classes", num_classes, 2)
         check("strength", strength, gt=0)
+        require_number(max_strength=max_strength)
         if not strength <= max_strength < math.inf:
             raise ValueError(
                 f"max_strength must be >= strength ({strength}) and finite, got {max_strength}"

@@ -1,5 +1,6 @@
 """Runs that were made in Python, and the command line goes on with; and the other way round."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -7,9 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from metadist import Compute, OuterOptimizer, Trainer
+from metadist import Compute, LocalExecutor, OuterOptimizer, Trainer
 from metadist.algorithms import DARTS, ITD, LancBiO
+from metadist.cli import train
+from metadist.cli.workload import instantiate
+from metadist.cluster import (
+    SSP,
+    DataParallelExecutor,
+    Failures,
+    RayExecutor,
+    Server,
+    StalenessWeight,
+    Workers,
+)
 from metadist.models import MLP, Conv4
+from metadist.run.rebuild import config_of, require_known
 from metadist.tasks import (
     ArchitectureSearch,
     CorruptedImages,
@@ -219,3 +232,40 @@ def test_training_does_not_mind_what_cannot_be_described(cli, here):
     assert trainer.version == 1
     _, _, err = cli("evaluate", "run")
     assert "LookupError: not here" in err and "ArithmeticError: far away" in err
+
+
+EXECUTORS = [
+    LocalExecutor(max_user_errors=4, backoff_s=0.5),
+    RayExecutor(
+        Workers(num_workers=3),
+        Server(num_shards=2),
+        SSP(2, StalenessWeight("polynomial", 0.7)),
+        Failures(max_losses=3),
+        prefetch=2,
+        backup_factor=2.5,
+        compression="bfloat16",
+        address="10.0.0.1:6379",
+        object_store_bytes=200 << 20,
+    ),
+    RayExecutor(state="worker"),
+    DataParallelExecutor(
+        Workers(num_workers=3),
+        Failures(max_losses=3),
+        staleness=1,
+        batch_statistics="local",
+        allow_missing_classes=True,
+        address="auto",
+        object_store_bytes=200 << 20,
+    ),
+]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS, ids=lambda executor: type(executor).__name__)
+def test_an_executor_is_written_with_all_its_arguments(executor):
+    settings = {"executor": executor, "sampler": Sinusoid()}
+    text = config_of(settings, None)
+    require_known(text, "run")
+    options = json.loads(text.partition("\n")[2])
+    again = instantiate(train.parse_training(options, {}), train.parser()).executor
+    for name in inspect.signature(type(executor)).parameters:
+        assert getattr(again, f"_{name}") == getattr(executor, f"_{name}")

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from metadist import Batch, Task
 from metadist.cli import train
 from metadist.cli.sizes import sizes_of
 from metadist.cli.workload import instantiate
+from metadist.tasks import Glyphs
+from tests.helpers import last_state
 from tests.tasks.helpers import write_tree
 
 
@@ -85,3 +88,63 @@ def test_a_table_is_cleaned_from_the_command_line(tmp_path, monkeypatch, cli):
     assert "HyperCleaning of LinearClassifier, by LancBiO: 20 numbers in x, 6 in y" in err
     written = Path("run/artifacts/step-00000002/weights.csv").read_text().splitlines()
     assert len(written) == 21
+
+
+FOLDER = "--sampler image_folder --sampler.root images --sampler.n_way 3 --sampler.k_query 3"
+
+
+def test_a_printed_config_has_the_sizes_of_the_tasks(cli, images):
+    Path("mine.yaml").write_text(cli.good("train", *shlex.split(FOLDER), "--print_config"))
+    printed = yaml.safe_load(Path("mine.yaml").read_text())["problem"]["init_args"]["model"]
+    sizes = printed["init_args"]
+    assert (sizes["n_way"], sizes["in_channels"], sizes["image_size"]) == (3, 3, 20)
+    problem, _ = problem_of("--config mine.yaml")
+    assert problem._model.head.out_features == 3
+    short = yaml.safe_load(cli.good("train", *FOLDER.split(), "--print_config=skip_default"))
+    assert short["problem"]["init_args"]["model"]["init_args"]["in_channels"] == 3
+    assert "num_steps" not in short
+    code, _, err = cli("train", *FOLDER.split(), "--print_config=everything")
+    assert code == 2 and "print_config must be one of skip_default, skip_unset, got every" in err
+
+
+def test_a_printed_config_leaves_sizes_out_where_the_data_is_elsewhere(cli, images):
+    options = FOLDER.replace("images", "/nowhere/images") + " --problem.model.n_way 3"
+    code, out, err = cli("train", *options.split(), "--print_config")
+    assert code == 0
+    sizes = yaml.safe_load(out)["problem"]["init_args"]["model"]["init_args"]
+    assert sizes["n_way"] == 3 and not {"in_channels", "image_size"} & sizes.keys()
+    left_out = "left out, since they follow from the tasks: problem.model.in_channels, "
+    assert left_out + "problem.model.image_size (root must be" in err
+    Path("mine.yaml").write_text(out.replace("/nowhere/images", "images"))
+    _, config = problem_of("--config mine.yaml")
+    assert config.problem.init_args.model.init_args.in_channels == 3
+
+
+class CountedGlyphs:
+    """Counts how often it is made."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+        self._glyphs = Glyphs(n_way=3, k_query=3)
+
+    def sample(self, index: int) -> Task:
+        return self._glyphs.sample(index)
+
+
+def test_a_sampler_is_made_once(cli, here):
+    options = "--sampler tests.cli.test_sizes.CountedGlyphs --problem.model.width 4 "
+    options += "--algorithm.inner_steps 1 --meta_batch_size 2 --num_steps 1 "
+    for command, times in (
+        (f"train {options} --run_dir open", 1),
+        (f"train {options} --problem.model.n_way 3 --problem.model.in_channels 1 "
+         "--problem.model.image_size 28 --run_dir given", 1),
+        ("resume open --num_steps 2", 1),
+        ("evaluate open --num_tasks 2 --sampler glyphs --sampler.n_way 3", 0),
+    ):  # fmt: skip
+        CountedGlyphs.made = 0
+        cli.good(*command.split())
+        assert CountedGlyphs.made == times, command
+        if command.startswith("train") and "given" in command:
+            assert last_state(Path("given")) == last_state(Path("open"))
