@@ -98,7 +98,7 @@ class Table(OneTask):
 
     def inputs(self, rows: str | Path | Rows) -> Tensor:
         """The features of other rows as those of training, float32 (rows, features)."""
-        return ((self._numbers(_columns(rows, "rows"), "rows") - self.mean) / self.spread).float()
+        return self._scaled(_columns(rows, "rows"), "rows")
 
     def write(self, file: str | Path, weights: Tensor, above: float | None = None) -> int:
         """Write the training rows with a column `weight` behind them; returns how many.
@@ -142,7 +142,9 @@ class Table(OneTask):
                 f"{field} must hold classes of the training rows, got {', '.join(unknown[:5])} in "
                 f"column {self.label!r}: the classes are {', '.join(self.class_names[:10])}"
             )
-        return Batch.of(self.inputs(rows), torch.tensor([numbers[label] for label in labels]))
+        return Batch.of(
+            self._scaled(rows, field), torch.tensor([numbers[label] for label in labels])
+        )
 
     def _labels(self, rows: Columns, field: str) -> list[str]:
         _require(rows, self.label, field, "label")
@@ -154,6 +156,19 @@ class Table(OneTask):
                     f"{field}: fill it in, or leave the row out"
                 )
         return list(map(str, rows[self.label]))
+
+    def _scaled(self, rows: Columns, field: str) -> Tensor:
+        numbers = self._numbers(rows, field)
+        scaled = ((numbers - self.mean) / self.spread).float()
+        for row, column in (~scaled.isfinite()).nonzero().tolist():
+            raise ValueError(
+                f"features must be finite in float32 when they are scaled as those of train, got "
+                f"{float(numbers[row, column])} in row {row + 1} of column "
+                f"{self.features[column]!r} of {field}, where the standard deviation of train is "
+                f"{float(self.spread[column]):.3g}: mend the row, or leave the column out "
+                "(features=[...])"
+            )
+        return scaled
 
     def _numbers(self, rows: Columns, field: str) -> Tensor:
         columns = []

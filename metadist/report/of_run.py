@@ -103,7 +103,7 @@ def run_page(run: str | Path, stale_s: float = 300.0) -> str:
         ("Protocol", _protocol(result)),
         ("Settings", _settings(history, result)),
         ("Environment", _environment(status)),
-        ("Files and how to repeat it", _files(folder, config)),
+        ("Files and how to repeat it", _files(folder, config, status)),
         ("Missing or damaged", _missing(status, history, result, config)),
     ]
     return page(title, (status.state, status.is_well), _intro(folder, status, result), sections)
@@ -166,7 +166,7 @@ def interval_text(mean: float, half_width: float | None) -> str:
 def _results(status: RunStatus, result: Mapping[str, Any]) -> str:
     rows: list[list[Any]] = []
     for name, (mean, half) in metrics_of(result).items():
-        rows.append(["test", _metric_name(name), f"{mean:.4g}", _half(half), ""])
+        rows.append(["test", _metric_name(name), f"{mean:.4g}", _half(half), _tested_step(result)])
     for tag, scalar in status.scalars.items():
         metric, _, split = tag.partition("/")
         if metric not in ("accuracy", "loss"):
@@ -184,7 +184,33 @@ def _results(status: RunStatus, result: Mapping[str, Any]) -> str:
     rows.sort(key=lambda row: (order.index(row[0]) if row[0] in order else 9, row[1]))
     named = [[SPLITS.get(row[0], row[0]), *row[1:]] for row in rows]
     note = text("Means over tasks; ± is the half width of the 95 % interval (Student's t).")
-    return table(["tasks", "metric", "mean", "±", "at step"], named, numbers_from=2) + note
+    shown = table(["tasks", "metric", "mean", "±", "at step"], named, numbers_from=2)
+    return shown + note + (text(UNMOVED) if _is_unmoved(status, result) else "")
+
+
+UNMOVED = (
+    "Metrics before and after adaptation are equal: no inner variable moves. So it is with methods "
+    "without an inner loop (ProtoNet, RidgeHead, NearestCentroid), whose head follows from the "
+    "support set at once."
+)
+
+
+def _is_unmoved(status: RunStatus, result: Mapping[str, Any]) -> bool:
+    """Whether all metrics that are there before and after adaptation are equal."""
+    means: dict[str, float] = {tag: scalar.value for tag, scalar in status.scalars.items()}
+    means |= {name: mean for name, (mean, _) in metrics_of(result).items()}
+    pairs = [
+        (means[f"{name}_before"], mean) for name, mean in means.items() if f"{name}_before" in means
+    ]
+    return bool(pairs) and all(before == after for before, after in pairs)
+
+
+def _tested_step(result: Mapping[str, Any]) -> str:
+    """The outer step that was tested, as the name of its checkpoint ends."""
+    tested = result.get("test")
+    name = str(tested.get("checkpoint", "")) if isinstance(tested, dict) else ""
+    found = re.search(r"\d+$", name)
+    return str(int(found[0])) if found else ""
 
 
 def _half(value: float | None) -> str:
@@ -343,12 +369,15 @@ def _config(folder: Folder) -> str | None:
         return None
 
 
-def _files(folder: Folder, config: str | None) -> str:
+def _files(folder: Folder, config: str | None, status: RunStatus) -> str:
     try:
         names = folder.names(links=False)
     except OSError:
         names = []
-    rows = [(name, FILES[name]) for name in FILES if name in names]
+    held = dict(FILES)
+    if status.artifacts:
+        held[ARTIFACTS] += f"; {status.newest_artifacts}"
+    rows = [(name, held[name]) for name in held if name in names]
     commands = [
         f"metadist status {folder.uri}",
         f"metadist evaluate {folder.uri}",

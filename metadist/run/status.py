@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from metadist.run.checkpoint import CheckpointStore
-from metadist.run.files import CHECKPOINTS, CONFIG, RESULT, TENSORBOARD
+from metadist.run.files import ARTIFACTS, CHECKPOINTS, CONFIG, RESULT, TENSORBOARD
 from metadist.run.names import width_name
 from metadist.run.reading import (
     MAX_STEP,
@@ -24,7 +24,7 @@ from metadist.run.reading import (
     find_scalars,
     is_gone,
 )
-from metadist.run.storage import Folder
+from metadist.run.storage import Folder, is_part
 from metadist.run.text import shown
 
 State = Literal["waiting", "running", "stale", "killed", "finished", "interrupted", "failed"]
@@ -33,8 +33,8 @@ BEGUN = (CONFIG, CHECKPOINTS, TENSORBOARD)
 """What is in the folder of a run that waits for workers."""
 NUM_EVENTS = 6
 """The number of events shown, the newest ones."""
-NUM_WORKERS = 8
-"""The number of workers shown one by one."""
+NUM_NAMED = 8
+"""The number of workers, and of files of artifacts, shown one by one."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class RunStatus:
         unreadable: What is wrong with the files that this was read from; what they would add is
             missing.
         is_partial: Whether the file of events is so long that only the newest were read.
+        artifacts: The folders of artifacts, oldest first.
+        artifact_files: The files in the newest of them.
     """
 
     run: str
@@ -78,6 +80,8 @@ class RunStatus:
     result: Mapping[str, Any]
     unreadable: Sequence[str] = ()
     is_partial: bool = False
+    artifacts: Sequence[str] = ()
+    artifact_files: Sequence[str] = ()
 
     @property
     def is_well(self) -> bool:
@@ -88,6 +92,14 @@ class RunStatus:
     def is_damaged(self) -> bool:
         """Whether files are damaged; those of a run that goes on may be half written instead."""
         return bool(self.unreadable or (self.damaged and self.state == "finished"))
+
+    @property
+    def newest_artifacts(self) -> str:
+        """The newest folder of artifacts and its files, as text; there is one."""
+        more = len(self.artifacts) - 1
+        older = f" ({more} older)" if more else ""
+        files = _first(self.artifact_files, ", ")
+        return f"{ARTIFACTS}/{self.artifacts[-1]}{older}: {files}"
 
     def __rich__(self) -> Table:
         table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
@@ -156,14 +168,10 @@ class RunStatus:
                 if tag.startswith("workers/tasks_per_second/") and scalar.step == workers.step
             }
             shown = [f"{name} {value:.3g}" for name, value in sorted(speeds.items(), key=_by_name)]
-            more = len(shown) - NUM_WORKERS
-            listed = ", ".join(shown[:NUM_WORKERS]) + (f", and {more} more" if more > 0 else "")
-            tasks = f" (tasks/s: {listed})" if shown else ""
+            tasks = f" (tasks/s: {_first(shown, ', ')})" if shown else ""
             yield "workers", f"{workers.value:.0f}{tasks}"
         if isinstance(held := self._last("states_held").get("workers"), list):
-            more = len(held) - NUM_WORKERS
-            listed = "; ".join(_short(str(text)) for text in held[:NUM_WORKERS])
-            yield "states", f"of tasks, on {listed}" + (f"; and {more} more" if more > 0 else "")
+            yield "states", f"of tasks, on {_first([_short(str(text)) for text in held], '; ')}"
         for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
             if text := self._losses(split):
                 yield name, text
@@ -208,6 +216,8 @@ class RunStatus:
         if self.damaged:
             what = "being written or damaged" if self.state == "running" else "damaged"
             yield "", f"{what}: {', '.join(self.damaged)}"
+        if self.artifacts:
+            yield "artifacts", self.newest_artifacts
 
     def _last(self, name: str) -> Mapping[str, Any]:
         """The last event of that name since the run was last started; empty if none."""
@@ -276,10 +286,37 @@ def run_status(run: str | Path, stale_s: float = 300.0, now: float | None = None
     if state == "running" and starts and until:
         taken, took_s = step - starts[-1]["step"], max(written) - _seconds(starts[-1])
         left_s = (until - step) * took_s / taken if taken > 0 else None
+    artifacts, files = _artifacts(folder, there)
     return RunStatus(
-        str(run), state, age_s, step, until, left_s, scalars, events, names, newest, store.best(),
-        damaged, result if state == "finished" else {}, unreadable, is_partial,
-    )  # fmt: skip
+        run=str(run),
+        state=state,
+        age_s=age_s,
+        step=step,
+        until_step=until,
+        left_s=left_s,
+        scalars=scalars,
+        events=events,
+        checkpoints=names,
+        newest=newest,
+        best=store.best(),
+        damaged=damaged,
+        result=result if state == "finished" else {},
+        unreadable=unreadable,
+        is_partial=is_partial,
+        artifacts=artifacts,
+        artifact_files=files,
+    )
+
+
+def _artifacts(folder: Folder, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the folders of artifacts, the files in the newest); of a run whose folder has `names`."""
+    if ARTIFACTS not in names:
+        return [], []
+    with suppress(OSError):
+        if steps := (folder / ARTIFACTS).names():
+            files = (folder / ARTIFACTS / steps[-1]).names()
+            return steps, [name for name in files if not is_part(name)]
+    return [], []
 
 
 def _runs_in(folder: Folder, names: Sequence[str]) -> list[str]:
@@ -345,6 +382,12 @@ def _event(event: Mapping[str, Any]) -> str:
     about = [f"{name}={_short(_plain(event[name]), 30)}" for name in names if name in event]
     # A checkpoint is named after its step, which is shown anyway.
     return " ".join([event["time"][11:19], f"step {event['step']}", event["event"], *about])
+
+
+def _first(texts: Sequence[str], mark: str) -> str:
+    """The first of these texts, and how many more there are."""
+    more = len(texts) - NUM_NAMED
+    return mark.join(texts[:NUM_NAMED]) + (f"{mark}and {more} more" if more > 0 else "")
 
 
 def _plain(value: Any) -> str:

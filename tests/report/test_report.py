@@ -12,16 +12,18 @@ from typing import Any
 import pytest
 import torch
 
+from metadist.algorithms import ITD
 from metadist.cli import main
 from metadist.compare import Comparison
 from metadist.loggers import CSVLogger
 from metadist.report import comparison_page, run_page
 from metadist.report.charts import Curve, histogram, line_chart
+from metadist.report.of_run import UNMOVED
 from metadist.report.page import escaped, table
 from metadist.run.events import EventLog
 from metadist.run.files import RESULT
 from metadist.run.storage import Folder, write_json
-from metadist.tasks import FewShotProblem
+from metadist.tasks import FewShotProblem, ProtoNet
 from tests.helpers import Images, make_trainer, small_conv4
 
 VOID = {"meta", "img", "br"}
@@ -94,6 +96,20 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_baseline_without_an_inner_loop_says_why_nothing_moves(finished, tmp_path):
+    assert UNMOVED not in run_page(finished)
+    trainer = make_trainer(
+        problem=ProtoNet(small_conv4()),
+        sampler=Images(),
+        val_sampler=Images(),
+        val_tasks=3,
+        run_dir=tmp_path / "run",
+        algorithm=ITD(inner_steps=1, inner_lr=0.1),
+    )
+    trainer.fit(2)
+    assert UNMOVED in run_page(tmp_path / "run")
+
+
 def test_a_finished_run_on_one_page(finished):
     page = run_page(finished)
     require_alone(page)
@@ -107,6 +123,7 @@ def test_a_finished_run_on_one_page(finished):
         "tasks dropped, whose hypergradient was not finite 2",
         "interval 95 % Student t over tasks",
         "meta_batch_size 4",
+        f"test accuracy {tested['mean']:.4g} {tested['half_width']:.2g} 6 ",
         f"torch {torch.__version__}",
         f"metadist train --config {finished}/config.yaml --run_dir runs/again",
         "executor local",

@@ -7,6 +7,8 @@ import torch
 
 from metadist import OuterOptimizer, Trainer
 from metadist.algorithms import ITD, SOBA
+from metadist.report import run_page
+from metadist.run.status import run_status
 from metadist.run.storage import Folder
 from metadist.tasks import FixedTasks
 from metadist.trees import Params
@@ -42,6 +44,12 @@ def test_files_come_with_each_validation_and_at_the_end(tmp_path, where):
     assert sorted(folder.names()) == ["step-00000002", "step-00000003"]
     data = (folder / "step-00000003").read("x.txt", 1000).decode()
     assert data == repr((["x"], kept.outer["x"].tolist(), kept.inner(0)["y"].tolist()))
+    status = run_status(uri)
+    assert status.artifacts == ["step-00000002", "step-00000003"]
+    assert status.artifact_files == ["x.txt"]
+    line = "artifacts/step-00000003 (1 older): x.txt"
+    assert ("artifacts", line) in list(status._rows())
+    assert f"files of the problem, by outer step; {line}" in run_page(uri)
     again = trainer(Shown(2, 4), uri)
     again.restore()
     again.fit(4)

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from metadist.run.files import CHECKPOINTS
-from metadist.run.status import NUM_WORKERS, RunStatus, run_status
+from metadist.run.status import NUM_NAMED, RunStatus, run_status
 from metadist.run.storage import Folder
 from tests.helpers import (
     Recording,
@@ -222,7 +222,7 @@ def test_many_workers_and_long_names_fit_on_the_screen(tmp_path, width):
     writer.add_scalar("workers/number", 300, 1)
     writer.close()
     text = shown(run_status(folder), width).replace("\n", "")
-    assert "worker-0 1.5" in text and f"and {300 - NUM_WORKERS} more" in " ".join(text.split())
+    assert "worker-0 1.5" in text and f"and {300 - NUM_NAMED} more" in " ".join(text.split())
 
 
 def test_a_run_of_an_older_version_has_no_events(run):

@@ -100,6 +100,21 @@ def test_what_is_no_table_is_refused(train: Any, options: dict[str, Any], messag
     assert message in refusal(lambda: Table(train, VAL, **{"label": "kind", **options}))
 
 
+@pytest.mark.parametrize("field", ["val", "test", "rows"])
+def test_rows_that_are_not_finite_in_single_precision_are_refused(field: str):
+    far = {**VAL, "a": [0.0, -1e300]}
+    sets = {"val": VAL, "test": VAL, field: far}
+
+    def scaled() -> torch.Tensor:
+        table = Table(TRAIN, sets["val"], sets["test"], label="kind")
+        return table.inputs(sets.get("rows", VAL))
+
+    assert refusal(scaled).startswith(
+        "features must be finite in float32 when they are scaled as those of train, got -1e+300 in "
+        f"row 2 of column 'a' of {field}, where the standard deviation of train is "
+    )
+
+
 def test_ragged_files_are_refused(tmp_path: Path):
     file = tmp_path / "t.csv"
     file.write_text("a,kind\n1,x\n2\n")

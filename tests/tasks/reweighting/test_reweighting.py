@@ -351,7 +351,7 @@ def broken(value):
         (lambda: cleaning(corruption=1.5), "corruption must be in [0, 1], got 1.5"),
         (lambda: cleaning(redraw="all"), "redraw must be 'any' or 'other', got 'all'"),
         (lambda: cleaning(std=0.0), "std must be > 0 and finite, got 0.0"),
-        (lambda: cleaning(mean=float("nan")), "mean must be finite, got nan"),
+        (lambda: cleaning(mean=float("nan")), "mean must be a finite number, got nan"),
         (
             lambda: CorruptedImages("torchvision.datasets.NMIST"),
             "dataset must be an import path, got 'torchvision.datasets.NMIST': module ",
