@@ -96,7 +96,7 @@ class Parser(ArgumentParser):
                 # It would stay where another class, with a default of its own, takes it too.
                 del first[option]
         pairs = [part for pair in first.items() for part in pair]
-        printing = []
+        printing: list[str] = []
         if self.fill_sizes is not None and last_named("--sampler", args) is not None:
             args, printing = without_print(args)
         found = super().parse_args([*pairs, *args], *rest, **options)
