@@ -1,6 +1,7 @@
 """The pages say what is so: programs run, commands are accepted, links lead somewhere."""
 
 import importlib
+import os
 import re
 import runpy
 import shlex
@@ -8,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from metadist.cli import comparing, train, tune
 from metadist.cli.commands import COMMANDS
+from metadist.cli.parsing import read_yaml
+from metadist.cli.train import parse_training
+from metadist.cluster import Workers
+from metadist.cluster.jobs.tune import plan
+from metadist.compare.plan import Comparison
 from metadist.tasks import check_sampler
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,13 +36,38 @@ def headings(page):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def lines_of(page):
+    """The shell lines of a page, without their comments; those of programs are among them."""
+    text = page.read_text().replace("\\\n", " ")
+    return re.findall(r"(?m)^    (\S.*?)(?: +#.*)?$", text)
+
+
 def commands():
-    """The commands of all pages that need no file of another command, as (page, words)."""
+    """The `metadist` commands of all pages, as (page, words)."""
     for page in PAGES:
-        text = page.read_text().replace("\\\n", " ")
-        for line in re.findall(r"(?m)^    metadist ([a-z].*?)(?: +#.*)?$", text):
-            if "--config runs/" not in line:
+        for line in lines_of(page):
+            # What a job of Ray is given are options of `metadist train`.
+            line = re.sub(r"^ray submit \S+ train.py -- ", "metadist train ", line)
+            # A config that another command has written is one like ours.
+            line = re.sub(r"--config runs/\S+", "--config scripts/demo.yaml", line)
+            if re.match(r"metadist [a-z-]+( |$)", line):
+                yield page.name, shlex.split(line)[1:]
+
+
+def scripts():
+    """The programs of this repository that pages call, as (page, words)."""
+    for page in PAGES:
+        for line in lines_of(page):
+            line = re.sub(r"^(\.venv/bin/)?python (?=\w+/)", "", line)
+            if re.match(r"(scripts|examples)/\S+( -|$| \w+/| measure| waiting)", line):
                 yield page.name, shlex.split(line)
+
+
+def configs():
+    """The YAML blocks of all pages, as (page, text)."""
+    for page in PAGES:
+        for text in re.findall(r"(?m)^```ya?ml\n((?s:.*?))^```", page.read_text()):
+            yield page.name, text
 
 
 @pytest.fixture
@@ -86,3 +118,59 @@ def test_commands_are_accepted(page, words, my_tasks, monkeypatch):
     importlib.import_module(f"metadist.cli.{command.replace('-', '_')}").parser().parse_args(
         options
     )
+
+
+@pytest.mark.parametrize(("page", "text"), list(configs()), ids=str)
+def test_configs_are_accepted(page, text, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    tree = read_yaml(str(file))
+    if "entries" in tree:
+        comparison = Comparison.of(tree)
+        for run in [run for entry in comparison.entries for run in comparison.runs(entry)]:
+            parse_training({**run.options, "run_dir": "x"}, run.values, comparing.OWN)
+    elif "space" in tree:
+        options = {name: value for name, value in tree.items() if name not in tune.OWN}
+        parse_training(options, {})
+        tune._check_names(options, tree["space"])
+        plan(
+            tree["space"],
+            workers=Workers(num_workers=4),
+            seed=0,
+            **{name: tree[name] for name in ("num_steps", *tune.OWN[1:]) if name in tree},
+        )
+    else:
+        train.parser().parse_args(["--config", str(file), "--run_dir", "x"])
+
+
+def test_configs_are_found():
+    assert {page for page, _ in configs()} == {"compare.md", "language_models.md"}
+    unfenced = r"(?m)^    (sampler|problem|algorithm|num_steps|meta_batch_size): "
+    plain = {page.name: re.sub(r"(?s)```.*?```", "", page.read_text()) for page in PAGES}
+    assert not [name for name, text in plain.items() if re.search(unfenced, text)]
+
+
+@pytest.mark.parametrize(("page", "words"), list(scripts()), ids=str)
+def test_scripts_are_there_and_know_their_options(page, words):
+    script = ROOT / words[0]
+    assert script.is_file()
+    assert script.suffix == ".py" or os.access(script, os.X_OK)
+    ours = words[: words.index("--")] if "--" in words else words
+    if re.search(r'"\$@"', script.read_text()) is None:  # hands them on
+        for option in [word for word in ours[1:] if word.startswith("--") and word != "--help"]:
+            assert option.removeprefix("--") in script.read_text()
+
+
+def test_scripts_are_found():
+    named = {words[0] for _, words in scripts()}
+    assert {"scripts/demo", "scripts/docs", "scripts/experiments/nas_fashion.py"} <= named
+
+
+def test_extras_that_are_installed_are_extras():
+    listed = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    known = re.findall(r"(?m)^(\w+) = \[", listed.partition("\n[")[0])
+    named = set()
+    for page in PAGES:
+        for found in re.findall(r"(?:metadist|-e '?\.)\[([\w,]+)\]", page.read_text()):
+            named |= set(found.split(","))
+    assert named and named <= set(known)
