@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -211,11 +212,7 @@ class StepRule(ABC):
 
         They are exact; that of the root of a second moment is 0 where it is 0.
         """
-
-        def stepped(y: Params, means: Means, g_y: Params) -> tuple[Params, Means]:
-            moved, remembered = self.step(y, memory._replace(means=means), g_y, lr)
-            return moved, remembered.means
-
+        stepped = partial(self._stepped, memory, lr)
         pull = torch.func.vjp(stepped, y, memory.means, g_y)[1]
         return Pulled(*pull((w, w_means)))
 
@@ -230,17 +227,18 @@ class StepRule(ABC):
         dg_y: Params,
     ) -> tuple[Params, Means]:
         """The derivative of (y', means') along (dy, d_means, dg_y), as `pull`."""
-
-        def stepped(y: Params, means: Means, g_y: Params) -> tuple[Params, Means]:
-            moved, remembered = self.step(y, memory._replace(means=means), g_y, lr)
-            return moved, remembered.means
-
+        stepped = partial(self._stepped, memory, lr)
         if self.is_linear:  # it moves its derivative as it moves y
-            moved, remembered = self.step(dy, memory._replace(means=d_means), dg_y, lr)
-            return moved, remembered.means
+            return stepped(dy, d_means, dg_y)
         at, along = (y, memory.means, g_y), (dy, d_means, dg_y)
         pushed: tuple[Params, Means] = torch.func.jvp(stepped, at, along)[1]
         return pushed
+
+    def _stepped(
+        self, memory: Memory, lr: float | Params, y: Params, means: Means, g_y: Params
+    ) -> tuple[Params, Means]:
+        moved, remembered = self.step(y, memory._replace(means=means), g_y, lr)
+        return moved, remembered.means
 
     def _decays(self, y: Params) -> dict[str, bool]:
         for pattern in self.no_decay:

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from rematerialise import peak_bytes
 
 from metadist import Algorithm, Compute, task_hypergradients
 from metadist.algorithms import AID, BOME, F2SA, ITD, MEHA, SAMA
@@ -46,14 +45,6 @@ def tokens(seed: int) -> torch.Tensor:
     """8 x 128 tokens."""
     random = torch.Generator().manual_seed(seed)
     return torch.randint(4096, (8, 128), generator=random)
-
-
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes that were allocated within the call and not yet freed."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = profiler.profiler.kineto_results.events()
-    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 def least_seconds(function: Callable[[], Any]) -> float:

@@ -123,6 +123,7 @@ def hypergradient(
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most bytes that were allocated within the call and not yet freed."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = profiler.profiler.kineto_results.events()

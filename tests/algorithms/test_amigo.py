@@ -7,8 +7,9 @@ from torch.func import vmap
 from metadist.algorithms.amigo import AmIGO
 from metadist.algorithms.parts.implicit import AdjointState
 from metadist.autograd import AutogradOracle
-from metadist.problem import Problem
 from metadist.task import Batch, Task
+from metadist.tasks.synthetic.toys import AmigoToy
+from tests.algorithms.toys import toy_task
 from tests.problems import (
     DOUBLE,
     Quadratic,
@@ -59,37 +60,13 @@ def test_one_step_of_each_loop_finds_the_golden_solution(solver):
     assert true_hypergradient(problem, run.outer, task).norm() < 1e-6
 
 
-class Toy(Problem):
-    """g = y'Ay/2 + y'Bx, f = x'Dx/2 + c'y, with the minimum x* = D^-1 B'A^-1 c."""
-
-    def __init__(self):
-        spread = torch.linspace(0.5, 2, 6, dtype=DOUBLE)
-        basis = torch.linalg.qr(randn(1, 6, 6))[0]
-        self.a = basis @ torch.diag(spread) @ basis.T
-        self.b, self.c = randn(2, 6, 3), randn(3, 6)
-        self.d = torch.diag(torch.tensor([1.0, 1.5, 2.0], dtype=DOUBLE))
-
-    def init_outer(self, generator):
-        return {"x": torch.zeros(3, dtype=DOUBLE)}
-
-    def init_inner(self, outer, task):
-        return {"y": torch.zeros(6, dtype=DOUBLE)}
-
-    def inner_loss(self, context, inner, batch):
-        y = inner["y"]
-        return 0.5 * y @ self.a @ y + y @ (self.b @ context["x"])
-
-    def outer_loss(self, context, inner, batch):
-        return 0.5 * context["x"] @ self.d @ context["x"] + self.c @ inner["y"]
-
-
 @pytest.mark.parametrize("solver", ["gd", "cg"])
 def test_the_quadratic_toy_of_the_paper(solver):
-    problem, task = Toy(), Task(Batch.of(torch.zeros(1)), Batch.of(torch.zeros(1)), 0)
-    algorithm = AmIGO(1, 0.45, solver=solver, adjoint_steps=1)
-    run = run_single(algorithm, problem, task, problem.init_outer(None), 150, 0.5)
-    expected = torch.linalg.solve(problem.d, problem.b.T @ torch.linalg.solve(problem.a, problem.c))
-    assert_close(run.outer, {"x": expected}, 1e-8)
+    problem = AmigoToy(3, 6, condition=4.0)
+    outer = problem.init_outer(generator(0))
+    algorithm = AmIGO(1, 0.9, solver=solver, adjoint_steps=1)
+    run = run_single(algorithm, problem, toy_task(), outer, 150, 0.8)
+    assert_close(run.outer, {"x": problem.solution}, 1e-8)
 
 
 def draws_of(algorithm):

@@ -10,6 +10,7 @@ from metadist.algorithms.bda import BDA
 from metadist.algorithms.itd import ITD
 from metadist.checks.hypergradient import check_hypergradient
 from metadist.tasks.synthetic.toys import MerelyConvex
+from metadist.trees import leaves
 from tests.algorithms.toys import counts_of, estimate, point, toy_task
 from tests.problems import (
     Quadratic,
@@ -68,10 +69,6 @@ def test_it_is_the_derivative_of_the_aggregated_loop(problem, task_of, options, 
     in_start = plain_gradient(lambda y: aggregated(problem, task, context, y, algorithm), start)
     assert_close(found.hypergradient, in_context)
     assert_close(found.start_gradient, in_start)
-
-
-def leaves(tree):
-    return {name: leaf.detach().requires_grad_() for name, leaf in tree.items()}
 
 
 def test_without_a_share_of_f_it_is_itd():

@@ -9,7 +9,7 @@ from metadist.algorithms.itd import ITD
 from metadist.checks.hypergradient import check_hypergradient
 from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
-from metadist.trees import add
+from metadist.trees import add, leaves
 from tests.algorithms.toys import estimate, point
 from tests.problems import (
     DOUBLE,
@@ -37,10 +37,6 @@ def losses(problem, task, context, y, algorithm):
         y, memory = algorithm.step_rule.step(y, memory, along, algorithm.step_rule.lr)
         found.append(problem.outer_loss(context, y, task.query))
     return found
-
-
-def leaves(tree):
-    return {name: leaf.detach().requires_grad_() for name, leaf in tree.items()}
 
 
 # f is worst after the first step, after the third, the fifth and the last.

@@ -20,7 +20,7 @@ from metadist.autograd import AutogradOracle
 from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.memory import LiveMemory
-from metadist.trees import add, dot
+from metadist.trees import add, dot, leaves
 from tests.algorithms.test_table import of_each, outer_of
 from tests.problems import (
     Smooth,
@@ -102,7 +102,7 @@ def test_products_at_one_point_are_those_of_plain_autograd(eager):
             )
             return dot(dict(zip(y, g_y, strict=True)), v)
 
-        of_x = plain_gradient(lambda x: slope({"x": x, "y": _leaves(y)}), x)
+        of_x = plain_gradient(lambda x: slope({"x": x, "y": leaves(y)}), x)
         return of_x, plain_gradient(lambda y: slope({"x": x, "y": y}), y)
 
     directions = [random_like(y, seed) for seed in range(3)]
@@ -114,10 +114,6 @@ def test_products_at_one_point_are_those_of_plain_autograd(eager):
         assert_close(found, expected, 1e-12)
     g_y = plain_gradient(lambda y: problem.inner_loss(x, y, batch), y)
     assert_close(oracle.inner_grad(x, y, draw), g_y, 1e-12)
-
-
-def _leaves(tree):
-    return {name: leaf.detach().requires_grad_() for name, leaf in tree.items()}
 
 
 ONE_GRAPH = {

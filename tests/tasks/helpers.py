@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import IterableDataset
 
 from metadist.problem import Problem
 from metadist.task import Task
 from metadist.tasks import ClassImages
 from metadist.trees import Params, add, scale
 from tests.problems import assert_close, oracle_of
+
+
+class Endless(IterableDataset[Any]):
+    """A data set without positions."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
 
 def striped(num_classes: int, num_images: int, channels: int = 1, side: int = 4) -> ClassImages:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.utils.data import (
     DataLoader,
-    IterableDataset,
     SubsetRandomSampler,
     TensorDataset,
 )
@@ -17,18 +16,11 @@ from torch.utils.data import (
 from metadist import Batch
 from metadist.tasks import LinearClassifier, LossWeighting, OneTask, check_sampler
 from metadist.tasks.data.sets import batch_of
-from tests.tasks.helpers import refusal
+from tests.tasks.helpers import Endless, refusal
 
 INPUTS = torch.arange(12.0).reshape(6, 2)
 TARGETS = torch.tensor([0, 1, 0, 1, 0, 1])
 DATASET = TensorDataset(INPUTS, TARGETS)
-
-
-class Endless(IterableDataset[Any]):
-    """Without positions."""
-
-    def __iter__(self):
-        return iter(())
 
 
 @pytest.mark.parametrize(

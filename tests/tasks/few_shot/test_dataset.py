@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from metadist.tasks import FewShotDataset, check_sampler, read_splits
-from tests.tasks.helpers import equal, refusal
+from tests.tasks.helpers import Endless, equal, refusal
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox"]
 SPLITS = {"train": ["ant", "bee", "cat"], "test": ["dog", 4, "fox"]}
@@ -26,13 +26,6 @@ SPLITS = {"train": ["ant", "bee", "cat"], "test": ["dog", 4, "fox"]}
 def picture(label: int, number: int, side: int = 8) -> np.ndarray:
     pixels = np.random.default_rng(100 * label + number).integers(0, 256, (side, side, 3))
     return pixels.astype(np.uint8)
-
-
-class Endless(IterableDataset[Any]):
-    """Without positions."""
-
-    def __iter__(self):
-        return iter(())
 
 
 class Plain:

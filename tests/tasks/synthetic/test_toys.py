@@ -22,6 +22,7 @@ from metadist.tasks.synthetic.toys import (
     PenaltyToy,
     Sine,
 )
+from tests.algorithms.toys import point
 from tests.problems import DOUBLE, assert_close, central_difference, generator, oracle_of, randn
 from tests.tasks.helpers import refusal
 
@@ -39,10 +40,6 @@ TOYS = {
     "amigo": AmigoToy(3, 4),
 }
 each = pytest.mark.parametrize("toy", TOYS.values(), ids=TOYS)
-
-
-def vector(*numbers):
-    return torch.tensor(numbers, dtype=DOUBLE)
 
 
 @each
@@ -91,7 +88,7 @@ SOLUTIONS = {
 def test_its_solution_is_lower_optimal_and_has_the_value_of_the_literature(name):
     toy = TOYS[name]
     x, y, value = SOLUTIONS[name]
-    outer, inner = {"x": vector(*x)}, {"y": vector(*y)}
+    outer, inner = {"x": point(*x)}, {"y": point(*y)}
     metrics = toy.solution_metrics(outer, inner)
     assert metrics["distance"] < 1e-9
     assert metrics["outer_loss"] == pytest.approx(value, abs=5e-5)
@@ -109,7 +106,7 @@ def test_no_neighbour_of_the_pbgd_solution_is_better():
     x = torch.linspace(0, 3, 3001, dtype=DOUBLE)
     values = torch.stack([toy.upper(point, -point) for point in x])
     assert float(x[values.argmin()]) == pytest.approx(toy.best, abs=1e-3)
-    lower = torch.stack([toy.lower(x[1000], -x[1000] + e) for e in vector(-0.5, -0.1, 0.1, 0.5)])
+    lower = torch.stack([toy.lower(x[1000], -x[1000] + e) for e in point(-0.5, -0.1, 0.1, 0.5)])
     assert (lower > toy.lower(x[1000], -x[1000])).all()
 
 
@@ -131,7 +128,7 @@ def test_which_are_non_smooth_and_which_are_constrained():
     assert [name for name, toy in TOYS.items() if is_constrained(toy)] == [
         *("minimax", "pbgd", "lasso", "penalty, sum", "penalty, difference")
     ]
-    outside = {"x": vector(-20.0, 20.0)}
+    outside = {"x": point(-20.0, 20.0)}
     for name, low, high in (("minimax", -10, 10), ("pbgd", 0, 3), ("lasso", 0, 1)):
         assert TOYS[name].project_outer(outside)["x"].tolist() == [low, high]
 
