@@ -1,4 +1,4 @@
-"""How many tasks are computed together.
+"""Whether tasks are computed together, and how many.
 
 A call under vmap costs nearly the same for one small task as for many, until what it works on
 leaves the cache of a CPU; a GPU gains from all that its memory holds. So the sizes of a task
@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from metadist.algorithm import split_own
-from metadist.compute import DEFAULT, Compute
+from metadist.algorithm import Algorithm, split_own
+from metadist.compute import DEFAULT, Compute, Vectorize, warn_once
 from metadist.oracle import first_parts
 from metadist.problem import Problem, context_of
-from metadist.task import Task
+from metadist.task import Task, shape_signature, stays_on_host
 from metadist.trees import Params
 
 CACHE_BYTES = 8 << 20
@@ -75,6 +75,64 @@ def _measure(problem: Problem, outer: Params, task: Task, some: Task) -> int:
         return max(1, GPU_BYTES // beside)
     by_size = min(CACHE_BYTES // num_bytes(inner), FORWARD_BYTES // beside)
     return max(FEW, by_size)
+
+
+def vectorizes(
+    vectorize: Vectorize,
+    problem: Problem,
+    algorithm: Algorithm,
+    outer: Params,
+    tasks: list[Task],
+) -> bool:
+    """Whether these tasks go through vmap together."""
+    if vectorize is False or len(tasks) == 1:
+        return False
+    on_host = any(map(stays_on_host, (*tasks[0].support.tensors, *tasks[0].query.tensors)))
+    if on_host and vectorize is True:
+        raise ValueError(
+            "vectorize must be False or 'auto' for tasks whose data stays in files or in the "
+            "memory of the host, got True: a stack of them would be a copy"
+        )
+    stackable = len({shape_signature(task) for task in tasks}) == 1 and not on_host
+    if vectorize is True:
+        if not algorithm.supports_vmap:
+            raise ValueError(
+                f"vectorize must be False or 'auto' with {algorithm}: its engine does not run "
+                "under vmap, got True"
+            )
+        if not stackable:
+            raise ValueError(
+                "vectorize=True needs tasks of equal shapes, got "
+                f"{sorted({shape_signature(task) for task in tasks})}: use 'auto' or False"
+            )
+        return True
+    if not stackable or not algorithm.supports_vmap:
+        return False
+    if next(iter(outer.values())).device.type != "cpu":
+        return True
+    with torch.no_grad():
+        inner = problem.init_inner(split_own(outer)[0], tasks[0])
+    return num_bytes(inner) <= MAX_INNER_BYTES and all(leaf.ndim < 3 for leaf in inner.values())
+
+
+FAILS_UNDER_VMAP = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
+"""The exceptions of torch, and of what is no torch, for tensors under vmap."""
+
+
+def falls_back(vectorize: Vectorize, error: Exception) -> bool:
+    """Whether tasks that failed together are to be computed one by one; warns once if so.
+
+    What fails for another reason fails again then. Memory that ran out is no such case: whether
+    it does would decide how results are rounded.
+    """
+    if vectorize != "auto" or isinstance(error, torch.OutOfMemoryError):
+        return False
+    reason = str(error).strip().partition("\n")[0]
+    warn_once(
+        "tasks are computed one by one, since vmap cannot run them together; vectorize=False "
+        f"says so from the start. Got {type(error).__name__}: {reason}"
+    )
+    return True
 
 
 def num_bytes(tensors: Any) -> int:

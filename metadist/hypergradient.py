@@ -32,8 +32,8 @@ from metadist.algorithm import (
 )
 from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_pure, is_known_pure
-from metadist.chunks import FEW, MAX_INNER_BYTES, chunk_of, num_bytes
-from metadist.compute import AS_TORCH_IS_SET, Compute, Vectorize, warn_once
+from metadist.chunks import FAILS_UNDER_VMAP, FEW, chunk_of, falls_back, vectorizes
+from metadist.compute import AS_TORCH_IS_SET, Compute
 from metadist.graphs import graphs_of
 from metadist.oracle import Constants, CountingOracle, first_parts
 from metadist.problem import (
@@ -44,7 +44,7 @@ from metadist.problem import (
     start_carried,
     with_carried,
 )
-from metadist.task import Batch, Task, shape_signature, stack_tasks, stays_on_host
+from metadist.task import Batch, Task, stack_tasks
 from metadist.trees import (
     Params,
     add,
@@ -547,64 +547,6 @@ def mean_over(parts: Parts, function: Callable[[Batch], Mapping[str, Tensor]]) -
                 part = value.detach() if share == 1 else share * value.detach()
                 mean[name] = mean[name] + part if name in mean else part
     return mean
-
-
-def vectorizes(
-    vectorize: Vectorize,
-    problem: Problem,
-    algorithm: Algorithm,
-    outer: Params,
-    tasks: list[Task],
-) -> bool:
-    """Whether these tasks go through together; see `task_hypergradients`."""
-    if vectorize is False or len(tasks) == 1:
-        return False
-    on_host = any(map(stays_on_host, (*tasks[0].support.tensors, *tasks[0].query.tensors)))
-    if on_host and vectorize is True:
-        raise ValueError(
-            "vectorize must be False or 'auto' for tasks whose data stays in files or in the "
-            "memory of the host, got True: a stack of them would be a copy"
-        )
-    stackable = len({shape_signature(task) for task in tasks}) == 1 and not on_host
-    if vectorize is True:
-        if not algorithm.supports_vmap:
-            raise ValueError(
-                f"vectorize must be False or 'auto' with {algorithm}: its engine does not run "
-                "under vmap, got True"
-            )
-        if not stackable:
-            raise ValueError(
-                "vectorize=True needs tasks of equal shapes, got "
-                f"{sorted({shape_signature(task) for task in tasks})}: use 'auto' or False"
-            )
-        return True
-    if not stackable or not algorithm.supports_vmap:
-        return False
-    if next(iter(outer.values())).device.type != "cpu":
-        return True
-    with torch.no_grad():
-        inner = problem.init_inner(split_own(outer)[0], tasks[0])
-    return num_bytes(inner) <= MAX_INNER_BYTES and all(leaf.ndim < 3 for leaf in inner.values())
-
-
-FAILS_UNDER_VMAP = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
-"""The exceptions of torch, and of what is no torch, for tensors under vmap."""
-
-
-def falls_back(vectorize: Vectorize, error: Exception) -> bool:
-    """Whether tasks that failed together are to be computed one by one; warns once if so.
-
-    What fails for another reason fails again then. Memory that ran out is no such case: whether
-    it does would decide how results are rounded.
-    """
-    if vectorize != "auto" or isinstance(error, torch.OutOfMemoryError):
-        return False
-    reason = str(error).strip().partition("\n")[0]
-    warn_once(
-        "tasks are computed one by one, since vmap cannot run them together; vectorize=False "
-        f"says so from the start. Got {type(error).__name__}: {reason}"
-    )
-    return True
 
 
 def _results(totals: tuple[Tensor, ...], states: Tensor | None) -> list[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,25 +43,15 @@ from metadist.run.banner import banner
 from metadist.run.checkpoint import (
     Checkpoint,
     CheckpointError,
-    CheckpointStore,
     check_same_model,
     name_of,
 )
 from metadist.run.events import EventLog
-from metadist.run.files import (
-    ARTIFACTS,
-    CHECKPOINTS,
-    CONFIG,
-    EVENTS,
-    LOCK,
-    MAX_CONFIG_BYTES,
-)
-from metadist.run.lock import RunLock
 from metadist.run.monitor import Monitor, TerminalProgress, calls_of
 from metadist.run.reading import software
-from metadist.run.rebuild import config_of, is_own
+from metadist.run.rebuild import config_of
+from metadist.run.run_folder import RunFolder
 from metadist.run.settings import as_text, difference, recorded
-from metadist.run.storage import Folder, Mirror, is_part
 from metadist.signals import OneStop
 from metadist.task import (
     Batch,
@@ -257,23 +246,11 @@ class Trainer:
         self._gallery = Gallery()
         self._max_dropped = max_dropped
         self._quiet = quiet
-        self._config = config
         self._given = given
-        self._folder = None if run_dir is None else Folder(run_dir)
-        self._store: CheckpointStore | None = None
-        self._mirror: Mirror | None = None
-        self.run_dir: Path | None = None
-        """The run folder; if that is not on this machine, the local copy of its events."""
-        if self._folder is not None:
-            self._store = CheckpointStore(
-                (self._folder / CHECKPOINTS).uri, keep_checkpoints, keep_every=keep_every
-            )
-            self._folder.check_writable()
-            self._mirror = Mirror(self._folder)
-            for file in (EVENTS, *(file for logger in loggers for file in logger.files)):
-                self._mirror.fetch(file)
-            self.run_dir = self._mirror.path
-        self._events = EventLog(None if self.run_dir is None else self.run_dir / EVENTS)
+        self._folder: RunFolder | None = None
+        if run_dir is not None:
+            self._folder = RunFolder(run_dir, self._loggers, config, keep_checkpoints, keep_every)
+        self._events = EventLog(None) if self._folder is None else self._folder.events
         probed = replace(self._workload, sampler=self._probe)
         is_whole = self._probe is sampler
         outer, compute, chunk = self._executor.call(checked, probed, is_whole, val_sampler)
@@ -286,9 +263,7 @@ class Trainer:
             tasks_per_lease=tasks_per_lease,
             chunk_on_cpu=chunk,
         )
-        self._info: dict[str, Any] = {}
-        if self._store is not None:
-            self._info = self._recorded()
+        self._info: dict[str, Any] = {} if self._folder is None else self._recorded()
         rules = self._workload.stepping_rules()
         self._state = OuterVariable(outer, self._optimizer, rules).state()
         self._like = outer
@@ -297,7 +272,6 @@ class Trainer:
         self._saved_at = 0.0
         self._validated: int | None = None
         """The step that was validated last."""
-        self._lock: RunLock | None = None
         self._background = Background()
         self.has_started = False
         """Whether the last `fit` began to compute; errors before that are about the input."""
@@ -306,6 +280,11 @@ class Trainer:
     def outer(self) -> Params:
         """The outer variable after the last `fit`, on the CPU; within it, not to be written to."""
         return self._state.outer
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The run folder; if that is not on this machine, the local copy of its events."""
+        return None if self._folder is None else self._folder.path
 
     @property
     def workload(self) -> Workload:
@@ -387,7 +366,7 @@ class Trainer:
     @property
     def skipped(self) -> dict[str, str]:
         """Damaged checkpoints that the last `restore` skipped, and why."""
-        return self._store.skipped if self._store else {}
+        return self._folder.store.skipped if self._folder else {}
 
     def restore(self, name: str | None = None) -> str:
         """Continue from a checkpoint of `run_dir`: its name, "best", or None for the newest good.
@@ -396,13 +375,14 @@ class Trainer:
             CheckpointError: There is none, or it is damaged, or not of this run's model,
                 optimiser or leases.
         """
-        if self._store is None:
+        if self._folder is None:
             raise ValueError("restore needs a run_dir, got None")
-        found, checkpoint = self._store.load(name)
+        store = self._folder.store
+        found, checkpoint = store.load(name)
         self._events.step = checkpoint.state.version
-        for damaged, reason in self._store.skipped.items():
+        for damaged, reason in store.skipped.items():
             self._events.write("checkpoint_skipped", checkpoint=damaged, reason=reason)
-        check_same_model(checkpoint.state.outer, self._like, f"{self._store.uri}/{found}")
+        check_same_model(checkpoint.state.outer, self._like, f"{store.uri}/{found}")
         info = checkpoint.info
         self._adopt(info)
         # Of older checkpoints.
@@ -419,13 +399,13 @@ class Trainer:
                 by = "" if writer == __version__ else f", which metadist {writer} wrote"
                 raise CheckpointError(
                     f"{name} must be {as_text(then)} as in checkpoint "
-                    f"{self._store.uri}/{found}{by}, got {now}: start a new run to change it"
+                    f"{store.uri}/{found}{by}, got {now}: start a new run to change it"
                 )
         try:
             check_state(checkpoint.state, self._optimizer)
         except ValueError as error:
             raise CheckpointError(
-                f"checkpoint {self._store.uri}/{found} is of another format: {error}"
+                f"checkpoint {store.uri}/{found} is of another format: {error}"
             ) from error
         self._info = self._recorded()
         self._state = checkpoint.state
@@ -507,7 +487,8 @@ class Trainer:
         require_steps("num_steps", num_steps, self.sampler)
         if self._val_sampler is not None:
             require_steps("num_steps", num_steps, self._val_sampler)
-        self._check_new()
+        if self._folder is not None and self._is_new:
+            self._folder.check_new()
         run = _Run(num_steps, self._log_every, self._quiet, self._events)
         try:
             with OneStop() as stop, self._locked(run.progress):
@@ -529,10 +510,14 @@ class Trainer:
         try:
             self._executor.notify = self._events.write  # type: ignore[method-assign]
             self._executor.start(self._workload, self._optimizer, self._state)
-            if self.run_dir is not None:
-                self._open_run_dir(self.run_dir, num_steps)
-                newer = self._store.newer(self.version) if self._store and self._goes_back else []
-                logged = replace(self._logged_run(), step=self.version, is_branch=bool(newer))
+            if self._folder is not None:
+                self._folder.path.mkdir(parents=True, exist_ok=True)
+                self._is_new = False
+                self._folder.write_config(partial(self._rebuildable, num_steps))
+                newer = self._folder.store.newer(self.version) if self._goes_back else []
+                logged = replace(
+                    self._logged_run(self._folder), step=self.version, is_branch=bool(newer)
+                )
                 monitor = Monitor(self._loggers, logged, run.logger_failed, bears_open=not is_new)
                 self._monitor = monitor
                 if self.version == 0:
@@ -546,7 +531,9 @@ class Trainer:
                 if is_new:
                     self._save(waits=True)  # for a run that dies before it gets to the next
                 else:
-                    self._abandon_newer(run.progress)
+                    if self._folder is not None and self._goes_back:
+                        self._folder.abandon_newer(self.version, run.progress.say)
+                    self._goes_back = False
                     self._make_up_validation(num_steps, monitor, run.progress)
                 self._saved_at = time.monotonic()
                 for report in self._executor.run(num_steps):
@@ -578,7 +565,7 @@ class Trainer:
             if monitor is not None:
                 monitor.close(failed)
             self._upload()
-        best = self._store.best() if self._store else None
+        best = self._folder.store.best() if self._folder else None
         return TrainingResult(
             num_steps=self.version,
             num_tasks=run.num_tasks,
@@ -637,9 +624,10 @@ class Trainer:
 
     def record(self, split: str, result: EvaluationResult) -> None:
         """Log an evaluation of the current outer variable, and tell callbacks of it."""
-        if self.run_dir is None:
+        if self._folder is None:
             raise ValueError("record needs a run_dir, got None")
-        monitor = Monitor(self._loggers, self._logged_run(), self._events.logger_failed)
+        logged = self._logged_run(self._folder)
+        monitor = Monitor(self._loggers, logged, self._events.logger_failed)
         monitor.evaluation(split, result, self.version)
         monitor.close()
         self._upload()
@@ -655,11 +643,8 @@ class Trainer:
             raise ValueError("log must be called while fit runs, with a run_dir")
         self._monitor.scalars(group, {name: _scalar(name, one) for name, one in values.items()})
 
-    def _logged_run(self) -> LoggedRun:
-        assert self.run_dir is not None and self._folder is not None
-        return LoggedRun(
-            folder=self.run_dir, uri=self._folder.uri, step=None, settings=self.settings()
-        )
+    def _logged_run(self, folder: RunFolder) -> LoggedRun:
+        return LoggedRun(folder=folder.path, uri=folder.uri, step=None, settings=self.settings())
 
     def settings(self) -> dict[str, str | int | float]:
         """The settings that a reader of the result needs, by name."""
@@ -745,24 +730,7 @@ class Trainer:
             return
         inner = self.inner(0) if 0 in self._state.states else None
         found = self.problem.artifacts(split_own(self.outer)[0], inner)
-        if not isinstance(found, Mapping):
-            raise ValueError(
-                f"artifacts must return a dict of bytes by name, got {type(found).__name__}: "
-                "return {} where there is nothing to show"
-            )
-        for name, data in found.items():
-            if not (
-                isinstance(name, str) and _ARTIFACT.fullmatch(name) and isinstance(data, bytes)
-            ):
-                raise ValueError(
-                    "artifacts must be bytes by names of letters, digits and ._-, which begin with "
-                    f"none of these signs, got {type(data).__name__} by the name {name!r}"
-                )
-        folder = self._folder / ARTIFACTS / name_of(self.version)
-        for name, data in found.items():
-            if self._lock is not None:
-                self._lock.check()
-            folder.write(name, data)
+        self._folder.write_artifacts(self.version, found)
 
     def _validates(self, version: int, num_steps: int) -> bool:
         return self._val_sampler is not None and (
@@ -817,127 +785,50 @@ class Trainer:
             log.exception("no checkpoint of the last steps could be written")
             run.progress.say(f"{how}, and no checkpoint could be written: {failure}")
             return
-        saved = f", saved {name_of(self.version)}" if self._store else ""
+        saved = f", saved {name_of(self.version)}" if self._folder else ""
         run.progress.say(f"{how} at step {self.version}{saved}")
-
-    def _check_new(self) -> None:
-        """Raise ValueError if a run would begin in a folder that holds something else.
-
-        What a run has left that ended before its first checkpoint is nothing: it begins again.
-        """
-        if self._folder is None or self._store is None or not self._is_new:
-            return
-        names = {name for name in self._folder.names() if not is_part(name)}
-        if names <= {LOCK}:
-            return
-        logs = {name for logger in self._loggers for name in (*logger.files, *logger.folders)}
-        is_ours = names <= {CONFIG, EVENTS, CHECKPOINTS, LOCK, *logs}
-        if is_ours and (names != {CONFIG} or self._is_own_config()) and self._store.is_bare():
-            return
-        raise ValueError(
-            f"run_dir must be a new or empty folder, got {self._folder.uri!r}, which holds "
-            "files: choose another, or continue that run (metadist resume, --if_exists continue, "
-            "Trainer.restore)"
-        )
-
-    def _is_own_config(self) -> bool:
-        assert self._folder is not None
-        own = (self._config or "").encode()
-        return (
-            bool(own)
-            and self._folder.size_bytes(CONFIG) == len(own)
-            and (self._folder.read(CONFIG, len(own)) == own)
-        )
 
     @contextmanager
     def _locked(self, progress: TerminalProgress) -> Iterator[None]:
-        """Within the block the run folder is this trainer's."""
+        """Within the block the run folder, if there is one, is this trainer's."""
         if self._folder is None:
             yield
             return
-        self._lock = RunLock(self._folder, progress.say)
-        self._lock.acquire()
-        try:
-            self._check_new()  # another run may have begun and ended in the meantime
-            if self._is_new and set(self._folder.names()) > {LOCK}:
-                progress.say(f"beginning {self._folder.uri} again, which holds no checkpoint")
-            yield
-        finally:
-            self._background.join()
-            self._lock.release()
+        with self._folder.locked(self._is_new, progress.say):
+            try:
+                yield
+            finally:
+                self._background.join()
 
-    def _open_run_dir(self, run_dir: Path, num_steps: int) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._is_new = False
-        assert self._folder is not None
-        if self._config is not None:
-            self._folder.write(CONFIG, self._config.encode())
-        elif not self._has_foreign_config():
-            not_options = ("config", "run_dir")
-            options = {name: v for name, v in self._given.items() if name not in not_options}
-            compute = self._given["compute"].given(
-                batch_size=options["batch_size"], seed=options["seed"]
-            )
-            options |= {
-                "num_steps": num_steps,
-                "seed": compute.seed,
-                "executor": self._executor,
-                "outer_optimizer": vars(self._optimizer),
-                "compute": {**vars(compute), "seed": compute.seed},
-            }
-            sampler = self.sampler if self._probe is self.sampler else None
-            self._folder.write(CONFIG, config_of(options, sampler).encode())
-
-    def _has_foreign_config(self) -> bool:
-        """Whether the config in the folder is that of the command line."""
-        assert self._folder is not None
-        if CONFIG not in self._folder.names():
-            return False
-        return not is_own(self._folder.read(CONFIG, MAX_CONFIG_BYTES).decode())
-
-    def _abandon_newer(self, progress: TerminalProgress) -> None:
-        """Move away the checkpoints after the one that the run was told to go back to."""
-        if self._store is not None and self._goes_back:
-            self._store.abandon(self.version)
-            self._report_abandoned(progress.say)
-        self._goes_back = False
-
-    def _report_abandoned(self, say: Callable[[str], None]) -> None:
-        assert self._store is not None
-        if moved := self._store.set_aside:
-            say(f"moved away, of a branch that is abandoned: {', '.join(moved)}")
-            self._events.write("branch_abandoned", checkpoints=[*moved])
-            moved.clear()
+    def _rebuildable(self, num_steps: int) -> str:
+        """The config of a run that was made in Python."""
+        options = {name: v for name, v in self._given.items() if name not in ("config", "run_dir")}
+        compute = self._given["compute"].given(
+            batch_size=options["batch_size"], seed=options["seed"]
+        )
+        options |= {
+            "num_steps": num_steps,
+            "seed": compute.seed,
+            "executor": self._executor,
+            "outer_optimizer": vars(self._optimizer),
+            "compute": {**vars(compute), "seed": compute.seed},
+        }
+        return config_of(options, self.sampler if self._probe is self.sampler else None)
 
     def _save(self, score: float | None = None, waits: bool = False) -> None:
         """Write a checkpoint of the state; `waits` until it is there, or has failed."""
-        if self._store is None:
+        if self._folder is None:
             return
         checkpoint = Checkpoint(self._state, self._info, score)
-        self._background.submit(partial(self._write, self._store, checkpoint))
+        self._background.submit(partial(self._folder.write_checkpoint, checkpoint))
         if waits or not self._checkpoint_async:
             self._background.wait()
         self._saved_at = time.monotonic()
 
-    def _write(self, store: CheckpointStore, checkpoint: Checkpoint) -> None:
-        if self._lock is not None:
-            self._lock.check()
-        name = store.save(checkpoint)
-        self._report_abandoned(log.warning)
-        self._events.write(
-            "checkpoint_written",
-            step=checkpoint.state.version,
-            checkpoint=name,
-            score=checkpoint.score,
-        )
-        self._upload()
-
     def _upload(self) -> None:
-        if self._mirror is not None:
-            self._mirror.upload()
+        if self._folder is not None:
+            self._folder.upload()
 
-
-_ARTIFACT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 TASKS, DROPPED = "tasks", "dropped"  # beside the names of oracle calls
 

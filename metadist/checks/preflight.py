@@ -16,14 +16,9 @@ from torch.utils._pytree import tree_leaves
 from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_pure, told
-from metadist.chunks import chunk_of
+from metadist.chunks import FAILS_UNDER_VMAP, chunk_of, falls_back, vectorizes
 from metadist.compute import DEFAULT, Compute
-from metadist.hypergradient import (
-    FAILS_UNDER_VMAP,
-    HypergradientSum,
-    falls_back,
-    vectorizes,
-)
+from metadist.hypergradient import HypergradientSum
 from metadist.oracle import CountingOracle, Draw, Oracle, Source, first_parts
 from metadist.problem import (
     Problem,

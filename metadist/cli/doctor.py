@@ -233,8 +233,9 @@ def model(config: Namespace) -> Iterator[Finding]:
     from dataclasses import replace
 
     from metadist.checks.preflight import initial_outer, preflight
+    from metadist.chunks import FAILS_UNDER_VMAP
     from metadist.cli.workload import instantiate
-    from metadist.hypergradient import FAILS_UNDER_VMAP, task_hypergradients
+    from metadist.hypergradient import task_hypergradients
     from metadist.task import sample_task, to_device
     from metadist.workload import Workload
 

@@ -7,9 +7,9 @@ import torch
 
 from metadist import Batch, Problem, Task
 from metadist.algorithms import AID, ITD, LancBiO, Reptile
-from metadist.chunks import FEW, GPU_BYTES, chunk_of
+from metadist.chunks import FEW, GPU_BYTES, chunk_of, vectorizes
 from metadist.compute import Compute
-from metadist.hypergradient import task_hypergradients, vectorizes
+from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP
 from metadist.tasks import FewShotProblem
 from tests.helpers import regression

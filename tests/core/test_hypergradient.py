@@ -8,8 +8,9 @@ from torch.func import functional_call
 
 from metadist.algorithm import OWN
 from metadist.algorithms import ITD, Reptile
+from metadist.chunks import vectorizes
 from metadist.compute import Compute
-from metadist.hypergradient import task_hypergradients, vectorizes
+from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP, Conv4
 from metadist.tasks.few_shot.problem import FewShotProblem
 from metadist.trees import add, tree_map

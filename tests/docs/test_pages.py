@@ -82,6 +82,21 @@ def test_the_algorithms_page_is_what_the_script_writes():
     assert page(ALGORITHMS) == ALGORITHMS, "run .venv/bin/python scripts/docs_algorithms.py"
 
 
+def test_the_table_of_the_core_has_every_file_once_and_imports_lead_down():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"(?m)^\|.*", page.partition("| line |")[2])
+    lines = [re.findall(r"`(\w+)(?:\.py|/)`", row) for row in rows]
+    floor = {name: number for number, names in enumerate(lines) for name in names}
+    assert len(floor) == sum(map(len, lines))
+    core = ROOT / "metadist"
+    found = {path.stem for path in core.iterdir() if not path.is_symlink()}
+    assert found - {"__init__", "__main__", "__pycache__", "exports", "py"} == floor.keys()
+    for path in core.glob("*.py"):
+        for name in re.findall(r"(?m)^from metadist\.(\w+)", path.read_text()):
+            is_lower = floor.get(name, 0) >= floor.get(path.stem, 0)
+            assert is_lower or name == "checks", f"{path.name} imports {name}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):

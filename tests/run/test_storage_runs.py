@@ -136,7 +136,7 @@ def test_events_are_there_with_every_checkpoint(place, tmp_path):
 def test_events_that_cannot_be_copied_are_told_of_and_copied_later(place, caplog, tmp_path):
     trainer = make_trainer(run_dir=place)
     assert trainer._folder is not None
-    with Faults(0, "time-out", dies=True).on(trainer._folder):
+    with Faults(0, "time-out", dies=True).on(trainer._folder.folder):
         (tmp_path / "x").touch()
         assert trainer.run_dir is not None
         (trainer.run_dir / "notes").write_text("first")
