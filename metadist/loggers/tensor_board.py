@@ -13,11 +13,21 @@ from metadist.run.files import TENSORBOARD
 HPARAM_METRICS = ("accuracy/test", "accuracy/val", "loss/test", "loss/val")
 """The columns of TensorBoard's table of settings."""
 
+OVERVIEW = {
+    "accuracy": "accuracy/(train|val|test)",
+    "loss": "loss/(train|val|test)",
+    "norm of the hypergradient": "outer/hypergradient_norm",
+    "share of time in which workers wait": "workers/waiting_share",
+    "tasks per second": "tasks/per_second",
+}
+"""The charts of TensorBoard's tab "Custom Scalars", and which scalars each shows."""
+
 
 class TensorBoardLogger(Logger):
     """Event files in the folder tensorboard/ of the run, for TensorBoard.
 
-    Every run with a folder has one. Events of steps that come again are hidden.
+    Every run with a folder has one. Events of steps that come again are hidden. The main curves of
+    all runs are side by side under "Custom Scalars".
     """
 
     folders = (TENSORBOARD,)
@@ -34,6 +44,9 @@ class TensorBoardLogger(Logger):
         self._writer = SummaryWriter(folder, purge_step=purge_step, flush_secs=5)
         if run.step is not None:
             self._log_settings(run.settings)
+            # TensorBoard takes tags that begin with the pattern, such as accuracy/train_before.
+            charts = {title: ["Multiline", [f"{tag}$"]] for title, tag in OVERVIEW.items()}
+            self._writer.add_custom_scalars({"overview": charts})
 
     def _log_settings(self, settings: Mapping[str, str | int | float]) -> None:
         from torch.utils.tensorboard.summary import hparams

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from metadist import LocalExecutor, OuterOptimizer, StepReport
@@ -85,6 +86,25 @@ def test_losses_and_accuracies_are_means_over_the_tasks_of_a_reporting_step(run)
             expected[report.step.version] = total / 4
         assert values[scalar_name("train", name)] == approximately(expected)
     assert 0 < values["accuracy/train"][1] <= 1
+
+
+def test_the_main_curves_stand_side_by_side(run):
+    _, _, found = run
+    (event,) = found.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(event.tensor_proto.string_val[0])
+    (category,) = layout.category
+    shown = {}
+    for chart in category.chart:
+        (pattern,) = chart.multiline.tag
+        # As TensorBoard looks for them: from the beginning of a tag, not necessarily to its end.
+        shown[chart.title] = {tag for tag in found.Tags()["scalars"] if re.match(pattern, tag)}
+    assert shown == {
+        "accuracy": {"accuracy/train", "accuracy/val"},
+        "loss": {"loss/train", "loss/val"},
+        "norm of the hypergradient": {"outer/hypergradient_norm"},
+        "share of time in which workers wait": set(),  # of runs with workers
+        "tasks per second": {"tasks/per_second"},
+    }
 
 
 def test_norm_and_rate_of_every_step_are_written(run):
