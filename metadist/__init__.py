@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from metadist.run.checkpoint import Checkpoint as Checkpoint
     from metadist.run.checkpoint import CheckpointError as CheckpointError
     from metadist.run.checkpoint import CheckpointStore as CheckpointStore
+    from metadist.run.fitting import TrainingDiverged as TrainingDiverged
     from metadist.step_rules import SGD as SGD
     from metadist.step_rules import Adam as Adam
     from metadist.step_rules import AdamW as AdamW
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from metadist.task import Task as Task
     from metadist.task import TaskSampler as TaskSampler
     from metadist.trainer import Trainer as Trainer
-    from metadist.trainer import TrainingDiverged as TrainingDiverged
     from metadist.trainer import TrainingResult as TrainingResult
     from metadist.trees import Params as Params
 

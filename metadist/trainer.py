@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -47,7 +46,8 @@ from metadist.run.checkpoint import (
     name_of,
 )
 from metadist.run.events import EventLog
-from metadist.run.monitor import Monitor, TerminalProgress, calls_of
+from metadist.run.fitting import Fitting, TrainingDiverged
+from metadist.run.monitor import Monitor, TerminalProgress
 from metadist.run.reading import software
 from metadist.run.rebuild import config_of
 from metadist.run.run_folder import RunFolder
@@ -66,10 +66,6 @@ from metadist.trees import Params
 from metadist.workload import Workload, tasks_of_steps
 
 log = logging.getLogger("metadist.trainer")
-
-
-class TrainingDiverged(RuntimeError):
-    """Too many tasks in a row had no finite hypergradient."""
 
 
 @dataclass(frozen=True)
@@ -489,7 +485,7 @@ class Trainer:
             require_steps("num_steps", num_steps, self._val_sampler)
         if self._folder is not None and self._is_new:
             self._folder.check_new()
-        run = _Run(num_steps, self._log_every, self._quiet, self._events)
+        run = Fitting(num_steps, self._log_every, self._quiet, self._events)
         try:
             with OneStop() as stop, self._locked(run.progress):
                 return self._fit(num_steps, on_step, run, stop)
@@ -500,7 +496,7 @@ class Trainer:
         self,
         num_steps: int,
         on_step: Callable[[StepReport], bool | None] | None,
-        run: _Run,
+        run: Fitting,
         stop: OneStop,
     ) -> TrainingResult:
         began = time.perf_counter()
@@ -682,7 +678,7 @@ class Trainer:
         version: int,
         num_steps: int,
         monitor: Monitor | None,
-        run: _Run,
+        run: Fitting,
         is_due: bool,
     ) -> None:
         validates = self._validates(version, num_steps)
@@ -766,7 +762,7 @@ class Trainer:
         call_on_evaluation(self._callbacks, EvaluationReport("val", self.version, result))
         return result.score if math.isfinite(result.score) else None
 
-    def _leave(self, error: BaseException, run: _Run) -> None:
+    def _leave(self, error: BaseException, run: Fitting) -> None:
         """Write a checkpoint of the newest state that is known, as `error` ends the run."""
         how = "interrupted" if isinstance(error, KeyboardInterrupt) else "ended by an error"
         try:
@@ -830,62 +826,6 @@ class Trainer:
             self._folder.upload()
 
 
-TASKS, DROPPED = "tasks", "dropped"  # beside the names of oracle calls
-
-
-class _Run:
-    """The counters of one call of `fit`."""
-
-    def __init__(self, num_steps: int, log_every: int, quiet: bool, events: EventLog) -> None:
-        self.progress = TerminalProgress(num_steps, log_every, quiet)
-        self._settled: Counter[str] = Counter()
-        self._recent: dict[int, Counter[str]] = {}
-        self._in_a_row: list[int] = []
-        self._events = events
-
-    def logger_failed(self, logger: Logger, error: Exception) -> None:
-        what = "TensorBoard events" if isinstance(logger, TensorBoardLogger) else _rows_of(logger)
-        self.progress.say(f"{what} are missing from here, training continues: {error}")
-        self._events.logger_failed(logger, error)
-
-    @property
-    def num_tasks(self) -> int:
-        return self._total()[TASKS]
-
-    @property
-    def num_dropped(self) -> int:
-        return self._total()[DROPPED]
-
-    @property
-    def calls(self) -> dict[str, int]:
-        return {name: n for name, n in self._total().items() if name not in (TASKS, DROPPED)}
-
-    def _total(self) -> Counter[str]:
-        return sum(self._recent.values(), self._settled)
-
-    def settle(self) -> None:
-        """Make final the counts so far: their steps will not be reported again."""
-        self._settled, self._recent = self._total(), {}
-
-    def count(self, report: StepReport, max_dropped: int) -> None:
-        if report.step.version in self._recent:
-            self._in_a_row = []  # the server was lost: repeated steps replace the first ones
-        self._recent[report.step.version] = calls_of(report) + Counter(
-            {
-                TASKS: sum(result.num_tasks for result in report.results),
-                DROPPED: sum(len(result.dropped) for result in report.results),
-            }
-        )
-        for result in report.results:
-            self._in_a_row = [*(() if result.num_tasks else self._in_a_row), *result.dropped]
-        if len(self._in_a_row) >= max_dropped:
-            raise TrainingDiverged(
-                f"the last {len(self._in_a_row)} tasks in a row had no finite hypergradient (ids "
-                f"{', '.join(map(str, self._in_a_row[:8]))} ...), max_dropped={max_dropped}: try a "
-                "smaller inner_lr or outer lr, or clip_norm"
-            )
-
-
 def _further(optimizer: OuterOptimizer) -> dict[str, str | int | float]:
     """The other options of the optimiser that are not as by default, for a reader."""
     usual = vars(OuterOptimizer())
@@ -913,10 +853,6 @@ def _scalar(name: Any, value: Any) -> float:
         raise ValueError(
             f"values in log must be numbers, got {got} for {name!r}: give a float, or several names"
         ) from error
-
-
-def _rows_of(logger: Logger) -> str:
-    return f"rows of {type(logger).__name__}"
 
 
 def _check_observers(

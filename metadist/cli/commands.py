@@ -108,7 +108,7 @@ _EXITED = "somebody's code called sys.exit() before the work was done"
 def _is_failure(error: Exception) -> bool:
     """Whether a message says all there is to say about it."""
     from metadist.cluster import ClusterError
-    from metadist.trainer import TrainingDiverged
+    from metadist.run.fitting import TrainingDiverged
 
     return isinstance(error, (TrainingDiverged, ClusterError, FloatingPointError))
 
