@@ -532,23 +532,7 @@ class Trainer:
                     self._goes_back = False
                     self._make_up_validation(num_steps, monitor, run.progress)
                 self._saved_at = time.monotonic()
-                for report in self._executor.run(num_steps):
-                    stop.check()
-                    self._background.check()
-                    self._events.report(report)
-                    if monitor is not None:
-                        monitor.step(report)
-                    run.progress.step(report)
-                    run.count(report, self._max_dropped)
-                    call_on_step(self._callbacks, report)
-                    version = report.step.version
-                    ends = on_step is not None and _is_false(on_step(report))
-                    if self.version == version:  # it has called `save`
-                        run.settle()
-                    last = version if ends else num_steps
-                    self._periodically(version, last, monitor, run, report.is_draining)
-                    if ends and self.version >= version:
-                        break
+                self._take_steps(num_steps, on_step, run, stop, monitor)
                 self._background.wait()
             failed = False
         except BaseException as error:
@@ -570,6 +554,33 @@ class Trainer:
             best=best,
             calls=run.calls,
         )
+
+    def _take_steps(
+        self,
+        num_steps: int,
+        on_step: Callable[[StepReport], bool | None] | None,
+        run: Fitting,
+        stop: OneStop,
+        monitor: Monitor | None,
+    ) -> None:
+        """Follow the outer steps to the last one, or to that at which `on_step` ends the run."""
+        for report in self._executor.run(num_steps):
+            stop.check()
+            self._background.check()
+            self._events.report(report)
+            if monitor is not None:
+                monitor.step(report)
+            run.progress.step(report)
+            run.count(report, self._max_dropped)
+            call_on_step(self._callbacks, report)
+            version = report.step.version
+            ends = on_step is not None and _is_false(on_step(report))
+            if self.version == version:  # it has called `save`
+                run.settle()
+            last = version if ends else num_steps
+            self._periodically(version, last, monitor, run, report.is_draining)
+            if ends and self.version >= version:
+                return
 
     def _introduce(self, progress: TerminalProgress) -> None:
         """Say what is trained, on what and where."""

@@ -191,6 +191,34 @@ class RayExecutor(Executor):
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         """See `Executor`; started again, it keeps its processes and sets them up anew."""
+        self._check_policy(workload)
+        self._spec = OuterSpec.of(state.outer)
+        self._bounds = shard_bounds(self._spec.num_elements, self._server.num_shards)
+        self._check_server(workload)
+        self._arithmetic = workload.compute.arithmetic
+        payload = pickle_by_value(workload)
+        if not ray.is_initialized():
+            self._forget_actors()
+        try:
+            self._placement.open(workload.compute.device)
+            self._held = None
+            if self._state == "worker":
+                self._check_room_for_versions()
+            pool = self._start_pool(payload, self._num_held(workload))
+            if self._state == "worker":
+                self._held = HeldStates(workload, pool, state.version, state.states)
+                state = state._replace(states={})
+            parts = split_state(pack_state(state), self._bounds)
+            supervisor = self._start_server(parts, optimizer, workload)
+        except BaseException:
+            self.close()
+            raise
+        self._scheduler = Scheduler(workload, self._policy, supervisor, pool, self._held)
+        self._metrics = RunMetrics(ray.get_runtime_context().get_job_id())
+        log.info("%s", self.describe())
+
+    def _check_policy(self, workload: Workload) -> None:
+        """Raise ValueError for workers and a policy that the leases of a workload do not fit."""
         if self._policy.is_synchronous and self._workers.num_workers > workload.leases_per_step:
             way_out = "lower num_workers, or begin a run with a lower tasks_per_lease"
             if workload.tasks_per_lease == 1:
@@ -221,8 +249,9 @@ class RayExecutor(Executor):
                 "state must be 'server' with keep_state=False, got 'worker': nothing is kept from "
                 "step to step that could stay on a worker. Leave it out"
             )
-        self._spec = OuterSpec.of(state.outer)
-        self._bounds = shard_bounds(self._spec.num_elements, self._server.num_shards)
+
+    def _check_server(self, workload: Workload) -> None:
+        """Raise ValueError for options of the server that x or a workload does not allow."""
         if self._server.num_shards > 1 and workload.stepping_rules().project is not None:
             raise ValueError(
                 f"num_shards must be 1 with {type(workload.problem).__name__}, which has a "
@@ -239,27 +268,6 @@ class RayExecutor(Executor):
                 f"device must not be 'cpu' with gpus_per_server={gpus_per_server:g}, got 'cpu': "
                 "the server's GPU serves workers that have one themselves"
             )
-        self._arithmetic = workload.compute.arithmetic
-        payload = pickle_by_value(workload)
-        if not ray.is_initialized():
-            self._forget_actors()
-        try:
-            self._placement.open(workload.compute.device)
-            self._held = None
-            if self._state == "worker":
-                self._check_room_for_versions()
-            pool = self._start_pool(payload, self._num_held(workload))
-            if self._state == "worker":
-                self._held = HeldStates(workload, pool, state.version, state.states)
-                state = state._replace(states={})
-            parts = split_state(pack_state(state), self._bounds)
-            supervisor = self._start_server(parts, optimizer, workload)
-        except BaseException:
-            self.close()
-            raise
-        self._scheduler = Scheduler(workload, self._policy, supervisor, pool, self._held)
-        self._metrics = RunMetrics(ray.get_runtime_context().get_job_id())
-        log.info("%s", self.describe())
 
     def run(self, until_version: int) -> Iterator[StepReport]:
         reports = self._started().run(until_version)
