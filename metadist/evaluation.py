@@ -227,9 +227,7 @@ def best_inner_steps(
         algorithm: As trained.
         outer: The outer variable.
         choices: The numbers to try; of equal scores the first counts.
-        num_tasks: As for `evaluate`, as are compute and executor.
-        compute: See there.
-        executor: See there.
+        num_tasks, compute, executor: As for `evaluate`.
 
     Raises:
         ValueError: No choices, or as `evaluate`.

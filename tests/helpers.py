@@ -84,6 +84,16 @@ class Recording(LocalExecutor):
             yield report
 
 
+def interrupt_at(step: int) -> Callable[[StepReport], None]:
+    """For `Recording`: Ctrl-C after this outer step."""
+
+    def after(report: StepReport) -> None:
+        if report.step.version == step:
+            raise KeyboardInterrupt
+
+    return after
+
+
 def curves(split: str = "train", **options: Any) -> Sinusoid:
     """Small regression tasks."""
     return Sinusoid(**{"k_shot": 5, "k_query": 5, "split": split, **options})
@@ -101,6 +111,11 @@ def small_conv4(seed: int = 0) -> Conv4:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Conv4(n_way=3, width=4, image_size=16)
+
+
+def images_of_conv4(adapt: str = "head") -> dict[str, Any]:
+    """For `make_trainer`: `Images` and their network."""
+    return {"problem": FewShotProblem(small_conv4(), adapt=adapt), "sampler": Images()}
 
 
 def regression(model: torch.nn.Module | None = None, adapt: str = "all") -> FewShotProblem:
@@ -222,6 +237,17 @@ class Outcome(NamedTuple):
     err: str
 
 
+def command(*arguments: str | Path | int) -> int:
+    """The exit code of a command, called in this process."""
+    path = list(sys.path)  # to which a command adds the current folder
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    finally:
+        sys.path[:] = path
+
+
 class CommandLine:
     """Calls the command line in this process."""
 
@@ -230,13 +256,7 @@ class CommandLine:
 
     def __call__(self, *arguments: str | Path | int) -> Outcome:
         self._capsys.readouterr()
-        path = list(sys.path)
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        finally:
-            sys.path[:] = path
+        code = command(*arguments)
         return Outcome(code, *self._capsys.readouterr())
 
     def good(self, *arguments: str | Path | int) -> str:

@@ -7,11 +7,7 @@ import sys
 
 import pytest
 
-from metadist.cli import main
-from tests.helpers import (
-    CURVES,
-    words,
-)
+from tests.helpers import CURVES, command, words
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +23,7 @@ def finished(tmp_path_factory):
     """A run of 5 steps with checkpoints 2, 4 and 5, validated at each."""
     run = tmp_path_factory.mktemp("finished") / "run"
     flags = "--num_steps 5 --checkpoint_every 2 --val_split val --val_every 2 --val_tasks 3"
-    path = list(sys.path)
-    assert main(["train", *CURVES, "--run_dir", str(run), *words(flags)]) == 0
-    sys.path[:] = path
+    assert command("train", *CURVES, "--run_dir", run, *words(flags)) == 0
     return run
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from metadist.cli import main
 from metadist.models import MLP
 from tests.helpers import (
     CURVES,
     becomes,
+    command,
     contents,
     finish,
     make_trainer,
@@ -180,9 +180,7 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "mine.py").write_text(MINE)
     write_tree(folder / "pictures", [f"class{i}" for i in range(9)], num_images=3)
-    path = list(sys.path)
-    assert main(["train", *CURVES, "--run_dir", str(folder / "damaged"), "--num_steps", "2"]) == 0
-    sys.path[:] = path
+    assert command("train", *CURVES, "--run_dir", folder / "damaged", "--num_steps", 2) == 0
     shutil.copytree(folder / "damaged", folder / "other")
     for tensors in (folder / "damaged").glob("checkpoints/*/tensors.safetensors"):
         tensors.write_text("???")

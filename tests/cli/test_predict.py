@@ -14,10 +14,9 @@ from safetensors import safe_open
 
 from metadist import Batch, CheckpointStore, predict
 from metadist.algorithms import ITD
-from metadist.cli import main
 from metadist.models import Conv4
 from metadist.tasks import FewShotProblem, ImageFolder
-from tests.helpers import store_of, words
+from tests.helpers import command, store_of, words
 
 ITD_FLAGS = "--algorithm.inner_steps 3 --algorithm.inner_lr 0.2 --compute.device cpu"
 MODEL = "--problem.model.width 4 --problem.model.image_size 16 --problem.model.n_way 3"
@@ -54,9 +53,7 @@ def few_shot(images, tmp_path_factory):
         f"{MODEL} {ITD_FLAGS} --problem.adapt head --outer_optimizer.lr 0.01 "
         f"--num_steps 25 --meta_batch_size 4 --eval_inner_steps 6 --quiet true --run_dir {run}"
     )
-    path = list(sys.path)
-    assert main(words(flags)) == 0
-    sys.path[:] = path
+    assert command(*words(flags)) == 0
     return run
 
 

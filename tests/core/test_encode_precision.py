@@ -17,7 +17,15 @@ from metadist.run.checkpoint import CheckpointError
 from metadist.task import Batch, Task, to_device
 from metadist.tasks import FewShotProblem, Glyphs
 from metadist.trees import flatten
-from tests.helpers import ADAM, Images, exact_state, fresh, make_trainer, small_conv4
+from tests.helpers import (
+    ADAM,
+    Images,
+    exact_state,
+    fresh,
+    images_of_conv4,
+    make_trainer,
+    small_conv4,
+)
 from tests.problems import generator, image_task
 
 HALF = Compute(encode_precision="bf16", device="cpu")
@@ -26,8 +34,7 @@ ANIL = ITD(inner_steps=3, inner_lr=0.1)
 
 def anil(**options):
     chosen: dict[str, Any] = {
-        "problem": FewShotProblem(small_conv4(), adapt="head"),
-        "sampler": Images(),
+        **images_of_conv4(),
         "algorithm": ANIL,
         "compute": HALF,
         "seed": None,

@@ -13,15 +13,14 @@ from metadist.algorithms import SOBA
 from metadist.pictures import MAX_TILES, Gallery, adaptation_picture
 from metadist.run.reading import find_history
 from metadist.run.storage import Folder
-from metadist.tasks import FewShotProblem, HyperCleaning, LinearClassifier
+from metadist.tasks import HyperCleaning, LinearClassifier
 from metadist.tasks.reweighting.corrupted_images import CorruptedImages
-from tests.helpers import Images, curves, make_trainer, small_conv4
+from tests.helpers import Images, curves, images_of_conv4, make_trainer
 
 
 def test_a_validation_shows_how_a_task_is_adapted(tmp_path):
     trainer = make_trainer(
-        problem=FewShotProblem(small_conv4(), adapt="head"),
-        sampler=Images(),
+        **images_of_conv4(),
         val_sampler=Images(),
         val_every=2,
         val_tasks=2,

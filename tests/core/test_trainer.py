@@ -33,7 +33,6 @@ from metadist.compute import Compute
 from metadist.executor import StepReport
 from metadist.run import lock
 from metadist.run.storage import Folder
-from metadist.tasks import FewShotProblem
 from metadist.trainer import default_tasks_per_lease
 from tests.helpers import (
     ADAM,
@@ -47,21 +46,17 @@ from tests.helpers import (
     exact,
     exact_state,
     finish,
+    images_of_conv4,
+    interrupt_at,
     last_state,
     make_trainer,
     read_events,
     regression,
-    small_conv4,
     start,
     store_of,
 )
 
 FAST = ITD(inner_steps=2, inner_lr=0.05)
-
-
-def conv4(adapt: str) -> dict[str, Any]:
-    problem = FewShotProblem(small_conv4(), adapt=adapt)
-    return {"problem": problem, "sampler": Images(), "meta_batch_size": 2}
 
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -71,8 +66,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "learned rates": {"algorithm": ITD(inner_steps=2, inner_lr=0.05, learn_lr="per_tensor")},
     "Meta-SGD": {"algorithm": ITD(inner_steps=2, inner_lr=0.05, learn_lr="per_element")},
     "Reptile": {"algorithm": Reptile(inner_steps=2, inner_lr=0.05), "outer_optimizer": SGD},
-    "MAML, Conv4": conv4("all"),
-    "ANIL, Conv4": conv4("head"),
+    "MAML, Conv4": {**images_of_conv4("all"), "meta_batch_size": 2},
+    "ANIL, Conv4": {**images_of_conv4("head"), "meta_batch_size": 2},
     "two tasks a lease": {"tasks_per_lease": 2},
 }
 
@@ -198,14 +193,6 @@ def test_a_run_that_was_killed_is_resumed_to_the_bytes_of_an_undisturbed_one(tmp
     assert 5 <= resumed.version < 60
     resumed.fit(60)
     assert_undisturbed(resumed, 60)
-
-
-def interrupt_at(step: int):
-    def after(report):
-        if report.step.version == step:
-            raise KeyboardInterrupt
-
-    return after
 
 
 @pytest.mark.parametrize("step", [1, 3])

@@ -23,8 +23,8 @@ from metadist.report.page import escaped, table
 from metadist.run.events import EventLog
 from metadist.run.files import RESULT
 from metadist.run.storage import Folder, write_json
-from metadist.tasks import FewShotProblem, ProtoNet
-from tests.helpers import Images, make_trainer, small_conv4
+from metadist.tasks import ProtoNet
+from tests.helpers import Images, images_of_conv4, make_trainer, small_conv4
 
 VOID = {"meta", "img", "br"}
 
@@ -78,8 +78,7 @@ def finished(tmp_path_factory) -> Path:
     """A classification in 6 steps, validated three times, tested, with a dropped task."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
     trainer = make_trainer(
-        problem=FewShotProblem(small_conv4(), adapt="head"),
-        sampler=Images(),
+        **images_of_conv4(),
         val_sampler=Images(),
         val_every=2,
         val_tasks=3,

@@ -13,7 +13,15 @@ from metadist import TrainingDiverged
 from metadist.outer import LeaseResult
 from metadist.run.events import EventLog
 from metadist.run.storage import Folder
-from tests.helpers import Recording, Spoiled, curves, exact, make_trainer, read_events
+from tests.helpers import (
+    Recording,
+    Spoiled,
+    assert_undisturbed,
+    curves,
+    interrupt_at,
+    make_trainer,
+    read_events,
+)
 from tests.run.test_monitor import report, result
 
 OF_PROCESS = ("time", "host", "boot", "pid", "started", "software")
@@ -60,17 +68,11 @@ def test_a_run_tells_how_it_began_went_and_ended(tmp_path):
     assert abs((times[0] - before).total_seconds()) < 60
 
 
-def interrupt(at: int):
-    def after(report):
-        if report.step.version == at:
-            raise KeyboardInterrupt
-
-    return after
-
-
 def test_a_resumed_run_goes_on_in_the_same_file(tmp_path):
     path = tmp_path / "events.jsonl"
-    stopped = make_trainer(executor=Recording(interrupt(3)), run_dir=tmp_path, checkpoint_every=2)
+    stopped = make_trainer(
+        executor=Recording(interrupt_at(3)), run_dir=tmp_path, checkpoint_every=2
+    )
     with pytest.raises(KeyboardInterrupt):
         stopped.fit(6)
     *_, first, second, last = told(path)
@@ -149,9 +151,6 @@ def test_the_logger_is_told_the_same_with_or_without_a_folder(tmp_path, caplog):
 
 
 def test_an_event_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
-    undisturbed = make_trainer()
-    undisturbed.fit(3)
-
     def block(report):
         if report.step.version == 1:
             (tmp_path / "run" / "events.jsonl").unlink()
@@ -159,7 +158,7 @@ def test_an_event_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
 
     trainer = make_trainer(executor=Recording(block), run_dir=tmp_path / "run")
     trainer.fit(3)
-    assert exact(trainer.outer) == exact(undisturbed.outer)
+    assert_undisturbed(trainer, 3)
     assert "cannot write to" in caplog.text
 
 

@@ -24,8 +24,14 @@ from metadist.outer import LeaseResult, StepResult
 from metadist.run.monitor import MAX_IMAGES, Monitor, TerminalProgress
 from metadist.run.names import scalar_name
 from metadist.task import Batch, Task
-from metadist.tasks import FewShotProblem
-from tests.helpers import Images, Recording, Spoiled, curves, make_trainer, small_conv4
+from tests.helpers import (
+    Images,
+    Recording,
+    Spoiled,
+    curves,
+    images_of_conv4,
+    make_trainer,
+)
 
 WARMING = OuterOptimizer("sgd", lr=0.1, warmup_steps=4)
 
@@ -55,8 +61,7 @@ def run(tmp_path_factory):
     executor = Recording()
     folder = tmp_path_factory.mktemp("run") / "mine"
     trainer = make_trainer(
-        problem=FewShotProblem(small_conv4(), adapt="head"),
-        sampler=Images(),
+        **images_of_conv4(),
         val_sampler=Images(),
         val_every=2,
         val_tasks=3,

@@ -27,13 +27,13 @@ from tests.helpers import (
     becomes,
     curves,
     finish,
+    interrupt_at,
     latest_scalars,
     make_trainer,
     read_events,
     start,
     store_of,
 )
-from tests.run.test_events import interrupt
 from tests.run.test_monitor import events, scalars
 
 
@@ -171,7 +171,7 @@ def test_the_rest_is_told_at_the_speed_since_the_last_start(run):
 
 
 def test_an_interrupted_and_a_failed_run_say_so(tmp_path):
-    trainer = make_trainer(executor=Recording(interrupt(3)), run_dir=tmp_path)
+    trainer = make_trainer(executor=Recording(interrupt_at(3)), run_dir=tmp_path)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(6)
     status = run_status(tmp_path)
