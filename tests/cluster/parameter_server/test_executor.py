@@ -311,7 +311,7 @@ def test_workers_join_when_their_resources_appear(free_cluster, executor):
         ({"server": 2}, r"server must be a Server, such as Server\(num_shards=2\), got 2"),
         ({"policy": "ssp"}, r"policy must be a Policy, such as SSP\(staleness=2\), got 'ssp'"),
         ({"failures": 2}, r"failures must be a Failures, such as Failures\(max_losses=3\), got 2"),
-        ({"backup_factor": 0.5}, "backup_factor must be >= 1 or None .* got 0.5"),
+        ({"backup_factor": 0.5}, "backup_factor must be >= 1 and finite or None .* got 0.5"),
         ({"prefetch": -1}, "prefetch must be >= 0, got -1"),
     ],
 )
