@@ -227,7 +227,9 @@ def best_inner_steps(
         algorithm: As trained.
         outer: The outer variable.
         choices: The numbers to try; of equal scores the first counts.
-        num_tasks, compute, executor: As for `evaluate`.
+        num_tasks: As for `evaluate`, as are compute and executor.
+        compute: See there.
+        executor: See there.
 
     Raises:
         ValueError: No choices, or as `evaluate`.

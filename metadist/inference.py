@@ -84,7 +84,9 @@ def predict(
         inputs: What to predict, as the problem reads inputs: a tensor, or a batch where examples
             have more than inputs and targets. Their targets are not looked at. None: the query set
             of `task`.
-        inner_steps, state, compute: As for `adapt`.
+        inner_steps: As for `adapt`.
+        state: As for `adapt`.
+        compute: As for `adapt`.
 
     Raises:
         ValueError: The problem has no model, or no inputs are given; and as `adapt`.
@@ -130,7 +132,9 @@ def export(
         algorithm: As trained.
         outer: The outer variable.
         task: The task, or its support set alone.
-        inner_steps, state, compute: As for `adapt`.
+        inner_steps: As for `adapt`.
+        state: As for `adapt`.
+        compute: As for `adapt`.
 
     Raises:
         ValueError: The problem has no model, or the module would compute something else than the
