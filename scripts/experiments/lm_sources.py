@@ -24,7 +24,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -34,6 +35,7 @@ import torch
 
 from metadist import AdamW, Algorithm, OuterOptimizer, Trainer
 from metadist.algorithms import AID, BOME, F2SA, ITD, MEHA, SAMA
+from metadist.models import ModelFactory
 from metadist.tasks import HuggingFace, LanguageModelProblem, SourceWeights, TokenSources, fetch
 from metadist.tasks.data.random import Random
 from metadist.tasks.language import Retrained, retrain
@@ -78,17 +80,35 @@ class Setting(NamedTuple):
 
     Args:
         rows: Rows of each source.
-        held_out: Rows of each source in the validation text, and as many in the test text.
+        validation: Rows to validate on, of each source if texts differ by their sources.
+        held_out: Rows of the test text, likewise.
         steps: Outer steps.
         batch_size: Rows of a mini-batch.
         retrain_steps: Steps of each training from scratch; 0: none.
     """
 
     rows: int = 300
+    validation: int = 50
     held_out: int = 50
     steps: int = 300
     batch_size: int = 16
     retrain_steps: int = 1500
+
+
+class Study(NamedTuple):
+    """What is trained, on what.
+
+    Args:
+        model: The factory; its seed is replaced.
+        methods: What learns the weights, by name.
+        sources: The names of the sources, every other of which is spoilt, see `spoilt`.
+        prepare: The data, of a seed, written into a folder.
+    """
+
+    model: ModelFactory
+    methods: Mapping[str, Method]
+    sources: Sequence[str]
+    prepare: Callable[[int, Path], TokenSources]
 
 
 def news(num_bytes: int, root: Path | None = None) -> dict[str, bytes]:
@@ -102,14 +122,14 @@ def news(num_bytes: int, root: Path | None = None) -> dict[str, bytes]:
     long = {name: text[:num_bytes] for name, text in joined.items() if len(text) >= num_bytes}
     if len(long) < NUM_SOURCES:
         raise ValueError(
-            f"rows and held_out must leave {NUM_SOURCES} publishers with {num_bytes} characters, "
-            f"got {len(long)}: lower them"
+            f"rows, validation and held_out must leave {NUM_SOURCES} publishers with {num_bytes} "
+            f"characters, got {len(long)}: lower them"
         )
     return dict(list(long.items())[:NUM_SOURCES])
 
 
 def spoilt(names: Sequence[str]) -> list[str]:
-    """The sources whose rows are shuffled."""
+    """The sources whose rows are shuffled, or whose labels are redrawn."""
     return list(names)[::2]
 
 
@@ -125,8 +145,8 @@ def prepare(texts: Mapping[str, bytes], setting: Setting, seed: int, folder: Pat
             for row in kept:
                 row[:] = row[draws.choose(LENGTH, LENGTH)]
         sources[name] = kept
-        validation.append(rows[setting.rows :][: setting.held_out])
-        test.append(rows[setting.rows + setting.held_out :][: setting.held_out])
+        validation.append(rows[setting.rows :][: setting.validation])
+        test.append(rows[setting.rows + setting.validation :][: setting.held_out])
     return TokenSources.from_ids(
         sources,
         validation=np.concatenate(validation),
@@ -137,10 +157,16 @@ def prepare(texts: Mapping[str, bytes], setting: Setting, seed: int, folder: Pat
     )
 
 
-def learn(data: TokenSources, method: Method, setting: Setting, seed: int) -> dict[str, float]:
+def study(texts: Mapping[str, bytes], setting: Setting) -> Study:
+    """A small Llama on these texts."""
+    return Study(HuggingFace(LLAMA), METHODS, list(texts), partial(prepare, texts, setting))
+
+
+def learn(
+    model: ModelFactory, data: TokenSources, method: Method, setting: Setting, seed: int
+) -> dict[str, float]:
     """The share of each source that a method has learned."""
-    model = HuggingFace(LLAMA, seed=seed)
-    problem = LanguageModelProblem(model, SourceWeights(data.sources))
+    problem = LanguageModelProblem(model.with_seed(seed), SourceWeights(data.sources))
     trainer = Trainer(
         problem,
         data,
@@ -156,22 +182,21 @@ def learn(data: TokenSources, method: Method, setting: Setting, seed: int) -> di
 
 
 def run(
-    names: Sequence[str],
-    seeds: Sequence[int],
-    setting: Setting,
-    texts: Mapping[str, bytes],
+    study: Study, names: Sequence[str], seeds: Sequence[int], setting: Setting
 ) -> dict[str, Any]:
     """What every method learns for each seed, and what it is worth."""
-    bad = spoilt(list(texts))
+    bad = spoilt(study.sources)
+    clean = [name for name in study.sources if name not in bad]
     shares: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     losses: dict[str, list[float]] = defaultdict(list)
+    accuracies: dict[str, list[float]] = defaultdict(list)
     num_tokens = 0
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            data = prepare(texts, setting, seed, Path(folder) / "tokens")
+            data = study.prepare(seed, Path(folder) / "tokens")
             for name in names:
                 began = time.process_time()
-                found = learn(data, METHODS[name], setting, seed)
+                found = learn(study.model, data, study.methods[name], setting, seed)
                 shares[name].append(found)
                 of_bad = sum(found[source] for source in bad)
                 _report(
@@ -180,9 +205,8 @@ def run(
                 )
             if setting.retrain_steps:
                 learned = {name: shares[name][-1] for name in names}
-                clean = [name for name in texts if name not in bad]
                 again = retrain(
-                    HuggingFace(LLAMA),
+                    study.model,
                     data,
                     learned,
                     clean,
@@ -191,8 +215,9 @@ def run(
                     seeds=[seed],
                 )
                 num_tokens = again.num_tokens
-                for name, values in again.losses.items():
-                    losses[name] += values
+                for name in again.losses:
+                    losses[name] += again.losses[name]
+                    accuracies[name] += again.accuracies[name]
                 _report(f"seed {seed}\n{again}")
     result: dict[str, Any] = {
         "setting": setting._asdict(),
@@ -205,7 +230,7 @@ def run(
         },
     }
     if losses:
-        retrained = Retrained(dict(losses), num_tokens)
+        retrained = Retrained(dict(losses), dict(accuracies), num_tokens)
         result["retrained"] = retrained.to_json()
         result["gain_over_uniform"] = {
             name: dict(zip(("mean", "error"), retrained.gain(name, "uniform"), strict=True))
@@ -229,22 +254,24 @@ def _report(what: object) -> None:
 
 def table(result: Mapping[str, Any]) -> str:
     """The methods, a line each."""
-    lines = ["| method | share of spoilt | separated | test loss | gain over uniform |"]
-    lines.append("|---|---|---|---|---|")
-    losses = result.get("retrained", {}).get("losses", {})
+    lines = ["| method | share of spoilt | separated | test loss | gain over uniform | accuracy |"]
+    lines.append("|---|---|---|---|---|---|")
+    retrained = result.get("retrained", {"losses": {}})
+    losses = retrained["losses"]
     for name in [*result["shares"], *(name for name in losses if name not in result["shares"])]:
-        share = separated = loss = gain = ""
+        share = separated = loss = gain = accuracy = ""
         if name in result["shares"]:
             share = f"{np.mean(result['share_of_spoilt'][name]):.3f}"
             found = result["separated"][name]
             separated = f"{sum(found)} of {len(found)}"
         if name in losses:
             loss = f"{np.mean(losses[name]):.4f}"
+            accuracy = f"{np.mean(retrained['accuracies'][name]):.4f}"
             over = result["gain_over_uniform"][name]
             gain = f"{over['mean']:.4f}"
             if math.isfinite(over["error"]):  # there are several seeds
                 gain += f" (standard error {over['error']:.4f})"
-        lines.append(f"| {name} | {share} | {separated} | {loss} | {gain} |")
+        lines.append(f"| {name} | {share} | {separated} | {loss} | {gain} | {accuracy} |")
     return "\n".join(lines)
 
 
@@ -257,22 +284,37 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the experiment."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+def main_of(
+    study: Callable[[Setting], Study],
+    methods: Mapping[str, Method],
+    default: Setting,
+    about: str | None,
+    arguments: Sequence[str] | None,
+) -> int:
+    """Run an experiment as a command line says."""
+    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
+    parser.add_argument("--methods", nargs="+", default=list(methods), choices=list(methods))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, help="a file of JSON")
-    for field, default in Setting()._asdict().items():
-        parser.add_argument(f"--{field}", type=int, default=default)
+    for field, value in default._asdict().items():
+        parser.add_argument(f"--{field}", type=int, default=value)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     setting = Setting(**{field: getattr(given, field) for field in Setting._fields})
-    texts = news((setting.rows + 2 * setting.held_out) * LENGTH)
-    result = run(given.methods, given.seeds, setting, texts)
+    result = run(study(setting), given.methods, given.seeds, setting)
     if given.output is not None:
         given.output.write_text(json.dumps(_finite(result), indent=1) + "\n")
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the experiment."""
+
+    def of(setting: Setting) -> Study:
+        num_rows = setting.rows + setting.validation + setting.held_out
+        return study(news(num_rows * LENGTH), setting)
+
+    return main_of(of, METHODS, Setting(), __doc__, arguments)
 
 
 if __name__ == "__main__":

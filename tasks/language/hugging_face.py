@@ -122,19 +122,7 @@ class HuggingFace(ModelFactory):
         config: Any = model.config
         config.use_cache = False
         if self.lora is not None:
-            peft = require("peft")
-            given = {"lora_dropout": 0.0, "task_type": "CAUSAL_LM", **self.lora}
-            with warnings.catch_warnings():  # of deprecated names that peft itself asks for
-                warnings.simplefilter("ignore")
-                try:
-                    model = peft.get_peft_model(model, peft.LoraConfig(**given))
-                except (TypeError, ValueError) as error:
-                    raise ValueError(
-                        f"lora must be arguments of peft.LoraConfig, got {self.lora}: {error}"
-                    ) from error
-            for leaf in model.parameters():
-                if leaf.requires_grad:  # what is trained is never rounded to bfloat16
-                    leaf.data = leaf.data.to(torch.promote_types(leaf.dtype, torch.float32))
+            model = with_lora(model, {"task_type": "CAUSAL_LM", **self.lora})
         elif self.trainable is not None:
             _freeze(model, self.trainable)
         model.eval()
@@ -164,6 +152,32 @@ class HuggingFace(ModelFactory):
     def __repr__(self) -> str:
         name = self.model if isinstance(self.model, str) else self.model["model_type"]
         return f"HuggingFace({name!r})" if self.lora is None else f"HuggingFace({name!r}, lora)"
+
+
+def with_lora(model: nn.Module, lora: Mapping[str, Any]) -> nn.Module:
+    """The model with its weights frozen and low-rank matrices, in float32 at least, to train.
+
+    Args:
+        model: Of transformers.
+        lora: Arguments of `peft.LoraConfig`.
+
+    Raises:
+        ValueError: Other arguments; peft is missing.
+    """
+    peft = require("peft")
+    with warnings.catch_warnings():  # of deprecated names that peft itself asks for
+        warnings.simplefilter("ignore")
+        try:
+            config = peft.LoraConfig(**{"lora_dropout": 0.0, **lora})
+            adapted: nn.Module = peft.get_peft_model(model, config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"lora must be arguments of peft.LoraConfig, got {lora}: {error}"
+            ) from error
+    for leaf in adapted.parameters():
+        if leaf.requires_grad:  # what is trained is never rounded to bfloat16
+            leaf.data = leaf.data.to(torch.promote_types(leaf.dtype, torch.float32))
+    return adapted
 
 
 def _freeze(model: nn.Module, patterns: Sequence[str]) -> None:

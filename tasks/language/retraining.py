@@ -36,10 +36,12 @@ class Retrained:
 
     Args:
         losses: Of each mixture by its name, the loss of each seed, in nats per token.
+        accuracies: Likewise, the share of the tokens that are predicted right.
         num_tokens: Tokens that each model was trained on.
     """
 
     losses: dict[str, list[float]]
+    accuracies: dict[str, list[float]]
     num_tokens: int
 
     def mean(self, name: str) -> float:
@@ -60,16 +62,22 @@ class Retrained:
     def to_json(self) -> dict[str, Any]:
         """All of it, and the means, for a file."""
         means = {name: self.mean(name) for name in self.losses}
-        return {"num_tokens": self.num_tokens, "losses": self.losses, "means": means}
+        return {
+            "num_tokens": self.num_tokens,
+            "losses": self.losses,
+            "means": means,
+            "accuracies": self.accuracies,
+        }
 
     def __str__(self) -> str:
         width = max(map(len, self.losses))
-        lines = [f"{'mixture':{width}}  test loss            perplexity"]
+        lines = [f"{'mixture':{width}}  test loss            perplexity  accuracy"]
         for name in sorted(self.losses, key=self.mean):
             perplexity = math.exp(self.mean(name))
             has_interval = len(self.losses[name]) > 1
             loss = str(self.interval(name)) if has_interval else f"{self.mean(name):.4f}"
-            lines.append(f"{name:{width}}  {loss:19}  {perplexity:10.2f}")
+            accuracy = float(np.mean(self.accuracies[name]))
+            lines.append(f"{name:{width}}  {loss:19}  {perplexity:10.2f}  {accuracy:8.4f}")
         return "\n".join(lines)
 
 
@@ -111,8 +119,9 @@ def retrain(
         device: Where to train.
 
     Raises:
-        ValueError: No test text, a source that there is not, shares whose sum is 0, a mixture with
-            the name of one that is added here, an argument out of its range.
+        ValueError: No test text, shares without the name of a mixture, a source that there is not,
+            shares whose sum is 0, a mixture with the name of one that is added here, an argument
+            out of its range.
 
     Cost: one gradient of a mini-batch for each step, mixture and seed.
     """
@@ -123,6 +132,13 @@ def retrain(
         )
     require_integer("num_steps", num_steps, 1)
     require_integer("batch_size", batch_size, 1)
+    if not isinstance(learned, Mapping) or not all(
+        isinstance(shares, Mapping) for shares in learned.values()
+    ):
+        raise ValueError(
+            "learned must hold the shares of each mixture by its name, such as {'F2SA': "
+            f"problem.source_weights(trainer.outer)}}, got {learned!r:.80}: give it a name"
+        )
     if taken := [name for name in learned if name in OURS]:
         raise ValueError(
             f"learned must have other names than {', '.join(OURS)}, which are added, got "
@@ -141,11 +157,13 @@ def retrain(
     if unknown:
         raise ValueError(f"sources must be among {', '.join(known)}, got {', '.join(unknown)}")
     losses: dict[str, list[float]] = {}
+    accuracies: dict[str, list[float]] = {}
     for seed in seeds:
         for name, shares in _mixtures(data, learned, clean, seed).items():
-            loss = _train(model, data, shares, num_steps, batch_size, steps, seed, device)
-            losses.setdefault(name, []).append(loss)
-    return Retrained(losses, num_steps * batch_size * data.length)
+            found = _train(model, data, shares, num_steps, batch_size, steps, seed, device)
+            losses.setdefault(name, []).append(found["test_loss"])
+            accuracies.setdefault(name, []).append(found["test_token_accuracy"])
+    return Retrained(losses, accuracies, num_steps * batch_size * data.length)
 
 
 def _mixtures(
@@ -186,8 +204,8 @@ def _train(
     steps: StepRule,
     seed: int,
     device: str | torch.device,
-) -> float:
-    """The test loss after a training on one mixture."""
+) -> dict[str, float]:
+    """The metrics on the test text after a training on one mixture."""
     # The weights of examples are not used: the mixture is in what is drawn.
     problem = LanguageModelProblem(model.with_seed(seed), ExampleWeights(1))
     task = to_device(data.sample(0), device)
@@ -203,7 +221,7 @@ def _train(
         (slope,) = gradients([loss], [None], at)
         y, memory = steps.step(y, memory, detach(slope), steps.lr_at(step))
     assert data.test is not None
-    return metrics_on(problem, outer, y, data.test)["test_loss"]
+    return metrics_on(problem, outer, y, data.test)
 
 
 def _drawn(

@@ -43,7 +43,7 @@ def llama(**options: Any) -> HuggingFace:
 
 def gpt2(**options: Any) -> HuggingFace:
     """A GPT-2 of two layers and 32 tokens, whose embeddings are tied."""
-    return HuggingFace(GPT2, **options)
+    return HuggingFace({**GPT2, **options.pop("config", {})}, **options)
 
 
 class Bigram(nn.Module):

@@ -6,6 +6,7 @@ import math
 import pickle
 import sys
 import warnings
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,66 @@ def test_aid_solves_the_linear_system_of_the_dense_hessian() -> None:
     algorithm = AID(inner_steps=400, inner_lr=0.5, adjoint_steps=60)
     found = task_hypergradients(problem, algorithm, outer, [data]).total
     torch.testing.assert_close(found["logits"], expected, rtol=1e-7, atol=1e-9)
+
+
+PARTS = {
+    "lora": gpt2(
+        dtype="float64", lora={"r": 1, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    ),
+    "projection": gpt2(dtype="float64", trainable="*.h.0.attn.c_proj.*"),
+}
+"""Transformers with few enough weights for a dense Hessian; Llama's norms round to float32."""
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        {"solver": "cg", "adjoint_steps": 60},
+        {"solver": "neumann", "adjoint_steps": 100, "adjoint_lr": 0.6},
+    ],
+)
+@pytest.mark.parametrize("name", PARTS)
+def test_aid_solves_with_the_dense_hessian_of_a_transformer(
+    name: str, solver: dict[str, Any]
+) -> None:
+    problem = LanguageModelProblem(PARTS[name], WEIGHTS["sources"], weight_decay=1.0)
+    data = task(is_padded=True)
+    outer = _outer(problem)
+    algorithm = AID(inner_steps=2, inner_lr=0.3, **solver)
+    found = task_hypergradients(problem, algorithm, outer, [data]).total["logits"]
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = _implicit(problem, outer, data, steps=2, lr=0.3)
+    assert found.abs().min() > 1e-6
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
+
+
+def _implicit(
+    problem: LanguageModelProblem, outer: Params, data: Task, steps: int, lr: float
+) -> Tensor:
+    """-J H^-1 f_y after gradient steps, the Hessian row by row from plain autograd."""
+    x = outer["logits"].clone().requires_grad_()
+    y = problem.init_inner(outer, data)
+
+    def slope_at(y: Params) -> Tensor:
+        loss = problem.inner_loss({"logits": x}, y, data.support)
+        return _flat(torch.autograd.grad(loss, list(y.values()), create_graph=True))
+
+    for _ in range(steps):
+        y = {n: leaf.detach().requires_grad_() for n, leaf in y.items()}
+        slopes = slope_at(y).detach().split([leaf.numel() for leaf in y.values()])
+        y = {n: y[n] - lr * slope.view_as(y[n]) for n, slope in zip(y, slopes, strict=True)}
+    y = {n: leaf.detach().requires_grad_() for n, leaf in y.items()}
+    slope, leaves = slope_at(y), list(y.values())
+    hessian = torch.stack(
+        [_flat(torch.autograd.grad(one, leaves, retain_graph=True)) for one in slope]
+    )
+    f_y = _flat(torch.autograd.grad(problem.outer_loss({}, y, data.query), leaves))
+    (found,) = torch.autograd.grad(slope @ torch.linalg.solve(hessian, f_y), x)
+    return -found
+
+
+def _flat(leaves: Sequence[Tensor]) -> Tensor:
+    return torch.cat([leaf.flatten() for leaf in leaves])
 
 
 FIRST_ORDER: list[Algorithm] = [

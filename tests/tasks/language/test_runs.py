@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,11 +32,13 @@ from tests.tasks.language.helpers import LLAMA, token_sources
 BYTES = ModelFactory("tests.tasks.language.helpers.bigram", {"vocabulary": 256})
 
 
-def trainer(data: TokenSources, run_dir: Path, **options: Any) -> Trainer:
+def trainer(
+    data: TokenSources, run_dir: Path, model: ModelFactory = BYTES, **options: Any
+) -> Trainer:
     """Two inner models, each with moments that continue."""
     steps = AdamW(lr=1e-2, weight_decay=0.0, clip_norm=1.0, carry=True)
     return Trainer(
-        LanguageModelProblem(BYTES, SourceWeights(data.sources, floor=0.01), micro_batch=3),
+        LanguageModelProblem(model, SourceWeights(data.sources, floor=0.01), micro_batch=3),
         data,
         F2SA(inner_steps=1, inner_optimizer=steps, lam=10.0),
         outer_optimizer=OuterOptimizer("adam", lr=5e-2),
@@ -105,6 +108,43 @@ def test_a_run_of_the_command_line_is_resumed_and_scored(
     assert sum(line["share"] for line in lines) == pytest.approx(1)
 
 
+def test_the_yaml_of_the_guide_is_the_program_of_the_guide(
+    tmp_path: Path, cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    guide = (Path(__file__).resolve().parents[3] / "docs" / "language_models.md").read_text()
+    program = guide.partition("```python\n")[2].partition("```")[0]
+    config = guide.partition("```yaml\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    rows = token_sources(tmp_path).sources
+    for name, file in (("news", "good"), ("web", "bad"), ("target", "validation")):
+        (tmp_path / f"{file}.txt").rename(tmp_path / f"{name}.txt")
+    (tmp_path / "tokens").rename(tmp_path / "other")
+    tiny = json.dumps({**LLAMA, "vocab_size": 256})
+    for found, put in (
+        ('HuggingFace("gpt2"', f"HuggingFace({tiny}"),
+        ('"gpt2"', '"bytes"'),
+        ("length=1024", "length=16"),
+        ("batch_size=64", "batch_size=8"),
+        ("fit(500)", "fit(2)"),
+    ):
+        assert found in program
+        program = program.replace(found, put)
+    for found, put in (
+        ("model: gpt2", f"model: {tiny}"),
+        ("news: 5120, web: 20480", "news: {good}, web: {bad}".format(**rows)),
+        ("batch_size: 64", "batch_size: 8"),
+    ):
+        assert found in config
+        config = config.replace(found, put)
+    exec(program, {})
+    (tmp_path / "lm.yaml").write_text(config)
+    cli.good("train", "--config", "lm.yaml", "--num_steps", 2, "--run_dir", "runs/cli")
+    for name in ("lm", "cli"):
+        cli.good("scores", "--run", f"runs/{name}", "--out", f"{name}.jsonl")
+    assert (tmp_path / "lm.jsonl").read_text() == (tmp_path / "cli.jsonl").read_text()
+
+
 def test_scores_of_examples_are_weights_or_ratings(tmp_path: Path) -> None:
     data = token_sources(tmp_path)
     task = data.sample(0)
@@ -130,6 +170,7 @@ def test_retraining_on_equal_tokens_tells_mixtures_apart(tmp_path: Path) -> None
         *("learned", "uniform", "validation only", "clean only", "random choice")
     }
     assert found.mean("learned") < found.mean("uniform")
+    assert np.mean(found.accuracies["learned"]) > np.mean(found.accuracies["random choice"])
     gain, error = found.gain("learned", "uniform")
     assert gain > 0 and error >= 0
     assert str(found).count("+-") == 5
@@ -142,6 +183,10 @@ def test_retraining_on_equal_tokens_tells_mixtures_apart(tmp_path: Path) -> None
     assert "learned must have other names" in refusal(
         lambda: retrain(BYTES, data, {"clean only": {"good": 1.0}})
     )
+    flat: Any = {"good": 0.9, "bad": 0.1}
+    for wrong in (flat, [flat]):
+        message = refusal(partial(retrain, BYTES, data, wrong))
+        assert "learned must hold the shares of each mixture by its name" in message
     for shares in ({}, {"good": 0.0}):
         assert "shares of 'x' must have a sum > 0" in refusal(
             partial(retrain, BYTES, data, {"x": shares})
