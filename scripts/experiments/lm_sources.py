@@ -103,12 +103,14 @@ class Study(NamedTuple):
         methods: What learns the weights, by name.
         sources: The names of the sources, every other of which is spoilt, see `spoilt`.
         prepare: The data, of a seed, written into a folder.
+        retrain_lr: The first rate of AdamW where models are trained from scratch.
     """
 
     model: ModelFactory
     methods: Mapping[str, Method]
     sources: Sequence[str]
     prepare: Callable[[int, Path], TokenSources]
+    retrain_lr: float = 1e-3
 
 
 def news(num_bytes: int, root: Path | None = None) -> dict[str, bytes]:
@@ -212,6 +214,12 @@ def run(
                     clean,
                     num_steps=setting.retrain_steps,
                     batch_size=setting.batch_size,
+                    steps=AdamW(
+                        lr=study.retrain_lr,
+                        clip_norm=1.0,
+                        schedule="cosine",
+                        num_steps=setting.retrain_steps,
+                    ),
                     seeds=[seed],
                 )
                 num_tokens = again.num_tokens

@@ -184,6 +184,7 @@ def test_retraining_on_equal_tokens_tells_mixtures_apart(tmp_path: Path) -> None
         lambda: retrain(BYTES, data, {"clean only": {"good": 1.0}})
     )
     flat: Any = {"good": 0.9, "bad": 0.1}
+    wrong: Any
     for wrong in (flat, [flat]):
         message = refusal(partial(retrain, BYTES, data, wrong))
         assert "learned must hold the shares of each mixture by its name" in message
