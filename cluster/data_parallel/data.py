@@ -27,19 +27,34 @@ from metadist.autograd import AutogradOracle
 from metadist.compute import DEFAULT
 from metadist.oracle import SOURCES, BatchSize, Draw, MiniBatches, Source, permuted
 from metadist.problem import Problem, per_example_names
-from metadist.task import Batch, Labelled, Shardable, Task, TaskSampler, targets_of
+from metadist.task import (
+    Batch,
+    Labelled,
+    Shardable,
+    Task,
+    TaskSampler,
+    stay_on_host,
+    stays_on_host,
+    targets_of,
+)
 from metadist.trees import Params, gradients, leaves
 
 
 def cut(task: Task, part: int, num_parts: int) -> Task:
     """Shard `part` of `num_parts`: consecutive examples of both sets, in equal numbers or one more.
 
-    It has memory of its own, so that the task can be forgotten.
+    It has memory of its own, so that the task can be forgotten; what stays on the host, as files
+    that are mapped into memory do, is not copied.
     """
 
     def take(full: Batch) -> Batch:
-        bounds = [len(full.index) * number // num_parts for number in (part, part + 1)]
-        return full.take(torch.arange(*bounds, device=full.index.device))
+        first, end = (len(full.index) * number // num_parts for number in (part, part + 1))
+
+        def rows(tensor: Tensor) -> Tensor:
+            some = tensor[first:end]
+            return stay_on_host(some) if stays_on_host(tensor) else some.clone()
+
+        return full.map(rows)._replace(index=full.index[first:end].clone())
 
     return Task(take(task.support), take(task.query), task.id)
 

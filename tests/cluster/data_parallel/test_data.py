@@ -20,7 +20,7 @@ from metadist.cluster.data_parallel.data import (
 )
 from metadist.oracle import Draw, Source
 from metadist.problem import Problem
-from metadist.task import Batch, Task
+from metadist.task import Batch, Task, stay_on_host, stays_on_host
 from metadist.trees import Params, add, scale
 from tests.cluster.data_parallel.shards import Cleaning, Unequal, cleaning_task
 from tests.problems import DOUBLE, Quadratic, assert_close, generator, quadratic_task
@@ -52,6 +52,15 @@ def test_a_shard_has_memory_of_its_own():
     shard = cut(task, 0, 2)
     shard.support.tensors[0].zero_()
     assert task.support.tensors[0][0].any()
+
+
+def test_what_stays_on_the_host_is_cut_without_a_copy():
+    rows = stay_on_host(torch.arange(22).view(11, 2))
+    source = torch.arange(11)
+    task = Task(Batch.named(ids=rows, source=source), Batch.named(ids=rows), 0)
+    ids, sources = cut(task, 1, 2).support.tensors
+    assert torch.equal(ids, rows[5:]) and ids.data_ptr() == rows[5:].data_ptr()
+    assert stays_on_host(ids) and sources.data_ptr() != source[5:].data_ptr()
 
 
 partitions = st.lists(st.integers(0, 3), min_size=11, max_size=11)

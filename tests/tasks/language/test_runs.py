@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from metadist import AdamW, OuterOptimizer, Trainer
+from metadist import Adam, AdamW, LocalExecutor, OuterOptimizer, Trainer
 from metadist.algorithms import F2SA, ITD
 from metadist.models import ModelFactory
 from metadist.tasks import (
@@ -25,6 +25,8 @@ from metadist.tasks import (
     TokenSources,
 )
 from metadist.tasks.language import retrain
+from metadist.trees import Params
+from tests.cluster.data_parallel.shards import InProcess, assert_same_state, solve
 from tests.helpers import CommandLine, exact
 from tests.tasks.helpers import refusal
 from tests.tasks.language.helpers import LLAMA, token_sources
@@ -77,6 +79,31 @@ def test_tasks_of_shares_need_a_multiple_of_them(tmp_path: Path) -> None:
     data = token_sources(tmp_path, num_tasks=3)
     message = refusal(lambda: trainer(data, tmp_path / "run"))
     assert "meta_batch_size must be a multiple of 3" in message
+
+
+class InDouble(LanguageModelProblem):
+    """With x, and so y, in float64."""
+
+    def init_outer(self, generator: torch.Generator) -> Params:
+        return {name: x.double() for name, x in super().init_outer(generator).items()}
+
+
+def test_rows_in_shards_have_the_hypergradient_of_all_rows(tmp_path: Path) -> None:
+    data = token_sources(tmp_path)
+    problem = InDouble(BYTES, SourceWeights(data.sources, floor=0.01), micro_batch=3)
+    f2sa = F2SA(inner_steps=1, inner_optimizer=Adam(1e-2, clip_norm=1.0, carry=True))
+    given: dict[str, Any] = {"problem": problem, "sampler": data, "batch_size": 9}
+    expected, _ = solve(LocalExecutor(), f2sa, **given)
+    found, _ = solve(InProcess(3), f2sa, **given)
+    assert_same_state(found, expected)
+    by_tokens = InDouble(BYTES, SourceWeights(data.sources), mean="token")
+    texts = {"good": ["the cat sat"] * 9 + ["on"] * 9, "bad": ["a mat", "a dog sat on it"] * 9}
+    padded = TokenSources.from_texts(
+        texts, texts["good"], "bytes", 16, tmp_path / "padded", pack=False
+    )
+    assert "inner_loss must be a mean over examples" in refusal(
+        lambda: solve(InProcess(3), f2sa, problem=by_tokens, sampler=padded)
+    )
 
 
 def test_a_run_of_the_command_line_is_resumed_and_scored(
