@@ -194,28 +194,18 @@ class Trainer:
         _check_observers(loggers, callbacks, run_dir)
         self._executor = executor or LocalExecutor()
         self._probe = self._executor.probe(sampler)
-        reports = [
-            check_sampler(
-                source,
-                2,
-                processes=False,
-                allow_equal_examples=allow_equal_examples,
-                few_shot_classes=has_few_shot_classes(problem),
-            )
-            for source in (self._probe, val_sampler)
-            if source is not None
-        ]
+        self.problem = problem
+        self.algorithm = algorithm
+        self.sampler = sampler
+        is_one_task = self._check_samplers(val_sampler, allow_equal_examples)
         meta_batch_size, keep_state = tasks_of_steps(
             sampler,
             algorithm,
             meta_batch_size,
             keep_state,
             learns_start=self._executor.call(learns_start, problem, self._probe, compute.seed),
-            is_one_task=reports[0].distinct_tasks == 1,
+            is_one_task=is_one_task,
         )
-        self.problem = problem
-        self.algorithm = algorithm
-        self.sampler = sampler
         self._optimizer = outer_optimizer or OuterOptimizer()
         self._workload = Workload(
             problem,
@@ -271,6 +261,21 @@ class Trainer:
         self._background = Background()
         self.has_started = False
         """Whether the last `fit` began to compute; errors before that are about the input."""
+
+    def _check_samplers(self, val_sampler: TaskSampler | None, allow_equal_examples: bool) -> bool:
+        """Whether the tasks 0 and 1 of the training are the same; ValueError for a bad sampler."""
+        reports = [
+            check_sampler(
+                source,
+                2,
+                processes=False,
+                allow_equal_examples=allow_equal_examples,
+                few_shot_classes=has_few_shot_classes(self.problem),
+            )
+            for source in (self._probe, val_sampler)
+            if source is not None
+        ]
+        return reports[0].distinct_tasks == 1
 
     @property
     def outer(self) -> Params:

@@ -62,6 +62,8 @@ from metadist.algorithms import (
     StocBiO,
     SubBiO,
 )
+from metadist.checks.exact import dense_hessian
+from metadist.tasks.synthetic.dense import implicit_hypergradient
 from metadist.trees import add, zeros_like
 
 BUDGET = 2000
@@ -162,23 +164,11 @@ def solved(title: str, problem: Problem, task: Task, batch_size: int | None) -> 
     """The setting with the exact hypergradient, by Newton's method and a dense Hessian."""
     x = problem.init_outer(torch.Generator().manual_seed(0))
     start = problem.init_inner(x, task)
-
-    def g(x: Tensor, y: Tensor) -> Tensor:
-        return problem.inner_loss({"x": x}, {"y": y}, task.support)
-
-    def f(x: Tensor, y: Tensor) -> Tensor:
-        return problem.outer_loss({"x": x}, {"y": y}, task.query)
-
-    at, y = x["x"], start["y"]
-    gradient, hessian = torch.func.grad(g, argnums=1), torch.func.hessian(g, argnums=1)
-    for _ in range(30):
-        y = y - torch.linalg.solve(hessian(at, y), gradient(at, y))
-    along_x, along_y = torch.func.grad(f, argnums=(0, 1))(at, y)
-    v = torch.linalg.solve(hessian(at, y), along_y)
-    exact = along_x - torch.func.grad(lambda x: gradient(x, y) @ v)(at)
-    largest = float(torch.linalg.eigvalsh(hessian(at, y))[-1])
-    if batch_size is not None:  # of logistic regression it is largest at y = 0
-        largest = float(torch.linalg.eigvalsh(hessian(at, start["y"]))[-1])
+    exact, y = implicit_hypergradient(problem, task, x, start["y"])
+    # Of logistic regression the curvature is largest at y = 0.
+    at = {"y": y} if batch_size is None else start
+    hessian = dense_hessian(AutogradOracle(problem, task), x, at)
+    largest = float(torch.linalg.eigvalsh(hessian)[-1])
     return Setting(title, problem, task, x, start, exact, largest, batch_size)
 
 
