@@ -145,7 +145,7 @@ def task_hypergradients(
             "out init_carried"
         )
     if not is_checked and not is_known_pure(problem):
-        check_pure(problem, detach(split_own(outer)[0]), tasks[0], compute)
+        check_pure(problem, detach(split_own(outer)[0]), tasks[0], compute, tasks[-1])
     on_cpu = next(iter(outer.values())).device.type == "cpu"
     if vectorizes(compute.vectorize, problem, algorithm, outer, tasks):
         size = compute.chunk_size or len(tasks)

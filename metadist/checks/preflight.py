@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
-from metadist.checks.purity import check_pure, told
+from metadist.checks.purity import check_pure, remember, told
 from metadist.chunks import FAILS_UNDER_VMAP, chunk_of, falls_back, vectorizes
 from metadist.compute import DEFAULT, Compute
 from metadist.hypergradient import HypergradientSum
@@ -37,6 +37,7 @@ from metadist.task import (
     Task,
     TaskSampler,
     num_steps_of,
+    num_tasks_of,
     sample_task,
     targets_of,
     to_device,
@@ -63,6 +64,7 @@ class NoSecondDerivative(ValueError):
 def initial_outer(workload: Workload) -> Params:
     """The outer variable at the start of training, the algorithm's own variables included."""
     problem = workload.problem
+    remember(problem)
     outer = problem.init_outer(torch.Generator().manual_seed(workload.compute.seed))
     task = _task(workload.sampler, outer)
     start = _attempt(problem, "sampler", task, "init_inner", problem.init_inner, outer, task)
@@ -304,6 +306,7 @@ def _enters(workload: Workload, outer: Params, task: Task) -> set[str]:
 
 def learns_start(problem: Problem, sampler: TaskSampler, seed: int) -> bool:
     """Whether the start of adaptation depends on the outer variable, as that of MAML does."""
+    remember(problem)
     outer = problem.init_outer(torch.Generator().manual_seed(seed))
     try:
         return bool(start_depends_on(problem, outer, _task(sampler, outer)))
@@ -335,6 +338,7 @@ def check_losses(
 ) -> None:
     """Raise ValueError unless the problem is pure and its losses finite on task 0 of `sampler`."""
     check_sampler(problem, sampler)
+    remember(problem)
     outer, _ = split_own(outer)
     given, outer = outer, tree_map(torch.clone, outer)  # in case a loss changes it in place
     task = _task(sampler, outer)
@@ -367,7 +371,8 @@ def check_losses(
         raise ValueError(f"metrics must return a dict by name, got {type(metrics).__name__}")
     for name, value in metrics.items():
         _require_scalar(f"metrics[{name!r}]", value)
-    check_pure(problem, given, task, compute)
+    other = _task(sampler, outer, 1) if num_tasks_of(sampler) != 1 else task
+    check_pure(problem, given, task, compute, other)
     num_steps = num_steps_of(sampler)
     if num_steps is not None:
         _check_last_step(problem, sampler, outer, field, compute, num_steps - 1)

@@ -6,6 +6,7 @@ arguments and all tensors and arrays that the problem holds are compared byte by
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 import warnings
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.weak import WeakIdKeyDictionary
 
 from metadist.autograd import AutogradOracle
 from metadist.compute import Compute
@@ -54,8 +56,14 @@ REPEATED = 5
 RARE = 16
 """Seeds tried for a method that draws random numbers, or keeps some, yet gives the same bytes."""
 
+SHARED = 1 << 20
+"""Bytes from which on a tensor is not copied with the problem that holds it."""
+
 _pure: WeakValueDictionary[int, Problem] = WeakValueDictionary()
 """The problems that were found to be pure in this process, by identity."""
+
+_untouched: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Copies of the others, made before they computed anything."""
 
 
 class Impure(ValueError):
@@ -67,7 +75,23 @@ def is_known_pure(problem: Problem) -> bool:
     return _pure.get(id(problem)) is problem
 
 
-def check_pure(problem: Problem, outer: Params, task: Task, compute: Compute) -> None:
+def remember(problem: Problem) -> None:
+    """Keep a copy of a problem that has not computed yet; call it before its first method."""
+    if problem in _untouched or is_known_pure(problem):
+        return
+    with suppress(Exception):  # what cannot be copied is checked without
+        _untouched[problem] = _copy(problem)
+
+
+def _copy(problem: Problem) -> Problem:
+    """A copy that shares what is large, and keeps nothing of what happens to `problem`."""
+    leaves = (leaf for _, leaf in _walk(problem) if isinstance(leaf, Tensor | np.ndarray))
+    return copy.deepcopy(problem, {id(leaf): leaf for leaf in leaves if leaf.nbytes > SHARED})
+
+
+def check_pure(
+    problem: Problem, outer: Params, task: Task, compute: Compute, other: Task | None = None
+) -> None:
     """Raise `Impure` if the methods of `problem` are not pure on `task`.
 
     Args:
@@ -77,9 +101,11 @@ def check_pure(problem: Problem, outer: Params, task: Task, compute: Compute) ->
             thread, for the same reason.
         task: A task there.
         compute: The seed and the sizes of the draws that losses are computed on.
+        other: Another task.
 
-    Cost: eight values of every method, and two double backward passes of each loss.
+    Cost: ten values of every method, and two double backward passes of each loss.
     """
+    remember(problem)
     alone = replace(compute, num_threads=1)
     with alone.applied(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         held, noted, given = _held(problem), {}, _digests(task)
@@ -109,6 +135,8 @@ def check_pure(problem: Problem, outer: Params, task: Task, compute: Compute) ->
             for name in watched:
                 if not _agree(first[name].result, others[name].result):
                     raise _not_a_function(problem, name, first[name])
+        if problem in _untouched:
+            _require_nothing_kept(problem, _untouched[problem], outer, other or task, compute)
     if watched:
         who, does = watched[0], "draws random numbers from a global generator"
         if kept:
@@ -120,6 +148,45 @@ def check_pure(problem: Problem, outer: Params, task: Task, compute: Compute) ->
             stacklevel=2,
         )
     _pure[id(problem)] = problem
+    _untouched.pop(problem, None)
+
+
+def _require_nothing_kept(
+    problem: Problem, untouched: Problem, outer: Params, task: Task, compute: Compute
+) -> None:
+    """Raise `Impure` if `problem` computes otherwise than a copy that has seen no other arguments.
+
+    Args:
+        problem: Has computed at `outer`.
+        untouched: The copy.
+        outer: x; both are asked beside it.
+        task: Of both.
+        compute: As for `check_pure`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = tree_map(lambda leaf: _beside(leaf, 0.01, generator), outer)
+    held = _held(problem)
+    try:
+        used = _calls(problem, x, task, compute, 1, derive=False)
+        new = _calls(_copy(untouched), x, task, compute, 1, derive=False)
+    except Impure:
+        raise
+    except Exception:  # noqa: BLE001  # beside x a problem may refuse to compute
+        return
+    _require_unchanged(problem, held, _held(problem))
+    for name, call in used.items():
+        if _agree(call.result, new[name].result):
+            continue
+        layer = None
+        with suppress(Exception):  # the copy has not gone through the methods before this one
+            alike = getattr(_copy(untouched), name)
+            layer = _layer_that_differs(problem, call, ((call.function, 1), (alike, 1)))
+        raise Impure(
+            f"{name} must be a function of its arguments, got other bytes from a problem that has "
+            f"computed on others before{_does(layer)}. It keeps something of its first call, as a "
+            "mean or a scale of the first data, so each worker would compute with another: "
+            "compute that before, from data that you choose, or make it a part of x"
+        )
 
 
 class _Call(NamedTuple):
@@ -152,9 +219,15 @@ class _Call(NamedTuple):
 
 
 def _calls(
-    problem: Problem, outer: Params, task: Task, compute: Compute, seed: int
+    problem: Problem,
+    outer: Params,
+    task: Task,
+    compute: Compute,
+    seed: int,
+    *,
+    derive: bool = True,
 ) -> dict[str, _Call]:
-    """Every method by name, called once from `seed`."""
+    """Every method by name, called once from `seed`; without `derive` for its value alone."""
     calls: dict[str, _Call] = {}
     tensors = [tensor for _, tensor in _walk(task) if isinstance(tensor, Tensor)]
 
@@ -187,19 +260,18 @@ def _calls(
             raise _of_the_task(name) from failure
         return result
 
-    context = detach(call("encode", _Differentiated(problem.encode), outer, task).value)
-    start = detach(call("init_inner", _Differentiated(problem.init_inner), outer, task).value)
+    once, twice = (partial(_Differentiated, order=order if derive else 0) for order in (1, 2))
+    context = detach(call("encode", once(problem.encode), outer, task).value)
+    start = detach(call("init_inner", once(problem.init_inner), outer, task).value)
     carried = detach(call("init_carried", start_carried, problem, outer, task))
     context = with_carried(context, carried)
     oracle = AutogradOracle(problem, task, compute.batch_sizes, compute.seed)
     support, query = oracle.batch(oracle.draw_inner()), oracle.batch(oracle.draw_outer())
-    inner_loss, outer_loss = problem.inner_loss, problem.outer_loss
-    call("inner_loss", _Differentiated(inner_loss, twice=True), context, start, support)
-    call("outer_loss", _Differentiated(outer_loss, twice=True), context, start, query)
+    call("inner_loss", twice(problem.inner_loss), context, start, support)
+    call("outer_loss", twice(problem.outer_loss), context, start, query)
     call("metrics", problem.metrics, context, start, query)
     if has_inner_map(problem):
-        inner_map = _Differentiated(problem.inner_map, twice=True)
-        call("inner_map", inner_map, context, start, support)
+        call("inner_map", twice(problem.inner_map), context, start, support)
     if carried:
         call("carry", problem.carry, outer, start, task, carried)
     if is_nonsmooth(problem):
@@ -240,15 +312,14 @@ def _require_slope(name: str, call: _Call, method: Callable[..., Any]) -> None:
     """
     generator = torch.Generator().manual_seed(0)
 
-    def beside(leaf: Tensor) -> Tensor:
-        noise = torch.randn(leaf.shape, generator=generator).to(leaf)
-        return leaf + noise * (leaf.square().mean().sqrt() + 0.1)
-
     def value(trees: list[Params]) -> Tensor:
         given = iter(trees)
         arguments = (next(given) if isinstance(it, dict) else it for it in call.arguments)
         found = _sum(method(*arguments))
         return torch.zeros(()) if found is None else found
+
+    def beside(leaf: Tensor) -> Tensor:
+        return _beside(leaf, 1, generator)
 
     at = [leaves(tree_map(beside, tree)) for tree in call.arguments if isinstance(tree, dict)]
     total = value(at)
@@ -265,6 +336,12 @@ def _require_slope(name: str, call: _Call, method: Callable[..., Any]) -> None:
         raise Impure(f"{name} must have the derivative of its value, got another: {CHECKPOINTS}")
 
 
+def _beside(leaf: Tensor, far: float, generator: torch.Generator) -> Tensor:
+    """`leaf` with noise, `far` times as large as its numbers."""
+    noise = torch.randn(leaf.shape, generator=generator).to(leaf)
+    return leaf + far * noise * (leaf.square().mean().sqrt() + 0.1)
+
+
 class _Results(NamedTuple):
     """A value and its derivatives; None where there is none."""
 
@@ -274,19 +351,20 @@ class _Results(NamedTuple):
 
 
 class _Differentiated:
-    """A method together with its gradient, and with `twice` a Hessian-vector product."""
+    """A method together with its gradient, and of order 2 with a Hessian-vector product."""
 
-    def __init__(self, method: Callable[..., Any], *, twice: bool = False) -> None:
+    def __init__(self, method: Callable[..., Any], order: int) -> None:
         self.method = method
-        self.twice = twice
+        self.order = order
 
     def __call__(self, *arguments: Any) -> _Results:
         trees = [argument for argument in arguments if isinstance(argument, dict)]
         variables = [leaf for tree in trees for leaf in tree.values() if leaf.requires_grad]
         value = self.method(*arguments)
-        first = self._gradient(_sum(value), variables, create_graph=self.twice)
-        second = None
-        if self.twice and first is not None:
+        first = second = None
+        if self.order:
+            first = self._gradient(_sum(value), variables, create_graph=self.order > 1)
+        if self.order > 1 and first is not None:
             # Where there is none, the preflight asks whether the algorithm needs it.
             with suppress(RuntimeError):
                 second = self._gradient(_sum(first), variables)
@@ -339,7 +417,7 @@ def _seeded(seed: int) -> Iterator[None]:
 def _walk(value: Any) -> Iterator[tuple[str, Any]]:
     """(path, leaf or module) for all that `value` holds, modules before what is in them.
 
-    Leaves are tensors, arrays that can be written to, numbers, texts and the state of a counter.
+    Leaves are tensors, arrays, numbers, texts and the state of a counter.
     """
     seen: dict[int, Any] = {}  # holds what it has seen, since a new object may get an old id
     waiting: list[tuple[str, Any]] = [("", value)]
@@ -351,14 +429,14 @@ def _walk(value: Any) -> Iterator[tuple[str, Any]]:
         if id(value) in seen:
             continue
         seen[id(value)] = value
-        if isinstance(value, Tensor | nn.Module | count) or _is_written(value):
+        if isinstance(value, Tensor | nn.Module | count) or _is_plain_array(value):
             yield path, value
         found = [(f"{path}.{name}" if path else str(name), child) for name, child in _in(value)]
         waiting.extend(reversed(found))
 
 
-def _is_written(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.flags.writeable and not value.dtype.hasobject
+def _is_plain_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and not value.dtype.hasobject
 
 
 def _in(value: Any) -> Iterable[tuple[Any, Any]]:
@@ -534,19 +612,32 @@ def _passes(
     return records
 
 
-def _layer_that_differs(problem: Problem, call: _Call, seeds: tuple[int, int]) -> str | None:
-    """The first layer whose outputs differ where its inputs do not."""
+def _layer_that_differs(
+    problem: Problem, call: _Call, ways: Iterable[tuple[Callable[..., Any], int]]
+) -> str | None:
+    """The first layer whose outputs differ where its inputs do not.
+
+    Args:
+        problem: The problem.
+        call: A call.
+        ways: Two methods to call with its arguments, and the seed of each.
+    """
 
     def note(value: Any) -> dict[str, bytes]:
         return _digests(value)
 
     one, two = (
-        _passes(call.function, _copied(call.function, call.arguments), seed, note) for seed in seeds
+        _passes(function, _copied(call.function, call.arguments), seed, note)
+        for function, seed in ways
     )
     for (module, given, output), (_, given_again, output_again) in zip(one, two, strict=False):
         if given == given_again and output != output_again:
             return told(problem, module)
     return None
+
+
+def _does(layer: str | None) -> str:
+    return f": {layer} does" if layer else ""
 
 
 def _layer_that_writes(
@@ -570,17 +661,18 @@ def _layer_that_writes(
 def _not_a_function(problem: Problem, name: str, call: _Call) -> Impure:
     rule = f"{name} must give the same bytes whenever its arguments are the same, got others "
     if call.draws and _agree(call.again(1), call.again(1)):
-        layer = _layer_that_differs(problem, call, (1, 2))
+        layer = _layer_that_differs(problem, call, ((call.function, seed) for seed in (1, 2)))
         return Impure(
             f"{rule}with another global seed{f': {layer} draws random numbers' if layer else ''}. "
             "No inner loop could be replayed and no second derivative be right. Switch it off (a "
             "rate of 0, or .eval() on that layer), or draw in the sampler and pass the numbers "
             "with the data"
         )
-    layers = (_layer_that_differs(problem, call, (1, 1)) for _ in range(REPEATED))
+    same = [(call.function, 1)] * 2
+    layers = (_layer_that_differs(problem, call, same) for _ in range(REPEATED))
     layer = next(filter(None, layers), None)
     return Impure(
-        f"{rule}at a later call{f': {layer} does' if layer else ''}. It keeps something from call "
+        f"{rule}at a later call{_does(layer)}. It keeps something from call "
         "to call, or draws from a generator of its own. Freeze it (.eval() on that layer), or make "
         "what is kept a part of x or y"
     )
@@ -591,7 +683,7 @@ def _held(problem: Problem) -> dict[str, tuple[Any, bytes]]:
     return {
         path: (leaf, _digest(leaf))
         for path, leaf in _walk(problem)
-        if isinstance(leaf, Tensor | np.ndarray)
+        if isinstance(leaf, Tensor) or (isinstance(leaf, np.ndarray) and leaf.flags.writeable)
     }
 
 

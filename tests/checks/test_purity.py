@@ -337,6 +337,56 @@ def test_numbers_that_are_kept_without_effect_are_said():
         check(Counting())
 
 
+class Scaled(nn.Module):
+    """Divides by a scale of the first data it sees, which it keeps in one of four ways."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.place = place
+        self.by_width = {}
+        self.own = None
+        self.register_buffer("kept", torch.zeros(()))
+        self.gain = nn.Parameter(torch.zeros(()))
+        self.is_set = False
+
+    def forward(self, x):
+        scale = 1 + x.detach().square().mean()
+        if self.place == "dictionary":
+            return x / self.by_width.setdefault(x.shape, scale)
+        if self.place == "attribute":
+            self.own = scale if self.own is None else self.own
+            return x / self.own
+        gain = self.gain if self.place == "parameter" else self.kept
+        if not self.is_set:
+            gain.data.copy_(scale)
+            self.is_set = True
+        return x / gain
+
+
+@pytest.mark.parametrize("place", ["dictionary", "attribute", "buffer", "parameter"])
+def test_what_the_first_data_leaves_behind_is_refused(place):
+    problem = regression(Layers(Scaled(place)))
+    said = "must leave its arguments" if place == "parameter" else r"first call.*each worker"
+    for _ in range(2):  # also of a problem that has computed by now
+        with pytest.raises(Impure, match=said):
+            make_trainer(problem=problem)
+    if place != "parameter":
+        with pytest.raises(Impure, match=r"'body\.1' \(Scaled\) does"):
+            make_trainer(problem=problem)
+
+
+def test_what_is_kept_of_shapes_alone_is_accepted():
+    class Ramp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.known = {}
+
+        def forward(self, x):
+            return x + self.known.setdefault(x.shape, torch.arange(x.shape[-1]) / 8)
+
+    make_trainer(problem=regression(Layers(Ramp())))
+
+
 def test_a_direct_call_asks_once():
     problem = regression(Layers(nn.RReLU()))
     outer, tasks = problem.init_outer(torch.Generator()), [curves().sample(0)]
