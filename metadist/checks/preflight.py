@@ -148,6 +148,7 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compu
                 f"{type(algorithm).__name__}, which descends on inner_loss: use AID, or ITD"
             )
         some = _drawn(tasks[0], workload.compute)
+        _check_inner_loss(workload.problem, problem_outer, tasks[0], some)
         algorithm.check(workload.problem, problem_outer, tasks[0], some)
         if workload.keep_state and isinstance(workload.sampler, Stream):
             _check_no_tables(workload, outer, tasks[0])
@@ -211,6 +212,24 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compu
             stacklevel=2,
         )
     return compute
+
+
+def _check_inner_loss(problem: Problem, outer: Params, task: Task, some: Task) -> None:
+    """Raise ValueError if no inner variable enters the inner loss, so that nothing can adapt."""
+    if has_inner_map(problem):
+        return
+    y = leaves(detach(problem.init_inner(outer, task)))
+    with torch.enable_grad():
+        loss = problem.inner_loss(context_of(problem, outer, task), y, some.support)
+        found = loss.requires_grad and torch.autograd.grad(
+            loss, list(y.values()), allow_unused=True
+        )
+    if not found or all(gradient is None for gradient in found):
+        raise ValueError(
+            f"inner_loss must depend on an inner variable, got one that none of {_few(list(y))} "
+            "enters: adaptation would change nothing. Look for a detach() or a part of the model "
+            "that the forward pass leaves out (FewShotProblem: adapt names what is adapted)"
+        )
 
 
 OTHER_SEEDS = 20

@@ -319,6 +319,23 @@ class Attentive(nn.Module):
         return self.head(mixed.mean(1))
 
 
+@pytest.mark.parametrize("algorithm", [ITD(inner_steps=1), AID()])
+def test_an_inner_loss_that_nothing_adapted_enters_is_refused(algorithm):
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.spare, self.head = nn.Linear(1, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.body(x)))
+
+    for adapt in (["spare.*"], ["spare.weight"]):
+        with pytest.raises(ValueError, match=r"inner_loss must depend on .* spare\.weight"):
+            check(problem=regression(Spare(), adapt), sampler=curves(), algorithm=algorithm)
+    with pytest.raises(ValueError, match=r"inner_loss must depend on"):
+        check_hypergradient(regression(Spare(), "spare.*"), curves(), algorithm)
+
+
 def test_fused_kernels_are_not_taken():
     check(problem=regression(Attentive()), sampler=curves(), vectorize=False)
 
