@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -15,18 +14,13 @@ from metadist.compute import Compute, intra_op_threads, pick_device, wants_gpu
 from metadist.feed import Feed, Wanted
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable, StepResult
-from metadist.retry import Watchdog, in_short, is_worth_a_try, pause_after, type_name
+from metadist.retry import Retries, Watchdog
 from metadist.signals import signals_held
 from metadist.task import TaskSampler
 from metadist.trees import Params
-from metadist.workload import Lease, Workload
-
-log = logging.getLogger("metadist.executor")
+from metadist.workload import Workload
 
 T = TypeVar("T")
-
-MAX_BACKOFF_S = 10.0
-"""The longest pause before a lease is tried again."""
 
 
 class StepReport(NamedTuple):
@@ -83,10 +77,15 @@ class Judge(Protocol):
         ...
 
 
+def chunk_in_words(chunk: range) -> str:
+    """Which chunk of an evaluation it is, for messages."""
+    return f"tasks {chunk.start} to {chunk.stop - 1} of an evaluation"
+
+
 class Executor(Protocol):
     """Runs outer steps: hands out leases, applies their sums to the outer variable.
 
-    Derive from it: `probe`, `call`, `judge` and `last_state` have a body, the others have none.
+    Derive from it: `probe`, `call`, `judge`, `retries` and `last_state` have a body, others none.
     """
 
     shares_leases: bool = True
@@ -139,12 +138,22 @@ class Executor(Protocol):
         """The metrics of the tasks of all chunks at `outer`, in order; needs no `start`.
 
         An executor with workers has them compute it, also between two steps of `run`. This body
-        computes in this process.
+        computes in this process, and treats errors of user code as in a lease.
         """
         device = pick_device(judge.compute.device)
         here = {name: leaf.detach().to(device) for name, leaf in outer.items()}
-        with judge.compute.applied():
-            return [metrics for chunk in chunks for metrics in judge(here, chunk)]
+        retries = self.retries()
+        found: list[dict[str, float]] = []
+        with judge.compute.applied(), Watchdog(self.notify) as watchdog:
+            for chunk in chunks:
+                found += retries.run(watchdog, chunk_in_words(chunk), judge, here, chunk)
+        if retried := retries.take():
+            self.notify("user_error", errors=[*retried])
+        return found
+
+    def retries(self) -> Retries:
+        """How work that raises an exception of user code is tried again in this process."""
+        return Retries()
 
     def state(self) -> OuterState:
         """A copy of everything that must persist, on the CPU."""
@@ -167,10 +176,11 @@ class LocalExecutor(Executor):
     """Computes the leases one after another in this process, synchronously.
 
     Args:
-        max_user_errors: How often the same lease is tried again after your own code has raised an
-            exception there, such as an OSError of a network disk. An exception of a type that this
-            lease has raised before ends the run at once, since it would come for ever; an OSError
-            does so only after all tries. 0: every exception ends the run.
+        max_user_errors: How often the same lease, or the same tasks of an evaluation, are tried
+            again after your own code has raised an exception there, such as an OSError of a network
+            disk. An exception of a type that was raised there before ends the run at once, since it
+            would come for ever; an OSError does so only after all tries. 0: every exception ends
+            the run.
         backoff_s: The pause before another try; it doubles with each, to 10 s at the most.
     """
 
@@ -179,7 +189,7 @@ class LocalExecutor(Executor):
     def __init__(self, max_user_errors: int = 3, backoff_s: float = 0.5) -> None:
         self._max_user_errors = check("max_user_errors", max_user_errors, is_integer=True, ge=0)
         self._backoff_s = check("backoff_s", backoff_s, ge=0)
-        self._retried: list[str] = []
+        self._retries = self.retries()
         self._variable: OuterVariable | None = None
         self._device: torch.device | None = None
         self._feed: Feed | None = None
@@ -187,7 +197,7 @@ class LocalExecutor(Executor):
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         self._device = pick_device(workload.compute.device)
         self._workload = workload
-        self._retried = []
+        self._retries = self.retries()
         # With all that belongs to it: a GPU keeps x, the optimiser and the states of tasks.
         self._variable = OuterVariable.from_state(
             state, optimizer, workload.stepping_rules(), self._device
@@ -217,7 +227,10 @@ class LocalExecutor(Executor):
             states = {
                 index: variable.states[index] for index in lease.indices if index in variable.states
             }
-            computed = self._compute(watchdog, lease, outer, previous, states, self._feed)
+            inputs = lease, outer, previous, states, self._feed
+            computed = self._retries.run(
+                watchdog, lease.in_words, self._workload.compute_lease, *inputs
+            )
             contributions.append(computed)
         # The last bits of a norm depend on the threads. And a signal may not stop a step half
         # done, since what is saved afterwards would be neither this version of x nor the next.
@@ -226,31 +239,16 @@ class LocalExecutor(Executor):
         seconds = time.perf_counter() - began
         results = tuple(computed.result for computed in contributions)
         computing_s = sum(result.seconds for result in results)
-        retried, self._retried = tuple(self._retried), []
         return StepReport(
             step=step,
             results=results,
             seconds=seconds,
             waiting_s=seconds - computing_s,
-            retried=retried,
+            retried=self._retries.take(),
         )
 
-    def _compute(self, watchdog: Watchdog, lease: Lease, *inputs: Any) -> Contribution:
-        """The computed lease, which is tried again after errors that may pass."""
-        work = lease.in_words
-        before: list[str] = []
-        while True:
-            try:
-                with watchdog.watch(work):
-                    return self._workload.compute_lease(lease, *inputs)
-            except Exception as error:
-                if not is_worth_a_try(error, before, self._max_user_errors):
-                    raise
-                log.warning("%s raised and is tried again", work, exc_info=True)
-                self._retried.append(f"{work}: {in_short(error)}")
-                after_s = pause_after(len(before), self._backoff_s, MAX_BACKOFF_S)
-                before.append(type_name(error))
-            time.sleep(after_s)
+    def retries(self) -> Retries:
+        return Retries(self._max_user_errors, self._backoff_s)
 
     def state(self) -> OuterState:
         return self._started().state()

@@ -9,10 +9,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from metadist.compute import DeviceMemoryError
 
 log = logging.getLogger("metadist.retry")
+
+T = TypeVar("T")
+
+MAX_BACKOFF_S = 10.0
+"""The longest pause before work is tried again."""
 
 SLOW_FACTOR = 10.0
 """Work that takes this many times the median is reported as slow; it may hang."""
@@ -139,3 +145,40 @@ class Watchdog:
                 reported = current
                 way_out = "you may stop the run and continue it (metadist resume)"
                 self._pace.report(self._notify, work, "local", seconds, way_out)
+
+
+class Retries:
+    """Tries work again in this process after errors of user code that may pass.
+
+    Args:
+        max_user_errors: The largest number of further tries of the same work.
+        backoff_s: The pause before another one; it doubles with each.
+    """
+
+    def __init__(self, max_user_errors: int = 3, backoff_s: float = 0.5) -> None:
+        self._max_user_errors = max_user_errors
+        self._backoff_s = backoff_s
+        self._retried: list[str] = []
+
+    def run(
+        self, watchdog: Watchdog, work: str, function: Callable[..., T], *arguments: object
+    ) -> T:
+        """What `function` returns for the arguments; `work` is its name for messages."""
+        before: list[str] = []
+        while True:
+            try:
+                with watchdog.watch(work):
+                    return function(*arguments)
+            except Exception as error:
+                if not is_worth_a_try(error, before, self._max_user_errors):
+                    raise
+                log.warning("%s raised and is tried again", work, exc_info=True)
+                self._retried.append(f"{work}: {in_short(error)}")
+                after_s = pause_after(len(before), self._backoff_s, MAX_BACKOFF_S)
+                before.append(type_name(error))
+            time.sleep(after_s)
+
+    def take(self) -> tuple[str, ...]:
+        """The errors after which something was tried again, since the last call of this."""
+        retried, self._retried = tuple(self._retried), []
+        return retried

@@ -118,7 +118,9 @@ def images_of_conv4(adapt: str = "head") -> dict[str, Any]:
     return {"problem": FewShotProblem(small_conv4(), adapt=adapt), "sampler": Images()}
 
 
-def regression(model: torch.nn.Module | None = None, adapt: str = "all") -> FewShotProblem:
+def regression(
+    model: torch.nn.Module | None = None, adapt: str | Sequence[str] = "all"
+) -> FewShotProblem:
     """A problem on `curves`."""
     return FewShotProblem(model or small_mlp(), adapt=adapt, loss="mse")
 

@@ -47,6 +47,7 @@ from metadist.optimizer import OuterOptimizer
 from metadist.oracle import SOURCES, Constants, CountingOracle, MiniBatches
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable
 from metadist.problem import carries, check_rows, has_inner_map
+from metadist.retry import Retries
 from metadist.signals import signals_held
 from metadist.task import Shardable, Stream, TaskSampler
 from metadist.trees import Params, flatten, zeros_like
@@ -124,6 +125,10 @@ class DataParallelExecutor(Executor):
         self._pool: ShardPool | None = None
         self._arithmetic: dict[str, str] = {}
         self._variable: OuterVariable | None = None
+
+    def retries(self) -> Retries:
+        """See `Executor`."""
+        return Retries(self._failures.max_user_errors, self._failures.backoff_s)
 
     def num_on_gpus(self, compute: Compute) -> int:
         """See `Executor`; all workers compute the same lease."""

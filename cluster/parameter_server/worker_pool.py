@@ -14,6 +14,7 @@ from metadist.cluster.actors.buffers import Array
 from metadist.cluster.actors.failure import WORKER, Failures
 from metadist.cluster.actors.placement import WorkerInfo
 from metadist.cluster.actors.pool import RAY, ActorPool, Call, Runtime, Slot
+from metadist.executor import chunk_in_words
 from metadist.outer import LeaseResult
 from metadist.workload import Lease
 
@@ -210,8 +211,8 @@ class WorkerPool(ActorPool[_Slot]):
         finally:
             self._let_go(range)
             for chunk in chunks:
-                self._losses.pop(_in_words(chunk), None)
-                self._errors.pop(_in_words(chunk), None)
+                self._losses.pop(chunk_in_words(chunk), None)
+                self._errors.pop(chunk_in_words(chunk), None)
 
     def _send(self, item: Lease | range, *arguments: Any) -> None:
         """Give `item` to the worker that has been idle longest, else to the next to be idle."""
@@ -229,7 +230,9 @@ class WorkerPool(ActorPool[_Slot]):
         else:
             ref = slot.actor.judge.remote(item, *arguments)
             # A lease has a task at least, and its hypergradient takes longer than its metrics.
-            call = _Call(ref, _in_words(item), "chunk", len(item), item=item, arguments=arguments)
+            call = _Call(
+                ref, chunk_in_words(item), "chunk", len(item), item=item, arguments=arguments
+            )
         slot.calls.append(call)
 
     def back_up(self) -> None:
@@ -368,7 +371,3 @@ class WorkerPool(ActorPool[_Slot]):
         times += [paused.at for paused in self._paused]
         backup = self._next_backup()
         return times if backup is None else [*times, backup[0]]
-
-
-def _in_words(chunk: range) -> str:
-    return f"tasks {chunk.start} to {chunk.stop - 1} of an evaluation"

@@ -30,8 +30,8 @@ BEAT_S = 15.0
 """The seconds between signs of life."""
 SILENT_S = 50.0
 """A process that gives no sign of life for so long is gone."""
-OLD_S = 600.0
-"""A sign of life that is older, by clocks that may differ, needs no waiting for another."""
+OLD_S = 86400.0
+"""A sign of life that is older needs no waiting for another: clocks differ, but not by a day."""
 SETTLE_S = 0.2
 """How long after writing to an object store the lock is looked at again."""
 

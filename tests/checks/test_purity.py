@@ -345,8 +345,8 @@ class Scaled(nn.Module):
         self.place = place
         self.by_width = {}
         self.own = None
-        self.register_buffer("kept", torch.zeros(()))
-        self.gain = nn.Parameter(torch.zeros(()))
+        self.register_buffer("buffer", torch.zeros(()))
+        self.parameter = nn.Parameter(torch.zeros(()))
         self.is_set = False
 
     def forward(self, x):
@@ -356,11 +356,11 @@ class Scaled(nn.Module):
         if self.place == "attribute":
             self.own = scale if self.own is None else self.own
             return x / self.own
-        gain = self.gain if self.place == "parameter" else self.kept
+        kept = getattr(self, self.place)
         if not self.is_set:
-            gain.data.copy_(scale)
+            kept.data.copy_(scale)
             self.is_set = True
-        return x / gain
+        return x / kept
 
 
 @pytest.mark.parametrize("place", ["dictionary", "attribute", "buffer", "parameter"])

@@ -11,6 +11,7 @@ import torch
 from metadist import retry
 from metadist.algorithms import ITD
 from metadist.compute import Compute
+from metadist.evaluation import evaluate
 from metadist.executor import LocalExecutor
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterVariable
@@ -180,6 +181,30 @@ def test_an_error_of_user_code_that_stays_is_raised_as_it_is(errors, num_tries, 
         list(executor.run(3))
     assert caught.value is errors[0] and len(sampler.errors) == 9 - num_tries
     assert executor.state().version == 1
+
+
+def test_an_evaluation_is_tried_again_too():
+    whole, flaky = QuadraticSampler(broken=(2, 9)), Flaky(away(), away())
+    problem, algorithm = Quadratic(2, 4), ITD(inner_steps=1, inner_lr=0.1)
+    outer = problem.init_outer(generator(0))
+    events = []
+    executor = LocalExecutor(backoff_s=0.0)
+    executor.notify = lambda event, **fields: events.append((event, fields))
+
+    def judged(sampler, **options):
+        return evaluate(problem, sampler, algorithm, outer, 8, **options).metrics
+
+    assert judged(flaky, executor=executor) == judged(whole)
+    error = "tasks 0 to 7 of an evaluation: TimeoutError: the share is away"
+    assert events == [("user_error", {"errors": [error] * 2})]
+
+    errors = [KeyError("k")] * 9
+    sampler = Flaky(*errors)
+    with pytest.raises(KeyError):
+        judged(sampler, executor=executor)
+    assert len(sampler.errors) == 7
+    with pytest.raises(KeyError):
+        judged(Flaky(KeyError("k")), executor=LocalExecutor(max_user_errors=0))
 
 
 @pytest.mark.parametrize("field", ["max_user_errors", "backoff_s"])

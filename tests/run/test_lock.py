@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from dataclasses import asdict, replace
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import fsspec
@@ -107,6 +108,19 @@ def test_a_process_that_was_killed_and_not_yet_waited_for_is_gone(tmp_path):
         time.sleep(0.01)
     assert not holder.is_alive()
     process.wait()
+
+
+def test_a_stranger_whose_clock_is_hours_slow_is_alive(folder):
+    def behind():
+        return (datetime.now(timezone.utc) - timedelta(hours=5)).isoformat()
+
+    holder = replace(HERE, host="elsewhere")
+    write(folder, replace(holder, time=behind()))
+    beat = threading.Timer(0.15, lambda: write(folder, replace(holder, time=behind())))
+    beat.start()
+    with pytest.raises(RunLocked, match=r"on elsewhere works since"):
+        RunLock(folder).acquire()
+    beat.join()
 
 
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"machine": "another container"}])
