@@ -189,7 +189,7 @@ def test_an_evaluation_is_tried_again_too():
     outer = problem.init_outer(generator(0))
     events = []
     executor = LocalExecutor(backoff_s=0.0)
-    executor.notify = lambda event, **fields: events.append((event, fields))
+    executor.notify = lambda event, **fields: events.append((event, fields))  # type: ignore[method-assign]
 
     def judged(sampler, **options):
         return evaluate(problem, sampler, algorithm, outer, 8, **options).metrics
