@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metadist.algorithms.parts.neumann import draw_bundle, truncated_estimate
+from metadist.algorithms.parts.neumann import draw_bundle, neumann_estimate
 from metadist.algorithms.parts.recursion import Estimator, RecursiveMomentum
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
@@ -43,6 +43,6 @@ class SUSTAIN(RecursiveMomentum):
     def draw_estimator(self, oracle: Oracle) -> Estimator:
         num_factors = int(oracle.uniform() * self.adjoint_steps)
         bundle = draw_bundle(oracle, num_factors)
-        return lambda context, y: truncated_estimate(
+        return lambda context, y: neumann_estimate(
             oracle, context, y, bundle, self.adjoint_lr, self.adjoint_steps
         )

@@ -75,34 +75,20 @@ class NeumannEstimate(NamedTuple):
 
 
 def neumann_estimate(
-    oracle: Oracle, context: Params, y: Params, bundle: Bundle, rate: float
-) -> NeumannEstimate:
-    """With v = rate * (b + P_1 b + .. + P_Q .. P_1 b), P_i = I - rate * H on factor i.
-
-    b = f_y. Cost: F + Q H + J; H v comes with J v.
-    """
-    return _estimate(oracle, context, y, bundle, rate, None)
-
-
-def truncated_estimate(
-    oracle: Oracle, context: Params, y: Params, bundle: Bundle, rate: float, num_terms: int
-) -> NeumannEstimate:
-    """With v = num_terms * rate * P_p .. P_1 b, where the bundle has p factors.
-
-    Over p uniform in 0 .. num_terms-1 its mean is the sum of the Neumann series' first
-    `num_terms` terms. Cost: F + p H + J.
-    """
-    return _estimate(oracle, context, y, bundle, rate, num_terms)
-
-
-def _estimate(
     oracle: Oracle,
     context: Params,
     y: Params,
     bundle: Bundle,
     rate: float,
-    num_terms: int | None,
+    num_terms: int | None = None,
 ) -> NeumannEstimate:
+    """With v = rate * (b + P_1 b + .. + P_p .. P_1 b), P_i = I - rate * H on factor i of p.
+
+    With `num_terms` the last term stands for all of them: v = num_terms * rate * P_p .. P_1 b. Over
+    p uniform in 0 .. num_terms-1 its mean is the sum of the first `num_terms` terms of the series.
+
+    b = f_y. Cost: F + p H + J; H v comes with J v.
+    """
     f_x, b = average(bundle.outer, lambda draw: oracle.outer_grads(context, y, draw))
     term = total = b
     for sample in bundle.factors:

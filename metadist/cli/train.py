@@ -15,7 +15,7 @@ from metadist.checks.preflight import check_losses
 from metadist.checks.sampler import check_sampler
 from metadist.cli.names import ExecutorBase, SamplerBase
 from metadist.cli.parsing import Parser, check_yaml
-from metadist.cli.workload import add_workload, instantiate
+from metadist.cli.workload import add_config, add_workload, instantiate
 from metadist.evaluation import EvaluationResult
 from metadist.optimizer import OuterOptimizer
 from metadist.problem import Problem, has_few_shot_classes
@@ -56,9 +56,7 @@ def parser() -> Parser:
         required=("sampler", "run_dir"),
     )
     parser.sections = SECTIONS
-    parser.add_argument(
-        "--config", action="config", metavar="FILE", help="A YAML file with any of these options."
-    )
+    add_config(parser)
     parser.add_argument(
         "--run_dir", type=str, metavar="FOLDER", help="A new folder for all that the run writes."
     )

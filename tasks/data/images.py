@@ -143,11 +143,6 @@ def look_into(folder: Path) -> Found:
     return Found(images, folders, others)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files directly in a folder, sorted by name; hidden ones are left out."""
-    return look_into(folder).images
-
-
 @cache
 def suffixes() -> frozenset[str]:
     """The suffixes of the kinds of files that Pillow opens."""

@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 
 from metadist.checks.values import require_bool
-from metadist.tasks.data.images import image_files, read_images, require_format
+from metadist.tasks.data.images import look_into, read_images, require_format
 from metadist.tasks.few_shot.class_splits import packaged_splits, read_splits, select_classes
 from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler, require_episode
 
@@ -78,7 +78,7 @@ class Omniglot(EpisodeSampler):
         if download and None in folders.values():
             _download(root)
             folders = _find(root, names)
-        files = {name: image_files(folder) for name, folder in folders.items() if folder}
+        files = {name: look_into(folder).images for name, folder in folders.items() if folder}
         _require_all(root, names, [name for name in names if not files.get(name)])
         classes = ClassImages.of(read_images(files, image_size, channels=1, invert=self.invert))
         super().__init__(classes, n_way, k_shot, k_query, split, seed, rotations)

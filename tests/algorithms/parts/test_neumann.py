@@ -8,7 +8,6 @@ from metadist.algorithms.parts.neumann import (
     average,
     draw_bundle,
     neumann_estimate,
-    truncated_estimate,
     whole_bundle,
 )
 from metadist.autograd import AutogradOracle
@@ -44,7 +43,7 @@ def test_the_golden_rows_of_a_truncated_chain():
     problem, outer, task = golden_quadratic()
     oracle, x, _ = oracle_of(problem, outer, task)
     y = {"y": point(2, -1)}
-    zero, one = (truncated_estimate(oracle, x, y, draw_bundle(oracle, p), 0.2, 2) for p in (0, 1))
+    zero, one = (neumann_estimate(oracle, x, y, draw_bundle(oracle, p), 0.2, 2) for p in (0, 1))
     assert_close(zero.adjoint, {"y": point(0.4, -0.8)}, 1e-12)
     assert_close(one.adjoint, {"y": point(0.32, -0.16)}, 1e-12)
     mean = 0.5 * (zero.adjoint["y"] + one.adjoint["y"])
@@ -85,7 +84,7 @@ def test_one_draw_for_all_factors_would_be_biased():
         bundle = draw_bundle(oracle, 2)
         if shared:
             bundle = bundle._replace(factors=[bundle.factors[0]] * 2)
-        return truncated_estimate(oracle, x, y, bundle, 0.5, 2).adjoint
+        return neumann_estimate(oracle, x, y, bundle, 0.5, 2).adjoint
 
     independent = by_draws(lambda oracle: last(oracle, False), problem, task, 20_000, 1)
     assert_mean(independent, point(0.25))
@@ -103,7 +102,7 @@ def test_the_mean_over_lengths_and_draws_is_the_series():
         found = {}
         for p in range(terms):
             bundle = draw_bundle(oracle, p)
-            v = truncated_estimate(oracle, x, y, bundle, eta, terms).adjoint["y"]
+            v = neumann_estimate(oracle, x, y, bundle, eta, terms).adjoint["y"]
             found[str(p)] = v / terms
         return found
 
