@@ -24,7 +24,8 @@ from metadist.callbacks import (
     call_on_evaluation,
     call_on_step,
 )
-from metadist.checks.preflight import check_trainable, checked, learns_start
+from metadist.checks.losses import learns_start
+from metadist.checks.preflight import check_trainable, checked
 from metadist.checks.sampler import check_sampler
 from metadist.checks.values import check, require_number
 from metadist.compute import DEFAULT, Compute

@@ -36,8 +36,8 @@ from metadist.checks.exact import (
     lbfgs,
     newton,
 )
+from metadist.checks.losses import check_losses
 from metadist.checks.preflight import (
-    check_losses,
     check_precision,
     check_trainable,
     initial_outer,

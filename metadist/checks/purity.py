@@ -7,16 +7,12 @@ arguments and all tensors and arrays that the problem holds are compared byte by
 from __future__ import annotations
 
 import copy
-import hashlib
-import random
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import chain, count
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from itertools import count
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -28,6 +24,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metadist.autograd import AutogradOracle
+from metadist.checks.contents import (
+    PLAIN,
+    agree,
+    changed_argument,
+    digest,
+    digests,
+    random_states,
+    same,
+    seeded,
+    walk,
+)
 from metadist.compute import Compute
 from metadist.problem import (
     Problem,
@@ -38,17 +45,7 @@ from metadist.problem import (
     with_carried,
 )
 from metadist.task import Task
-from metadist.trees import (
-    Params,
-    add,
-    as_bytes,
-    detach,
-    gradients,
-    leaves,
-    norm,
-    same_bytes,
-    tree_map,
-)
+from metadist.trees import Params, add, detach, gradients, leaves, norm, tree_map
 
 REPEATED = 5
 """Further values of every method, for what happens at every other call, or every third, ..."""
@@ -85,7 +82,7 @@ def remember(problem: Problem) -> None:
 
 def _copy(problem: Problem) -> Problem:
     """A copy that shares what is large, and keeps nothing of what happens to `problem`."""
-    leaves = (leaf for _, leaf in _walk(problem) if isinstance(leaf, Tensor | np.ndarray))
+    leaves = (leaf for _, leaf in walk(problem) if isinstance(leaf, Tensor | np.ndarray))
     return copy.deepcopy(problem, {id(leaf): leaf for leaf in leaves if leaf.nbytes > SHARED})
 
 
@@ -108,32 +105,32 @@ def check_pure(
     remember(problem)
     alone = replace(compute, num_threads=1)
     with alone.applied(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-        held, noted, given = _held(problem), {}, _digests(task)
+        held, noted, given = _held(problem), {}, digests(task)
         passes = []
         for seed in (1, 2):
             noted = _noted(problem)  # the first pass may fill what is kept for later
             calls = _calls(problem, outer, task, compute, seed)
             now = _held(problem)
             _require_unchanged(problem, held, now)
-            _require_unchanged_task(given, _digests(task), calls)
+            _require_unchanged_task(given, digests(task), calls)
             held = now
             passes.append(calls)
         first, second = passes
         for name, call in first.items():
-            if not _agree(call.result, second[name].result):
+            if not agree(call.result, second[name].result):
                 raise _not_a_function(problem, name, call)
         kept = [path for path, text in _noted(problem).items() if noted.get(path, text) != text]
         for name, call in first.items():
             if isinstance(call.function, _Differentiated) and _computes_again(call):
                 _require_slope(name, call, call.function.method)
             for seed in range(3, 3 + REPEATED):
-                if not _agree(call.value, call.again(seed)):
+                if not agree(call.value, call.again(seed)):
                     raise _not_a_function(problem, name, call)
         watched = [name for name, call in first.items() if call.draws or kept]
         for seed in range(3, RARE) if watched else ():
             others = _calls(problem, outer, task, compute, seed)
             for name in watched:
-                if not _agree(first[name].result, others[name].result):
+                if not agree(first[name].result, others[name].result):
                     raise _not_a_function(problem, name, first[name])
         if problem in _untouched:
             _require_nothing_kept(problem, _untouched[problem], outer, other or task, compute)
@@ -173,7 +170,7 @@ def _require_nothing_kept(
     except Exception:  # noqa: BLE001  # beside x a problem may refuse to compute
         return
     for name, call in used.items():
-        if _agree(call.result, new[name].result):
+        if agree(call.result, new[name].result):
             continue
         layer = None
         with suppress(Exception):  # the copy has not gone through the methods before this one
@@ -212,7 +209,7 @@ class _Call(NamedTuple):
     def again(self, seed: int) -> Any:
         """What the method returns when it is called again from `seed`."""
         own = self.function.method if isinstance(self.function, _Differentiated) else self.function
-        with _seeded(seed):
+        with seeded(seed):
             return own(*_copied(self.function, self.arguments))
 
 
@@ -227,22 +224,22 @@ def _calls(
 ) -> dict[str, _Call]:
     """Every method by name, called once from `seed`; without `derive` for its value alone."""
     calls: dict[str, _Call] = {}
-    tensors = [tensor for _, tensor in _walk(task) if isinstance(tensor, Tensor)]
+    tensors = [tensor for _, tensor in walk(task) if isinstance(tensor, Tensor)]
 
     def call(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         given = _copied(function, arguments)
         versions = [tensor._version for tensor in tensors]
         result = failure = None
-        with _seeded(seed):
-            before = _random_states()
+        with seeded(seed):
+            before = random_states()
             try:
                 result = function(*given)
             except RuntimeError as error:  # of a backward pass, after a change in place
                 failure = error
-            draws = not _same(before, _random_states())
+            draws = not same(before, random_states())
         writes = versions != [tensor._version for tensor in tensors]
         calls[name] = _Call(function, arguments, result, draws, writes)
-        changed = _changed(arguments, given)
+        changed = changed_argument(arguments, given)
         if changed is not None:
             layer = _layer_that_writes(problem, function, arguments, changed, seed)
             raise Impure(
@@ -380,152 +377,9 @@ class _Differentiated:
 
 def _sum(value: Any) -> Tensor | None:
     """The sum of all tensors in `value` that have a graph."""
-    tensors = [leaf for _, leaf in _walk(value) if isinstance(leaf, Tensor)]
+    tensors = [leaf for _, leaf in walk(value) if isinstance(leaf, Tensor)]
     sums = [leaf.sum() for leaf in tensors if leaf.requires_grad]
     return torch.stack(sums).sum() if sums else None
-
-
-# Random states
-
-
-def _random_states() -> list[Any]:
-    numpy_state: Any = np.random.get_state()  # noqa: NPY002  # only looked at
-    return [torch.get_rng_state(), random.getstate(), numpy_state[1].tolist(), numpy_state[2:]]
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Within the block the global generators start from `seed`; afterwards they are as before."""
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    # Not torch.manual_seed, which would also seed every GPU.
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  # that generator is the one to look at
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])
-
-
-# Tensors, and what holds them
-
-
-def _walk(value: Any) -> Iterator[tuple[str, Any]]:
-    """(path, leaf or module) for all that `value` holds, modules before what is in them.
-
-    Leaves are tensors, arrays, numbers, texts and the state of a counter.
-    """
-    seen: dict[int, Any] = {}  # holds what it has seen, since a new object may get an old id
-    waiting: list[tuple[str, Any]] = [("", value)]
-    while waiting:
-        path, value = waiting.pop()
-        if isinstance(value, PLAIN):
-            yield path, value
-            continue
-        if id(value) in seen:
-            continue
-        seen[id(value)] = value
-        if isinstance(value, Tensor | nn.Module | count) or _is_plain_array(value):
-            yield path, value
-        found = [(f"{path}.{name}" if path else str(name), child) for name, child in _in(value)]
-        waiting.extend(reversed(found))
-
-
-def _is_plain_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and not value.dtype.hasobject
-
-
-def _in(value: Any) -> Iterable[tuple[Any, Any]]:
-    """(name, child) of what `value` holds itself."""
-    if isinstance(value, OPAQUE):
-        return ()
-    if isinstance(value, nn.Module):
-        fields = dict(vars(value))
-        parts = [fields.pop(part).items() for part in ("_parameters", "_buffers", "_modules")]
-        return chain(*parts, fields.items())
-    if isinstance(value, Mapping):
-        return value.items()
-    if isinstance(value, list | tuple | set | frozenset | deque):
-        return zip(getattr(value, "_fields", range(len(value))), value, strict=True)
-    if isinstance(value, np.ndarray):
-        return enumerate(value.ravel().tolist()) if value.dtype.hasobject else ()
-    if isinstance(value, partial):
-        return (("func", value.func), ("args", value.args), ("keywords", value.keywords))
-    if isinstance(value, MethodType):
-        return (("self", value.__self__),)
-    if isinstance(value, FunctionType):
-        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-        kept = [(name, cell.cell_contents) for name, cell in cells if cell != CellType()]
-        return [*kept, *enumerate(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).items()]
-    slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ())]
-    fields = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    return {**fields, **getattr(value, "__dict__", {})}.items()
-
-
-PLAIN = (str, bytes, bool, int, float, complex, np.generic, type(None))
-OPAQUE = (type, Tensor, ModuleType, BuiltinFunctionType)
-
-
-def _parts(tensor: Tensor) -> list[Tensor]:
-    """The dense tensors that a tensor consists of."""
-    tensor = tensor.detach()
-    if tensor.layout == torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [tensor]
-
-
-def _unwrapped(tensor: Tensor) -> Tensor:
-    """What functional transforms have wrapped, which has the bytes."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor
-
-
-def _digest(tensor: Tensor | np.ndarray[Any, Any]) -> bytes:
-    hasher = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    if isinstance(tensor, np.ndarray):
-        hasher.update(tensor.tobytes())
-    elif tensor.device.type != "meta":
-        for part in _parts(tensor):
-            hasher.update(as_bytes(_unwrapped(part)).numpy())  # type: ignore[arg-type]
-    return hasher.digest()
-
-
-def _digests(value: Any) -> dict[str, bytes]:
-    """A digest of every tensor that `value` holds, by its path."""
-    return {path: _digest(leaf) for path, leaf in _walk(value) if isinstance(leaf, Tensor)}
-
-
-def _same(first: Any, second: Any, *, exact: bool = True) -> bool:
-    """Whether two results have the same structure and the same bytes."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        if (first.dtype, first.shape, first.layout) != (second.dtype, second.shape, second.layout):
-            return False
-        if not exact and first.device.type != "cpu" and first.is_floating_point():
-            allowed = torch.finfo(first.dtype).eps ** (1 / 3) * float(first.norm())
-            return torch.allclose(first, second, rtol=0, atol=allowed, equal_nan=True)
-        pairs = zip(_parts(first), _parts(second), strict=True)
-        return all(same_bytes(_unwrapped(a), _unwrapped(b)) for a, b in pairs)
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        return list(first) == list(second) and all(
-            _same(first[name], second[name], exact=exact) for name in first
-        )
-    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
-        return len(first) == len(second) and all(
-            _same(a, b, exact=exact) for a, b in zip(first, second, strict=True)
-        )
-    # NaN is no fault here; other checks ask for finite values.
-    return bool(first == second) or (first != first and second != second)
-
-
-_agree = partial(_same, exact=False)
-"""`_same`, but up to rounding on devices where equal sums need not have equal bytes."""
 
 
 def _copied(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -544,19 +398,6 @@ def _copied(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[A
     )
 
 
-def _changed(before: tuple[Any, ...], after: tuple[Any, ...]) -> str | None:
-    """The name of a tensor that differs between two lists of arguments."""
-    for one, two in zip(before, after, strict=True):
-        if not isinstance(one, dict):
-            continue
-        if list(one) != list(two):
-            return "the names of a dictionary"
-        for name, leaf in one.items():
-            if not _same(leaf, two[name]):
-                return repr(name)
-    return None
-
-
 # Who did it
 
 
@@ -564,7 +405,7 @@ def _layer_names(problem: Problem) -> dict[int, str]:
     """The names of all modules in `problem`, as their model has them, by identity."""
     names: dict[int, str] = {}
     roots: list[tuple[str, nn.Module]] = []
-    for path, value in _walk(problem):
+    for path, value in walk(problem):
         if not isinstance(value, nn.Module):
             continue
         if roots and path.startswith(roots[-1][0] + "."):
@@ -602,7 +443,7 @@ def _passes(
         nn.modules.module.register_module_forward_hook(leave),
     )
     try:
-        with _seeded(seed):
+        with seeded(seed):
             function(*arguments)
     finally:
         for hook in hooks:
@@ -622,7 +463,7 @@ def _layer_that_differs(
     """
 
     def note(value: Any) -> dict[str, bytes]:
-        return _digests(value)
+        return digests(value)
 
     one, two = (
         _passes(function, _copied(call.function, call.arguments), seed, note)
@@ -644,7 +485,7 @@ def _layer_that_writes(
     given = _copied(function, arguments)
 
     def note(_: Any) -> bool:
-        return _changed(arguments, given) is not None
+        return changed_argument(arguments, given) is not None
 
     try:
         records = _passes(function, given, seed, note)
@@ -658,7 +499,7 @@ def _layer_that_writes(
 
 def _not_a_function(problem: Problem, name: str, call: _Call) -> Impure:
     rule = f"{name} must give the same bytes whenever its arguments are the same, got others "
-    if call.draws and _agree(call.again(1), call.again(1)):
+    if call.draws and agree(call.again(1), call.again(1)):
         layer = _layer_that_differs(problem, call, ((call.function, seed) for seed in (1, 2)))
         return Impure(
             f"{rule}with another global seed{f': {layer} draws random numbers' if layer else ''}. "
@@ -666,8 +507,8 @@ def _not_a_function(problem: Problem, name: str, call: _Call) -> Impure:
             "rate of 0, or .eval() on that layer), or draw in the sampler and pass the numbers "
             "with the data"
         )
-    same = [(call.function, 1)] * 2
-    layers = (_layer_that_differs(problem, call, same) for _ in range(REPEATED))
+    twice = [(call.function, 1)] * 2
+    layers = (_layer_that_differs(problem, call, twice) for _ in range(REPEATED))
     layer = next(filter(None, layers), None)
     return Impure(
         f"{rule}at a later call{_does(layer)}. It keeps something from call "
@@ -679,15 +520,15 @@ def _not_a_function(problem: Problem, name: str, call: _Call) -> Impure:
 def _held(problem: Problem) -> dict[str, tuple[Any, bytes]]:
     """(tensor or array, digest) of all that the problem holds, by path."""
     return {
-        path: (leaf, _digest(leaf))
-        for path, leaf in _walk(problem)
+        path: (leaf, digest(leaf))
+        for path, leaf in walk(problem)
         if isinstance(leaf, Tensor) or (isinstance(leaf, np.ndarray) and leaf.flags.writeable)
     }
 
 
 def _noted(problem: Problem) -> dict[str, str]:
     """All numbers, texts and counters that the problem holds, by path."""
-    return {path: repr(leaf) for path, leaf in _walk(problem) if isinstance(leaf, (*PLAIN, count))}
+    return {path: repr(leaf) for path, leaf in walk(problem) if isinstance(leaf, (*PLAIN, count))}
 
 
 def _require_unchanged(
@@ -695,16 +536,16 @@ def _require_unchanged(
     before: dict[str, tuple[Any, bytes]],
     after: dict[str, tuple[Any, bytes]],
 ) -> None:
-    for path, (tensor, digest) in before.items():
-        now, digest_now = after.get(path, (tensor, digest))
-        if digest_now == digest:
+    for path, (tensor, digest_before) in before.items():
+        now, digest_now = after.get(path, (tensor, digest_before))
+        if digest_now == digest_before:
             continue
         # torch's functional_call leaves parameters of its call in a module that has two names.
         if isinstance(tensor, nn.Parameter) and now is not tensor:
             continue
         kind = "tensor" if isinstance(tensor, Tensor) else "array"
         owner, whose = "", f"its {kind} {path!r}"
-        for where, value in _walk(problem):
+        for where, value in walk(problem):
             is_owner = isinstance(value, nn.Module) and path.startswith(where + ".")
             if is_owner and len(where) > len(owner):
                 owner = where

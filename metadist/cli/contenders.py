@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from metadist import __version__
-from metadist.checks.preflight import learns_start
+from metadist.checks.losses import learns_start
 from metadist.cli.names import class_path
 from metadist.cli.train import build, parse_training, parser
 from metadist.cli.workload import instantiate

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentError, Namespace
 
-from metadist.checks.preflight import check_losses
+from metadist.checks.losses import check_losses
 from metadist.checks.sampler import check_sampler
 from metadist.cli.names import ExecutorBase, SamplerBase
 from metadist.cli.parsing import Parser, check_yaml

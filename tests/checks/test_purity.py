@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metadist import check_hypergradient, evaluate, task_hypergradients
 from metadist.algorithms import ITD
-from metadist.checks.preflight import check_losses
+from metadist.checks.losses import check_losses
 from metadist.checks.purity import Impure, check_pure, is_known_pure
 from metadist.compute import Compute
 from metadist.problem import Problem
