@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from metadist.checks.values import absent
 from metadist.task import Batch
 from metadist.tasks.fixed import OneTask
 
@@ -227,7 +228,7 @@ def _item(value: Any) -> Any:
 
 def _read(file: Path, field: str) -> Columns:
     if not file.is_file():
-        raise ValueError(f"{field} must be a CSV file, got {file}: no such file")
+        raise ValueError(f"{field} must be a CSV file, got {file}: {absent(file, 'file')}")
     try:
         with file.open(newline="", encoding="utf-8-sig") as opened:
             lines = csv.reader(opened)

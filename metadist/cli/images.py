@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from metadist.checks.values import absent
 from metadist.cli.trained import Trained
 from metadist.problem import has_few_shot_classes
 from metadist.task import Batch, ReadsImages, Task, num_tasks_of
@@ -40,7 +41,7 @@ def labelled(folder: Path, field: str) -> Labelled:
         ValueError: There are none, or it holds both.
     """
     if not folder.is_dir():
-        raise ValueError(f"{field} must be a folder, got {folder}: no such folder")
+        raise ValueError(f"{field} must be a folder, got {folder}: {absent(folder, 'folder')}")
     found = look_into(folder)
     if found.images and found.folders:
         raise ValueError(f"{field} must hold images or folders of images, got both in {folder}")

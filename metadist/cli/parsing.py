@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 
+from metadist.checks.values import absent
 from metadist.cli.help import class_help, command_help, shown
 from metadist.cli.mistakes import explain, options_of
 from metadist.cli.names import expand, expand_names, expand_tree, kind_of
@@ -231,6 +232,9 @@ def read_yaml(path: str) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read, or holds no options.
     """
+    if not Path(path).exists():
+        reason = absent(Path(path), "file")
+        raise ValueError(f"config must be a YAML file of options, got {path!r}: {reason}")
     try:
         text = Path(path).read_text()
         check_yaml(text)

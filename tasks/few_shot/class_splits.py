@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metadist.checks.values import normal_form
+from metadist.checks.values import absent, normal_form
 
 Splits = Mapping[str, Sequence[str | int]]
 
@@ -30,7 +30,9 @@ def read_splits(splits: str | Path | Splits) -> Splits:
         source = f"splits file {splits}"
         path = Path(splits)
         if not path.is_file():
-            raise ValueError(f"splits must be a JSON file or a mapping, got {splits}: no such file")
+            raise ValueError(
+                f"splits must be a JSON file or a mapping, got {splits}: {absent(path, 'file')}"
+            )
         try:
             content = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:

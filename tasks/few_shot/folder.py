@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from metadist.checks.values import normal_form, require_bool
+from metadist.checks.values import absent, normal_form, require_bool
 from metadist.tasks.data.images import (
     Found,
     format_of,
@@ -181,7 +181,7 @@ class _Tree:
     def folders_in(self, root: Path) -> dict[str, Path]:
         """The folders of the first level by name, at least one."""
         if not root.is_dir():
-            raise ValueError(f"root must be a folder, got {root}: no such folder")
+            raise ValueError(f"root must be a folder, got {root}: {absent(root, 'folder')}")
         top = self.look_into(root)
         if not top.folders:
             raise ValueError(

@@ -69,7 +69,7 @@ def test_rows_are_written_with_their_weights(tmp_path: Path):
 @pytest.mark.parametrize(
     ("train", "options", "message"),
     [
-        ("none.csv", {}, "train must be a CSV file, got none.csv: no such file"),
+        ("none.csv", {}, "train must be a CSV file, got none.csv: no such file in /"),
         (3, {}, "train must be a CSV file, a DataFrame or a mapping of columns, got int"),
         ({"a": [1], "kind": []}, {}, "train must have columns of one length >= 1, got {'a': 1, "),
         (TRAIN, {"label": "c"}, "train must have the column 'c', got a, b, kind: say which it is"),

@@ -260,8 +260,8 @@ def test_folders_that_cannot_be_used(tmp_path: Path):
         ({"channels": 2}, "channels must be 1 (grey) or 3 (RGB), got 2"),
         ({"n_way": 0}, "n_way must be an integer >= 2, got 0"),
         (
-            {"splits": "no.json"},
-            "splits must be a JSON file or a mapping, got no.json: no such file",
+            {"splits": "/no.json"},
+            "splits must be a JSON file or a mapping, got /no.json: no such file",
         ),
     ],
 )

@@ -171,8 +171,8 @@ def test_what_is_missing_is_named(root: Path, splits: str):
     [
         ({"split": "dev"}, "split must be one of train, test, got 'dev'"),
         (
-            {"splits": "letters"},
-            "splits must be a JSON file or a mapping, got letters: no such file",
+            {"splits": "/letters"},
+            "splits must be a JSON file or a mapping, got /letters: no such file",
         ),
         ({"k_shot": 0}, "k_shot must be an integer >= 1, got 0"),
         ({"image_size": -1}, "image_size must be an integer >= 1, got -1"),
