@@ -233,7 +233,10 @@ def pick_device(device: str) -> torch.device:
         # Read when the first product is computed; without it cuBLAS may take any of its sums.
         os.environ.setdefault(CUBLAS_CONFIG, CUBLAS_FIXED)
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be 'cpu' or 'auto' where torch sees no GPU, got {device!r}")
+        raise ValueError(
+            f"device must be 'cpu' or 'auto' where torch sees no GPU, got {device!r}: `metadist "
+            "doctor` says what torch was built for"
+        )
     return chosen
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metadist.cli.help import shown
 from metadist.cli.names import kind_of, named
-from metadist.cli.suggestions import nearest, one_of
+from metadist.cli.suggestions import METHODS, nearest, one_of, plain
 
 if TYPE_CHECKING:
     from metadist.cli.parsing import Parser
@@ -88,7 +88,10 @@ def explain(message: str, parser: Parser, args: Sequence[str] = ()) -> str:
         return one_of(found[1], found[2], found[3].replace("'", "").split(", "))
     kind = kind_of(field)
     if (found := re.search(r"Expected a dot import path string: (.+)", text)) and kind is not None:
-        return one_of(field, found[1], named(kind), "a class path", f"metadist list {kind}")
+        command = f"metadist list {kind}"
+        if method := METHODS.get(plain(found[1])):
+            return f"{field} must be one of `{command}` or a class path, got {found[1]!r}, which is {method}"
+        return one_of(field, found[1], named(kind), "a class path", command)
     if "Expected an instantiatable class" in text and kind is not None:
         choices = ", ".join(named(kind))
         return f"{field} must be one of {choices}, got options of it alone: pass --{field} NAME"
@@ -155,7 +158,10 @@ def _unknown_of_command(option: str, parser: Parser, args: Sequence[str]) -> str
     found = by_last.get(option) or nearest(head, top)
     if found and dot:
         found = f"{found}.{rest}"
-    return f"{option} is no option of {parser.prog}{_meant(found, top)}"
+    behind = ""
+    if "flags" in top and found is None:
+        behind = "; options of `metadist train` come behind --"
+    return f"{option} is no option of {parser.prog}{_meant(found, top)}{behind}"
 
 
 def _meant(found: str | None, names: Sequence[str], help_of: str = "") -> str:

@@ -5,6 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+METHODS = {
+    "maml": "itd with --problem.adapt all",
+    "anil": "itd with --problem.adapt head",
+    "fomaml": "itd with --algorithm.first_order true",
+    "protomaml": "itd with --problem.head_start prototypes",
+    "protonet": "--problem proto_net",
+    "r2d2": "--problem ridge_head",
+}
+"""Methods that are known by names which are none of ours, and what they are here."""
+
 
 def plain(name: str) -> str:
     """A name without what is easily forgotten: case, underscores and hyphens."""

@@ -11,6 +11,7 @@ import yaml
 
 from metadist.cli import COMMANDS
 from metadist.cli.names import named
+from metadist.cli.suggestions import METHODS
 from tests.helpers import words
 
 FLAGS = {
@@ -33,6 +34,9 @@ FLAGS = {
     "got 'xyzzy'",
     "--algorithm idt": "metadist list algorithms` or a class path, got 'idt': did you mean itd?",
     "--algorithm=reptil": "did you mean reptile?",
+    "--algorithm MAML": "a class path, got 'MAML', which is itd with --problem.adapt all",
+    "--problem anil": "a class path, got 'anil', which is itd with --problem.adapt head",
+    "--algorithm protonet": "a class path, got 'protonet', which is --problem proto_net",
     "--problem fewshots": "got 'fewshots': did you mean few_shot?",
     "--problem.model resnet": "got 'resnet': did you mean resnet12?",
     "--executor raay": "executor must be one of `metadist list executors` or a class path, got",
@@ -85,6 +89,20 @@ def refused(cli, *arguments: str) -> str:
     prefix = f"metadist {arguments[0]}: error: "
     assert err.startswith(prefix)
     return str(err.removeprefix(prefix))
+
+
+def test_options_of_a_training_come_behind_a_mark_in_a_job(cli):
+    message = refused(cli, "submit", "--sampler", "sinusoid", "--run_dir", "x")
+    assert "sampler is no option of metadist submit. It has address," in message
+    assert "; options of `metadist train` come behind --" in message
+
+
+def test_methods_by_other_names_have_options_that_there_are(cli):
+    for said in METHODS.values():
+        options = said.removeprefix("itd with ").split()
+        model = [] if options[0] == "--problem" else ["--problem", "few_shot"]
+        flags = [*model, *options, "--problem.model", "conv4", "--algorithm", "itd"]
+        cli.good("train", "--sampler", "glyphs", *flags, "--print_config")
 
 
 @pytest.mark.parametrize("flags", FLAGS)
