@@ -378,6 +378,9 @@ def sample_task(sampler: TaskSampler, index: int, step: int = 0) -> Task:
 
 def require_sampler(field: str, value: Any) -> None:
     """Raise ValueError, with a way out, unless `value` has a method `sample`."""
+    if isinstance(value, type):
+        name = value.__name__
+        raise ValueError(f"{field} must be an object, got the class {name}: make one, {name}(...)")
     if callable(getattr(value, "sample", None)):
         return
     raise ValueError(

@@ -542,9 +542,17 @@ def check_trainable(problem: Problem, algorithm: Algorithm) -> None:
         ("problem", problem, ("init_outer", "encode", "init_inner", "inner_loss", "outer_loss")),
         ("algorithm", algorithm, ("init", "estimate", "adapt")),
     ):
+        if isinstance(value, type):
+            raise ValueError(
+                f"{field} must be an object, got the class {value.__name__}: make one, "
+                f"{value.__name__}(...)"
+            )
         missing = [name for name in methods if not callable(getattr(value, name, None))]
         if missing:
+            way_out = ""
+            if field == "problem" and isinstance(value, nn.Module):
+                way_out = ": give it to a problem, such as FewShotProblem(model)"
             raise ValueError(
                 f"{field} must have the methods {', '.join(methods)}, got "
-                f"{type(value).__name__} without {', '.join(missing)}"
+                f"{type(value).__name__} without {', '.join(missing)}{way_out}"
             )

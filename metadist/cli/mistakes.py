@@ -90,7 +90,8 @@ def explain(message: str, parser: Parser, args: Sequence[str] = ()) -> str:
     if (found := re.search(r"Expected a dot import path string: (.+)", text)) and kind is not None:
         command = f"metadist list {kind}"
         if method := METHODS.get(plain(found[1])):
-            return f"{field} must be one of `{command}` or a class path, got {found[1]!r}, which is {method}"
+            given = f"got {found[1]!r}, which is {method}"
+            return f"{field} must be one of `{command}` or a class path, {given}"
         return one_of(field, found[1], named(kind), "a class path", command)
     if "Expected an instantiatable class" in text and kind is not None:
         choices = ", ".join(named(kind))

@@ -235,7 +235,10 @@ def _label(label: Any, position: int) -> int:
         return int(ones[0])
     scalar = label.item() if width == 1 else label
     if isinstance(scalar, bool) or not isinstance(scalar, int):
-        raise ValueError(f"labels must be integers, got {shown(label)} at position {position}")
+        raise ValueError(
+            f"labels must be integers, got {shown(label)} at position {position}: number the "
+            "classes in the data set"
+        )
     return scalar
 
 

@@ -93,7 +93,8 @@ def batch_of(data: Data, field: str) -> Batch:
         if "targets" in parts:
             parts["targets"] = _as_targets(parts["targets"])
         return Batch.named(**parts)
-    if isinstance(data, tuple | list) and len(data) == 2 and all(map(_is_array, data)):
+    is_pair = isinstance(data, tuple | list) and len(data) == 2 and _is_array(data[0])
+    if is_pair and (_is_array(data[1]) or isinstance(data[1], list)):
         inputs, targets = (_tensor(part, field) for part in data)
         return Batch.of(inputs, _as_targets(targets))
     data = map_style(data, field)
@@ -136,7 +137,10 @@ def _tensor(value: Any, field: str) -> Tensor:
             torch.as_tensor(value.copy(order="C") if isinstance(value, np.ndarray) else value)
         )
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{field} must be arrays of numbers, got {error}") from error
+        raise ValueError(
+            f"{field} must be arrays of numbers, got {error}: number classes that are texts "
+            "(numpy.unique(labels, return_inverse=True)[1])"
+        ) from error
 
 
 def _narrow(tensor: Tensor) -> Tensor:

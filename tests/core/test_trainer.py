@@ -426,7 +426,19 @@ REFUSED = [
     ),
     ({"num_threads": 0}, "num_threads must be >= 1 or None, got 0"),
     ({"sampler": object()}, r"it must have a method sample\(index\) -> Task, got object"),
+    (
+        {"sampler": Images},
+        r"it must be an object, got the class Images: make one, Images\(\.\.\.\)",
+    ),
+    (
+        {"algorithm": ITD},
+        r"algorithm must be an object, got the class ITD: make one, ITD\(\.\.\.\)",
+    ),
     ({"problem": object()}, "problem must have the methods init_outer, .* got object without"),
+    (
+        {"problem": metadist.models.MLP()},
+        r"got MLP without .*: give it to a problem, such as FewShotPro",
+    ),
     (
         {"algorithm": object()},
         "algorithm must have the methods init, estimate, adapt, got object without init, estimate",

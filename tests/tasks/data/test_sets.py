@@ -74,6 +74,7 @@ def test_a_mapping_gives_names():
         ),
         ([(object(), 0)], "convert them in the data set (of torchvision's, transform=ToTensor())"),
         ({"inputs": ["a"]}, "query must be arrays of numbers, got "),
+        ((INPUTS, ["ant", "bee"] * 3), "number classes that are texts (numpy.unique(labels, retu"),
     ],
 )
 def test_what_cannot_be_a_set_is_refused(data: Any, message: str):
@@ -131,3 +132,9 @@ def test_one_task_keeps_what_it_was_given():
 def test_an_empty_set_is_refused():
     message = "query must hold an example, got none: check how"
     assert message in refusal(lambda: OneTask(DATASET, (INPUTS[:0], TARGETS[:0])))
+
+
+def test_targets_may_be_a_list():
+    expected = OneTask((INPUTS, TARGETS), (INPUTS, TARGETS)).sample(0)
+    found = OneTask((INPUTS, TARGETS.tolist()), (INPUTS, TARGETS)).sample(0)
+    assert torch.equal(found.support.tensors[1], expected.support.tensors[1])
