@@ -126,28 +126,7 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compu
         check_rows(workload.problem, problem_outer, len(tasks[0].support.index))
     with workload.compute.applied():
         check_losses(workload.problem, workload.sampler, outer, compute=workload.compute)
-        if is_nonsmooth(workload.problem) and not algorithm.takes_prox:
-            raise ValueError(
-                f"algorithm must take a prox for a problem with prox_inner, got "
-                f"{type(algorithm).__name__}, which would leave the non-smooth part out: use MEHA"
-            )
-        if has_inner_map(workload.problem) and not algorithm.takes_map:
-            raise ValueError(
-                f"algorithm must take the inner_map of {type(workload.problem).__name__}, got "
-                f"{type(algorithm).__name__}, which descends on inner_loss: use AID, or ITD"
-            )
-        some = drawn_parts(tasks[0], workload.compute)
-        _check_inner_loss(workload.problem, problem_outer, tasks[0], some)
-        algorithm.check(workload.problem, problem_outer, tasks[0], some)
-        if workload.keep_state and isinstance(workload.sampler, Stream):
-            _check_no_tables(workload, outer, tasks[0])
-        check_precision(workload, outer)
-        dtype = next(iter(outer.values())).dtype
-        if workload.compute.encode_precision != "highest" and dtype != torch.float32:
-            raise ValueError(
-                "encode_precision must be 'highest' with an outer variable that is not of float32, "
-                f"got {workload.compute.encode_precision!r} and {dtype}"
-            )
+        _check_algorithm(workload, outer, tasks[0])
         result = _hypergradient(workload, outer, tasks[:1])
         if workload.compute.encode_precision != "highest":
             _check_encode_precision(workload, outer, tasks[0], result.total)
@@ -164,9 +143,66 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compu
             "the hypergradient of task 0 must be finite, got NaN or Inf: adaptation diverges; "
             f"try a smaller inner_lr, or look at the task ({algorithm})"
         )
+    dead = _require_trained(workload, problem_outer, tasks[0], list(result.total), dead, is_random)
+    if dead:
+        warnings.warn(
+            f"these outer variables got no hypergradient from task 0 and may never be trained: "
+            f"{_few(dead)}; freeze them with requires_grad_(False) if that is meant",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return compute
+
+
+def _check_algorithm(workload: Workload, outer: Params, task: Task) -> None:
+    """Raise ValueError for an algorithm that cannot train the problem of a workload."""
+    problem, algorithm, problem_outer = workload.problem, workload.algorithm, split_own(outer)[0]
+    if is_nonsmooth(problem) and not algorithm.takes_prox:
+        raise ValueError(
+            f"algorithm must take a prox for a problem with prox_inner, got "
+            f"{type(algorithm).__name__}, which would leave the non-smooth part out: use MEHA"
+        )
+    if has_inner_map(problem) and not algorithm.takes_map:
+        raise ValueError(
+            f"algorithm must take the inner_map of {type(problem).__name__}, got "
+            f"{type(algorithm).__name__}, which descends on inner_loss: use AID, or ITD"
+        )
+    some = drawn_parts(task, workload.compute)
+    _check_inner_loss(problem, problem_outer, task, some)
+    algorithm.check(problem, problem_outer, task, some)
+    if workload.keep_state and isinstance(workload.sampler, Stream):
+        _check_no_tables(workload, outer, task)
+    check_precision(workload, outer)
+    dtype = next(iter(outer.values())).dtype
+    if workload.compute.encode_precision != "highest" and dtype != torch.float32:
+        raise ValueError(
+            "encode_precision must be 'highest' with an outer variable that is not of float32, "
+            f"got {workload.compute.encode_precision!r} and {dtype}"
+        )
+
+
+def _require_trained(
+    workload: Workload,
+    outer: Params,
+    task: Task,
+    names: list[str],
+    dead: list[str],
+    is_random: bool,
+) -> list[str]:
+    """The outer variables that may never be trained; ValueError if none can be.
+
+    Args:
+        workload: What is to be trained.
+        outer: x without the algorithm's own variables.
+        task: Task 0.
+        names: Those of x, with the algorithm's own.
+        dead: Those that got no hypergradient from the task.
+        is_random: Whether the hypergradient is a random estimate.
+    """
+    problem, algorithm = workload.problem, workload.algorithm
     if algorithm.trains == "context":
         # From a start at v = 0 the first hypergradient may be zero, and the next is not.
-        reached = context_depends_on(workload.problem, problem_outer, tasks[0])
+        reached = context_depends_on(problem, outer, task)
         dead = [name for name in dead if name not in reached]
         if not reached:
             raise ValueError(
@@ -174,13 +210,13 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compu
                 "start of adaptation for a constant, and nothing else depends on the outer "
                 "variable. Give the problem a context (FewShotProblem: adapt='head'), or use ITD"
             )
-    if len(dead) == len(result.total):
-        if workload.keep_state and start_depends_on(workload.problem, problem_outer, tasks[0]):
+    if len(dead) == len(names):
+        if workload.keep_state and start_depends_on(problem, outer, task):
             raise ValueError(
                 "keep_state must be False for a problem that learns nothing but where adaptation "
                 "starts, got True: a kept state starts where the last one ended"
             )
-        reached = _enters(workload, problem_outer, tasks[0])
+        reached = _enters(workload, outer, task)
         if not reached:
             raise ValueError(
                 f"the hypergradient of task 0 is zero in every outer variable ({_few(dead)}): "
@@ -193,14 +229,7 @@ def preflight(workload: Workload, outer: Params, is_whole: bool = True) -> Compu
                 "leaves that out. Use a method that has second derivatives (ITD, AID), or look for "
                 "a vanishing gradient"
             )
-    if dead:
-        warnings.warn(
-            f"these outer variables got no hypergradient from task 0 and may never be trained: "
-            f"{_few(dead)}; freeze them with requires_grad_(False) if that is meant",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return compute
+    return dead
 
 
 def _check_inner_loss(problem: Problem, outer: Params, task: Task, some: Task) -> None:
