@@ -123,27 +123,7 @@ def task_hypergradients(
     Cost: per task that of the algorithm, plus one forward and one backward pass of `encode` and
     `init_inner`. A result that is not finite is computed again task by task to find the culprit.
     """
-    if not tasks:
-        raise ValueError("tasks must hold at least one task, got none")
-    for kind in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(kind):
-            raise ValueError(
-                f"torch.autocast({kind!r}) must be off around hypergradients, got on: it rounds "
-                "inner gradients to half precision, whose second derivatives are then off by 40 % "
-                "and more. Put it within the losses, around the model alone (docs/gpu.md says for "
-                "which methods); encode_precision='bf16' runs the part before an adapted head so"
-            )
-    if states is None and algorithm.needs_kept_state:
-        raise ValueError(
-            f"states must be given with {algorithm}, got None: {algorithm.needs_kept_state}, or "
-            "pass the states of the last step"
-        )
-    if states is None and start_carried(problem, split_own(outer)[0], tasks[0]):
-        raise ValueError(
-            f"keep_state must be True with {type(problem).__name__}, which carries a state from "
-            "step to step, got False: a new task has none. Use a sampler with num_tasks, or leave "
-            "out init_carried"
-        )
+    _refuse(problem, algorithm, outer, tasks, states)
     if not is_checked and not is_known_pure(problem):
         check_pure(problem, detach(split_own(outer)[0]), tasks[0], compute, tasks[-1])
     on_cpu = next(iter(outer.values())).device.type == "cpu"
@@ -206,6 +186,37 @@ def task_hypergradients(
         states=sums.states,
         calls=dict(calls),
     )
+
+
+def _refuse(
+    problem: Problem,
+    algorithm: Algorithm,
+    outer: Params,
+    tasks: list[Task],
+    states: Mapping[int, Tensor] | None,
+) -> None:
+    """Raise ValueError for what would give wrong hypergradients."""
+    if not tasks:
+        raise ValueError("tasks must hold at least one task, got none")
+    for kind in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(kind):
+            raise ValueError(
+                f"torch.autocast({kind!r}) must be off around hypergradients, got on: it rounds "
+                "inner gradients to half precision, whose second derivatives are then off by 40 % "
+                "and more. Put it within the losses, around the model alone (docs/gpu.md says for "
+                "which methods); encode_precision='bf16' runs the part before an adapted head so"
+            )
+    if states is None and algorithm.needs_kept_state:
+        raise ValueError(
+            f"states must be given with {algorithm}, got None: {algorithm.needs_kept_state}, or "
+            "pass the states of the last step"
+        )
+    if states is None and start_carried(problem, split_own(outer)[0], tasks[0]):
+        raise ValueError(
+            f"keep_state must be True with {type(problem).__name__}, which carries a state from "
+            "step to step, got False: a new task has none. Use a sampler with num_tasks, or leave "
+            "out init_carried"
+        )
 
 
 def attention_for(
