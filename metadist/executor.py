@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from metadist.checks.values import check
 from metadist.compute import Compute, intra_op_threads, pick_device, wants_gpu
-from metadist.feed import Feed, Wanted
+from metadist.feed import Feed
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable, StepResult
 from metadist.retry import Retries, Watchdog
@@ -202,7 +203,8 @@ class LocalExecutor(Executor):
         self._variable = OuterVariable.from_state(
             state, optimizer, workload.stepping_rules(), self._device
         )
-        self._feed = workload.feed(self._variable.params)
+        is_on_cpu = self._device.type == "cpu"
+        self._feed = None if is_on_cpu else workload.feed(self._variable.params)
 
     def run(self, until_version: int) -> Iterator[StepReport]:
         variable = self._started()
@@ -223,13 +225,12 @@ class LocalExecutor(Executor):
                 first_of_next = variable.next_leases(size + 1)[-1]
                 following = self._workload.lease(first_of_next, variable.version + 1)
             if self._feed is not None and following is not None:
-                self._feed.next = Wanted(following.indices, following.version)
+                self._feed.next = following.wanted
             states = {
                 index: variable.states[index] for index in lease.indices if index in variable.states
             }
-            inputs = lease, outer, previous, states, self._feed
             computed = self._retries.run(
-                watchdog, lease.in_words, self._workload.compute_lease, *inputs
+                watchdog, lease.in_words, self._compute, lease, outer, previous, states
             )
             contributions.append(computed)
         # The last bits of a norm depend on the threads. And a signal may not stop a step half
@@ -249,6 +250,17 @@ class LocalExecutor(Executor):
 
     def retries(self) -> Retries:
         return Retries(self._max_user_errors, self._backoff_s)
+
+    def _compute(
+        self, lease: Lease, outer: Params, previous: Params | None, states: dict[int, Tensor]
+    ) -> Contribution:
+        with self._workload.compute.applied():
+            computed = self._workload.compute_lease(lease, outer, previous, states, self._feed)
+            if self._feed is not None:
+                # What is sampled ahead has the settings of a lease, and nothing of the caller
+                # beside it.
+                self._feed.settle()
+        return computed
 
     def state(self) -> OuterState:
         return self._started().state()

@@ -2,17 +2,19 @@
 
 What a lease waits for is the copy of its tasks, and before it their sampling on the CPU. So data
 that fits stays on the GPU, and the rest is sampled for the next lease while this one is computed.
-On a CPU there is nothing to gain: a lease samples its tasks itself.
+One process on a CPU has nothing to gain from that, but a worker on Ray has: it waits for x.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from threading import Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ from metadist.task import (
     Task,
     TaskSampler,
     num_tasks_of,
+    one_at_a_time,
     sample_task,
     tensors_of,
     to_device,
@@ -31,6 +34,10 @@ from metadist.task import (
 )
 
 log = logging.getLogger("metadist.feed")
+
+
+WORTH_S = 2e-3
+"""On a CPU: the time of sampling a lease from which on the next one is sampled in a thread."""
 
 
 class Wanted(NamedTuple):
@@ -41,36 +48,55 @@ class Wanted(NamedTuple):
 
 
 class Feed:
-    """The tasks of one process, on its GPU.
+    """The tasks of one process, on its device.
 
-    Three ways, each with the bytes of `sample_task`: the tasks of a fixed set are sent once and
-    kept; a sampler that is `Resident` has its tables there, and a lease is sent the rows of all its
-    tasks; any other tasks are packed into one buffer of pinned memory, which is sent.
+    A GPU has them in one of three ways, each with the bytes of `sample_task`: the tasks of a fixed
+    set are sent once and kept; a sampler that is `Resident` has its tables there, and a lease is
+    sent the rows of all its tasks; any other tasks are packed into one buffer of pinned memory,
+    which is sent.
+
+    Whatever is not kept may be sampled ahead, in a thread. One thing is sampled at a time, so a
+    sampler need not know of threads, but must not borrow torch's global generator, from which the
+    computation must not be disturbed: this is seen, and nothing is then sampled ahead. An error
+    there is one of the lease of that task. One that may come of the thread, as every one but an
+    OSError may, is the last.
 
     Args:
         sampler: The sampler.
-        device: The GPU.
+        device: The device.
         dtype: That of x, which floating tensors are cast to.
-        budget: The most bytes of data to keep there, see `Compute.data_budget`.
+        budget: The most bytes of data to keep on a GPU, see `Compute.data_budget`.
+        num_threads: Intra-op threads of torch for what is sampled ahead.
     """
 
     def __init__(
-        self, sampler: TaskSampler, device: torch.device, dtype: torch.dtype, budget: int
+        self,
+        sampler: TaskSampler,
+        device: torch.device,
+        dtype: torch.dtype,
+        budget: int,
+        num_threads: int | None = None,
     ) -> None:
         self._sampler = sampler
         self._device = device
         self._dtype = dtype
         self._pinned = device.type == "cuda"
+        self._num_threads = num_threads
         self._left = budget
         self._kept: dict[int, Task] = {}
         self._tables: tuple[Tensor, ...] = ()
-        self._num_fixed = None if isinstance(sampler, Stream) else num_tasks_of(sampler)
-        self._ahead: tuple[Wanted, Future[_Prepared]] | None = None
+        self._num_fixed: int | None = None
+        self._ahead: _Ahead | None = None
+        self._may_be_ahead: bool | None = None  # None: nothing was sampled yet
         self.next: Wanted | None = None
         """What is sampled ahead as soon as the tasks asked for are there; None: nothing."""
+        self.in_words = "sent with each lease"
+        if device.type == "cpu":
+            self.in_words = "sampled for each lease"
+            return
         name = type(sampler).__name__
         size = sampler.table_bytes if isinstance(sampler, Resident) else 0
-        self.in_words = "sent with each lease"
+        self._num_fixed = None if isinstance(sampler, Stream) else num_tasks_of(sampler)
         if self._num_fixed is not None:
             self.in_words = f"sent once, up to data_budget={budget:,} bytes"
         elif isinstance(sampler, Resident) and 0 < size <= budget:
@@ -87,27 +113,66 @@ class Feed:
         """
         if self._num_fixed is not None:
             return [self._fixed(index, self._num_fixed) for index in wanted.indices]
-        if self._ahead is not None and self._ahead[0] == wanted:
-            prepared, self._ahead = self._ahead[1].result, None
-            found = prepared()
+        wanted, following = self._exact(wanted), self.next and self._exact(self.next)
+        ahead = self._ahead
+        if ahead is not None and ahead.wanted not in (wanted, following):
+            ahead.is_wanted = False  # it ends after the task that it is at
+            self._ahead = None
+        if ahead is not None and ahead.wanted == wanted:
+            self._ahead = None
+            found = self._result(ahead)
+        elif self._may_be_ahead is None:
+            with _watched() as borrowed:
+                found = self._prepare(wanted)
+            self._may_be_ahead = not borrowed
+            if borrowed:
+                log.info("%s is not sampled ahead: %s", type(self._sampler).__name__, borrowed[0])
         else:
             found = self._prepare(wanted)
-        following, self.next = self.next, None
-        if following is not None and (self._ahead is None or self._ahead[0] != following):
-            self._ahead = following, _in_thread(lambda: self._prepare(following))
+        self.next = None
+        is_worth_it = self._device.type != "cpu" or found.seconds >= WORTH_S
+        if following and self._ahead is None and self._may_be_ahead and is_worth_it:
+            self._ahead = _Ahead(following, self._prepare, self._num_threads)
         return self._there(found)
 
-    def _prepare(self, wanted: Wanted) -> _Prepared:
+    def settle(self) -> None:
+        """Wait until nothing is sampled ahead any more; what was, stays."""
+        if self._ahead is not None:
+            self._ahead.thread.join()
+
+    def _exact(self, wanted: Wanted) -> Wanted:
+        """The same for all steps at which the tasks are the same."""
+        return wanted if isinstance(self._sampler, Stream) else wanted._replace(step=0)
+
+    def _result(self, ahead: _Ahead) -> _Prepared:
+        try:
+            return ahead.result()
+        except OSError:
+            raise
+        except BaseException:
+            name = type(self._sampler).__name__
+            log.warning("%s raised in a thread: nothing is sampled ahead from now on", name)
+            self._may_be_ahead = False
+            raise
+
+    def _prepare(self, wanted: Wanted, is_wanted: Callable[[], bool] = lambda: True) -> _Prepared:
         """What is to be sent for these tasks. In a thread, so that it may not ask anything of CUDA.
 
         Pinned memory is asked for by the thread that computes: it may be recording a graph, which
         a call of another thread would break.
         """
-        if self._tables and isinstance(self._sampler, Resident):
-            rows = [self._sampler.rows(index) for index in wanted.indices]
-            return _Prepared(wanted.indices, rows, [])
-        tasks = [sample_task(self._sampler, index, wanted.step) for index in wanted.indices]
-        return _Prepared(wanted.indices, [], tasks)
+        began = time.perf_counter()
+        rows: list[Tensor] = []
+        tasks: list[Task] = []
+        for index in wanted.indices:
+            if not is_wanted():
+                break
+            if self._tables and isinstance(self._sampler, Resident):
+                with one_at_a_time:
+                    rows.append(self._sampler.rows(index))
+            else:
+                tasks.append(sample_task(self._sampler, index, wanted.step))
+        return _Prepared(wanted.indices, rows, tasks, time.perf_counter() - began)
 
     def _there(self, prepared: _Prepared) -> list[Task]:
         if not (self._tables and isinstance(self._sampler, Resident)):
@@ -146,22 +211,62 @@ def send(tasks: list[Task], device: torch.device, dtype: torch.dtype) -> list[Ta
 
 
 class _Prepared(NamedTuple):
-    """What is sent for tasks: rows of tables, or the tasks."""
+    """What is sent for tasks: rows of tables, or the tasks; and the seconds that it took."""
 
     indices: Sequence[int]
     rows: list[Tensor]
     tasks: list[Task]
+    seconds: float
 
 
-def _in_thread(work: Callable[[], _Prepared]) -> Future[_Prepared]:
-    """The result of `work`, which ends with the process if that ends first."""
-    future: Future[_Prepared] = Future()
+class _Ahead:
+    """What a thread prepares, which ends with the process if that ends first."""
 
-    def run() -> None:
+    def __init__(
+        self, wanted: Wanted, prepare: Callable[..., _Prepared], num_threads: int | None
+    ) -> None:
+        self.wanted = wanted
+        self.is_wanted = True
+        self._prepare = prepare
+        self._num_threads = num_threads
+        self._found: _Prepared | BaseException | None = None
+        self.thread = Thread(target=self._run, name="metadist-feed", daemon=True)
+        self.thread.start()
+
+    def result(self) -> _Prepared:
+        """What it has prepared; raises what was raised there."""
+        self.thread.join()
+        if isinstance(self._found, BaseException):
+            raise self._found
+        assert self._found is not None
+        return self._found
+
+    def _run(self) -> None:
         try:
-            future.set_result(work())
+            if self._num_threads is not None:
+                torch.set_num_threads(self._num_threads)  # of this thread
+            self._found = self._prepare(self.wanted, lambda: self.is_wanted)
         except BaseException as error:  # noqa: BLE001  # raised where the result is asked for
-            future.set_exception(error)
+            self._found = error
 
-    Thread(target=run, name="metadist-feed", daemon=True).start()
-    return future
+
+@contextmanager
+def _watched() -> Iterator[list[str]]:
+    """Gives why what runs within the block should not run beside a computation; empty: it may.
+
+    It should not where it uses torch's global generator, even if it gives that back as it was.
+    """
+    found: list[str] = []
+    if sys.getprofile() is not None:
+        yield ["this process is profiled"]
+        return
+
+    def note(frame: Any, event: str, called: Any) -> None:
+        if event == "c_call" and getattr(called, "__self__", None) is torch.default_generator:
+            found[:] = ["it borrows torch's global generator"]
+
+    sys.setprofile(note)
+    try:
+        yield found
+    finally:
+        sys.setprofile(None)

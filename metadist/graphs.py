@@ -6,7 +6,8 @@ copied there before, and results copied from there after it. What else differs f
 are a few whole numbers, see `metadist.followed`: those that Python decides by select the graph.
 
 Nothing is taken on trust. A graph is compared with the plain computation at its first replay, for
-another lease than it was recorded from, and serves only if all bytes are the same.
+another lease than it was recorded from, and again at the first of other tasks, and serves only if
+all bytes are the same.
 """
 
 from __future__ import annotations
@@ -85,9 +86,12 @@ RECORDERS: dict[str, Recorder] = {"cuda": record_cuda}
 
 
 class Graph:
-    """A recorded computation, with the memory of its inputs and results."""
+    """A recorded computation, with the memory of its inputs and results; `tasks`: see `Graphs`."""
 
-    def __init__(self, function: Function, inputs: Any, numbers: Sequence[int]) -> None:
+    def __init__(
+        self, function: Function, inputs: Any, numbers: Sequence[int], tasks: Any = ()
+    ) -> None:
+        self.tasks = tasks
         still = tree_map_only(Tensor, lambda leaf: torch.empty_like(leaf).copy_(leaf), inputs)
         self._inputs = _tensors(still)
         device = self._inputs[0].device
@@ -101,7 +105,8 @@ class Graph:
 
         found, self._replay = RECORDERS[device.type](run, device)
         self._results, self._form_found = tree_flatten(found)
-        self.is_verified = False
+        self.verified: set[Any] = set()
+        """The tasks for which it gave the bytes of the plain computation."""
 
     def serves(self, numbers: Sequence[int]) -> bool:
         """Whether these numbers lead to the same computation."""
@@ -139,7 +144,9 @@ class Graphs:
         self._recorded = self._replayed = 0
         self._reason = ""
 
-    def run(self, function: Function, inputs: Any, numbers: Sequence[int], key: Any) -> Any:
+    def run(
+        self, function: Function, inputs: Any, numbers: Sequence[int], key: Any, tasks: Any = ()
+    ) -> Any:
         """`function(inputs, numbers)`, from a graph where there is one.
 
         Args:
@@ -147,6 +154,8 @@ class Graphs:
             inputs: A tree of tensors, on one device.
             numbers: Whole numbers.
             key: What else decides what the function does; can be hashed.
+            tasks: Which tasks the inputs are of; can be hashed. What a graph has of them in it may
+                be seen at others alone.
 
         Raises:
             ValueError: No graph can serve, and one must.
@@ -158,16 +167,16 @@ class Graphs:
         graph = self._find(key, numbers)
         if graph is None:
             found = function(inputs, numbers)
-            self._record(key, function, inputs, numbers)
+            self._record(key, function, inputs, numbers, tasks)
             return found
         found = graph(inputs, numbers)
         self._replayed += 1
-        if graph.is_verified:
+        if tasks in graph.verified or graph.verified - {graph.tasks}:
             return found
         expected = function(inputs, numbers)
         if not _same(found, expected):
             self._give_up("a graph computes other bytes than it was recorded from")
-        graph.is_verified = True
+        graph.verified.add(tasks)
         return expected
 
     def _find(self, key: Any, numbers: Sequence[int]) -> Graph | None:
@@ -177,7 +186,9 @@ class Graphs:
                 return graph
         return None
 
-    def _record(self, key: Any, function: Function, inputs: Any, numbers: Sequence[int]) -> None:
+    def _record(
+        self, key: Any, function: Function, inputs: Any, numbers: Sequence[int], tasks: Any
+    ) -> None:
         if self._recorded >= MOST and self._replayed < self._recorded:
             self._give_up("Python decides otherwise at nearly every lease")
             return
@@ -185,7 +196,7 @@ class Graphs:
             self._graphs.pop(0)
         self._recorded += 1
         try:
-            self._graphs.append((key, Graph(function, inputs, numbers)))
+            self._graphs.append((key, Graph(function, inputs, numbers, tasks)))
         except Exception as error:  # noqa: BLE001  # the plain computation has just succeeded
             self._give_up(_reason_of(error))
 

@@ -162,7 +162,8 @@ def task_hypergradients(
                 if graphs is None:
                     found = run(inputs, numbers)
                 else:
-                    found = graphs.run(run.__call__, inputs.counted(), numbers, run[2:])
+                    ids = tuple(int(task.id) for task in group)
+                    found = graphs.run(run.__call__, inputs.counted(), numbers, run[2:], ids)
             except FAILS_UNDER_VMAP as error:
                 if len(group) == 1 or not falls_back(compute.vectorize, error):
                     raise

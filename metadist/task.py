@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -356,6 +357,11 @@ def require_steps(field: str, num_steps: int, sampler: TaskSampler) -> None:
         )
 
 
+one_at_a_time = RLock()
+"""Held while something is sampled: a sampler need not bear two threads (`metadist.feed`), nor need
+two samplers that draw from the same global generator."""
+
+
 def sample_task(sampler: TaskSampler, index: int, step: int = 0) -> Task:
     """The task number `index`; those of a fixed set begin again after the last.
 
@@ -363,9 +369,10 @@ def sample_task(sampler: TaskSampler, index: int, step: int = 0) -> Task:
     """
 
     def sample(index: int) -> Task:
-        return (
-            sampler.sample_at(index, step) if isinstance(sampler, Stream) else sampler.sample(index)
-        )
+        with one_at_a_time:
+            if isinstance(sampler, Stream):
+                return sampler.sample_at(index, step)
+            return sampler.sample(index)
 
     num_tasks = num_tasks_of(sampler)
     if num_tasks is not None and index >= num_tasks:

@@ -48,6 +48,11 @@ class Lease(NamedTuple):
         """Which lease it is, for messages."""
         return f"lease {self.id} (tasks {', '.join(map(str, self.indices))})"
 
+    @property
+    def wanted(self) -> Wanted:
+        """Its tasks, as a feed is asked for them."""
+        return Wanted(self.indices, self.version)
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -199,7 +204,7 @@ class Workload:
                 tasks = [sample_task(self.sampler, n, lease.version) for n in lease.indices]
                 tasks = send(tasks, leaf.device, leaf.dtype)
             else:
-                tasks = feed.tasks(Wanted(lease.indices, lease.version))
+                tasks = feed.tasks(lease.wanted)
             if isinstance(
                 self.sampler, Stream
             ):  # the sizes at step 0, checked before, tell nothing
@@ -224,12 +229,10 @@ class Workload:
         )
         return Contribution(result, total, found.states)
 
-    def feed(self, outer: Params) -> Feed | None:
-        """What brings tasks to the device of `outer`; None: that is a CPU."""
-        leaf = next(iter(outer.values()))
-        if leaf.device.type == "cpu":
-            return None
-        return Feed(self.sampler, leaf.device, leaf.dtype, self.compute.data_budget)
+    def feed(self, outer: Params) -> Feed:
+        """What brings tasks to the device of `outer`."""
+        leaf, compute = next(iter(outer.values())), self.compute
+        return Feed(self.sampler, leaf.device, leaf.dtype, compute.data_budget, compute.num_threads)
 
 
 def trains_start(algorithm: Algorithm, learns_start: bool) -> bool:

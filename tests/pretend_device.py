@@ -44,13 +44,11 @@ class Elsewhere(Tensor):
 
     @staticmethod
     def __new__(cls, numbers: Tensor) -> Elsewhere:
+        options: dict[str, Any] = {}
+        if numbers.layout == torch.strided:
+            options = {"strides": numbers.stride(), "storage_offset": numbers.storage_offset()}
         found: Elsewhere = torch.Tensor._make_wrapper_subclass(
-            cls,
-            numbers.shape,
-            dtype=numbers.dtype,
-            device=DEVICE,
-            strides=numbers.stride(),
-            storage_offset=numbers.storage_offset(),
+            cls, numbers.shape, dtype=numbers.dtype, device=DEVICE, **options
         )
         found.numbers = numbers
         return found
@@ -58,6 +56,9 @@ class Elsewhere(Tensor):
     def tolist(self) -> Any:
         _note("tolist")
         return self.numbers.tolist()
+
+    def data_ptr(self) -> int:
+        return self.numbers.data_ptr()
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Elsewhere({self.numbers!r})"
@@ -114,6 +115,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     result = func(*tree_map(_real, args), **real)
     if target_type == "cpu" and there:
         return result
+    if torch.Tag.inplace_view in func.tags:
+        args[0].data = Elsewhere(args[0].numbers)  # its own shape
     in_place = name.endswith("_") and not name.endswith("__")  # as __xor__ does
     if in_place and isinstance(args[0], Elsewhere):
         return args[0]

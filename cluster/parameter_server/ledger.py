@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from metadist.cluster.parameter_server.policies import Policy, View
+
+
+class Numbers:
+    """A set of whole numbers >= 0: all below one, and some others.
+
+    Args:
+        below: All numbers below this one are in the set.
+        others: So are these.
+    """
+
+    def __init__(self, below: int = 0, others: Collection[int] = ()) -> None:
+        self._below, self._others = below, set(others)
+
+    def __contains__(self, number: int) -> bool:
+        return number < self._below or number in self._others
+
+    def add(self, number: int) -> None:
+        self._others.add(number)
+        while self._below in self._others:
+            self._others.remove(self._below)
+            self._below += 1
+
+    def missing(self) -> Iterator[int]:
+        """Those that are not in the set, in order, without an end."""
+        return (n for n in itertools.count(self._below) if n not in self._others)
 
 
 class Ledger:
     """Pure bookkeeping: every lease is in one state: to come, in flight, arrived, or applied.
 
-    Leases are handed out in the order of their numbers, lost ones first. No more are handed out
-    than the steps up to `until_version` need, so nothing is in flight at the end.
+    Leases are handed out in the order of their numbers, lost ones first, but for those that a
+    worker has made ready for. No more are handed out than the steps up to `until_version` need, and
+    none out of order that those would not have: so nothing is in flight at the end, and nothing is
+    left out below what is.
 
     Args:
         policy: Decides which leases may be handed out, and which are applied.
@@ -35,8 +62,7 @@ class Ledger:
         self._policy = policy
         self._leases_per_step = leases_per_step
         self._until_version = until_version
-        in_x = frozenset(applied)
-        self._fresh = (n for n in itertools.count(applied_below) if n not in in_x)
+        self._issued = Numbers(applied_below, applied)
         self._lost: list[int] = []
         self.version = version
         self.in_flight: dict[int, int] = {}
@@ -46,17 +72,52 @@ class Ledger:
     def _view(self) -> View:
         return View(self.version, self.in_flight, self.arrived, self._leases_per_step)
 
-    def issue(self) -> int | None:
-        """The next lease, in flight from now on; None if none may be handed out."""
-        num_needed = self._policy.leases_per_step(self._leases_per_step) * (
-            self._until_version - self.version
-        )
-        num_out = len(self.in_flight) + len(self.arrived)
-        if num_out >= num_needed or not self._policy.may_issue(self._view):
+    def issue(self, wanted: int | None = None) -> int | None:
+        """The next lease, in flight from now on; None if none may be handed out.
+
+        Args:
+            wanted: A lease that is handed out before its turn, if the others of the same step, or
+                of an asynchronous run, come later anyway.
+        """
+        if self._num_left <= 0 or not self._policy.may_issue(self._view):
             return None
-        lease_id = heapq.heappop(self._lost) if self._lost else next(self._fresh)
+        if self._lost:
+            lease_id = heapq.heappop(self._lost)
+        else:
+            lease_id = next(self._issued.missing())
+            if wanted is not None and self._comes_anyway(wanted):
+                lease_id = wanted
+            self._issued.add(lease_id)
         self.in_flight[lease_id] = self.version
         return lease_id
+
+    def _comes_anyway(self, lease_id: int) -> bool:
+        """Whether a fresh lease is one of those of this step, or of an asynchronous run."""
+        left = self._num_left
+        if self._policy.is_synchronous:
+            left = min(left, self._leases_per_step - self._num_out)
+        turn = itertools.islice(self._issued.missing(), max(0, left))
+        return lease_id in itertools.takewhile(lambda n: n <= lease_id, turn)
+
+    def upcoming(self, most: int) -> dict[int, int]:
+        """Lease id -> version of those that will be issued next, in order, if none is lost.
+
+        Their versions are those of a synchronous policy; others do not know them.
+        """
+        leases = itertools.chain(sorted(self._lost), self._issued.missing())
+        size, out = self._leases_per_step, self._num_out
+        few = itertools.islice(leases, max(0, min(most, self._num_left)))
+        return {n: self.version + (out + place) // size for place, n in enumerate(few)}
+
+    @property
+    def _num_out(self) -> int:
+        return len(self.in_flight) + len(self.arrived)
+
+    @property
+    def _num_left(self) -> int:
+        """How many more the steps up to the last one need."""
+        num_steps = self._until_version - self.version
+        return self._policy.leases_per_step(self._leases_per_step) * num_steps - self._num_out
 
     def arrive(self, lease_id: int) -> None:
         """Note that the result of a lease in flight has arrived."""

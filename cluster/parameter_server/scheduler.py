@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from ray import ObjectRef
 
 from metadist.cluster.actors.buffers import PackedState
-from metadist.cluster.parameter_server.ledger import Ledger
+from metadist.cluster.parameter_server.ledger import Ledger, Numbers
 from metadist.cluster.parameter_server.policies import Policy
 from metadist.cluster.parameter_server.server import Progress
 from metadist.cluster.parameter_server.states import HeldStates
@@ -18,6 +18,7 @@ from metadist.cluster.parameter_server.supervisor import ServerGone, SumLost, Su
 from metadist.cluster.parameter_server.worker_pool import Done, Fetch, Fetched, Lost, WorkerPool
 from metadist.executor import StepReport
 from metadist.outer import StepResult
+from metadist.task import Stream
 from metadist.workload import Lease, Workload
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ class Scheduler:
         """Train until x has that version; yields after every outer step."""
         self._ledger = None
         self._until_version = until_version
-        self._handed_out_below = 0
+        self._handed_out: Numbers | None = None
         self._reissued: list[int] = []
         self._pool.take_waiting_s()
         self._supervisor.take_num_lost()
@@ -153,6 +154,8 @@ class Scheduler:
         self._outer = self._supervisor.pull()
         if self._held is not None:
             self._held.reached(progress.version, self._outer)
+        if self._handed_out is None:
+            self._handed_out = Numbers(progress.applied_below, progress.applied)
         return Ledger(
             self._policy,
             self._workload.leases_per_step,
@@ -161,23 +164,30 @@ class Scheduler:
         )
 
     def _hand_out(self, ledger: Ledger) -> None:
-        while self._has_room and (lease_id := ledger.issue()) is not None:
-            # Fresh ones come in the order of their numbers, so this one was handed out before.
-            if lease_id < self._handed_out_below:
+        while self._has_room and (lease_id := ledger.issue(self._pool.ahead)) is not None:
+            assert self._handed_out is not None
+            if lease_id in self._handed_out:
                 self._reissued.append(lease_id)
-            self._handed_out_below = max(self._handed_out_below, lease_id + 1)
+            self._handed_out.add(lease_id)
             lease = self._workload.lease(lease_id, ledger.version)
             if self._held is not None:
-                self._held.send(lease)
+                self._held.send(lease, is_last=ledger.version + 1 == self._until_version)
                 continue
             kept = None
             if self._workload.keep_state:
                 kept = self._supervisor.server.kept.remote(lease.indices)
-            self._pool.submit(lease, self._outer, kept)
+            self._pool.submit(lease, self._outer, kept, self._upcoming(ledger))
         if self._held is None:
             self._pool.back_up()
         elif news := self._held.take_news():
             self._pool.notify("states_held", workers=news)
+
+    def _upcoming(self, ledger: Ledger) -> dict[int, Lease]:
+        """The next leases, whose tasks a worker may sample before it is given one of them."""
+        if isinstance(self._workload.sampler, Stream) and not self._policy.is_synchronous:
+            return {}  # their tasks are of an outer step that nobody knows yet
+        found = ledger.upcoming(2 * self._pool.num_alive)
+        return {number: self._workload.lease(number, at) for number, at in found.items()}
 
     @property
     def _has_room(self) -> bool:

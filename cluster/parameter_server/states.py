@@ -53,8 +53,13 @@ class HeldStates:
         self._version = version
         self._outers[version] = outer
 
-    def send(self, lease: Lease) -> None:
-        """Have the worker that holds the states compute `lease`; some must be alive."""
+    def send(self, lease: Lease, is_last: bool = False) -> None:
+        """Have the worker that holds the states compute `lease`; some must be alive.
+
+        Args:
+            lease: The lease.
+            is_last: Whether no step comes after that of the lease.
+        """
         number = self._number(lease.id)
         place = self._homes.place(number, self._pool.actors, lease.version)
         before: range = range(0)
@@ -66,7 +71,21 @@ class HeldStates:
             before, kept = self._from_snapshot(lease.indices, lease.version)
         leases, pulled = self._again(number, before)
         outer = self._outers[lease.version]
-        self._pool.submit_held(place.worker, lease, len(outer), leases, kept, *pulled, *outer)
+        following = self._following(number, lease, is_last)
+        arguments = leases, kept, following, *pulled, *outer
+        self._pool.submit_held(place.worker, lease, len(outer), *arguments)
+
+    def _following(self, number: int, lease: Lease, is_last: bool) -> Lease | None:
+        """What the worker of that lease will probably compute after it."""
+        homes = self._homes.workers
+        mine = sorted(other for other in homes if homes[other] is homes[number])
+        later = [other for other in mine if other > number]
+        if later:
+            return self._workload.lease(lease.id - number + later[0], lease.version)
+        if is_last:
+            return None
+        size = self._workload.leases_per_step
+        return self._workload.lease(lease.id - number + size + mine[0], lease.version + 1)
 
     def done(self, lease_id: int, version: int) -> None:
         """Note that a worker has computed the lease at that version."""

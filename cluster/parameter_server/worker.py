@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ class Worker:
     def __init__(self, name: str) -> None:
         self._name = name
         self._judge: tuple[ObjectRef[Any], Judge] | None = None
+        self._applied = ExitStack()
 
     @exits_raised()
     def setup(
@@ -77,6 +79,9 @@ class Worker:
         self._rounding = Bfloat16() if compression == "bfloat16" else None
         self._transport = transport
         self._outer = spec.views(self._flat)
+        # For as long as it lives: what is sampled ahead, in a thread, has these settings too.
+        self._applied.close()
+        self._applied.enter_context(self._workload.compute.applied())
         self._feed = (
             self._workload.feed(self._outer) if isinstance(self._workload, Workload) else None
         )
@@ -86,16 +91,22 @@ class Worker:
 
     @exits_raised()
     def compute(
-        self, lease: Lease, kept: Mapping[int, Array] | None, *pulled: Pulled
+        self,
+        lease: Lease,
+        kept: Mapping[int, Array] | None,
+        following: Lease | None,
+        *pulled: Pulled,
     ) -> tuple[LeaseResult | Pushed, ...]:
         """The result of `lease`, and its contribution to each shard of the server.
 
         Args:
             lease: The tasks.
             kept: The states the algorithm keeps of these tasks, where it does.
+            following: What this worker will probably compute next: its tasks are sampled meanwhile.
             pulled: x, in as many slices as there are shards.
         """
         self.load(pulled)
+        self._sample_ahead(following)
         device = self._flat.device
         before = [part.previous for part in pulled if part.previous is not None]
         previous = None
@@ -111,6 +122,7 @@ class Worker:
         lease: Lease,
         before: Sequence[Lease],
         kept: Mapping[int, Array] | None,
+        following: Lease | None,
         *pulled: Pulled,
     ) -> tuple[LeaseResult | Pushed, ...]:
         """As `compute`, with the states of the tasks that this worker holds, and goes on to hold.
@@ -120,11 +132,17 @@ class Worker:
             before: Leases of the same tasks at earlier versions of x, whose states are computed
                 again first; their sums are in x.
             kept: The states to begin with, which replace what is held; None: what is held.
+            following: As for `compute`.
             pulled: x at the version of each lease, in slices.
         """
         self._hold(lease.indices, lease.version, before, kept, pulled)
+        self._sample_ahead(following)
         computed = self._step(lease, pulled[-len(self._bounds) :])
         return computed.result, *self.send(computed._replace(states={}))
+
+    def _sample_ahead(self, following: Lease | None) -> None:
+        if self._feed is not None and following is not None:
+            self._feed.next = following.wanted
 
     @exits_raised()
     def give(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ray import ObjectRef
@@ -79,9 +81,13 @@ class _Paused(NamedTuple):
 
 @dataclass(eq=False)
 class _Slot(Slot):
-    """`lease_s` is the time of the last lease; inf: there was none."""
+    """`lease_s` is the time of the last lease; inf: there was none.
+
+    `ahead` is the lease whose tasks it samples while it computes another one; None: none.
+    """
 
     lease_s: float = math.inf
+    ahead: int | None = None
 
     @property
     def item(self) -> Work | None:
@@ -122,6 +128,8 @@ class WorkerPool(ActorPool[_Slot]):
         self._paused: list[_Paused] = []
         self._judged: dict[range, list[dict[str, float]]] = {}
         self._waiting_s = 0.0
+        self._never_ahead: set[int] = set()
+        """Leases that a worker has sampled ahead, and died: their tasks may be why."""
 
     def start(self, timeout_s: float, *setup: Any) -> None:
         """Set all workers up with these arguments of `Worker.setup`.
@@ -129,6 +137,7 @@ class WorkerPool(ActorPool[_Slot]):
         Returns when `min_workers` are ready.
         """
         self._setup = setup
+        self._never_ahead.clear()
         self.forget()
         self._start(timeout_s, self._min_workers)
 
@@ -143,6 +152,7 @@ class WorkerPool(ActorPool[_Slot]):
         lease: Lease,
         outer: tuple[ObjectRef[Any], ...],
         kept: ObjectRef[Any] | None = None,
+        upcoming: Mapping[int, Lease] = MappingProxyType({}),
     ) -> None:
         """Have a worker compute `lease`.
 
@@ -150,8 +160,17 @@ class WorkerPool(ActorPool[_Slot]):
             lease: The lease to compute; a worker must have room for it.
             outer: The shards of x.
             kept: What it needs beside x, see `ParameterServer.kept`.
+            upcoming: The leases that will come next, in order: the worker samples the one that it
+                may well be given.
         """
-        self._send(lease, kept, *outer)
+        self._send(lease, kept, *outer, upcoming=upcoming)
+
+    @property
+    def ahead(self) -> int | None:
+        """The lease whose tasks the worker has that would be given the next one; None: none."""
+        now = self._runtime.now()
+        with_room = [slot for slot in self._slots if self._room_at(slot) <= now]
+        return min(with_room, key=_next_to_work).ahead if with_room else None
 
     @property
     def actors(self) -> list[Any]:
@@ -214,17 +233,31 @@ class WorkerPool(ActorPool[_Slot]):
                 self._losses.pop(chunk_in_words(chunk), None)
                 self._errors.pop(chunk_in_words(chunk), None)
 
-    def _send(self, item: Lease | range, *arguments: Any) -> None:
-        """Give `item` to the worker that has been idle longest, else to the next to be idle."""
+    def _send(
+        self,
+        item: Lease | range,
+        *arguments: Any,
+        upcoming: Mapping[int, Lease] = MappingProxyType({}),
+    ) -> None:
+        """Give `item` to the worker that has been idle longest, else to the next to be idle.
+
+        But first to one that has its tasks already.
+        """
         now = self._runtime.now()
         with_room = [slot for slot in self._slots if self._room_at(slot) <= now]
-        slot = min(with_room, key=lambda slot: (len(slot.calls), slot.since))
+        few = min(len(slot.calls) for slot in with_room)
+        slot = min(
+            (slot for slot in with_room if len(slot.calls) == few),
+            key=lambda slot: (not isinstance(item, Lease) or slot.ahead != item.id, slot.since),
+        )
         if not slot.calls:
             self._rest(slot)
         if isinstance(item, Lease):
-            _, *outer = arguments
+            kept, *outer = arguments
+            following = self._following(slot, item, upcoming)
+            slot.ahead = None if following is None else following.id
             compute = slot.actor.compute.options(num_returns=1 + len(outer))
-            ref, *totals = compute.remote(item, *arguments)
+            ref, *totals = compute.remote(item, kept, following, *outer)
             call = _Call(ref, item.in_words, "lease", item=item, arguments=arguments)
             call.totals = tuple(totals)
         else:
@@ -234,6 +267,17 @@ class WorkerPool(ActorPool[_Slot]):
                 ref, chunk_in_words(item), "chunk", len(item), item=item, arguments=arguments
             )
         slot.calls.append(call)
+
+    def _following(self, slot: _Slot, lease: Lease, upcoming: Mapping[int, Lease]) -> Lease | None:
+        """Which of the leases to come the worker will probably have after this one."""
+        if slot.ahead is not None and slot.ahead != lease.id and slot.ahead in upcoming:
+            return upcoming[slot.ahead]
+        others = [other for other in self._slots if other is not slot and other.is_alive]
+        taken = {other.ahead for other in others} | self._never_ahead
+        # The others that are idle take the next ones at once.
+        num_idle = sum(not other.calls and other.ahead not in upcoming for other in others)
+        free = (upcoming[number] for number in upcoming if number not in taken)
+        return next(islice(free, num_idle, None), None)
 
     def back_up(self) -> None:
         """Give what takes long to idle workers too; the first answer counts."""
@@ -329,6 +373,9 @@ class WorkerPool(ActorPool[_Slot]):
 
     def _lost(self, slot: _Slot, calls: list[_Call], lost_data: bool, after_s: float = 0.0) -> None:
         at = self._runtime.now() + after_s
+        if not slot.is_alive and slot.ahead is not None:
+            self._never_ahead.add(slot.ahead)
+            slot.ahead = None
         for call in calls:
             if not call.is_redundant and not self._others(call):
                 self._paused.append(_Paused(at, call.item, lost_data))
@@ -371,3 +418,7 @@ class WorkerPool(ActorPool[_Slot]):
         times += [paused.at for paused in self._paused]
         backup = self._next_backup()
         return times if backup is None else [*times, backup[0]]
+
+
+def _next_to_work(slot: _Slot) -> tuple[int, float]:
+    return len(slot.calls), slot.since

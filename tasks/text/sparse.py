@@ -91,8 +91,12 @@ _kept: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor, _Matrix]] = OrderedDic
 
 def _compressed(columns: Tensor, values: Tensor, num_columns: int) -> _Matrix:
     """The matrix of these rows, from the last few that were asked for, if it is among them."""
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        # It would go on with the matrix of these tasks, and after that has left the cache, too.
+        raise RuntimeError("the rows of a sparse matrix are looked at while a graph is recorded")
     # The entry holds the tensors, so that their addresses are not given to others.
-    key = (columns.data_ptr(), values.data_ptr(), values.dtype, values.shape, num_columns)
+    places = columns.data_ptr(), values.data_ptr(), values.device
+    key = (*places, values.dtype, values.shape, num_columns)
     if key not in _kept:
         _kept[key] = (columns, values, _compress(columns, values, num_columns))
         while len(_kept) > KEPT:

@@ -1,17 +1,15 @@
-"""Every algorithm on every kind of problem where tensors are elsewhere: the bytes of the CPU.
-
-But those that multiply a vector by a matrix, whose squeeze_ a pretend tensor does not follow, and
-texts, which are sparse.
-"""
+"""Every algorithm on every kind of problem where tensors are elsewhere: the bytes of the CPU."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+import metadist.tasks
 from metadist import Batch, Problem, Task
 from metadist.algorithm import Algorithm
 from metadist.algorithms import ALGORITHMS, ITD
@@ -19,16 +17,41 @@ from metadist.compute import Compute
 from metadist.models import MLP
 from metadist.task import to_device
 from metadist.tasks import (
+    AmigoToy,
+    ArchitectureSearch,
     ClassWeights,
+    ContextualNetwork,
+    ContinualLearning,
+    Coreset,
+    Degenerate,
     FewShotProblem,
     HyperCleaning,
+    LancBiOData,
+    LancBiOMatrixFree,
+    LancBiOMatrixFreeData,
+    LancBiOSynthetic,
+    LanguageModelProblem,
     Lasso,
     LinearClassifier,
+    LinearProbe,
     LossWeighting,
+    MerelyConvex,
+    Minimax,
+    NearestCentroid,
     NoData,
+    PBGDToy,
+    PenaltyToy,
+    PermutedImages,
+    ProtoNet,
     QuadraticData,
     Quadratics,
+    RidgeHead,
+    Sine,
     Sinusoid,
+    SparseRegression,
+    SparseRegressionData,
+    Supernet,
+    TextRegularisation,
 )
 from tests.helpers import raw, small_conv4
 from tests.pretend_device import here, last_of_two, pretending, task_there, there
@@ -52,6 +75,29 @@ def vectors() -> Task:
     return Task(batch(), batch(), 0)
 
 
+def texts() -> Task:
+    random = generator(4)
+
+    def batch() -> Batch:
+        terms = [torch.randperm(9, generator=random)[:3] for _ in range(12)]
+        values = torch.rand(12, 3, generator=random, dtype=torch.float64)
+        return Batch.named(columns=torch.stack(terms), values=values, targets=torch.arange(12) % 3)
+
+    return Task(batch(), batch(), 0)
+
+
+def continual() -> Problem:
+    torch.manual_seed(0)
+    network = ContextualNetwork(64, width=4, num_tasks=3, embedding=2)
+    return ContinualLearning(network, distillation=1.0, num_slots=STREAM.num_slots)
+
+
+STREAM = PermutedImages(
+    "digits", num_tasks=3, per_task=40, num_test=10, batch=5, memory=12, semantic=4, replay=10
+)
+GROUPS: dict[str, Any] = {"num_features": 8, "num_groups": 2}
+
+
 def linear() -> LinearClassifier:
     return LinearClassifier(5, 3)
 
@@ -68,9 +114,46 @@ KINDS: dict[str, tuple[Callable[[], Problem], Callable[[], list[Task]]]] = {
     "cleaning": (lambda: HyperCleaning(12, linear()), lambda: [vectors()]),
     "classes": (lambda: ClassWeights(3, linear()), lambda: [vectors()]),
     "losses": (lambda: LossWeighting(4, linear()), lambda: [vectors()]),
-    "prox": (Lasso, lambda: [NoData().sample(0)]),
+    "texts": (lambda: TextRegularisation(9, 3), lambda: [texts()]),
+    "continual": (continual, lambda: [STREAM.sample_at(0, 20)]),
+    "architecture": (
+        lambda: ArchitectureSearch(Supernet(channels=2, cells="NR", nodes=1, num_classes=3)),
+        lambda: IMAGES[:1],
+    ),
     "quadratics": (lambda: Quadratics(6, 6), lambda: [QuadraticData(6, 6, 16).sample(0)]),
+    "sparse regression": (
+        lambda: SparseRegression(**GROUPS),
+        lambda: [SparseRegressionData(**GROUPS, coefficients=(1.0,), num_active=1).sample(0)],
+    ),
+    "sines": (lambda: LancBiOSynthetic(6), lambda: [LancBiOData(6, 10.0).sample(0)]),
+    "sines, matrix free": (
+        lambda: LancBiOMatrixFree(6),
+        lambda: [LancBiOMatrixFreeData(6, 10.0).sample(0)],
+    ),
+    **{
+        toy.__name__.lower(): (toy, lambda: [NoData().sample(0)])
+        for toy in (Coreset, Degenerate, Lasso, MerelyConvex, Minimax, PBGDToy, PenaltyToy, Sine)
+    },
+    "amigo's toy": (lambda: AmigoToy(4, 4), lambda: [NoData().sample(0)]),
 }
+
+ELSEWHERE = {
+    LanguageModelProblem: "tests/tasks/language/test_there.py: its tokens stay on the host",
+    ProtoNet: "adapts nothing: it is FewShotProblem with a head that is computed",
+    RidgeHead: "as ProtoNet",
+    NearestCentroid: "as ProtoNet",
+    LinearProbe: "as ProtoNet",
+}
+"""Problems that are not in the table, and why."""
+
+
+def test_no_kind_of_problem_is_missing():
+    exported = {getattr(metadist.tasks, name) for name in vars(metadist.tasks)["__all__"]}
+    problems = {
+        kind for kind in exported if hasattr(kind, "inner_loss") and not inspect.isabstract(kind)
+    }
+    assert {type(make()) for make, _ in KINDS.values()} | set(ELSEWHERE) == problems
+
 
 FIELDS = {"inner_lr": 0.02, "inner_steps": 2}
 

@@ -19,7 +19,7 @@ from metadist.cluster import Failures, Server
 from metadist.cluster.actors.buffers import OuterSpec, pack_state, split_state
 from metadist.cluster.actors.pool import Runtime
 from metadist.cluster.actors.runtime_env import pickle_by_value
-from metadist.cluster.parameter_server.policies import BSP
+from metadist.cluster.parameter_server.policies import BSP, Policy
 from metadist.cluster.parameter_server.scheduler import Scheduler
 from metadist.cluster.parameter_server.server import ParameterServer
 from metadist.cluster.parameter_server.states import HeldStates
@@ -184,10 +184,37 @@ class World(Runtime):
         actor.die()
 
 
+def scheduled(
+    world: World,
+    workload: Workload,
+    state: OuterState,
+    num_workers: int,
+    policy: Policy = BSP(),
+    prefetch: int = 0,
+) -> Scheduler:
+    """The scheduler of a run whose server has the states, if there are any."""
+    pool, supervisor = _started(world, workload, state, num_workers, 5, prefetch)
+    return Scheduler(workload, policy, supervisor, pool)
+
+
 def holding(
     world: World, workload: Workload, state: OuterState, num_workers: int, snapshot_every: int
 ) -> tuple[Scheduler, HeldStates]:
     """The scheduler of a run whose workers hold the states."""
+    without = state._replace(states={})
+    pool, supervisor = _started(world, workload, without, num_workers, snapshot_every)
+    held = HeldStates(workload, pool, state.version, state.states)
+    return Scheduler(workload, BSP(), supervisor, pool, held), held
+
+
+def _started(
+    world: World,
+    workload: Workload,
+    state: OuterState,
+    num_workers: int,
+    snapshot_every: int,
+    prefetch: int = 0,
+) -> tuple[WorkerPool, Supervisor]:
     limits = Failures(max_losses=1000, backoff_s=0.0)
     spec = OuterSpec.of(state.outer)
     bounds = [(0, spec.num_elements)]
@@ -195,12 +222,11 @@ def holding(
     def make_worker(number: int) -> Any:
         return world.make(Worker, f"worker-{number}")
 
-    pool = WorkerPool(make_worker, num_workers, limits, num_workers, runtime=world)
+    pool = WorkerPool(make_worker, num_workers, limits, num_workers, prefetch, runtime=world)
     pool.start(10.0, pickle_by_value(workload), spec, bounds)
     options = Server(snapshot_every=snapshot_every, timeout_s=None)
     supervisor = Supervisor(lambda number: world.make(ParameterServer), limits, options, 10, world)
-    parts = split_state(pack_state(state._replace(states={})), bounds)
+    parts = split_state(pack_state(state), bounds)
     rules = pickle_by_value(workload.stepping_rules())
     supervisor.start(parts, [spec], ADAM, workload.compute.num_threads, rules)
-    held = HeldStates(workload, pool, state.version, state.states)
-    return Scheduler(workload, BSP(), supervisor, pool, held), held
+    return pool, supervisor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -265,10 +266,163 @@ def test_an_error_ahead_of_time_is_one_of_its_own_lease(monkeypatch):
     assert [report.step.applied for report in reports] == [r.step.applied for r in plain]
 
 
-def test_on_a_cpu_a_lease_samples_its_own_tasks():
-    sampler = QuadraticSampler()
-    work = Workload(Quadratic(2, 4), sampler, ITD(inner_steps=1), compute=Compute(device="cpu"))
-    assert work.feed(work.problem.init_outer(generator(0))) is None
+def run_on_cpu(sampler, num_steps=3):
+    """The x of a run of one process, whose leases sample their own tasks."""
+    problem, optimizer = Quadratic(2, 4), OuterOptimizer("sgd", 0.1)
+    work = Workload(
+        *(problem, sampler, ITD(inner_steps=1, inner_lr=0.1)),
+        meta_batch_size=4,
+        tasks_per_lease=2,
+        compute=Compute(device="cpu"),
+    )
+    executor = LocalExecutor(backoff_s=0.0)
+    executor.start(
+        work, optimizer, OuterVariable(problem.init_outer(generator(0)), optimizer).state()
+    )
+    list(executor.run(num_steps))
+    assert "data" not in executor.describe()
+    return executor.state().outer
+
+
+class Slow(QuadraticSampler):
+    """Takes its time, and notes which tasks are sampled where, in order."""
+
+    def __init__(self, seconds: float = 0.004) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.seen: list[tuple[int, bool]] = []
+        self.num_inside = 0
+
+    def sample(self, index):
+        self.num_inside += 1
+        assert self.num_inside == 1, "two threads sample"
+        self.seen.append((index, threading.current_thread() is threading.main_thread()))
+        time.sleep(self.seconds)
+        self.num_inside -= 1
+        return super().sample(index)
+
+
+def test_on_a_cpu_the_leases_of_one_process_sample_their_own_tasks():
+    sampler = Slow(0.003)
+    run_on_cpu(sampler)
+    assert sampler.seen == [(index, True) for index in range(12)]
+
+
+def feed_on_cpu(sampler, **options) -> Feed:
+    return Feed(sampler, torch.device("cpu"), torch.float64, 0, **options)
+
+
+def ask(feed: Feed, *indices: int, then: tuple[int, ...] = (), step: int = 0) -> list[Task]:
+    feed.next = Wanted(then, step) if then else None
+    return feed.tasks(Wanted(indices, step))
+
+
+@pytest.mark.parametrize(("worth_s", "is_here"), [(0.0, False), (float("inf"), True)])
+def test_what_is_quick_is_not_sampled_ahead_on_a_cpu(worth_s, is_here, monkeypatch):
+    monkeypatch.setattr("metadist.feed.WORTH_S", worth_s)
+    feed = feed_on_cpu(sampler := Slow(0.0))
+    for index in (0, 1):
+        ask(feed, index, then=(index + 1,))
+    feed.settle()
+    assert sampler.seen[1] == (1, is_here)
+
+
+def test_what_was_sampled_for_a_lease_that_never_comes_disturbs_no_other():
+    sampler = Slow()
+    feed = feed_on_cpu(sampler)
+    for given in ((0, 1), (8, 9), (4, 5), (6, 7)):  # the third is what was foretold
+        for index, task in zip(given, ask(feed, *given, then=(4, 5)), strict=True):
+            assert_same(task, QuadraticSampler().sample(index))
+    assert [number for number, _ in sampler.seen].count(4) <= 2  # once more for the fourth
+
+
+def test_a_lease_that_nobody_wants_any_more_ends_with_the_task_it_is_at():
+    feed = feed_on_cpu(sampler := Slow())
+    ask(feed, 0, then=tuple(range(10, 60)))
+    ahead: Any = feed._ahead
+    ask(feed, 1, then=(2,))
+    assert not ahead.is_wanted
+    feed.settle()
+    sampler.seen.clear()
+    feed._prepare(Wanted(tuple(range(10, 60)), 0), lambda: len(sampler.seen) < 3)
+    assert [index for index, _ in sampler.seen] == [10, 11, 12]
+
+
+class Numbered(Slow):
+    """A stream."""
+
+    def sample_at(self, index, step):
+        return self.sample(index + 100 * step)._replace(id=index)
+
+
+def test_a_stream_is_sampled_again_where_another_step_was_foretold():
+    sampler = Numbered(0.01)
+    feed = feed_on_cpu(sampler)
+    feed.next = Wanted((1,), 1)
+    feed.tasks(Wanted((0,), 0))
+    feed.settle()
+    (task,) = feed.tasks(Wanted((1,), 2))
+    assert_same(task, QuadraticSampler().sample(201)._replace(id=1))
+    assert [index for index, _ in sampler.seen] == [0, 101, 201]
+    # Of other samplers the step does not matter.
+    feed = feed_on_cpu(plain := Slow(0.01))
+    feed.next = Wanted((1,), 1)
+    feed.tasks(Wanted((0,), 0))
+    feed.tasks(Wanted((1,), 5))
+    assert [index for index, _ in plain.seen] == [0, 1]
+
+
+class OfOneThread(Slow):
+    """As a connection to SQLite, of the thread that has made it."""
+
+    def __init__(self) -> None:
+        super().__init__(0.01)
+        self.thread = threading.current_thread()
+
+    def sample(self, index):
+        if threading.current_thread() is not self.thread:
+            raise ValueError("of another thread")
+        return super().sample(index)
+
+
+def test_an_error_that_may_come_of_the_thread_is_the_last_one():
+    feed = feed_on_cpu(sampler := OfOneThread())
+    ask(feed, 0, then=(1,))
+    with pytest.raises(ValueError, match="of another thread"):
+        ask(feed, 1, then=(2,))
+    for index in range(1, 5):
+        ask(feed, index, then=(index + 1,))
+    assert sampler.seen == [(index, True) for index in range(5)]
+
+
+class Borrows(Slow):
+    """Gives torch's generator back as it was, which a check of what it left cannot see."""
+
+    def sample(self, index):
+        with torch.random.fork_rng():
+            torch.manual_seed(index)
+            return super().sample(index)
+
+
+def test_who_borrows_the_global_generator_is_not_sampled_beside_a_computation():
+    feed = feed_on_cpu(sampler := Borrows(0.01))
+    for index in range(3):
+        ask(feed, index, then=(index + 1,))
+    feed.settle()
+    assert sampler.seen == [(index, True) for index in range(3)]
+
+
+def test_what_is_sampled_ahead_has_the_threads_of_a_lease():
+    class Threads(Slow):
+        def sample(self, index):
+            self.threads = torch.get_num_threads()
+            return super().sample(index)
+
+    before = torch.get_num_threads()
+    feed = feed_on_cpu(sampler := Threads(0.01), num_threads=3)
+    ask(feed, 0, then=(1,))
+    feed.settle()
+    assert (sampler.threads, torch.get_num_threads()) == (3, before)
 
 
 def test_tensors_of_every_kind_are_packed():

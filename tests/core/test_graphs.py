@@ -234,6 +234,30 @@ class Remembering(ITD):
 calls: list[int] = []
 
 
+class Caching(Quadratic):
+    """Keeps what it has computed of a task, by the address of its data."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 4)
+        self.known: dict[int, Tensor] = {}
+
+    def inner_loss(self, context: Params, inner: Params, batch: Any) -> Tensor:
+        rows = batch.tensors[0]
+        scale = self.known.setdefault(rows.data_ptr(), rows.exp().mean())
+        return scale * super().inner_loss(context, inner, batch)
+
+
+def test_a_graph_is_compared_again_at_the_first_other_tasks():
+    problem, algorithm = Caching(), ITD(inner_steps=2, inner_lr=0.05)
+    _, (first, other), outer = tasks_and_x(algorithm, 2)
+    tasks = [first, first, first, other, other]
+    expected = run(problem, algorithm, outer, tasks, False)
+    with recording(), pytest.warns(RuntimeWarning, match="a graph computes other bytes"):
+        found = run(problem, algorithm, outer, tasks, "auto")
+    assert_same(found, expected)
+    assert found.replayed == 3  # the last of these was thrown away
+
+
 class Counting(ITD):
     """Another program at every step."""
 

@@ -84,7 +84,7 @@ def pushed_by(transfer: str, dtype: torch.dtype, bounds: Any = None) -> Any:
     worker.setup(pickle_by_value(workload), spec, bounds, transfer)
     flat = pack_state(state).flat
     pulled = [Pulled(flat[a:b]) for a, b in bounds or [(0, len(flat))]]
-    return worker.compute(workload.lease(0, 0), None, *pulled)
+    return worker.compute(workload.lease(0, 0), None, None, *pulled)
 
 
 @pytest.mark.parametrize("bounds", [None, [(0, 1 << 16), (1 << 16, 200_001)]])
@@ -106,11 +106,11 @@ def test_a_sum_of_no_tasks_takes_nothing_along():
     state = first_state(problem)
     worker.setup(pickle_by_value(workload), OuterSpec.of(state.outer), None, "bfloat16")
     flat = pack_state(state).flat
-    worker.compute(workload.lease(0, 0), None, Pulled(flat))
+    worker.compute(workload.lease(0, 0), None, None, Pulled(flat))
     left = worker._rounding._left.clone()
     assert left.any()
     nowhere = flat * flat.dtype.type("nan")
-    result, pushed = worker.compute(workload.lease(1, 0), None, Pulled(nowhere))
+    result, pushed = worker.compute(workload.lease(1, 0), None, None, Pulled(nowhere))
     assert (result.num_tasks, len(result.dropped)) == (0, 1)
     assert not pushed.total.any()
     assert torch.equal(worker._rounding._left, left)
@@ -136,7 +136,7 @@ def pushed_small() -> Any:
     workload, state = make_workload(problem=problem), first_state(problem)
     worker = Worker("worker")
     worker.setup(pickle_by_value(workload), OuterSpec.of(state.outer), None, "bfloat16")
-    return worker.compute(workload.lease(0, 0), None, Pulled(pack_state(state).flat))
+    return worker.compute(workload.lease(0, 0), None, None, Pulled(pack_state(state).flat))
 
 
 @pytest.mark.slow

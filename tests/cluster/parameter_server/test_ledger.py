@@ -32,7 +32,11 @@ def simulate(policy, until, num_workers, data, ledger=None):
     steps: list[tuple[int, dict[int, int]]] = []
     computed_at: dict[int, int] = {}
     while ledger.version < until:
-        while len(ledger.in_flight) < num_workers and (issued := ledger.issue()) is not None:
+        while len(ledger.in_flight) < num_workers:
+            # A worker may have made ready for any of them, or for one that does not come next.
+            wanted = data.draw(st.none() | st.integers(0, 30))
+            if (issued := ledger.issue(wanted)) is None:
+                break
             computed_at[issued] = ledger.version
         assert ledger.in_flight, "nothing is in flight and nothing can be applied: stuck"
         for lease_id in data.draw(st.lists(st.sampled_from(sorted(ledger.in_flight)), unique=True)):
@@ -54,6 +58,21 @@ def test_every_lease_is_applied_once_and_none_is_left(policy: Policy, until, num
     assert not ledger.in_flight and not ledger.arrived
     # No lease was skipped: a run that goes on from here begins with the next number.
     assert sorted(applied) == list(range(len(applied)))
+
+
+@given(policies, st.integers(1, 12), st.sets(st.integers(0, 12)))
+def test_what_is_upcoming_is_issued_next(policy: Policy, until, wanted):
+    ledger = Ledger(policy, LEASES_PER_STEP, 0, 2, (3, 5), until)
+    for lease_id in wanted:
+        ledger.issue(lease_id)
+    upcoming = ledger.upcoming(5)
+    issued: list[int] = []
+    while len(issued) < 5 and (lease_id := ledger.issue()) is not None:
+        issued.append(lease_id)
+    assert list(upcoming)[: len(issued)] == issued
+    if policy.is_synchronous:
+        versions = [0] * len(issued) + [1] * LEASES_PER_STEP + [2] * LEASES_PER_STEP
+        assert list(upcoming.values()) == versions[: len(upcoming)]
 
 
 @given(st.integers(0, 5), st.integers(1, 12), st.integers(1, 6), st.data())
