@@ -26,7 +26,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_every_section_runs_on_a_cpu_and_prints_a_table():
-    # `correctness` is tests/gpu, and `ray` takes a cluster: both have tests of their own.
+    # `correctness` is below, and `ray` takes a cluster.
     sections = ("ceilings", "repeat", "speed", "graphs", "precision", "scaling", "plane", "trainer")
     ended = run("--only", *sections)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -42,3 +42,11 @@ def test_what_begins_too_late_is_left_out_and_named():
     ended = run("--only", "plane", "--seconds", "-1")
     assert ended.returncode == 1
     assert "### plane: left out, for -1 seconds are over" in ended.stdout
+
+
+@pytest.mark.slow
+def test_each_test_of_the_card_is_counted_and_what_is_printed_is_written(tmp_path):
+    ended = run("--only", "correctness", "--out", str(tmp_path / "gpu.md"))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "skipped |" in ended.stdout
+    assert (tmp_path / "gpu.md").read_text() == ended.stdout

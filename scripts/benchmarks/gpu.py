@@ -1,8 +1,12 @@
-"""What docs/gpu.md asks of a GPU, section by section; each is caught on its own.
+"""What docs/gpu.md asks of a GPU, section by section.
 
-    scripts/gpu                            everything, in at most 13 minutes
+    scripts/gpu --out gpu.md               everything, in 14 minutes at the most
     scripts/gpu --only speed scaling       some sections
     scripts/gpu --device cpu --tiny        no GPU: the same code, small
+
+Each section is a process of its own, since an error of CUDA spoils the one it is met in, and is
+ended when it takes too long. Its rows are printed, and written to `--out`, as they come: what ends
+in between leaves all it has found. A row that cannot be had says why.
 
 Needs what the tests need, `higher` for its row, and Ray for the last section. No setting of the
 card is changed. Sections that would begin after `--seconds` are left out, and named.
@@ -14,30 +18,39 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import maml
 import torch
+import torch.nn.functional as F
 from contest import Job
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from metadist import LocalExecutor, Trainer, evaluate, task_hypergradients
+from metadist import LocalExecutor, Problem, Trainer, evaluate, task_hypergradients
 from metadist.algorithm import Algorithm
-from metadist.algorithms import AID, BOME, ITD
+from metadist.algorithms import AID, BOME, ITD, SOBA
 from metadist.compute import Compute, pick_device
 from metadist.executor import Executor, StepReport
+from metadist.feed import send
 from metadist.models import Conv4
-from metadist.optimizer import OuterOptimizer
+from metadist.optimizer import OPTIMIZERS, OuterOptimizer
 from metadist.outer import Contribution, LeaseResult, OuterVariable
-from metadist.task import Task, to_device
-from metadist.tasks import FewShotProblem, Glyphs
+from metadist.task import Batch, Task, to_device
+from metadist.tasks import FewShotProblem, Glyphs, HyperCleaning, TextRegularisation
 from metadist.trees import flatten
 
 Rows = Iterator[tuple[object, ...]]
@@ -97,6 +110,27 @@ class Card:
                 torch.cuda.set_sync_debug_mode("default")
         return sum("synchroniz" in str(warning.message) for warning in found)
 
+    def kernels(self, job: Callable[[], object]) -> tuple[int | str, float | str]:
+        """(what a call asks of the device, kernels and copies, the milliseconds it is busy)."""
+        if not self.is_gpu:
+            return "not run", "not run"
+        job()
+        self.wait()
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            job()
+            self.wait()
+        spans = [e.time_range for e in found.events() if "cuda" in str(e.device_type).lower()]
+        return len(spans), sum(span.end - span.start for span in spans) / 1000
+
+    def measured(self, job: Callable[[], object]) -> tuple[object, ...]:
+        """Milliseconds, kernels, milliseconds at work, waits and megabytes; or why not."""
+
+        def all_of_it() -> tuple[object, ...]:
+            spent, (kernels, busy) = self.milliseconds(job), self.kernels(job)
+            return spent, kernels, busy, self.waits(job), self.megabytes(job)
+
+        return attempt(all_of_it, 5)
+
     def lease(
         self, adapt: Literal["all", "head"], num_tasks: int, steps: int, **options: Any
     ) -> Job:
@@ -120,6 +154,16 @@ class Card:
         return job
 
 
+def attempt(job: Callable[[], tuple[object, ...]], num_cells: int) -> tuple[object, ...]:
+    """The cells that `job` gives, or why it gives none."""
+    try:
+        return job()
+    except Exception as error:  # noqa: BLE001  # the other rows are worth having
+        traceback.print_exc()
+        reason = str(error).strip().partition("\n")[0][:80].replace("|", "/")
+        return f"{type(error).__name__}: {reason}", *[""] * (num_cells - 1)
+
+
 def drawn(num_tasks: int) -> list[Task]:
     """Tasks of Glyphs, 5-way 5-shot."""
     sampler = Glyphs(n_way=5, k_shot=5, k_query=15)
@@ -130,11 +174,30 @@ def ceilings(card: Card) -> Rows:
     """What the card can do at best."""
     yield "what", "figure"
     size = 128 if card.is_tiny else 8192
-    first, second = (torch.randn(size, size, device=card.device) for _ in range(2))
+    for kind, dtype in (("highest", torch.float32), ("tf32", torch.float32), ("bf16", None)):
+        first, second = (
+            torch.randn(size, size, device=card.device, dtype=dtype or torch.bfloat16)
+            for _ in range(2)
+        )
+        with Compute(precision="tf32" if kind == "tf32" else "highest").applied():
+            spent = card.milliseconds(partial(torch.matmul, first, second))
+        yield f"products, {kind}, TFLOP/s", 2 * size**3 / spent / 1e9
+    num_images = 16 if card.is_tiny else 4096
+    images = torch.randn(num_images, 64, 28, 28, device=card.device, requires_grad=True)
+    kernel = torch.randn(64, 64, 3, 3, device=card.device, requires_grad=True)
+    ones = torch.ones_like(images)
+
+    def convolve() -> None:
+        torch.autograd.grad(F.conv2d(images, kernel, padding=1), (images, kernel), ones)
+
     for precision in ("highest", "tf32"):
         with Compute(precision=precision).applied():
-            spent = card.milliseconds(lambda: first @ second)
-        yield f"products of float32, {precision}, TFLOP/s", 2 * size**3 / spent / 1e9
+            spent = card.milliseconds(convolve)
+        flop = 3 * 2 * num_images * 64 * 64 * 9 * 28 * 28
+        yield f"3 x 3 convolutions, both ways, {precision}, TFLOP/s", flop / spent / 1e9
+    source, target = (torch.empty(size**2, device=card.device) for _ in range(2))
+    spent = card.milliseconds(lambda: target.copy_(source))
+    yield "memory, read and written, GB/s", 2 * source.nbytes / spent / 1e6
     one = torch.ones(1, device=card.device)
 
     def calls() -> None:
@@ -143,17 +206,59 @@ def ceilings(card: Card) -> Rows:
 
     yield "a small call, microseconds", card.milliseconds(calls)
     yield "a look at a number, microseconds", 1000 * card.milliseconds(lambda: float(one))
+    filled = 1000 * card.milliseconds(lambda: one.new_full((), 0.1))
+    yield "a number filled in there, microseconds", filled
+    sent = 1000 * card.milliseconds(lambda: one.new_tensor(0.1))
+    yield "a number sent there, microseconds", sent
 
 
 def correctness(card: Card) -> Rows:
     """`pytest -m gpu`: against float64 of the CPU, the same bytes again and in another process."""
     yield "tests", "result"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rs", "tests/gpu"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    for line in run.stdout.splitlines():
-        if line.startswith(("FAILED", "ERROR", "SKIPPED")):
-            yield line.partition(" ")[2], line.partition(" ")[0]
-    yield "in all", run.stdout.strip().rpartition("\n")[2]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-rfE", "--tb=short", "tests/gpu"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    counts: Counter[str] = Counter()
+    rest = ""
+    for line in run.stdout:
+        test, _, outcome = line.partition(" ")
+        word = outcome.partition(" ")[0].strip()
+        if test.startswith("tests/") and word in ("PASSED", "FAILED", "ERROR", "SKIPPED"):
+            counts[word] += 1
+            if word not in ("PASSED", "SKIPPED"):
+                yield test, word
+        elif counts:
+            rest += line
+    if counts["FAILED"] or counts["ERROR"]:
+        print(rest, file=sys.stderr)
+    yield "in all", ", ".join(f"{n} {word.lower()}" for word, n in counts.items()) or "none"
+    if run.wait() not in (0, NO_TESTS):
+        raise RuntimeError("some tests have failed")
+
+
+NO_TESTS = 5
+"""What pytest returns where it finds none."""
+
+
+def one_lower_problem(card: Card) -> dict[str, tuple[Problem, Task, dict[str, Any]]]:
+    """Problems with one task, its data, and options of its computation."""
+    random = torch.Generator().manual_seed(0)
+    size, terms = (50, 30) if card.is_tiny else (5000, 20_000)
+
+    def images() -> Batch:
+        return Batch.of(torch.randn(size, 784, generator=random), torch.arange(size) % 10)
+
+    def texts() -> Batch:
+        columns = torch.randint(terms, (size, 20), generator=random)
+        values = torch.rand(size, 20, generator=random)
+        return Batch.named(columns=columns, values=values, targets=torch.arange(size) % 5)
+
+    cleaning, words = HyperCleaning(size), TextRegularisation(terms, 5)
+    return {
+        "cleaning": (cleaning, Task(images(), images(), 0), {}),
+        "cleaning, batches": (cleaning, Task(images(), images(), 0), {"batch_size": size // 10}),
+        "texts": (words, Task(texts(), texts(), 0), {}),
+    }
 
 
 def digests(card: Card) -> dict[str, str]:
@@ -173,6 +278,26 @@ def digests(card: Card) -> dict[str, str]:
             assert flat is not None
             digest = hashlib.sha256(flat.cpu().numpy().tobytes()).hexdigest()
             found[f"{name}, {'vmap' if vectorize else 'loop'}"] = digest
+    for name, (problem, task, options) in one_lower_problem(card).items():
+        outer = problem.init_outer(torch.Generator().manual_seed(0))
+        there = {n: leaf.to(card.device) for n, leaf in outer.items()}
+        states: dict[int, Tensor] = {}
+        for step in range(3):
+            lease = task_hypergradients(
+                *(
+                    problem,
+                    SOBA(inner_lr=0.1, adjoint_lr=0.1),
+                    there,
+                    [to_device(task, card.device)],
+                ),
+                compute=Compute(cuda_graphs=False, **options),
+                states=states,
+                step=step,
+                is_checked=True,
+            )
+            states = lease.states
+        flat = torch.cat([flatten(lease.total), states[0]])
+        found[f"{name}, SOBA"] = hashlib.sha256(flat.cpu().numpy().tobytes()).hexdigest()
     return found
 
 
@@ -199,34 +324,58 @@ LEASES: tuple[tuple[str, Literal["all", "head"], int, int], ...] = (
 
 
 def speed(card: Card) -> Rows:
-    """Leases by engine, in a loop and under vmap, beside the library `higher`."""
-    yield "lease", "way", "ms", "waits", "peak MB"
+    """Leases by engine, in a loop and under vmap, beside plain torch and the library `higher`."""
+    yield "lease", "way", "ms", "kernels", "ms at work", "waits", "peak MB"
     for name, adapt, num_tasks, steps in LEASES:
         if card.is_tiny:
             num_tasks, steps = 2, 2
-        ways: dict[str, Job] = {}
-        for engine in ("adjoint", "unrolled"):
+        ways: dict[str, Callable[[], Job]] = {}
+        for engine in ("adjoint", "unrolled", "higher"):
             for vectorize in (False, True):
+                if engine == "higher" and vectorize:
+                    continue
                 way = f"{engine}, {'vmap' if vectorize else 'loop'}"
                 options = {"engine": engine, "vectorize": vectorize}
-                ways[way] = card.lease(adapt, num_tasks, steps, **options)
-        ways["engine higher"] = card.lease(
-            adapt, num_tasks, steps, engine="higher", vectorize=False
-        )
+                ways[way] = partial(card.lease, adapt, num_tasks, steps, **options)
+                if engine == "adjoint" and card.is_gpu:
+                    graph = {**options, "cuda_graphs": True}
+                    ways[f"{way}, graph"] = partial(card.lease, adapt, num_tasks, steps, **graph)
         if adapt == "all":
-            ways["higher"] = by_higher(card, num_tasks, steps)
-        for way, job in ways.items():
-            yield name, way, card.milliseconds(job), card.waits(job), card.megabytes(job)
+            for way, make in PLAIN.items():
+                ways[way] = partial(plain, card, make, num_tasks, steps)
+        for way, prepare in ways.items():
+            yield name, way, *card.measured(Prepared(prepare))
 
 
-def by_higher(card: Card, num_tasks: int, steps: int) -> Job:
-    """MAML by the library alone."""
+class Prepared:
+    """A job that is made when it is called first."""
+
+    def __init__(self, prepare: Callable[[], Job]) -> None:
+        self._prepare = prepare
+        self._job: Job | None = None
+
+    def __call__(self) -> object:
+        self._job = self._prepare() if self._job is None else self._job
+        return self._job()
+
+
+PLAIN: dict[str, Callable[[maml.Setting], Job]] = {
+    "plain torch, loop": maml.by_loop,
+    "torch.func, vmap": maml.by_vmap,
+    "the library higher": maml.by_higher,
+}
+
+
+def plain(card: Card, make: Callable[[maml.Setting], Job], num_tasks: int, steps: int) -> Job:
+    """MAML without this library."""
     setting = maml.Setting("conv64", num_tasks, steps)
     if card.is_tiny:
         setting.plain = maml.plain_conv4(Conv4(width=card.width), card.width)
+        setting.start = {n: p.detach().clone() for n, p in setting.plain.named_parameters()}
     setting.plain.to(card.device)
+    setting.start = {name: leaf.to(card.device) for name, leaf in setting.start.items()}
     setting.data = [tuple(tensor.to(card.device) for tensor in columns) for columns in setting.data]
-    return maml.by_higher(setting)
+    return make(setting)
 
 
 def graphs(card: Card) -> Rows:
@@ -237,14 +386,25 @@ def graphs(card: Card) -> Rows:
         if card.is_tiny:
             num_tasks, steps = 2, 2
         for vectorize in (False, True):
-            way = "vmap" if vectorize else "loop"
-            plain = card.lease(adapt, num_tasks, steps, vectorize=vectorize, cuda_graphs=False)
-            graph = card.lease(adapt, num_tasks, steps, vectorize=vectorize, cuda_graphs=as_graph)
-            expected, _, _, found = plain(), graph(), graph(), graph()  # compared, trusted
-            assert expected is not None and found is not None
-            same = "same" if torch.equal(expected, found) else "OTHER"
-            times = card.milliseconds(plain), card.milliseconds(graph)
-            yield name, way, *times, same, card.megabytes(graph)
+            compared = partial(beside_graph, card, adapt, num_tasks, steps, vectorize, as_graph)
+            yield name, "vmap" if vectorize else "loop", *attempt(compared, 4)
+
+
+def beside_graph(
+    card: Card,
+    adapt: Literal["all", "head"],
+    num_tasks: int,
+    steps: int,
+    vectorize: bool,
+    as_graph: Literal["auto"] | bool,
+) -> tuple[object, ...]:
+    """The times without and with a graph, whether the bytes are the same, and its memory."""
+    plain = card.lease(adapt, num_tasks, steps, vectorize=vectorize, cuda_graphs=False)
+    graph = card.lease(adapt, num_tasks, steps, vectorize=vectorize, cuda_graphs=as_graph)
+    expected, _, _, found = plain(), graph(), graph(), graph()  # compared, trusted
+    assert expected is not None and found is not None
+    same = "same" if torch.equal(expected, found) else "OTHER"
+    return card.milliseconds(plain), card.milliseconds(graph), same, card.megabytes(graph)
 
 
 def precision(card: Card) -> Rows:
@@ -253,53 +413,99 @@ def precision(card: Card) -> Rows:
     for name, adapt, num_tasks, steps in LEASES:
         if card.is_tiny:
             num_tasks, steps = 2, 2
-        exact = None
+        exact = card.lease(adapt, num_tasks, steps, vectorize=False)()
+        assert exact is not None
         for rounding in ("highest", "tf32", "bf16"):
             if rounding == "bf16" and adapt == "all":
                 continue
             field = "encode_precision" if rounding == "bf16" else "precision"
             job = card.lease(adapt, num_tasks, steps, vectorize=False, **{field: rounding})
-            found = job()
-            assert found is not None
-            exact = found if exact is None else exact
-            error = float((found - exact).norm() / exact.norm())
-            yield name, rounding, card.milliseconds(job), error
+            yield name, rounding, *attempt(partial(beside, card, job, exact), 2)
+
+
+def beside(card: Card, job: Job, exact: Tensor) -> tuple[object, ...]:
+    """The time of a job, and how far off its result is."""
+    found = job()
+    assert found is not None
+    return card.milliseconds(job), float((found - exact).norm() / exact.norm())
 
 
 def scaling(card: Card) -> Rows:
-    """Time by task with more tasks in a lease."""
-    yield "lease", "tasks", "vmap", "ms by task", "peak MB"
+    """Time by task with more tasks in a lease; as graphs too."""
+    yield "lease", "tasks", "way", "ms by task", "peak MB"
     for name, adapt, _, steps in LEASES:
         for num_tasks in (1, 2) if card.is_tiny else (1, 4, 16, 64):
-            for vectorize in (False, True):
-                if vectorize and num_tasks == 1:
+            for vectorize, graph in ((False, False), (False, True), (True, False), (True, True)):
+                if (vectorize and num_tasks == 1) or (graph and not card.is_gpu):
                     continue
-                job = card.lease(
-                    adapt, num_tasks, 2 if card.is_tiny else steps, vectorize=vectorize
-                )
-                spent = card.milliseconds(job) / num_tasks
-                yield name, num_tasks, vectorize, spent, card.megabytes(job)
+                way = ("vmap" if vectorize else "loop") + (", graph" if graph else "")
+                options = {"vectorize": vectorize, "cuda_graphs": graph}
+                job = card.lease(adapt, num_tasks, 2 if card.is_tiny else steps, **options)
+                yield name, num_tasks, way, *attempt(partial(by_task, card, job, num_tasks), 2)
+
+
+def by_task(card: Card, job: Job, num_tasks: int) -> tuple[object, ...]:
+    """Milliseconds by task, and megabytes."""
+    return card.milliseconds(job) / num_tasks, card.megabytes(job)
 
 
 def plane(card: Card) -> Rows:
     """What moves between host and card, and a step of x there."""
-    yield "what", "ms"
+    yield "what", "figure"
     size = 10_000 if card.is_tiny else 12_500_000
-    flat = torch.zeros(size, device=card.device)
-    yield f"{size:,} numbers to the host", card.milliseconds(lambda: flat.cpu())
+    there = torch.zeros(size, device=card.device)
+    pageable = torch.zeros(size)
+    hosts = {"pageable": pageable}
+    if card.is_gpu:
+        hosts["pinned"] = pageable.pin_memory()
+    for kind, host in hosts.items():
+        to_host = card.milliseconds(partial(host.copy_, there, non_blocking=kind == "pinned"))
+        to_card = card.milliseconds(partial(there.copy_, host, non_blocking=kind == "pinned"))
+        yield f"{size:,} numbers to the host, {kind}, ms", to_host
+        yield f"{size:,} numbers to the card, {kind}, ms", to_card
     task = drawn(1)[0]
-    yield (
-        "a 5-way 5-shot task to the device",
-        card.milliseconds(lambda: to_device(task, card.device)),
-    )
-    yield "drawing it", card.milliseconds(lambda: drawn(1))
-    variable = OuterVariable({"x": flat}, OuterOptimizer("adam", lr=1e-3))
+    sent = card.milliseconds(lambda: to_device(task, card.device))
+    yield "a 5-way 5-shot task to the device, tensor by tensor, ms", sent
+    packed = card.milliseconds(lambda: send([task], card.device, torch.float32))
+    yield "the same in one copy, ms", packed
+    yield "drawing it, ms", card.milliseconds(lambda: drawn(1))
+    for device in dict.fromkeys((torch.device("cpu"), card.device)):
+        yield f"a step of x on {device}, Adam, ms", card.milliseconds(stepping(size, device))
+    parameter = torch.nn.Parameter(torch.zeros(size, device=card.device))
+    parameter.grad = torch.ones_like(parameter)
+    floor = torch.optim.Adam([parameter], fused=True)
+    yield "Adam of torch alone, ms", card.milliseconds(floor.step)
+    for name in OPTIMIZERS:
+        cell = attempt(partial(owned, card, name), 1)
+        yield f"x after 5 steps of {name}, its distance to that of the CPU", *cell
+
+
+def stepping(size: int, device: torch.device) -> Callable[[], None]:
+    """A step of Adam on x of that size."""
+    optimizer = OuterOptimizer("adam", lr=1e-3, clip_norm=1.0)
+    variable = OuterVariable({"x": torch.zeros(size, device=device)}, optimizer)
+    total = torch.ones(size, device=device)
 
     def step() -> None:
         result = LeaseResult(lease_id=variable.version, version=variable.version, num_tasks=1)
-        variable.apply([Contribution(result=result, total=torch.ones_like(flat))])
+        variable.apply([Contribution(result=result, total=total)])
 
-    yield "a step of x there, Adam", card.milliseconds(step)
+    return step
+
+
+def owned(card: Card, name: Any) -> tuple[object, ...]:
+    """How far x on the device is from that on the CPU."""
+    ends = []
+    for device in (torch.device("cpu"), card.device):
+        optimizer = OuterOptimizer(name, lr=0.01, clip_norm=1.0)
+        start = torch.linspace(-1, 1, 2000).to(device)
+        variable = OuterVariable({"x": start}, optimizer)
+        for step in range(5):
+            total = torch.linspace(1, 2, 2000).sin().mul(step + 1).to(device)
+            result = LeaseResult(lease_id=step, version=step, num_tasks=1)
+            variable.apply([Contribution(result=result, total=total)])
+        ends.append(variable.params["x"].cpu())
+    return (float((ends[1] - ends[0]).norm() / ends[0].norm()),)
 
 
 class Ended(NamedTuple):
@@ -402,36 +608,69 @@ def ray(card: Card) -> Rows:
         yield name, ended.by_step, ended.beside(first), ended.place
 
 
-SECTIONS: dict[str, Callable[[Card], Rows]] = {
-    "ceilings": ceilings,
-    "correctness": correctness,
-    "repeat": repeat,
-    "speed": speed,
-    "graphs": graphs,
-    "precision": precision,
-    "scaling": scaling,
-    "plane": plane,
-    "trainer": trainer,
-    "ray": ray,
+SECTIONS: dict[str, tuple[Callable[[Card], Rows], int]] = {
+    "ceilings": (ceilings, 60),
+    "correctness": (correctness, 300),
+    "repeat": (repeat, 120),
+    "speed": (speed, 150),
+    "graphs": (graphs, 90),
+    "scaling": (scaling, 150),
+    "precision": (precision, 60),
+    "plane": (plane, 60),
+    "trainer": (trainer, 90),
+    "ray": (ray, 150),
 }
+"""What it does, and the seconds after which it is ended; in order of worth."""
 
 
-def run_section(name: str, card: Card) -> bool:
-    """Print a section as a table; False: it did not get to its end."""
-    began = time.perf_counter()
-    print(f"\n### {name}: {SECTIONS[name].__doc__}\n", flush=True)
-    try:
-        for number, row in enumerate(SECTIONS[name](card)):
-            cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row]
-            print("| " + " | ".join(cells) + " |", flush=True)
-            if number == 0:
-                print("|" + "---|" * len(row))
-    except Exception:  # noqa: BLE001  # the other sections are worth having
-        traceback.print_exc()
-        return False
-    finally:
-        print(f"\n({time.perf_counter() - began:.0f} s)", flush=True)
-    return True
+def run_section(name: str, card: Card) -> None:
+    """Print a section as a table."""
+    rows, _ = SECTIONS[name]
+    for number, row in enumerate(rows(card)):
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row]
+        print("| " + " | ".join(cells) + " |", flush=True)
+        if number == 0:
+            print("|" + "---|" * len(row), flush=True)
+
+
+class Report:
+    """What is printed, and written to a file as it comes."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = None if path is None else path.open("w")
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        for file in (sys.stdout, self._file):
+            if file is not None:
+                print(text, file=file, flush=True)
+
+    def section(self, name: str, arguments: list[str], limit_s: float) -> bool:
+        """Run a section in a process of its own; False: it did not get to its end."""
+        rows, own_s = SECTIONS[name]
+        began, limit_s = time.perf_counter(), min(own_s, limit_s)
+        self.say(f"\n### {name}: {rows.__doc__}\n")
+        command = [sys.executable, __file__, *arguments, "--section", name]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+        def end() -> None:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)  # with what it has started
+
+        timer = threading.Timer(limit_s, end)
+        timer.start()
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                self.say(line.rstrip("\n"))
+            code = child.wait()
+        finally:
+            timer.cancel()
+        seconds = time.perf_counter() - began
+        ended = "" if code == 0 else f", ended after {limit_s:.0f}" if seconds >= limit_s else ""
+        failed = f", exit code {code}" if code and not ended else ""
+        self.say(f"\n({seconds:.0f} s{ended}{failed})")
+        return code == 0
 
 
 def main() -> None:
@@ -442,7 +681,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
     parser.add_argument("--only", choices=SECTIONS, nargs="+", default=list(SECTIONS))
-    parser.add_argument("--seconds", type=float, default=780, help="no section begins after that")
+    parser.add_argument("--seconds", type=float, default=840, help="everything ends by then")
+    parser.add_argument("--out", type=Path, help="a file for all that is printed")
+    parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     parser.add_argument("--digests", action="store_true", help="what `repeat` compares, alone")
     options = parser.parse_args()
     try:
@@ -452,19 +693,27 @@ def main() -> None:
     if options.digests:
         print(json.dumps(digests(card)))
         return
+    if options.section:
+        run_section(options.section, card)
+        return
     began = time.perf_counter()
+    report = Report(options.out)
     name = torch.cuda.get_device_name(card.device) if card.is_gpu else str(card.device)
-    print(f"{name}; torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
+    report.say(f"{name}; torch {torch.__version__}, CUDA {torch.version.cuda}")
+    arguments = ["--device", options.device, *(["--tiny"] if card.is_tiny else [])]
     failed = False
     for section in options.only:
-        if time.perf_counter() - began > options.seconds:
-            print(
-                f"\n### {section}: left out, for {options.seconds:g} seconds are over", flush=True
-            )
+        left = options.seconds - (time.perf_counter() - began)
+        if left < LEAST_S:
+            report.say(f"\n### {section}: left out, for {options.seconds:g} seconds are over")
             failed = True
             continue
-        failed |= not run_section(section, card)
+        failed |= not report.section(section, arguments, left)
     sys.exit(failed)
+
+
+LEAST_S = 10
+"""A section that has less is left out."""
 
 
 if __name__ == "__main__":

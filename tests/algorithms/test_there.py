@@ -53,6 +53,7 @@ from metadist.tasks import (
     Supernet,
     TextRegularisation,
 )
+from metadist.trees import Params
 from tests.helpers import raw, small_conv4
 from tests.pretend_device import here, last_of_two, pretending, task_there, there
 from tests.problems import generator, image_task
@@ -176,14 +177,19 @@ UNLIKE = {"lancbio", "subbio", "nystrom"}
 """Rounded otherwise where LAPACK gets a matrix in another memory layout."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_algorithm_gives_the_bytes_of_the_cpu(kind):
+def start_of(kind: str) -> tuple[Problem, Params, list[Task]]:
+    """(the problem, x, tasks), all of float64 on the CPU."""
     torch.manual_seed(0)
     make_problem, make_tasks = KINDS[kind]
     problem = make_problem()
     start = {n: leaf.double() for n, leaf in problem.init_outer(generator(0)).items()}
-    tasks = [to_device(task, "cpu", torch.float64) for task in make_tasks()]
+    return problem, start, [to_device(task, "cpu", torch.float64) for task in make_tasks()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_algorithm_gives_the_bytes_of_the_cpu(kind):
+    problem, start, tasks = start_of(kind)
     ran = set()
     names = SOME if tasks[0].support.tensors[0].ndim == 4 else tuple(METHODS)
     for name in names:

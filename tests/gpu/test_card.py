@@ -21,8 +21,10 @@ from metadist.models import MLP, Conv4, rematerialise
 from metadist.task import TaskSampler, sample_task, tensors_of, to_device
 from metadist.tasks import CorruptedImages, FewShotProblem, Glyphs, Sinusoid
 from metadist.trees import Params, flatten
+from tests.algorithms.test_there import KINDS, METHODS, start_of
 from tests.core.test_graphs import GRAPHS, assert_same, of_name, run
 from tests.helpers import exact_regression
+from tests.pretend_device import last_of_two
 from tests.problems import generator
 
 pytestmark = [
@@ -62,7 +64,7 @@ def hypergradient(
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
+    return float((found.double() - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
 @pytest.mark.parametrize("vectorize", [True, False])
@@ -70,6 +72,34 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_hypergradients_are_those_of_the_cpu(name, vectorize):
     expected = hypergradient(name, "cpu", torch.float64, False)
     assert distance(hypergradient(name, "cuda", torch.float64, vectorize), expected) < 1e-8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_on_every_problem_is_that_of_the_cpu(kind):
+    problem, outer, tasks = start_of(kind)
+    ran = 0
+    for name, algorithm in METHODS.items():
+        for vectorize in (False, True) if len(tasks) > 1 else (False,):
+            for batch_size in (None, 4):
+                compute = Compute(
+                    vectorize=vectorize and algorithm.supports_vmap,
+                    batch_size=batch_size,
+                    cuda_graphs=False,
+                )
+                try:
+                    algorithm.check(problem, outer, tasks[0], tasks[0])
+                    own = outer | algorithm.init_own(problem.init_inner(outer, tasks[0]))
+                    expected = last_of_two(problem, algorithm, own, tasks, compute)
+                except (ValueError, RuntimeError):
+                    continue  # refused, and so it would be on any device
+                there = [to_device(task, "cuda", torch.float64) for task in tasks]
+                x = {leaf_name: leaf.cuda() for leaf_name, leaf in own.items()}
+                found = last_of_two(problem, algorithm, x, there, compute)
+                assert found.dropped == expected.dropped, name
+                total = flatten(found.total).cpu()
+                assert distance(total, flatten(expected.total)) < 1e-8, (name, vectorize)
+                ran += 1
+    assert ran >= len(METHODS) // 4
 
 
 @pytest.mark.parametrize("name", ["maml", "anil"])
