@@ -13,7 +13,7 @@ from metadist.algorithms.parts.implicit import (
     implicit_gradient,
 )
 from metadist.algorithms.parts.inner import InnerLoop
-from metadist.algorithms.parts.linear import LOOKS_AT_EIGENVALUES, Product, Solution, in_span
+from metadist.algorithms.parts.linear import Product, Solution, in_span
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, zeros_like
@@ -50,7 +50,6 @@ class SubBiO(InnerLoop):
     so that it is symmetric.
     """
 
-    no_graph = LOOKS_AT_EIGENVALUES
     bears_rounding = "autocast"
 
     adjoint_lr: float | None = None

@@ -131,7 +131,8 @@ class Executor(Protocol):
         that `state` returned: the steps since are made and reported again, and replace the first.
 
         Leases that are not in x (`OuterState.applied`) are handed out in the order of their
-        numbers, so that continuing after an interruption loses and repeats none.
+        numbers, so that continuing after an interruption loses and repeats none; those of a step,
+        or of an asynchronous run, in any order.
         """
         ...
 

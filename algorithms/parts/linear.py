@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from metadist.trees import Params, flatten, norm, sub, unflatten
+from metadist.trees import FUSED, Params, flatten, norm, sub, unflatten
 
 Product = Callable[[Params], Params]
 FlatProduct = Callable[[Tensor], Tensor]
 
 
 LOOKS_AT_EIGENVALUES = "torch looks whether the eigenvalues it solves with were found"
-"""Why what solves by `solve_symmetric` is no CUDA graph."""
+"""Why what solves by `solve_symmetric` in more than two dimensions is no CUDA graph."""
 
 
 class Solution(NamedTuple):
@@ -326,9 +326,19 @@ def _eigh(matrix_KK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # The library raises an error where it finds NaN, but one task must not end all others.
     finite = matrix_KK.isfinite().all()
     safe_KK = torch.where(finite, (matrix_KK + matrix_KK.mT) / 2, 0.0).double()
-    values_K, vectors_KK = torch.linalg.eigh(safe_KK)
+    by_rotation = len(safe_KK) == 2 and safe_KK.device.type in FUSED
+    eigh = _eigh_of_two if by_rotation else torch.linalg.eigh
+    values_K, vectors_KK = eigh(safe_KK)
     error = safe_KK.shape[0] * torch.finfo(matrix_KK.dtype).eps
     return values_K, vectors_KK, error * values_K.abs().max(), finite
+
+
+def _eigh_of_two(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """As torch.linalg.eigh of a 2 x 2 matrix, in any order; nothing waits for a GPU."""
+    angle = torch.atan2(2 * matrix[0, 1], matrix[0, 0] - matrix[1, 1]) / 2
+    cos, sin = angle.cos(), angle.sin()
+    vectors = torch.stack([torch.stack([cos, -sin]), torch.stack([sin, cos])])
+    return (vectors.mT @ matrix @ vectors).diagonal(), vectors
 
 
 def relative_residual(h_v: Params, b: Params) -> Tensor:

@@ -21,6 +21,7 @@ from metadist.algorithms.parts.linear import (
     solve_symmetric,
 )
 from metadist.trees import add, flatten, scale, sub, unflatten
+from tests.helpers import fused
 from tests.problems import DOUBLE, assert_close, randn, random_like
 
 N = 12
@@ -399,6 +400,31 @@ def test_solve_symmetric():
     assert torch.allclose(v, torch.linalg.pinv(matrix, rtol=1e-10) @ b) and bool(negative)
     v, negative = solve_symmetric(torch.zeros(2, 2, dtype=DOUBLE), b[:2])
     assert v.tolist() == [0.0, 0.0] and not bool(negative)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[2.0, 1.0], [1.0, 3.0]],
+        [[1.0, 1.0], [1.0, 1.0]],
+        [[0.0, 0.0], [0.0, 0.0]],
+        [[1e12, 1.0], [1.0, 1e-3]],
+        [[-1.0, 0.5], [0.5, 2.0]],
+        [[0.0, 1e-9], [1e-9, 0.0]],
+        [[torch.nan, 1.0], [1.0, 2.0]],
+    ],
+)
+def test_two_dimensions_are_solved_without_a_wait(rows, monkeypatch):
+    matrix, b = torch.tensor(rows, dtype=DOUBLE), torch.tensor([1.0, -2.0], dtype=DOUBLE)
+    for dtype in (DOUBLE, torch.float32):
+        expected, is_negative = solve_symmetric(matrix.to(dtype), b)
+        with fused(), monkeypatch.context() as patch:
+            patch.delattr(torch.linalg, "eigh")
+            v, negative = solve_symmetric(matrix.to(dtype), b)
+            together, _ = vmap(solve_symmetric)(matrix.to(dtype)[None], b[None])
+        torch.testing.assert_close(v, expected, rtol=1e-10, atol=0, equal_nan=True)
+        torch.testing.assert_close(together[0], v, equal_nan=True)
+        assert bool(negative) == bool(is_negative)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
