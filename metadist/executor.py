@@ -19,7 +19,7 @@ from metadist.retry import Retries, Watchdog
 from metadist.signals import signals_held
 from metadist.task import TaskSampler
 from metadist.trees import Params
-from metadist.workload import Workload
+from metadist.workload import Lease, Workload
 
 T = TypeVar("T")
 
