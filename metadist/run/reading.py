@@ -72,7 +72,9 @@ def find_events(folder: Folder) -> tuple[list[dict[str, Any]], list[str], bool]:
         return [], [f"{EVENTS} cannot be read: {error}"], False
     found, bad = [], 0
     lines = data.split(b"\n")
-    for line in lines[1:] if before else lines:
+    if before:  # it begins within a line
+        bad += len(lines.pop(0)) > MAX_LINE_BYTES
+    for line in lines:
         event = None if len(line) > MAX_LINE_BYTES else _event(line)
         if event is not None:
             found.append(event)
@@ -280,6 +282,8 @@ def _records(folder: Folder, wrong: dict[str, None], at_most: int) -> Iterator[t
         left -= len(data)
         places: deque[tuple[int, int]] = deque(maxlen=MAX_RECORDS)
         begin = _next_header(data, 0) if before else 0
+        if begin > MAX_LENGTH:  # further than a record that began before
+            wrong[f"{folder.path(name)} is damaged"] = None
         while begin + HEADER <= len(data):
             header = data[begin : begin + HEADER]
             if not _is_header(header):
@@ -297,8 +301,9 @@ def _records(folder: Folder, wrong: dict[str, None], at_most: int) -> Iterator[t
             yield name, data[first:last]
 
 
+MAX_LENGTH = 1 << 24
 LENGTHS = re.compile(rb"(?=(?:[^\0]..|.[^\0].|..[^\0])\0{5})", re.DOTALL)
-"""Where a length below 16 MiB, and not 0, may begin."""
+"""Where a length below `MAX_LENGTH`, and not 0, may begin."""
 MAX_TRIED = 200_000
 
 

@@ -138,6 +138,8 @@ def require_dataset(dataset: Any) -> None:
             f"dataset must have the methods __len__ and __getitem__, got a {kind} without "
             f"{', '.join(missing)}: collect its items in a list first"
         )
+    if not len(dataset):
+        raise ValueError(f"dataset must hold pictures, got an empty {kind}: check how it was made")
 
 
 def labels_of(dataset: LabelledDataset) -> NDArray[np.int64]:

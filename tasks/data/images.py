@@ -55,18 +55,27 @@ def picture(value: object) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
-        raise ValueError(f"must be of 1, 3 or 4 channels, got shape {tuple(value.shape)}")
+        order = (
+            "(channels, height, width)"
+            if isinstance(value, Tensor)
+            else "(height, width, channels)"
+        )
+        raise ValueError(
+            f"must be of 1, 3 or 4 channels, {order}, got a {type(value).__name__} of shape "
+            f"{tuple(value.shape)}"
+        )
     return Image.fromarray(_bytes(array))
 
 
 def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
     if array.dtype == np.uint8:
         return array
-    inside = np.issubdtype(array.dtype, np.floating) and bool(np.all((array >= 0) & (array <= 1)))
-    if not inside:
+    is_floating = np.issubdtype(array.dtype, np.floating)
+    if not is_floating or not bool(np.all((array >= 0) & (array <= 1))):
+        way_out = "normalise with the transform of the sampler, not of the data set"
         raise ValueError(
             f"must be uint8 or floating in [0, 1], got {array.dtype} from {array.min()} to "
-            f"{array.max()}: normalise with the transform of the sampler, not of the data set"
+            f"{array.max()}: {way_out if is_floating else 'convert it, 0 .. 255, to uint8'}"
         )
     return np.rint(array * 255).astype(np.uint8)
 

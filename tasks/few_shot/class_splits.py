@@ -26,6 +26,11 @@ def read_splits(splits: str | Path | Splits) -> Splits:
     if isinstance(splits, Mapping):
         content: object = splits
         source = "splits"
+    elif not isinstance(splits, str | Path):
+        raise ValueError(
+            f"splits must be a JSON file or a mapping, got {type(splits).__name__}: pass the "
+            'classes of each split, {"train": [...], "val": [...], "test": [...]}'
+        )
     else:
         source = f"splits file {splits}"
         path = Path(splits)

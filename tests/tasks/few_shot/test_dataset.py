@@ -207,6 +207,12 @@ def test_bad_split_files(tmp_path: Path, splits: str, message: str):
             {},
             "splits must be disjoint, got class 'ant' in 'train' and 'train': list each class once",
         ),
+        (
+            None,
+            {},
+            "splits must be a JSON file or a mapping, got NoneType: pass the classes of each "
+            'split, {"train": [...], "val": [...], "test": [...]}',
+        ),
         (SPLITS, {"split": "val"}, "split must be one of train, test, got 'val'"),
         (SPLITS, {"channels": 4}, "channels must be 1 (grey) or 3 (RGB), got 4"),
         (SPLITS, {"rotations": "no"}, "rotations must be True or False, got 'no'"),
@@ -242,8 +248,24 @@ def test_wrong_pictures_are_named():
         def convert(self, pixels: np.ndarray) -> np.ndarray:
             return np.zeros((4, 4, 7), dtype=np.uint8)
 
-    found = refusal(lambda: few(Deep()))
-    assert found == ("picture 0 of the data set must be of 1, 3 or 4 channels, got shape (4, 4, 7)")
+    assert refusal(lambda: few(Deep())) == (
+        "picture 0 of the data set must be of 1, 3 or 4 channels, (height, width, channels), got a "
+        "ndarray of shape (4, 4, 7)"
+    )
+
+    class Last(Named):
+        def convert(self, pixels: np.ndarray) -> Tensor:
+            return torch.zeros(8, 8, 3)
+
+    found = refusal(lambda: few(Last()))
+    assert "(channels, height, width), got a Tensor of shape (8, 8, 3)" in found
+
+    class Whole(Named):
+        def convert(self, pixels: np.ndarray) -> np.ndarray:
+            return pixels.astype(np.int64)
+
+    assert "got int64 from" in (found := refusal(lambda: few(Whole())))
+    assert found.endswith("convert it, 0 .. 255, to uint8")
 
     class Growing(Named):
         def __getitem__(self, position: int) -> tuple[Any, Any]:
@@ -414,6 +436,7 @@ def test_the_data_set_behind_a_loader_is_read():
         (DataLoader(Endless()), "got the iterable Endless: tasks are drawn in any order"),
         (np.zeros((24, 8, 8)), "got a ndarray of shape (24, 8, 8) without labels: EpisodeSampler("),
         ({"train": Named(), "test": Named()}, "got a dict of train, test: pass one of them"),
+        ([], "dataset must hold pictures, got an empty list"),
         (iter([]), "got a list_iterator without __len__, __getitem__: collect its items in a list"),
     ],
 )
