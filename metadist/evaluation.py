@@ -157,7 +157,7 @@ def evaluate(
         FloatingPointError: the losses are NaN or infinite in all tasks but one, or in all. Fewer
             such tasks are left out of the means, and `EvaluationResult` says which.
     """
-    require_number(num_tasks=num_tasks)
+    require_number(num_tasks=num_tasks, step=step)
     if num_tasks < 2:
         raise ValueError(f"num_tasks must be >= 2 for an interval, got {num_tasks}")
     require_sampler("sampler", sampler)

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from metadist.checks.values import check_fields, rule
+from metadist.checks.values import check_fields, is_number, rule
 from metadist.followed import call
 from metadist.trees import Params, add, dot, multiply, scale, sub, tree_map, zeros_like
 
@@ -332,7 +332,7 @@ class Adam(StepRule):
         super().__post_init__()
         given: object = self.betas
         is_pair = isinstance(given, list | tuple) and len(given) == 2
-        if not is_pair or not all(_is_share(beta) for beta in self.betas):
+        if not is_pair or not all(is_number(beta) and 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {given}")
         object.__setattr__(self, "betas", tuple(self.betas))
 
@@ -396,10 +396,6 @@ class AdamW(Adam):
             kept, decays = 1 - lr * self.weight_decay, self._decays(y)
             y = {name: kept * leaf if decays[name] else leaf for name, leaf in y.items()}
         return super().move(y, memory, gradient, lr)
-
-
-def _is_share(beta: object) -> bool:
-    return isinstance(beta, int | float) and 0 <= beta < 1
 
 
 def _times(lr: float | Params, tree: Params) -> Params:

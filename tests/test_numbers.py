@@ -8,10 +8,12 @@ import re
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from metadist import Adam, Compute, OuterOptimizer, adapt, check_hypergradient, evaluate
 from metadist.algorithms import ITD
-from metadist.models import MLP
-from metadist.tasks import FewShotProblem, Genotype, Sinusoid, SourceWeights
+from metadist.models import MLP, ResNet12
+from metadist.tasks import FewShotProblem, Genotype, Sinusoid, SourceWeights, SparseRegressionData
 
 PACKAGES = (
     *("metadist", "metadist.algorithms", "metadist.cluster", "metadist.models"),
@@ -24,11 +26,14 @@ OURS = (
     *("Random", "SamplerReport", "TrainingResult"),
 )
 
+PROBLEM = FewShotProblem(MLP(), loss="mse")
+X = PROBLEM.init_outer(torch.Generator())
+
 REQUIRED = {
     "algorithm": ITD(),
     "genotype": Genotype.random(0),
     "model": MLP(),
-    "problem": FewShotProblem(MLP(), loss="mse"),
+    "problem": PROBLEM,
     "sampler": Sinusoid(),
     "sources": ["news", "web"],
     "weights": SourceWeights(["news", "web"]),
@@ -80,3 +85,24 @@ def test_a_boolean_is_no_number(made):
 def test_numbers_are_found():
     assert numbers_of(ITD)[:2] == ["inner_steps", "inner_lr"]
     assert sum(bool(numbers_of(made)) for made in classes()) > 100
+
+
+TUPLES = {
+    "betas": lambda value: Adam(betas=(0.9, value)),
+    "hidden": lambda value: MLP(hidden=(value,)),
+    "widths": lambda value: ResNet12(widths=(4, 4, 4, value)),
+    "amplitude": lambda value: Sinusoid(amplitude=(value, 2.0)),
+    "batch_size": lambda value: Compute(batch_size=(8, value)),
+    "coefficients": lambda value: SparseRegressionData(coefficients=(1.0, value)),
+    "schedule_factors": lambda value: OuterOptimizer(schedule_factors={1: value}),
+    "repeats": lambda value: check_hypergradient(PROBLEM, Sinusoid(), ITD(), repeats=(value,)),
+    "num_tasks": lambda value: evaluate(PROBLEM, Sinusoid(), ITD(), {}, value),
+    "inner_steps": lambda value: adapt(PROBLEM, ITD(), X, Sinusoid().sample(0), inner_steps=value),
+}
+
+
+@pytest.mark.parametrize("option", TUPLES)
+def test_nor_within_a_tuple_or_to_a_function(option):
+    for value in (True, False):
+        with pytest.raises(ValueError, match=rf"{option}.* must "):
+            TUPLES[option](value)

@@ -43,7 +43,7 @@ from metadist.checks.preflight import (
     initial_outer,
     preflight,
 )
-from metadist.checks.values import check
+from metadist.checks.values import check, is_number
 from metadist.compute import DEFAULT, Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.oracle import BatchSize, CountingOracle
@@ -215,7 +215,7 @@ def check_hypergradient(
     """
     check("num_directions", num_directions, is_integer=True, ge=1)
     check("max_dense", max_dense, is_integer=True, ge=1)
-    if any(number < 1 for number in repeats):
+    if any(not is_number(number) or number < 1 for number in repeats):
         raise ValueError(f"repeats must hold numbers >= 1, got {list(repeats)}")
     check_trainable(problem, algorithm)
     sampler = _Always(tasks) if isinstance(tasks, Task) else tasks

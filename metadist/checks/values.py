@@ -52,7 +52,7 @@ class Rule:
     def _holds(self, value: Any) -> bool:
         if self.one_of is not None:
             return value in self.one_of
-        if not _is_number(value):
+        if not is_number(value):
             return False
         # NaN compares as False with everything, so every rule refuses it.
         return bool(
@@ -132,11 +132,12 @@ def require_integer(name: str, value: object, minimum: int) -> None:
 def require_number(**values: object) -> None:
     """Raise ValueError unless each of `values` is a number, which a boolean is not."""
     for name, value in values.items():
-        if not _is_number(value):
+        if not is_number(value):
             raise ValueError(f"{name} must be a number, got {value!r}")
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a number, NaN included; a boolean is none."""
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 

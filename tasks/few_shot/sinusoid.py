@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metadist.checks.values import require_integer, require_word
+from metadist.checks.values import is_number, require_integer, require_word
 from metadist.task import Batch, Task
 from metadist.tasks.data.random import Random
 
@@ -53,7 +53,8 @@ class Sinusoid:
         for name in ("amplitude", "phase", "domain"):
             interval = getattr(self, name)
             pair = isinstance(interval, tuple | list) and len(interval) == 2
-            if not pair or not all(map(math.isfinite, interval)) or interval[0] > interval[1]:
+            pair = pair and all(is_number(end) and math.isfinite(end) for end in interval)
+            if not pair or interval[0] > interval[1]:
                 raise ValueError(f"{name} must be (low, high) with low <= high, got {interval!r}")
 
     def sample(self, index: int) -> Task:

@@ -192,6 +192,8 @@ class SparseRegressionData(OneTask):
                 f"coefficients must be 1 to {size} numbers, the features of a group, got "
                 f"{len(coefficients)}"
             )
+        for coefficient in coefficients:
+            check("each of coefficients", coefficient)
         check("correlation", correlation, ge=0, lt=1)
         check("snr", snr, gt=0)
         sizes = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
