@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from metadist import Adam, Compute, OuterOptimizer, adapt, check_hypergradient, evaluate
+from metadist import Adam, OuterOptimizer, adapt, check_hypergradient, evaluate
 from metadist.algorithms import ITD
 from metadist.models import MLP, ResNet12
 from metadist.tasks import FewShotProblem, Genotype, Sinusoid, SourceWeights, SparseRegressionData
@@ -92,7 +92,6 @@ TUPLES = {
     "hidden": lambda value: MLP(hidden=(value,)),
     "widths": lambda value: ResNet12(widths=(4, 4, 4, value)),
     "amplitude": lambda value: Sinusoid(amplitude=(value, 2.0)),
-    "batch_size": lambda value: Compute(batch_size=(8, value)),
     "coefficients": lambda value: SparseRegressionData(coefficients=(1.0, value)),
     "schedule_factors": lambda value: OuterOptimizer(schedule_factors={1: value}),
     "repeats": lambda value: check_hypergradient(PROBLEM, Sinusoid(), ITD(), repeats=(value,)),
