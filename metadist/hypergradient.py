@@ -47,11 +47,11 @@ from metadist.problem import (
 from metadist.task import Batch, Task, stack_tasks
 from metadist.trees import (
     Params,
-    add,
     detach,
     flatten,
     gradients,
     leaves,
+    num_elements,
     tree_map,
     unflatten,
     zeros_like,
@@ -136,7 +136,8 @@ def task_hypergradients(
         groups = [[task] for task in tasks]
 
     graphs = graphs_of(problem, algorithm, compute, next(iter(outer.values())).device)
-    sums = _Sums(zeros_like(outer), None if previous is None else zeros_like(outer))
+    zero = next(iter(outer.values())).new_zeros(num_elements(outer))
+    sums = _Sums([zero] if previous is None else [zero, zero])
     dropped: list[int] = []
     calls: Counter[str] = Counter()
     of_task = None if states is None else _kept(states, tasks)
@@ -178,12 +179,13 @@ def task_hypergradients(
                 groups[:0] = [[task] for task in group]
             continue
         sums.add(found, metrics, group)
+    total, *before = (unflatten(total, outer) for total in sums.totals)
     return HypergradientSum(
-        total=sums.total,
+        total=total,
         num_tasks=sums.num_tasks,
         dropped=tuple(dropped),
         metrics=sums.metrics,
-        previous=sums.previous,
+        previous=before[0] if before else None,
         states=sums.states,
         calls=dict(calls),
     )
@@ -284,17 +286,13 @@ class _Found(NamedTuple):
 
 @dataclass
 class _Sums:
-    total: Params
-    previous: Params | None
+    totals: list[Tensor]
     num_tasks: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
 
     def add(self, found: _Found, metrics: Mapping[str, float], group: list[Task]) -> None:
-        total, *previous = (unflatten(total, self.total) for total in found.totals)
-        self.total = add(self.total, total)
-        if previous and self.previous is not None:
-            self.previous = add(self.previous, previous[0])
+        self.totals = [a + b for a, b in zip(self.totals, found.totals, strict=True)]
         self.num_tasks += len(group)
         for name, value in metrics.items():
             self.metrics[name] = self.metrics.get(name, 0.0) + value
