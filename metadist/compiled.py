@@ -1,10 +1,11 @@
 """`CompiledOracle`: derivatives by torch.compile, of one task or of a stack of tasks at once.
 
-What is compiled is one step, never a loop: grad_y g as a function whose backward pass is the
-second-order product at that point, so that a loop of any length is compiled once and computes the
-loss of a step once. For a stack of tasks vmap is inside of what is compiled; the loop around it
-runs on plain tensors with a leading axis of tasks, since each small operation under vmap costs
-several times what it costs outside.
+What is compiled is one step, never a loop, so that a loop of any length is compiled once: grad_y g
+as a function whose backward pass is the second-order product at that point, which computes the loss
+of a step once. For a stack of tasks, whose models are small, the gradient and the product are two
+functions: to compute the loss again costs less than autograd around them. There vmap is inside of
+what is compiled; the loop around it runs on plain tensors with a leading axis of tasks, since each
+small operation under vmap costs several times what it costs outside.
 
 A problem that cannot be compiled, or that computes something else when compiled, is computed as
 without compilation, to the same bytes, and a warning says why.
@@ -241,7 +242,8 @@ class CompiledOracle(Oracle):
             return self._single.derive(name, draw, *trees)
         x, y, *directions = trees
         batch, stacked = self._batch(draw), self._stack is not None
-        if name not in (SLOPE, "second_order"):
+        if stacked or name not in (SLOPE, "second_order"):
+            name = "inner_grad" if name == SLOPE else name
             function = self._kernels.get(name, stacked, batch, *trees)
             with torch.no_grad():
                 found: tuple[Params, ...] = function(*trees, batch)
