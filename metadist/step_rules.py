@@ -302,7 +302,7 @@ class SGD(StepRule):
         if not self.is_linear:
             return super().pull(y, memory, g_y, lr, w, w_means)
         # The gradient enters y' through the velocity only, so this is the cotangent of both.
-        u = scale(_times(lr, w), -1.0)
+        u = _times(scale(lr, -1.0) if isinstance(lr, dict) else -lr, w)
         if self.momentum:
             u = add(u, w_means[0])
         means = (scale(u, self.momentum if memory.num_steps else 0.0),) if self.momentum else ()

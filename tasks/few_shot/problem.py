@@ -205,6 +205,8 @@ class FewShotProblem(SentAsText, Problem):
         if self._split is not None:
             self._find_head(_inputs(tasks.support)[0])
             self._check_split(_inputs(tasks.support)[0], _inputs(tasks.query)[0])
+        if self._split is None and not self._shared(outer):
+            return self.encode(outer, tasks)  # nothing but inputs at most, which have their axis
         if self._split is None or not self._encodes_together(outer, tasks):
             contexts = [self.encode(outer, _task(tasks, b)) for b in range(num_tasks)]
             return stack(contexts)
