@@ -240,6 +240,8 @@ class CompiledOracle(Oracle):
     def derive(self, name: str, draw: Draw, *trees: Params) -> tuple[Params, ...]:
         if DERIVATIVES[name].gives == ("value",):
             return self._single.derive(name, draw, *trees)
+        if name == "cross":  # not worth a compilation of its own
+            return self.derive("second_order", draw, *trees)[:1]
         x, y, *directions = trees
         batch, stacked = self._batch(draw), self._stack is not None
         if stacked or name not in (SLOPE, "second_order"):

@@ -237,7 +237,9 @@ def adjoint(
         if step.direction is not None:
             rate_gradient = sub(rate_gradient, multiply(w, step.direction))
         w, w_means, u = pull(oracle, steps, step.trace, rates, w, w_means)
-        if t >= num_first_order:
+        if t >= num_first_order and not done and start.y.keys() <= oracle.constants.start:
+            h = add(h, oracle.cross(context, step.trace.y, u, step.draw))  # w is of no more use
+        elif t >= num_first_order:
             j_u, h_u = oracle.second_order(context, step.trace.y, u, step.draw)
             h, w = add(h, j_u), add(w, h_u)
     return Unrolled(inner=y, context=h, start=w, rates=rate_gradient, means=memory.means)

@@ -7,10 +7,11 @@ import torch
 
 from metadist.algorithm import OWN, Algorithm
 from metadist.algorithms import ALGORITHMS, ITD
+from metadist.autograd import AutogradOracle
 from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.models import Conv4
-from metadist.oracle import CountingOracle
+from metadist.oracle import Constants, CountingOracle
 from metadist.step_rules import SGD
 from metadist.task import Batch, Task
 from metadist.tasks.few_shot.problem import FewShotProblem
@@ -348,3 +349,33 @@ def test_the_plain_reference_of_these_tests_meets_the_golden_table():
     problem, outer, task = golden_quadratic()
     gradient = plain_gradient(lambda x: plain_objective(problem, x, task, 2, 0.2), outer)
     assert_close(gradient, {"x": torch.tensor([0.0992, -0.8704], dtype=DOUBLE)}, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "options", [{"inner_lr": 0.1}, {"inner_optimizer": SGD(0.1, momentum=0.5)}]
+)
+@pytest.mark.parametrize("truncate", [None, 2])
+def test_no_derivative_in_a_constant_start_is_computed(options, truncate, monkeypatch):
+    problem, task = Smooth(), smooth_task(0)
+    outer, algorithm = problem.init_outer(generator(0)), ITD(4, truncate=truncate, **options)
+    names, derive = [], AutogradOracle.derive
+
+    def noted(oracle, name, *rest):
+        names.append(name)
+        return derive(oracle, name, *rest)
+
+    monkeypatch.setattr(AutogradOracle, "derive", noted)
+    found = []
+    for constant in ((), ("w", "m")):
+        names.clear()
+        oracle, context, start = oracle_of(problem, outer, task)
+        oracle.constants = Constants(start=frozenset(constant))
+        counting = CountingOracle(oracle)
+        state = algorithm.init(counting, context, start)
+        result = algorithm.estimate(counting, context, state)
+        found.append((result.hypergradient, counting.counts, list(names)))
+    (whole, counts, asked), (part, counts_of_part, asked_of_part) = found
+    assert_close(part, whole, 0)
+    assert counts_of_part == counts
+    assert asked_of_part == [*asked[:-1], "cross"]
+    assert asked[-1] == "second_order"

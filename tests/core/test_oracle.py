@@ -65,6 +65,7 @@ def test_second_order_products_agree_with_central_differences(smooth):
     assert_close(actual[0], j_v, 1e-8)
     assert_close(actual[1], h_v, 1e-8)
     assert_close(oracle.hvp(x, y, v, draw), h_v, 1e-8)
+    assert_close(oracle.cross(x, y, v, draw), j_v, 1e-8)
     draw = oracle.draw_outer()
     j_v = central_difference(lambda x: dot(oracle.outer_grads(x, y, draw)[1], v), x)
     h_v = central_difference(lambda y: dot(oracle.outer_grads(x, y, draw)[1], v), y)
@@ -306,6 +307,7 @@ def test_counting_oracle_counts_each_kind_of_call_and_changes_no_result(smooth):
         "inner_grad_x": ((x, y, inner), {"inner_grad": 1, "inner_grad_x": 1}),
         "outer_grads": ((x, y, outer), {"outer_grads": 1}),
         "second_order": ((x, y, v, inner), {"hvp": 1, "jvp": 1}),
+        "cross": ((x, y, v, inner), {"hvp": 1, "jvp": 1}),
         "outer_second_order": ((x, y, v, outer), {"outer_hvp": 1, "outer_jvp": 1}),
         "hvp": ((x, y, v, inner), {"hvp": 1}),
         "directional": ((x, y, random_like(x, 1), v, inner), {"directional": 1}),
