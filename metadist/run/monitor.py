@@ -213,11 +213,9 @@ class TerminalProgress:
         if self._bar is not None:
             self._bar.update(self._task, completed=version, description=shown)
         elif version % self._lines_every == 0 or version == self._num_steps:
-            self._console.print(
-                f"step {version}/{self._num_steps} {shown} "
-                f"workers {report.num_workers} {_per_second(report):.1f} tasks/s",
-                highlight=False,
-            )
+            speed = f"workers {report.num_workers} {_per_second(report):.1f} tasks/s"
+            parts = [f"step {version}/{self._num_steps}", shown, speed]
+            self._console.print(" ".join(filter(None, parts)), highlight=False)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
