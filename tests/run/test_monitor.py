@@ -315,7 +315,7 @@ def test_where_there_is_no_terminal_progress_is_plain_lines(capsys):
         progress.step(report(version, [result(0, 1, accuracy if version == 3 else {})]))
     progress.say("saved [bold]as it is[/bold]")
     assert lines(progress, capsys) == [
-        "step 2/5  workers 2 0.2 tasks/s",
+        "step 2/5 workers 2 0.2 tasks/s",
         "step 4/5 loss 0.512 accuracy before 0.200 after 0.750 workers 2 0.2 tasks/s",
         "step 5/5 loss 0.512 accuracy before 0.200 after 0.750 workers 2 0.2 tasks/s",
         "saved [bold]as it is[/bold]",
