@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from metadist.algorithm import Algorithm, split_own
-from metadist.compute import DEFAULT, Compute, Vectorize, warn_once
+from metadist.compute import DEFAULT, Compute, Vectorize, is_out_of_memory, warn_once
 from metadist.oracle import first_parts
 from metadist.problem import Problem, context_of
 from metadist.task import Task, shape_signature, stays_on_host
@@ -125,7 +125,7 @@ def falls_back(vectorize: Vectorize, error: Exception) -> bool:
     What fails for another reason fails again then. Memory that ran out is no such case: whether
     it does would decide how results are rounded.
     """
-    if vectorize != "auto" or isinstance(error, torch.OutOfMemoryError):
+    if vectorize != "auto" or is_out_of_memory(error):
         return False
     reason = str(error).strip().partition("\n")[0]
     warn_once(

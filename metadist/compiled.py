@@ -27,6 +27,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metadist.autograd import AutogradOracle, functional
+from metadist.compute import is_out_of_memory
 from metadist.oracle import DERIVATIVES, Draw, Oracle, Program
 from metadist.problem import Problem
 from metadist.task import Batch, Task
@@ -127,9 +128,9 @@ class Kernels:
         compiled = torch.compile(_fresh(function), fullgraph=True, dynamic=False, options=options)
         try:
             found = _try(compiled, name, batch, trees)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             # What is wrong in the losses themselves is raised again where they run uncompiled.
             self._works = False
             reason = str(error).strip().partition("\n")[0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metadist.checks.values import check
-from metadist.compute import Compute, intra_op_threads, pick_device, wants_gpu
+from metadist.compute import Compute, device_memory, intra_op_threads, pick_device, wants_gpu
 from metadist.feed import Feed
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable, StepResult
@@ -236,7 +236,13 @@ class LocalExecutor(Executor):
             contributions.append(computed)
         # The last bits of a norm depend on the threads. And a signal may not stop a step half
         # done, since what is saved afterwards would be neither this version of x nor the next.
-        with intra_op_threads(self._workload.compute.num_threads), signals_held():
+        # The sums of all leases are there until then.
+        sizes = {"meta_batch_size": self._workload.meta_batch_size}
+        with (
+            intra_op_threads(self._workload.compute.num_threads),
+            signals_held(),
+            device_memory(f"outer step {variable.version + 1}", **sizes),
+        ):
             step = variable.apply(contributions)
         seconds = time.perf_counter() - began
         results = tuple(computed.result for computed in contributions)

@@ -234,6 +234,20 @@ def _same(found: Any, expected: Any) -> bool:
     )
 
 
+def plain_settings(owner: Any) -> tuple[Any, ...]:
+    """The numbers, words and tensors that an object has: a graph is of these.
+
+    Somebody may give it others between two leases.
+    """
+    found: list[Any] = []
+    for name, value in getattr(owner, "__dict__", {}).items():
+        if isinstance(value, Tensor):
+            found.append((name, id(value), value._version))
+        elif value is None or isinstance(value, bool | int | float | str):
+            found.append((name, value))
+    return tuple(found)
+
+
 COMPILES = "what torch.compile makes is not recorded"
 
 Owner = tuple[ReferenceType[Problem], ReferenceType[Algorithm], Graphs]

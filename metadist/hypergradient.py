@@ -34,7 +34,7 @@ from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_pure, is_known_pure
 from metadist.chunks import FAILS_UNDER_VMAP, FEW, chunk_of, falls_back, vectorizes
 from metadist.compute import AS_TORCH_IS_SET, Compute
-from metadist.graphs import graphs_of
+from metadist.graphs import graphs_of, plain_settings
 from metadist.oracle import Constants, CountingOracle, first_parts
 from metadist.problem import (
     Problem,
@@ -164,7 +164,8 @@ def task_hypergradients(
                     found = run(inputs, numbers)
                 else:
                     ids = tuple(int(task.id) for task in group)
-                    found = graphs.run(run.__call__, inputs.counted(), numbers, run[2:], ids)
+                    key = *run[2:], *plain_settings(problem)
+                    found = graphs.run(run.__call__, inputs.counted(), numbers, key, ids)
             except FAILS_UNDER_VMAP as error:
                 if len(group) == 1 or not falls_back(compute.vectorize, error):
                     raise

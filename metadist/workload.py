@@ -232,7 +232,12 @@ class Workload:
     def feed(self, outer: Params) -> Feed:
         """What brings tasks to the device of `outer`."""
         leaf, compute = next(iter(outer.values())), self.compute
-        return Feed(self.sampler, leaf.device, leaf.dtype, compute.data_budget, compute.num_threads)
+        with device_memory("the data that stays there", data_budget=compute.data_budget):
+            return Feed(
+                *(self.sampler, leaf.device, leaf.dtype),
+                budget=compute.data_budget,
+                num_threads=compute.num_threads,
+            )
 
 
 def trains_start(algorithm: Algorithm, learns_start: bool) -> bool:

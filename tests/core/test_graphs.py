@@ -260,6 +260,18 @@ def test_a_graph_is_compared_again_at_the_first_other_tasks():
     assert found.replayed == 3  # the last of these was thrown away
 
 
+def test_a_graph_is_of_the_settings_that_its_problem_had():
+    problem, algorithm = Quadratic(2, 4), ITD(inner_steps=2, inner_lr=0.05)
+    _, tasks, outer = tasks_and_x(algorithm, 4)
+    with recording():
+        for rho in (0.1, 0.7, 0.1):
+            problem.rho = rho
+            expected = run(problem, algorithm, outer, tasks, False)
+            found = run(problem, algorithm, outer, tasks, True)
+            assert_same(found, expected)
+    assert (found.recorded, found.replayed) == (2, 10)
+
+
 class Counting(ITD):
     """Another program at every step."""
 

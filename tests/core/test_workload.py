@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from metadist import evaluate
+from metadist import LocalExecutor, OuterOptimizer, evaluate
 from metadist.algorithms import ITD
+from metadist.chunks import falls_back
 from metadist.compute import (
     NEWER_SWITCHES,
     SWITCHES,
@@ -19,6 +20,7 @@ from metadist.compute import (
     pick_device,
 )
 from metadist.hypergradient import task_hypergradients
+from metadist.outer import OuterVariable
 from metadist.trees import flatten
 from metadist.workload import Workload
 from tests.helpers import with_compute
@@ -206,6 +208,45 @@ def test_a_lease_that_a_gpu_has_no_memory_for_says_what_to_lower():
         "memory. Tried to allocate 2 GiB."
     )
     assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_memory_that_a_library_lacks_is_no_reason_to_compute_otherwise(text):
+    problem = Noting(RuntimeError(text))
+    work = dataclasses.replace(workload(), problem=problem)
+    with pytest.raises(DeviceMemoryError, match="tasks_per_lease"):
+        work.compute_lease(work.lease(3, 0), problem.init_outer(generator(0)))
+    # Under vmap too: how much memory there is may not decide on rounding.
+    assert not falls_back("auto", RuntimeError(text))
+
+
+def test_an_outer_step_that_a_gpu_has_no_memory_for_says_what_to_lower(monkeypatch):
+    work, optimizer = workload(), OuterOptimizer("sgd", lr=0.1)
+    executor = LocalExecutor()
+    outer = work.problem.init_outer(generator(0))
+    executor.start(work, optimizer, OuterVariable(outer, optimizer).state())
+
+    def fail(self, contributions):
+        raise out_of_memory()
+
+    monkeypatch.setattr(OuterVariable, "apply", fail)
+    with pytest.raises(DeviceMemoryError, match=r"meta_batch_size must be lower.* outer step 1"):
+        next(executor.run(1))
+
+
+def test_data_that_a_gpu_has_no_memory_for_says_what_to_lower(monkeypatch):
+    def fail(*arguments, **named):
+        raise out_of_memory()
+
+    monkeypatch.setattr("metadist.workload.Feed", fail)
+    with pytest.raises(DeviceMemoryError, match="data_budget must be lower"):
+        workload().feed(workload().problem.init_outer(generator(0)))
 
 
 def test_an_evaluation_that_a_gpu_has_no_memory_for_says_what_to_lower():
