@@ -49,7 +49,7 @@ from metadist.run.checkpoint import (
 from metadist.run.events import EventLog
 from metadist.run.fitting import Fitting, TrainingDiverged
 from metadist.run.monitor import Monitor, TerminalProgress
-from metadist.run.reading import software
+from metadist.run.processes import software
 from metadist.run.rebuild import config_of
 from metadist.run.run_folder import RunFolder
 from metadist.run.settings import as_text, difference, recorded

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metadist.executor import StepReport
-from metadist.run.reading import this_process
+from metadist.run.processes import this_process
 
 log = logging.getLogger("metadist.run")
 # Configure logging to see these lines; on the terminal a failure shows as its exception.

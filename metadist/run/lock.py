@@ -22,6 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from metadist.run.files import LOCK
+from metadist.run.processes import boot, started
 from metadist.run.storage import Folder
 
 log = logging.getLogger("metadist.run.lock")
@@ -67,7 +68,7 @@ class Holder:
     def here(cls) -> Holder:
         """This process."""
         pid, now = os.getpid(), _now()
-        return cls(socket.gethostname(), pid, _machine(), _started(pid), uuid.uuid4().hex, now, now)
+        return cls(socket.gethostname(), pid, boot(), started(pid), uuid.uuid4().hex, now, now)
 
     @classmethod
     def of(cls, data: bytes) -> Holder:
@@ -82,11 +83,12 @@ class Holder:
 
     def is_alive(self) -> bool | None:
         """Whether the process is there; None if that cannot be seen from here."""
-        if (self.host, self.machine) != (socket.gethostname(), _machine()):
+        if (self.host, self.machine) != (socket.gethostname(), boot()):
             return None
-        if self.pid == os.getpid() and self.started == _started(self.pid):
+        if self.pid == os.getpid() and self.started == started(self.pid):
             return self.token in _held
-        return _exists(self.pid) and self.started == _started(self.pid)
+        # Of a dead one whose parent has not noticed `started` says so.
+        return _exists(self.pid) and self.started == started(self.pid)
 
     @property
     def age_s(self) -> float:
@@ -260,25 +262,7 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
-def _machine() -> str:
-    """What tells this machine, since it was started, and this container from others."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str:
-    """When a process started, in ticks; empty if it is gone, or the system does not say."""
-    fields = _stat(pid)
-    return fields[19] if fields else ""
-
-
 def _exists(pid: int) -> bool:
-    if Path("/proc/self/stat").exists():
-        fields = _stat(pid)
-        return bool(fields) and fields[0] not in "ZX"  # dead, and not yet waited for
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -286,10 +270,3 @@ def _exists(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _stat(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []

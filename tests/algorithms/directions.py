@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -16,9 +17,9 @@ from metadist.executor import LocalExecutor
 from metadist.outer import OuterState, OuterVariable
 from metadist.problem import Problem
 from metadist.task import Batch, Task
-from metadist.trees import Params
+from metadist.trees import Params, flatten
 from metadist.workload import Workload
-from tests.problems import DOUBLE, generator
+from tests.problems import DOUBLE, assert_same_bytes, generator
 
 DIRECTION = torch.tensor([0.6, -0.8, 0.3], dtype=DOUBLE)
 
@@ -113,6 +114,21 @@ def trainer(algorithm: Algorithm, keep_state: bool = False, **options: object) -
             **options,
         },
     )
+
+
+def assert_resumes(algorithm: Algorithm, keep_state: bool, folder: Path, **resumed: object) -> None:
+    """A training that is stopped in the middle ends with the bytes of one in one go."""
+    whole = trainer(algorithm, keep_state)
+    whole.fit(5)
+    trainer(algorithm, keep_state, run_dir=folder).fit(3)
+    again = trainer(algorithm, keep_state, run_dir=folder, **resumed)
+    again.restore()
+    again.fit(5)
+    assert_same_bytes(again.outer, whole.outer)
+    assert bool(flatten(whole.outer).isfinite().all())
+    if keep_state:
+        for index in range(2):
+            assert_same_bytes(again.inner(index), whole.inner(index))
 
 
 def run_in_one_process(

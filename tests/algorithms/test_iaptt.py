@@ -41,30 +41,20 @@ def losses(problem, task, context, y, algorithm):
 
 # f is worst after the first step, after the third, the fifth and the last.
 CUT = {0: 1, 4: 3, 6: 5, 9: 6}
+ADAM = IAPTT(5, inner_optimizer=Adam(0.1))
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize(("index", "cut"), CUT.items())
-def test_it_is_the_derivative_of_the_largest_f_of_the_loop(index, cut, eager):
+@pytest.mark.parametrize(
+    ("algorithm", "index", "eager"),
+    [
+        *((STEPS, index, eager) for index in CUT for eager in (False, True)),
+        *((ADAM, index, False) for index in range(6)),
+    ],
+)
+def test_it_is_the_derivative_of_the_largest_f_of_the_loop(algorithm, index, eager):
     problem, task = Smooth(), smooth_task(index)
     outer = problem.init_outer(generator(index))
-    found = estimate(STEPS, problem, outer, task, eager=eager)
-    _, context, start = oracle_of(problem, outer, task)
-
-    def worst(context, start):
-        return torch.stack(losses(problem, task, context, start, STEPS)).max()
-
-    assert_close(found.hypergradient, plain_gradient(lambda c: worst(c, leaves(start)), context))
-    assert_close(found.start_gradient, plain_gradient(lambda y: worst(context, y), start))
-    of_each = torch.stack(losses(problem, task, context, leaves(start), STEPS))
-    assert float(found.metrics["truncated_at"]) == int(of_each.argmax()) + 1 == cut
-
-
-@pytest.mark.parametrize("index", range(6))
-def test_so_it_is_through_the_steps_of_adam(index):
-    problem, task, algorithm = Smooth(), smooth_task(index), IAPTT(5, inner_optimizer=Adam(0.1))
-    outer = problem.init_outer(generator(index))
-    found = estimate(algorithm, problem, outer, task)
+    found = estimate(algorithm, problem, outer, task, eager=eager)
     _, context, start = oracle_of(problem, outer, task)
 
     def worst(context, start):
@@ -72,6 +62,9 @@ def test_so_it_is_through_the_steps_of_adam(index):
 
     assert_close(found.hypergradient, plain_gradient(lambda c: worst(c, leaves(start)), context))
     assert_close(found.start_gradient, plain_gradient(lambda y: worst(context, y), start))
+    of_each = torch.stack(losses(problem, task, context, leaves(start), algorithm))
+    assert float(found.metrics["truncated_at"]) == int(of_each.argmax()) + 1
+    assert algorithm is ADAM or found.metrics["truncated_at"] == CUT[index]
 
 
 def test_tasks_that_are_cut_elsewhere_go_through_together():

@@ -14,7 +14,7 @@ from metadist.cluster import (
     View,
     Workers,
 )
-from tests.algorithms.directions import MODES, NEW_TASKS, trainer
+from tests.algorithms.directions import MODES, NEW_TASKS, assert_resumes, trainer
 from tests.cluster.conftest import Shared
 from tests.problems import assert_same_bytes
 
@@ -85,18 +85,7 @@ def test_a_synchronous_policy_of_a_user_trains_kept_states_and_two_point_methods
 def test_ray_goes_on_from_a_checkpoint_to_the_bytes_of_one_process(
     workers, name, keep_state, tmp_path
 ):
-    algorithm = NEW_TASKS[name]
-    whole = trainer(algorithm, keep_state)
-    whole.fit(4)
-    half = trainer(algorithm, keep_state, run_dir=tmp_path / "run")
-    half.fit(2)
-    again = trainer(algorithm, keep_state, run_dir=tmp_path / "run", executor=workers)
-    again.restore()
-    again.fit(4)
-    assert_same_bytes(again.outer, whole.outer)
-    if keep_state:
-        for index in range(2):
-            assert_same_bytes(again.inner(index), whole.inner(index))
+    assert_resumes(NEW_TASKS[name], keep_state, tmp_path / "run", executor=workers)
 
 
 @pytest.mark.parametrize(

@@ -283,15 +283,19 @@ def test_messages_say_what_is_wrong(place):
         store.load("x")
 
 
-def test_a_state_that_does_not_fit_its_tensors_is_of_another_format(place):
-    store = CheckpointStore(place)
-    name = store.save(checkpoint())
-    state = json.loads(read(store, name, STATE))
-    data = json.dumps({**state, "outer": ["v"]}).encode()
-    manifest = json.loads(read(store, name, MANIFEST))
+def rewrite_outer(store, name, names, **fields):
+    """Give the state the names of x as format 2 has them, with a manifest that says so."""
+    data = json.dumps({**json.loads(read(store, name, STATE)), "outer": names}).encode()
+    manifest = json.loads(read(store, name, MANIFEST)) | fields
     manifest["files"][STATE] = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     write(store, name, STATE, data)
     write(store, name, MANIFEST, signed(manifest))
+
+
+def test_a_state_that_does_not_fit_its_tensors_is_of_another_format(place):
+    store = CheckpointStore(place)
+    name = store.save(checkpoint())
+    rewrite_outer(store, name, ["v"])
     with pytest.raises(CheckpointError, match=r"is of another format: KeyError\('outer.v'\)"):
         store.load(name)
 
@@ -588,12 +592,7 @@ def test_a_checkpoint_of_format_2_is_loaded(place):
     store = CheckpointStore(place)
     saved = checkpoint(2, 0.5, seed=1)
     name = store.save(saved)
-    state = json.loads(read(store, name, STATE))
-    old = json.dumps({**state, "outer": list(state["outer"])}).encode()
-    manifest = json.loads(read(store, name, MANIFEST))
-    manifest["files"][STATE] = {"size_bytes": len(old), "sha256": hashlib.sha256(old).hexdigest()}
-    write(store, name, STATE, old)
-    write(store, name, MANIFEST, signed({**manifest, "format": 2}))
+    rewrite_outer(store, name, list(saved.state.outer), format=2)
     assert everything(store.load()[1]) == everything(saved)
 
 

@@ -19,6 +19,7 @@ import pytest
 from metadist.run import lock
 from metadist.run.files import LOCK
 from metadist.run.lock import Holder, RunLock, RunLocked, holder_of
+from metadist.run.processes import started
 from metadist.run.storage import Folder
 from tests.helpers import make_trainer
 
@@ -100,7 +101,7 @@ def test_a_lock_of_a_process_that_is_gone_is_taken_over_at_once(folder, holder, 
 
 def test_a_process_that_was_killed_and_not_yet_waited_for_is_gone(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    holder = replace(HERE, pid=process.pid, started=lock._started(process.pid))
+    holder = replace(HERE, pid=process.pid, started=started(process.pid))
     assert holder.is_alive()
     process.kill()
     deadline = time.monotonic() + 10
@@ -108,19 +109,6 @@ def test_a_process_that_was_killed_and_not_yet_waited_for_is_gone(tmp_path):
         time.sleep(0.01)
     assert not holder.is_alive()
     process.wait()
-
-
-def test_a_stranger_whose_clock_is_hours_slow_is_alive(folder):
-    def behind():
-        return (datetime.now(timezone.utc) - timedelta(hours=5)).isoformat()
-
-    holder = replace(HERE, host="elsewhere")
-    write(folder, replace(holder, time=behind()))
-    beat = threading.Timer(0.15, lambda: write(folder, replace(holder, time=behind())))
-    beat.start()
-    with pytest.raises(RunLocked, match=r"on elsewhere works since"):
-        RunLock(folder).acquire()
-    beat.join()
 
 
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"machine": "another container"}])
@@ -133,10 +121,14 @@ def test_a_stranger_is_waited_for_and_taken_over_if_silent(folder, change):
     assert "waiting 0.4 s for its death" in said[0] and "taking over" in said[1]
 
 
-def test_a_stranger_with_a_sign_of_life_is_alive(folder):
-    holder = replace(HERE, host="elsewhere", time=lock._now())
-    write(folder, holder)
-    beat = threading.Timer(0.15, lambda: write(folder, replace(holder, time=lock._now())))
+@pytest.mark.parametrize("hours", [0, 5], ids=["in time", "whose clock is slow"])
+def test_a_stranger_with_a_sign_of_life_is_alive(folder, hours):
+    def sign() -> None:
+        seen = datetime.now(timezone.utc) - timedelta(hours=hours)
+        write(folder, replace(HERE, host="elsewhere", time=seen.isoformat()))
+
+    sign()
+    beat = threading.Timer(0.15, sign)
     beat.start()
     with pytest.raises(RunLocked, match=r"on which process .* on elsewhere works since"):
         RunLock(folder).acquire()
