@@ -905,7 +905,8 @@ def headline(result: EvaluationResult) -> str:
     name = "query_accuracy" if "query_accuracy" in result.metrics else "query_loss"
     text = f"{name.removeprefix('query_')} {result.metrics[name]}"
     if before := result.metrics.get(f"{name}_before"):
-        text += f" (before adaptation {before})"
+        is_unmoved = before == result.metrics[name]  # as of methods without an inner loop
+        text += " (the same before adaptation)" if is_unmoved else f" (before adaptation {before})"
     if dropped := result.dropped.get(name):
         text += f", without {len(dropped)} tasks where it is not finite"
     return text
