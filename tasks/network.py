@@ -373,6 +373,14 @@ def _dropout(module: nn.Module) -> float:
 
 def check_model(model: nn.Module) -> None:
     """Raise ValueError for layers whose inner loop could not be replayed or differentiated."""
+    for name, leaf in model.named_parameters():
+        if leaf._backward_hooks or getattr(leaf, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"parameters must have no hooks on their gradients, {name!r} has one: it would "
+                "never run, since an inner loop computes with other tensors in their place. Do in "
+                "the forward pass what it does, for example multiply the weight by a mask, or set "
+                "requires_grad_(False)"
+            )
     for name, module in model.named_modules():
         refuse_checkpointing(name, module)
         whose = f"layer {name!r}" if name else "the model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -177,12 +178,12 @@ def attempted(
         return function(*arguments)
     except NOT_COMPUTABLE as error:
         shapes = ", ".join(str(tuple(t.shape)) for batch in task[:2] for t in batch.tensors)
-        reason = str(error).strip().rstrip(".")
+        reason = str(error).strip().rstrip(".") or "no reason"
         if entered:
             module, given = entered[-1]
             reason += f", in {told(problem, module)}{_misfit(module, given)}"
         elif outputs:
-            reason += _too_few_outputs(outputs[0], task)
+            reason += _wrong_outputs(outputs[0], task, reason)
         raise ValueError(
             f"{name} must be computable on task 0 of {field}, whose tensors have shapes {shapes}, "
             f"got {type(error).__name__}: {reason}"
@@ -215,8 +216,11 @@ def _misfit(module: nn.Module, given: Any) -> str:
     return ""
 
 
-def _too_few_outputs(output: Any, task: Task) -> str:
-    """How many outputs the labels want, where the model has fewer."""
+def _wrong_outputs(output: Any, task: Task, reason: str) -> str:
+    """How many outputs the labels want, where the model has fewer, or has no tensor of them."""
+    kind = type(output).__name__
+    if not isinstance(output, torch.Tensor) and re.search(rf"\b{kind}\b", reason):
+        return f": the model returns a {kind}. Let it return the tensor of its outputs"
     if not isinstance(output, torch.Tensor) or output.ndim < 2:
         return ""
     for batch in (task.support, task.query):

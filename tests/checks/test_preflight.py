@@ -103,6 +103,21 @@ class Net(nn.Module):
         return self.head(self.function(self.first(x)))
 
 
+class Wrapped(Net):
+    """Returns something else than a tensor."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        return self.kind(out=super().forward(x))
+
+
+def raises(x):
+    raise NotImplementedError
+
+
 def branch(x):
     return x if x.sum() > 0 else 2 * x
 
@@ -171,6 +186,14 @@ REFUSED = [
     (
         {"problem": regression(Net(lambda x: x.reshape(7, 7))), "sampler": curves()},
         r"got RuntimeError: shape '\[7, 7\]' is invalid .*, in the model itself \(Net\)$",
+    ),
+    (
+        {"problem": regression(Wrapped(dict)), "sampler": curves()},
+        r"got AttributeError: .*: the model returns a dict\. Let it return the tensor",
+    ),
+    (
+        {"problem": regression(Net(raises)), "sampler": curves()},
+        r"got NotImplementedError: no reason, in the model itself \(Net\)$",
     ),
     (
         {"problem": Lossy(lambda loss: {"one": loss}["scale"])},

@@ -200,10 +200,18 @@ def test_models_that_torch_cannot_copy_or_differentiate_are_refused_with_the_way
     compiled = nn.Sequential(nn.Linear(6, 3))
     compiled.compile()
     old = nn.Sequential(nn.Linear(6, 4), nn.utils.weight_norm(nn.Linear(4, 3)))
+    masked, stepping = nn.Linear(6, 3), nn.Linear(6, 3)
+    masked.weight.register_hook(torch.zeros_like)
+    stepping.bias.register_post_accumulate_grad_hook(lambda leaf: None)
     for model, message in (
         (compiled, r"model must not be compiled by torch\.compile, the model is: .*\._orig_mod"),
         (nn.Sequential(nn.LazyLinear(3)), r"layer '0' is a LazyLinear that has seen no inputs"),
         (old, r"copy\.deepcopy .* Layer '1' keeps a tensor .* 'weight': .*parametrizations"),
+        (
+            nn.Sequential(masked),
+            r"no hooks on their gradients, '0\.weight' has one: it would never run, .* mask",
+        ),
+        (stepping, r"no hooks on their gradients, 'bias' has one"),
         (torch.jit.script(nn.Linear(6, 3)), r"model must be a plain nn\.Module, the model is a R"),
     ):
         with pytest.raises(ValueError, match="(?s)" + message):
