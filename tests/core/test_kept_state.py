@@ -27,6 +27,7 @@ from metadist.task import Task
 from metadist.tasks import FewShotProblem, FixedTasks
 from metadist.trees import Params, add, flatten
 from metadist.workload import Workload, tasks_of_steps
+from tests.core.test_executor import started
 from tests.helpers import with_compute
 from tests.problems import (
     DOUBLE,
@@ -78,16 +79,8 @@ def kept(algorithm: Algorithm = WARM, num_tasks: int = 3, **options: Any) -> Wor
     )
 
 
-def started(work: Workload, state=None, optimizer: OuterOptimizer = SGD) -> LocalExecutor:
-    executor = LocalExecutor()
-    if state is None:
-        state = OuterVariable(work.problem.init_outer(generator(0)), optimizer).state()
-    executor.start(work, optimizer, state)
-    return executor
-
-
 def test_every_step_has_the_same_tasks_and_goes_on_from_their_states():
-    executor = started(kept(tasks_per_lease=1))
+    executor = started(kept(tasks_per_lease=1), SGD)
     list(executor.run(4))
     outer = Quadratic(2, 4).init_outer(generator(0))
     states: dict[int, Any] = {}
@@ -125,7 +118,7 @@ def test_tasks_of_unequal_age_go_one_by_one():
 def test_a_task_that_is_dropped_keeps_its_state():
     sampler = QuadraticSampler()
     work = Workload(Quadratic(2, 4), sampler, WARM, meta_batch_size=2, keep_state=True)
-    executor = started(work)
+    executor = started(work, SGD)
     list(executor.run(2))
     before = executor.state().states
     sampler.broken = (1,)
@@ -292,7 +285,7 @@ def test_new_tasks_are_seen_at_both_points_with_the_same_draws():
 
 def test_training_with_new_tasks_is_the_recursion_written_by_hand():
     work = Workload(Quadratic(2, 4), fixed(40), TWO_POINT, meta_batch_size=4)
-    executor = started(work)
+    executor = started(work, SGD)
     list(executor.run(3))
     outer = previous = work.problem.init_outer(generator(0))
     w = torch.empty(0)
