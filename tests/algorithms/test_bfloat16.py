@@ -26,13 +26,14 @@ TASK = to_device(task(), "cpu", torch.float32)
 
 
 class Rounded(Weighted):
-    """The model under autocast, or in bfloat16; its losses and x are in float32."""
+    """The model under autocast, or in another dtype; its losses and x are in float32."""
 
     def __init__(self, way: str) -> None:
         model = decoder(layers=1, frozen=False).float()
         if way == "rematerialised":
             model = rematerialise(model, "layers.*")
-        super().__init__(model.bfloat16() if way == "bfloat16" else model)
+        dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+        super().__init__(model.to(dtypes.get(way, torch.float32)))
         self._autocasts = way in ("autocast", "rematerialised")
 
     def init_outer(self, generator: torch.Generator) -> Params:
@@ -87,7 +88,7 @@ MEASURED = [name for name in ALGORITHMS if name not in ("freepbgd", "reptile", "
 def test_each_method_bears_what_it_declares(name):
     options = {"exact_probability": 1.0} if name == "ufom" else {}
     method = cast(Any, ALGORITHMS[name])(inner_steps=3, inner_lr=0.1, **options)
-    found = errors(method, ("autocast", "bfloat16"))
+    found = errors(method, ("autocast", "bfloat16", "float16"))
     borne, rough = method.bears_rounding, found["bfloat16"]
     if borne == "float32":
         # Its h may be zero at the start, and the error is no number then.
@@ -95,6 +96,7 @@ def test_each_method_bears_what_it_declares(name):
     else:
         assert found["autocast"][-1] < 0.1
         assert max(rough) > 0.1 if borne == "autocast" else max(rough) < 0.2
+        assert borne == "autocast" or max(found["float16"]) < 0.02
 
 
 def test_rematerialised_blocks_round_as_plain_ones_do():
