@@ -10,6 +10,8 @@ The programs of a page run one after another and share their names. One that beg
 run when the site is built.
 """
 
+import ast
+import builtins
 import re
 from pathlib import Path
 from unittest import SkipTest
@@ -88,3 +90,32 @@ def test_no_program_hides_in_an_indented_block(page):
     assert "```py\n" not in page.read_text(), "write ```python"
     text = re.sub(r"(?s)```.*?```", "", page.read_text())
     assert not re.findall(r"(?m)^    (?:from \w+ import|import \w|trainer\.|trainer = ).*$", text)
+
+
+def missing_names(program):
+    """The names that a program takes from elsewhere."""
+    known, used = {"__file__", *dir(builtins)}, set()
+    for node in ast.walk(ast.parse(program)):
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()):
+                used.add(name)
+            case ast.Name(id=name) | ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                known.add(name)
+            case ast.arg(arg=name):
+                known.add(name)
+            case ast.alias(name=name, asname=other):
+                known.add(other or name.partition(".")[0])
+    return used - known
+
+
+def test_the_programs_of_a_section_stand_alone():
+    """Other pages lead to sections, and nobody reads those before."""
+    missing = {}
+    for page in pages():
+        if page.parent.name == "migration" or page.name == "language_models.md":
+            continue  # programs of other libraries, and one that grows from section to section
+        for section in re.split("(?m)^## ", page.read_text()):
+            programs = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+            if names := missing_names("\n".join(programs)):
+                missing[f"{page.name}: {section.partition(chr(10))[0]}"] = names
+    assert not missing
