@@ -145,19 +145,29 @@ class Compute:
         Nothing of it is left afterwards, whatever is raised.
         """
         is_tf32 = self.precision == "tf32"
-        wanted = ("high" if is_tf32 else "highest", is_tf32, False, True)
+        wanted: list[Any] = ["high" if is_tf32 else "highest", is_tf32, False, True]
+        # A kind of operator for which none is written has that of all.
+        wanted += [
+            "tf32" if is_tf32 and name != "mkldnn.conv" and name != "mkldnn.rnn" else "ieee"
+            for name in NEWER_SWITCHES
+        ]
+        switches = (*SWITCHES, *NEWER_SWITCHES.values())
         with intra_op_threads(self.num_threads):
-            if [_value_of(read) for read, _ in SWITCHES] == list(wanted):
+            before = [_value_of(read) for read, _ in switches]
+            if before == wanted:
                 yield
                 return
-            before = [(write, _value_of(read)) for read, write in (*SWITCHES, *NEWER_SWITCHES)]
             try:
-                for (_, write), value in zip(SWITCHES, wanted, strict=True):
+                for (_, write), value in zip(switches, wanted, strict=True):
                     write(value)
                 yield
             finally:
-                for write, value in before:
-                    if value is not None:
+                for (read, write), value in zip(switches, before, strict=True):
+                    if value is None:
+                        continue
+                    if (read, write) in NEWER_SWITCHES.values():
+                        write("none")  # that of all, which may be changed later
+                    if _value_of(read) != value:
                         write(value)
 
 
@@ -177,18 +187,30 @@ SWITCHES: tuple[Switch, ...] = (
 )
 """What the bytes of a result depend on: how products are rounded, which kernels cuDNN takes."""
 
-# The same precisions once more, by operator, as torch has them from 2.9 on. They follow what is
-# written above, but not the other way round.
-NEWER_SWITCHES: tuple[Switch, ...] = tuple(
-    _attribute(owner, "fp32_precision")
-    for owner in (
-        torch.backends.cuda.matmul,
-        getattr(torch.backends.cudnn, "conv", None),
-        getattr(torch.backends.cudnn, "rnn", None),
-        getattr(torch.backends.mkldnn, "matmul", None),
-    )
-    if getattr(torch.backends.cudnn, "conv", None) is not None
-)
+
+def _newer() -> dict[str, Switch]:
+    """The same precisions by operator, as torch has them from 2.9 on.
+
+    They follow what is written above, but not the other way round; and what is written above leaves
+    convolutions as torch.backends.fp32_precision says.
+    """
+    found = {}
+    for name in (
+        "cuda.matmul",
+        "cudnn.conv",
+        "cudnn.rnn",
+        "mkldnn.matmul",
+        "mkldnn.conv",
+        "mkldnn.rnn",
+    ):
+        library, _, operator = name.partition(".")
+        owner = getattr(getattr(torch.backends, library), operator, None)
+        if getattr(torch.backends.cudnn, "conv", None) is not None and owner is not None:
+            found[name] = _attribute(owner, "fp32_precision")
+    return found
+
+
+NEWER_SWITCHES = _newer()
 
 
 def _value_of(read: Callable[[], Any]) -> Any:

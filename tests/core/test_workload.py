@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 from contextlib import nullcontext
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -116,7 +117,7 @@ def test_a_lease_computes_with_its_own_number_of_threads_and_gives_them_back():
 
 
 def settings_of_torch():
-    return [read() for read, _ in (*SWITCHES, *NEWER_SWITCHES)]
+    return [read() for read, _ in (*SWITCHES, *NEWER_SWITCHES.values())]
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def loose():
     for (_, write), value in zip(SWITCHES, ("medium", True, True, False), strict=True):
         write(value)
     yield
-    for (_, write), value in zip((*SWITCHES, *NEWER_SWITCHES), before, strict=True):
+    for (_, write), value in zip((*SWITCHES, *NEWER_SWITCHES.values()), before, strict=True):
         write(value)
 
 
@@ -176,11 +177,43 @@ def test_evaluation_and_a_call_of_ours_compute_in_full_precision(loose, alone):
 def test_a_precision_that_was_set_by_operator_is_given_back(loose):
     conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     conv.fp32_precision = "ieee"  # the older way to ask is refused now
-    problem, before = Noting(), [read() for read, _ in NEWER_SWITCHES]
+    problem, before = Noting(), by_operator()
     work = dataclasses.replace(workload(), problem=problem)
     work.compute_lease(work.lease(0, 0), problem.init_outer(generator(0)))
     assert problem.seen == {("highest", False, False, True)}
-    assert [read() for read, _ in NEWER_SWITCHES] == before
+    assert by_operator() == before
+
+
+def by_operator():
+    return {name: read() for name, (read, _) in NEWER_SWITCHES.items()}
+
+
+@pytest.mark.skipif(not NEWER_SWITCHES, reason="this torch has no precision by operator")
+@pytest.mark.parametrize("place", ["", "cudnn", "mkldnn.conv"])
+def test_a_precision_of_everything_rounds_nothing_in_a_lease(place):
+    owner: Any = attrgetter(place)(torch.backends) if place else torch.backends
+    inside = []
+
+    class Looking(Noting):
+        def outer_loss(self, context, inner, batch):
+            inside.append(by_operator())
+            return super().outer_loss(context, inner, batch)
+
+    problem, first = Looking(), owner.fp32_precision
+    work = dataclasses.replace(workload(), problem=problem)
+    try:
+        owner.fp32_precision = "tf32"
+        before = by_operator()
+        assert "tf32" in before.values()
+        work.compute_lease(work.lease(0, 0), problem.init_outer(generator(0)))
+        assert all(set(found.values()) == {"ieee"} for found in inside)
+        assert by_operator() == before
+        owner.fp32_precision = "ieee"
+        expected = by_operator()
+        work.compute_lease(work.lease(0, 0), problem.init_outer(generator(0)))
+        assert by_operator() == expected
+    finally:
+        owner.fp32_precision = first
 
 
 def test_autocast_around_a_lease_is_refused():
