@@ -104,10 +104,10 @@ class Parser(ArgumentParser):
         if self.fill_sizes is not None:
             given = super().parse_args([*pairs, *args], *rest, **{**options, "defaults": False})
             leave_open(found, given)
-        if printing:
-            self._print_sized(found, printing[-1].partition("=")[2].split(","))
         # Also those of files: a run keeps its options, and prints some of them.
         check_no_secrets([f"--{name}={value}" for name, value in found.items()])
+        if printing:
+            self._print_sized(found, printing[-1].partition("=")[2].split(","))
         return found
 
     def _print_sized(self, config: Any, flags: Sequence[str]) -> None:
@@ -115,7 +115,7 @@ class Parser(ArgumentParser):
         assert self.fill_sizes is not None
         try:
             self.fill_sizes(config, self)
-        except ValueError as error:
+        except Exception as error:  # noqa: BLE001  # data is elsewhere, or cannot be fetched
             config, names = without_open(config)
             note = f"left out, since they follow from the tasks: {', '.join(names)} ({error})"
             print(f"{self.prog}: {note}", file=sys.stderr)

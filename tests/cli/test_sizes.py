@@ -148,3 +148,19 @@ def test_a_sampler_is_made_once(cli, here):
         assert CountedGlyphs.made == times, command
         if command.startswith("train") and "given" in command:
             assert last_state(Path("given")) == last_state(Path("open"))
+
+
+class Offline:
+    """A sampler whose data is not at hand."""
+
+    def __init__(self) -> None:
+        raise ConnectionError("no network")
+
+    def sample(self, index: int) -> Task:
+        raise NotImplementedError
+
+
+def test_a_config_is_printed_without_a_network(cli):
+    code, out, err = cli("train", "--sampler", "tests.cli.test_sizes.Offline", "--print_config")
+    assert code == 0 and "in_channels" not in out
+    assert "left out, since they follow from the tasks: " in err and "(no network)" in err
