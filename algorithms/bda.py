@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Estimate, InnerState
-from metadist.algorithms.parts.inner import Descent, decayed
-from metadist.algorithms.parts.through import Trace, bears_rounding_through, pull
+from metadist.algorithms.parts.inner import decayed
+from metadist.algorithms.parts.through import DescentThrough, Trace, pull
 from metadist.checks.values import rule
 from metadist.oracle import Draw, Oracle
 from metadist.trees import Params, add, scale, zeros_like
 
 
 @dataclass(frozen=True)
-class BDA(Descent):
+class BDA(DescentThrough):
     """Bilevel descent aggregation (BDA).
 
         y_{t+1} = y_t - (1 - a_t) inner_lr g_y(x, y_t) - a_t y_lr f_y(x, y_t),   t = 0 .. T-1
@@ -57,10 +57,6 @@ class BDA(Descent):
         """Those of g_y and f_y in the direction of inner step t."""
         share = decayed(self.alpha, self.alpha_decay, t)
         return 1 - share, share if self.y_lr is None else share * self.y_lr / self.step_rule.lr
-
-    @property
-    def bears_rounding(self) -> str:
-        return bears_rounding_through(self.step_rule)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         steps, rate = self.step_rule, self.step_rule.lr_at(oracle.step)

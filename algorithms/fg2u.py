@@ -7,15 +7,14 @@ from typing import Literal
 
 from metadist.algorithm import Estimate, InnerState
 from metadist.algorithms.parts.differences import random_pair
-from metadist.algorithms.parts.inner import Descent
-from metadist.algorithms.parts.through import Trace, bears_rounding_through, push
+from metadist.algorithms.parts.through import DescentThrough, Trace, push
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.trees import Params, add, dot, scale, zeros_like
 
 
 @dataclass(frozen=True)
-class FG2U(Descent):
+class FG2U(DescentThrough):
     """Forward gradient unrolling with forward gradient, (FG)2U.
 
     No backward pass through the inner loop. For random directions (v, z_0) in the space of
@@ -51,10 +50,6 @@ class FG2U(Descent):
     directions: Literal["rademacher", "normal"] = rule(
         "rademacher", one_of=("rademacher", "normal")
     )
-
-    @property
-    def bears_rounding(self) -> str:
-        return bears_rounding_through(self.step_rule)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         y = state.inner

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.inner import NO_MEMORY, Descent
-from metadist.algorithms.parts.through import Trace, bears_rounding_through, pull
+from metadist.algorithms.parts.inner import NO_MEMORY
+from metadist.algorithms.parts.through import DescentThrough, Trace, pull
 from metadist.checks.values import rule
 from metadist.oracle import Draw, Oracle
 from metadist.step_rules import Memory
@@ -47,7 +47,7 @@ class Trajectory(NamedTuple):
 
 
 @dataclass(frozen=True)
-class IAPTT(Descent):
+class IAPTT(DescentThrough):
     """Initialization auxiliary and pessimistic trajectory truncated gradient method (IAPTT-GM).
 
         y_0 = z;    y_{t+1} = y_t - inner_lr g_y(x, y_t);    s = argmax over t = 1 .. T of f(x, y_t)
@@ -84,10 +84,6 @@ class IAPTT(Descent):
     @property
     def kept_options(self) -> dict[str, str]:
         return {"start_lr": ""}
-
-    @property
-    def bears_rounding(self) -> str:
-        return bears_rounding_through(self.step_rule)
 
     def init(self, oracle: Oracle, context: Params, inner: Params) -> IAPTTState:
         return IAPTTState(inner, inner, self.new_memory(inner))

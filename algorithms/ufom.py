@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from metadist.algorithm import Estimate, InnerState
-from metadist.algorithms.parts.inner import Descent
-from metadist.algorithms.parts.through import Trace, bears_rounding_through, pull
+from metadist.algorithms.parts.through import DescentThrough, Trace, pull
 from metadist.checks.values import require_number, rule
 from metadist.oracle import Draw, Oracle
 from metadist.step_rules import Memory
@@ -16,7 +15,7 @@ from metadist.trees import Params, add, norm, sub, zeros_like
 
 
 @dataclass(frozen=True)
-class UFOM(Descent):
+class UFOM(DescentThrough):
     """Unbiased first-order MAML.
 
         h_FOM = (f_x, f_y) at y_T  for (context, start), as if y_T were start + const
@@ -58,10 +57,6 @@ class UFOM(Descent):
                 f"exact_probability must be in (0, 1], got {self.exact_probability}: for first "
                 "order alone use ITD with first_order=True"
             )
-
-    @property
-    def bears_rounding(self) -> str:
-        return bears_rounding_through(self.step_rule)
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         exact = oracle.uniform() < self.exact_probability

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import OWN, Estimate, InnerState, split_own
-from metadist.algorithms.parts.inner import Descent
-from metadist.algorithms.parts.through import Trace, bears_rounding_through, pull
+from metadist.algorithms.parts.through import DescentThrough, Trace, pull
 from metadist.checks.values import require_number, rule
 from metadist.followed import filled
 from metadist.oracle import Draw, Oracle
@@ -22,7 +21,7 @@ RATE = OWN + "inner_lr."
 
 
 @dataclass(frozen=True)
-class Unrolling(Descent):
+class Unrolling(DescentThrough):
     """A base for methods that differentiate through every step on g.
 
     Args:
@@ -99,10 +98,6 @@ class Unrolling(Descent):
     @property
     def takes_second_derivatives(self) -> bool:
         return self.second_order_steps > 0
-
-    @property
-    def bears_rounding(self) -> str:
-        return bears_rounding_through(self.step_rule)
 
     @property
     def compiles(self) -> bool:
