@@ -76,7 +76,7 @@ def check_losses(
         raise ValueError(f"metrics must return a dict by name, got {type(metrics).__name__}")
     for name, value in metrics.items():
         _require_scalar(f"metrics[{name!r}]", value)
-    other = task_on_cpu(sampler, outer, 1) if num_tasks_of(sampler) != 1 else task
+    other = None if num_tasks_of(sampler) == 1 else task_on_cpu(sampler, outer, 1)
     check_pure(problem, given, task, compute, other)
     num_steps = num_steps_of(sampler)
     if num_steps is not None:

@@ -100,7 +100,7 @@ def check_pure(
         compute: The seed and the sizes of the draws that losses are computed on.
         other: Another task.
 
-    Cost: ten values of every method, and two double backward passes of each loss.
+    Cost: up to twelve values of every method, and two double backward passes of each loss.
     """
     remember(problem)
     alone = replace(compute, num_threads=1)
@@ -133,7 +133,8 @@ def check_pure(
                 if not agree(first[name].result, others[name].result):
                     raise _not_a_function(problem, name, first[name])
         if problem in _untouched:
-            _require_nothing_kept(problem, _untouched[problem], outer, other or task, compute)
+            for asked in (task,) if other is None else (task, other):
+                _require_nothing_kept(problem, _untouched[problem], outer, asked, compute)
     if watched:
         who, does = watched[0], "draws random numbers from a global generator"
         if kept:

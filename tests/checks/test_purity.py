@@ -21,6 +21,7 @@ from metadist.checks.purity import Impure, check_pure, is_known_pure
 from metadist.compute import Compute
 from metadist.problem import Problem
 from metadist.tasks import FewShotProblem
+from metadist.trees import add, detach
 from tests.helpers import curves, make_trainer, regression
 from tests.problems import Smooth, smooth_task
 
@@ -373,6 +374,20 @@ def test_what_the_first_data_leaves_behind_is_refused(place):
     if place != "parameter":
         with pytest.raises(Impure, match=r"'body\.1' \(Scaled\) does"):
             make_trainer(problem=problem)
+
+
+def test_what_is_kept_of_the_first_x_for_each_task_is_refused():
+    class Kept(Smooth):
+        def __init__(self):
+            super().__init__()
+            self.of_task = {}
+
+        def encode(self, outer, task):
+            first = self.of_task.setdefault(int(task.id), detach(outer))
+            return super().encode(add(outer, first), task)
+
+    with pytest.raises(Impure, match=r"encode must be a function of .* first call"):
+        check(Kept())
 
 
 def test_what_is_kept_of_shapes_alone_is_accepted():
