@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metadist.cli.help import shown
@@ -76,7 +77,11 @@ def explain(message: str, parser: Parser, args: Sequence[str] = ()) -> str:
     if found := re.search(r"arguments are required: (.+)", text):
         names = [f"{field}.{name}".lstrip(".") for name in found[1].split(", ")]
         value = "NAME" if kind_of(names[0]) else "VALUE"
-        return f"{' and '.join(names)} must be given: pass --{names[0]} {value}"
+        option = f"--{names[0]} {value}"
+        without = [action.dest for action in shown(parser) if not action.option_strings]
+        if names[0] in (parser.positional, *without):
+            option = f"{parser.prog} {names[0].upper()}"
+        return f"{' and '.join(names)} must be given: pass {option}"
     if found := re.search(r"argument (--\S+): expected one argument", text):
         return f"{found[1].removeprefix('--')} must have a value: pass {found[1]} VALUE"
     if found := re.search(r"argument (\w+): invalid choice: '(.*)' \(choose from (.*)\)", text):
@@ -104,7 +109,10 @@ def explain(message: str, parser: Parser, args: Sequence[str] = ()) -> str:
     if types := re.findall(r"Expected an? (<class '\w+'>|typing\.\S*\[.*?\])", text):
         return _wrong_type(field, types, value)
     if re.match(r"No module named|module .* has no attribute", text):
-        return f"{field} must be a class path that can be imported, got {report.cls}: {text}"
+        way_out = f"; put the module into {Path.cwd()} or PYTHONPATH" if "named" in text else ""
+        return (
+            f"{field} must be a class path that can be imported, got {report.cls}: {text}{way_out}"
+        )
     return f"{field}: {text}" if field else text
 
 

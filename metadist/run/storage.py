@@ -175,8 +175,8 @@ class Folder:
             self.remove(name)
         except OSError as error:
             raise ValueError(
-                f"run_dir must be a folder that can be written to, got {self.uri!r}: {error}; "
-                "choose another"
+                f"run_dir must be a folder that can be written to, got {self.uri!r}: "
+                f"{error.strerror or error}; choose another"
             ) from error
 
 

@@ -63,7 +63,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "class path of no module": (
         words(f"train --sampler my_missing.Sampler {RUN}"),
         r"sampler must be a class path that can be imported, got my_missing.Sampler: No module "
-        r"named 'my_missing'\n`metadist train --help` shows",
+        r"named 'my_missing'; put the module into /.* or PYTHONPATH\n`metadist train --help` shows",
     ),
     "class path of no class": (
         words(f"train --sampler mine.Sampler {RUN}"),

@@ -91,6 +91,17 @@ def refused(cli, *arguments: str) -> str:
     return str(err.removeprefix(prefix))
 
 
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("status", "run_dir must be given: pass metadist status RUN_DIR"),
+        ("compare", "config and run_dir must be given: pass metadist compare CONFIG"),
+    ],
+)
+def test_what_needs_no_name_is_shown_without_one(cli, command, missing):
+    assert missing in refused(cli, command)
+
+
 def test_options_of_a_training_come_behind_a_mark_in_a_job(cli):
     message = refused(cli, "submit", "--sampler", "sinusoid", "--run_dir", "x")
     assert "sampler is no option of metadist submit. It has address," in message
