@@ -282,8 +282,8 @@ def graphs_of(
     key = id(problem), id(algorithm), wanted
     if key not in _known:
 
-        def forget(_: Any) -> None:
-            _known.pop(key, None)
+        def forget(_: Any, known: dict[Any, Owner] = _known) -> None:
+            known.pop(key, None)  # Python may have taken the name apart, at its end
 
         owner = ref(problem, forget), ref(algorithm, forget)
         _known[key] = (*owner, Graphs(type(algorithm).__name__, must=wanted is True))

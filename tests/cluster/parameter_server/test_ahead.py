@@ -32,6 +32,7 @@ from tests.cluster.toy import (
     make_workload,
     state_bytes,
 )
+from tests.pretend_device import DEVICE, pretending
 
 SEEN: list[tuple[int, int, bool]] = []
 """(task, step, whether a thread sampled it), in order."""
@@ -121,6 +122,21 @@ def test_no_worker_that_dies_takes_what_it_has_sampled_along(policy):
         applied = [result.lease_id for report in last.values() for result in report.results]
         assert sorted(applied) == list(range(len(applied)))
     assert any(is_ahead for *_, is_ahead in SEEN)
+
+
+@pytest.mark.parametrize("sampler", [Noted(), NotedMoving()], ids=["tasks", "stream"])
+def test_workers_on_a_device_sample_ahead_on_the_host(sampler, monkeypatch):
+    workload = make_workload(sampler, meta_batch_size=6)
+    expected = state_bytes(local_run(4, workload)[0])
+    SEEN.clear()
+    monkeypatch.setattr(
+        "metadist.cluster.parameter_server.worker.pick_device", lambda device: DEVICE
+    )
+    with pretending():
+        scheduler = scheduled(World(Random(0).randrange), workload, first_state(), 3, prefetch=1)
+        found, _ = run(scheduler, 4)
+    assert state_bytes(found) == expected
+    assert sum(is_ahead for *_, is_ahead in SEEN) >= 15
 
 
 def test_of_a_stream_nothing_is_sampled_ahead_where_nobody_knows_its_step():
