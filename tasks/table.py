@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from metadist.checks.values import absent
+from metadist.checks.values import absent, normal_form
 from metadist.task import Batch
 from metadist.tasks.fixed import OneTask
 
@@ -61,13 +61,13 @@ class Table(OneTask):
         label: str = "label",
         features: Sequence[str] | None = None,
     ) -> None:
-        self.label = label
+        self.label = label = normal_form(label)
         for name, source in (("train", train), ("val", val), ("test", test)):
             if source is None or isinstance(source, str | Path):  # what a config can hold
                 setattr(self, name, source)
         self.rows = _columns(train, "train")
         names = [name for name in self.rows if name != label]
-        self.features = list(names if features is None else features)
+        self.features = names if features is None else list(map(normal_form, features))
         if not self.features or label in self.features:
             raise ValueError(
                 f"features must be columns beside the label {label!r}, got {self.features}"
@@ -156,7 +156,7 @@ class Table(OneTask):
                     f"labels must be given, got {value!r} in row {row} of column {self.label!r} of "
                     f"{field}: fill it in, or leave the row out"
                 )
-        return list(map(str, rows[self.label]))
+        return [normal_form(str(value)) for value in rows[self.label]]
 
     def _scaled(self, rows: Columns, field: str) -> Tensor:
         numbers = self._numbers(rows, field)
@@ -209,13 +209,15 @@ def _columns(rows: str | Path | Rows, field: str) -> Columns:
     if isinstance(rows, str | Path):
         return _read(Path(rows).expanduser(), field)
     if hasattr(rows, "columns"):
-        rows = {str(name): rows[name] for name in rows.columns}
+        rows = {name: rows[name] for name in rows.columns}
     if not isinstance(rows, Mapping):
         raise ValueError(
             f"{field} must be a CSV file, a DataFrame or a mapping of columns, got "
             f"{type(rows).__name__}"
         )
-    columns = {str(name): [_item(value) for value in values] for name, values in rows.items()}
+    columns = {
+        normal_form(str(name)): [_item(value) for value in values] for name, values in rows.items()
+    }
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) != 1 or not all(lengths.values()):
         raise ValueError(f"{field} must have columns of one length >= 1, got {lengths}")
@@ -232,12 +234,18 @@ def _read(file: Path, field: str) -> Columns:
     try:
         with file.open(newline="", encoding="utf-8-sig") as opened:
             lines = csv.reader(opened)
-            names = next(lines, [])
+            names = [normal_form(name) for name in next(lines, [])]
             rows = [row for row in lines if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
             f"{field} must be a CSV file in UTF-8, got {file}: {error}; save it as UTF-8"
         ) from error
+    for separator in ";\t|":
+        if len(names) == 1 and separator in names[0]:
+            raise ValueError(
+                f"{field} must have commas between its columns, got {names[0]!r:.80} as the first "
+                f"line of {file}: pass pandas.read_csv({str(file)!r}, sep={separator!r})"
+            )
     if len(set(names)) < len(names) or not rows:
         raise ValueError(
             f"{field} must have a line of different column names and a row, got {names} and "

@@ -127,6 +127,24 @@ def test_ragged_files_are_refused(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_other_separators_are_named(tmp_path: Path, separator: str):
+    file = tmp_path / "t.csv"
+    file.write_text(f"a{separator}kind\n1,5{separator}x\n")
+    found = refusal(lambda: Table(file, VAL, label="kind"))
+    assert "must have commas between its columns" in found
+    assert f"pandas.read_csv({str(file)!r}, sep={separator!r})" in found
+
+
+def test_names_are_equal_in_any_unicode_form(tmp_path: Path):
+    file = tmp_path / "t.csv"
+    file.write_text("gro\u0308\u00dfe,sorte\n1,caf\u00e9\n2,cafe\u0301\n3,tee\n")
+    val = {"gr\u00f6\u00dfe": [1.0], "sorte": ["cafe\u0301"]}
+    table = Table(file, val, label="sorte", features=["gr\u00f6\u00dfe"])
+    assert table.class_names == ("caf\u00e9", "tee")
+    assert table.sample(0).support.tensors[1].tolist() == [0, 0, 1]
+
+
 def test_a_file_in_another_encoding_is_named(tmp_path: Path):
     file = tmp_path / "t.csv"
     file.write_bytes("a,kind\n1,\xe4\n".encode("latin-1"))
