@@ -138,8 +138,8 @@ def test_other_separators_are_named(tmp_path: Path, separator: str):
 
 def test_names_are_equal_in_any_unicode_form(tmp_path: Path):
     file = tmp_path / "t.csv"
-    file.write_text("gro\u0308\u00dfe,sorte\n1,caf\u00e9\n2,cafe\u0301\n3,tee\n")
-    val = {"gr\u00f6\u00dfe": [1.0], "sorte": ["cafe\u0301"]}
+    file.write_text("gro\u0308\u00dfe,sorte\n1,caf\u00e9\n2,cafe\u0301\n3,tee\n", encoding="utf-8")
+    val: Any = {"gr\u00f6\u00dfe": [1.0], "sorte": ["cafe\u0301"]}
     table = Table(file, val, label="sorte", features=["gr\u00f6\u00dfe"])
     assert table.class_names == ("caf\u00e9", "tee")
     assert table.sample(0).support.tensors[1].tolist() == [0, 0, 1]
