@@ -255,8 +255,21 @@ def errors_of(file: str) -> Iterator[None]:
         raise ValueError(f"{file}: {error}") from error
 
 
+def _require_different(names: Sequence[yaml.Node]) -> None:
+    lines: dict[str, int] = {}
+    for name in names:
+        if not isinstance(name, yaml.ScalarNode):
+            continue
+        line = name.start_mark.line + 1
+        if name.value in lines:
+            raise ValueError(
+                f"it has {name.value} twice, in lines {lines[name.value]} and {line}: remove one"
+            )
+        lines[name.value] = line
+
+
 def check_yaml(text: str) -> None:
-    """Raise ValueError for YAML that is no mapping, or that aliases make endless or huge."""
+    """Raise ValueError for YAML that is no mapping, has a name twice, or is endless or huge."""
     sizes: dict[int, int | None] = {}
 
     def size(node: yaml.Node) -> int:
@@ -266,6 +279,8 @@ def check_yaml(text: str) -> None:
                 raise ValueError("it holds itself")
             return known
         sizes[id(node)] = None
+        if isinstance(node, yaml.MappingNode):
+            _require_different([name for name, _ in node.value])
         pairs = node.value if isinstance(node, yaml.CollectionNode) else ()
         parts = [part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,))]
         total = sizes[id(node)] = 1 + sum(map(size, parts))

@@ -464,7 +464,7 @@ def _files(name: str, path: str | Path) -> list[Path]:
 
 
 def _pieces(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines:
         try:
             while piece := lines.read(PIECE):
                 yield piece + lines.readline()

@@ -162,6 +162,8 @@ def test_null_is_no_value(cli, text):
         ("- a\n- b\n", "no mapping of options to values"),
         ("a: [\n", "line 2, column 1"),
         ("a: &x {b: *x}", "it holds itself"),
+        ("seed: 1\nnum_steps: 2\nseed: 3\n", "it has seed twice, in lines 1 and 3: remove one"),
+        ("a:\n  b: 1\n  b: 1\n", "it has b twice, in lines 2 and 3"),
     ],
 )
 def test_a_file_that_is_no_config(cli, text, reason):

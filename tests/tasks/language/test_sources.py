@@ -205,6 +205,16 @@ def test_ids_and_labels_that_would_be_read_as_others_are_refused(tmp_path: Path)
     assert not (tmp_path / "tokens").exists()
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    found = []
+    for name, mark in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+        path = tmp_path / f"{name}.txt"
+        path.write_bytes(mark + b"a text of words " * 9)
+        sources = TokenSources.from_text({"a": path}, path, "bytes", 8, tmp_path / name)
+        found.append(sources.sample(0).support.tensors[0])
+    assert torch.equal(*found)
+
+
 def test_texts_that_are_paths_or_no_utf_8_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "latin.txt"
     path.write_bytes("caf\u00e9 au lait ".encode("latin-1") * 9)
