@@ -46,7 +46,8 @@ class Compute:
             through whole sets in parts of so many. None: 256, or a mini-batch if that is more.
         seed: The seed of these draws, and of the initial outer variable.
         data_budget: Bytes of data that may stay on a GPU, see `metadist.feed.Feed`; what is larger
-            is sent with each lease. 0: everything is.
+            is sent with each lease. 0: everything is. A lease with more data is not sampled ahead
+            either, so 0 turns that off.
         num_threads: Intra-op threads of torch. The sums of a convolution depend on it, so every
             worker uses the same. None, which a training refuses: as torch is set.
         device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1", ... (CUDA or ROCm)

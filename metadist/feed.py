@@ -28,6 +28,7 @@ from metadist.task import (
     num_tasks_of,
     one_at_a_time,
     sample_task,
+    stays_on_host,
     tensors_of,
     to_device,
     with_tensors,
@@ -65,7 +66,8 @@ class Feed:
         sampler: The sampler.
         device: The device.
         dtype: That of x, which floating tensors are cast to.
-        budget: The most bytes of data to keep on a GPU, see `Compute.data_budget`.
+        budget: The most bytes of data to keep on a GPU, and of a lease that is sampled ahead, see
+            `Compute.data_budget`.
         num_threads: Intra-op threads of torch for what is sampled ahead.
     """
 
@@ -82,7 +84,7 @@ class Feed:
         self._dtype = dtype
         self._pinned = device.type == "cuda"
         self._num_threads = num_threads
-        self._left = budget
+        self._budget = self._left = budget
         self._kept: dict[int, Task] = {}
         self._tables: tuple[Tensor, ...] = ()
         self._num_fixed: int | None = None
@@ -131,7 +133,8 @@ class Feed:
             found = self._prepare(wanted)
         self.next = None
         is_worth_it = self._device.type != "cpu" or found.seconds >= WORTH_S
-        if following and self._ahead is None and self._may_be_ahead and is_worth_it:
+        has_room = found.num_bytes <= self._budget
+        if following and self._ahead is None and self._may_be_ahead and is_worth_it and has_room:
             self._ahead = _Ahead(following, self._prepare, self._num_threads)
         return self._there(found)
 
@@ -217,6 +220,12 @@ class _Prepared(NamedTuple):
     rows: list[Tensor]
     tasks: list[Task]
     seconds: float
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that it takes."""
+        tensors = [tensor for task in self.tasks for tensor in tensors_of(task)]
+        return sum(tensor.nbytes for tensor in tensors if not stays_on_host(tensor))
 
 
 class _Ahead:

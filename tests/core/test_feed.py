@@ -308,8 +308,8 @@ def test_on_a_cpu_the_leases_of_one_process_sample_their_own_tasks():
     assert sampler.seen == [(index, True) for index in range(12)]
 
 
-def feed_on_cpu(sampler, **options) -> Feed:
-    return Feed(sampler, torch.device("cpu"), torch.float64, 0, **options)
+def feed_on_cpu(sampler, budget: int = BUDGET, **options) -> Feed:
+    return Feed(sampler, torch.device("cpu"), torch.float64, budget, **options)
 
 
 def ask(feed: Feed, *indices: int, then: tuple[int, ...] = (), step: int = 0) -> list[Task]:
@@ -325,6 +325,16 @@ def test_what_is_quick_is_not_sampled_ahead_on_a_cpu(worth_s, is_here, monkeypat
         ask(feed, index, then=(index + 1,))
     feed.settle()
     assert sampler.seen[1] == (1, is_here)
+
+
+def test_what_the_budget_does_not_hold_is_not_sampled_ahead():
+    size = sum(tensor.nbytes for tensor in tensors_of(QuadraticSampler().sample(0)))
+    for budget, is_here in ((size, False), (size - 1, True), (0, True)):
+        feed = feed_on_cpu(sampler := Slow(), budget)
+        for index in (0, 1):
+            ask(feed, index, then=(index + 1,))
+        feed.settle()
+        assert sampler.seen[1] == (1, is_here)
 
 
 def test_what_was_sampled_for_a_lease_that_never_comes_disturbs_no_other():
