@@ -19,6 +19,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -221,12 +222,12 @@ def correctness(card: Card) -> Rows:
     counts: Counter[str] = Counter()
     rest = ""
     for line in run.stdout:
-        test, _, outcome = line.partition(" ")
-        word = outcome.partition(" ")[0].strip()
-        if test.startswith("tests/") and word in ("PASSED", "FAILED", "ERROR", "SKIPPED"):
+        found = OUTCOME.match(line)
+        if found is not None:
+            test, word = found.groups()
             counts[word] += 1
             if word not in ("PASSED", "SKIPPED"):
-                yield test, word
+                yield test.replace("|", "/"), word
         elif counts:
             rest += line
     if counts["FAILED"] or counts["ERROR"]:
@@ -235,6 +236,9 @@ def correctness(card: Card) -> Rows:
     if run.wait() not in (0, NO_TESTS):
         raise RuntimeError("some tests have failed")
 
+
+OUTCOME = re.compile(r"(tests/\S+::.+) (PASSED|FAILED|ERROR|SKIPPED)")
+"""A line of pytest; the names of some tests have blanks."""
 
 NO_TESTS = 5
 """What pytest returns where it finds none."""

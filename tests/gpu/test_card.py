@@ -74,34 +74,6 @@ def test_hypergradients_are_those_of_the_cpu(name, vectorize):
     assert distance(hypergradient(name, "cuda", torch.float64, vectorize), expected) < 1e-8
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_method_on_every_problem_is_that_of_the_cpu(kind):
-    problem, outer, tasks = start_of(kind)
-    ran = 0
-    for name, algorithm in METHODS.items():
-        for vectorize in (False, True) if len(tasks) > 1 else (False,):
-            for batch_size in (None, 4):
-                compute = Compute(
-                    vectorize=vectorize and algorithm.supports_vmap,
-                    batch_size=batch_size,
-                    cuda_graphs=False,
-                )
-                try:
-                    algorithm.check(problem, outer, tasks[0], tasks[0])
-                    own = outer | algorithm.init_own(problem.init_inner(outer, tasks[0]))
-                    expected = last_of_two(problem, algorithm, own, tasks, compute)
-                except (ValueError, RuntimeError):
-                    continue  # refused, and so it would be on any device
-                there = [to_device(task, "cuda", torch.float64) for task in tasks]
-                x = {leaf_name: leaf.cuda() for leaf_name, leaf in own.items()}
-                found = last_of_two(problem, algorithm, x, there, compute)
-                assert found.dropped == expected.dropped, name
-                total = flatten(found.total).cpu()
-                assert distance(total, flatten(expected.total)) < 1e-8, (name, vectorize)
-                ran += 1
-    assert ran >= len(METHODS) // 4
-
-
 @pytest.mark.parametrize("name", ["maml", "anil"])
 def test_single_precision_is_that_of_float32_whatever_torch_is_set_to(name, monkeypatch):
     expected = hypergradient(name, "cpu", torch.float64, False)
@@ -272,3 +244,31 @@ def test_tasks_come_to_the_card_with_the_bytes_of_sample(how):
             expected = sample_task(sampler, index)
             for there, here in zip(tensors_of(task), tensors_of(expected), strict=True):
                 assert there.is_cuda and torch.equal(there.cpu(), here)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_on_every_problem_is_that_of_the_cpu(kind):
+    problem, outer, tasks = start_of(kind)
+    ran = 0
+    for name, algorithm in METHODS.items():
+        for vectorize in (False, True) if len(tasks) > 1 else (False,):
+            for batch_size in (None, 4):
+                compute = Compute(
+                    vectorize=vectorize and algorithm.supports_vmap,
+                    batch_size=batch_size,
+                    cuda_graphs=False,
+                )
+                try:
+                    algorithm.check(problem, outer, tasks[0], tasks[0])
+                    own = outer | algorithm.init_own(problem.init_inner(outer, tasks[0]))
+                    expected = last_of_two(problem, algorithm, own, tasks, compute)
+                except (ValueError, RuntimeError):
+                    continue  # refused, and so it would be on any device
+                there = [to_device(task, "cuda", torch.float64) for task in tasks]
+                x = {leaf_name: leaf.cuda() for leaf_name, leaf in own.items()}
+                found = last_of_two(problem, algorithm, x, there, compute)
+                assert found.dropped == expected.dropped, name
+                total = flatten(found.total).cpu()
+                assert distance(total, flatten(expected.total)) < 1e-8, (name, vectorize)
+                ran += 1
+    assert ran >= len(METHODS) // 4
