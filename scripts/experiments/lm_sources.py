@@ -68,8 +68,10 @@ ADAM = AdamW(lr=2e-3, weight_decay=0.0, clip_norm=1.0, carry=True)
 METHODS = {
     "F2SA": Method(F2SA(inner_steps=1, inner_optimizer=ADAM, lam=1.0)),
     "SAMA": Method(SAMA(inner_steps=1, inner_optimizer=ADAM, epsilon=0.1)),
-    "MEHA": Method(MEHA(inner_steps=1, inner_lr=0.3, y_lr=0.3, c=2.0, gamma=10.0)),
-    "BOME": Method(BOME(inner_steps=1, inner_lr=0.3, y_lr=0.3)),
+    "MEHA": Method(
+        MEHA(inner_steps=1, inner_optimizer=ADAM, y_lr=2e-3, gamma=100.0, c=1.0, c_power=0.0)
+    ),
+    "BOME": Method(BOME(inner_steps=1, inner_optimizer=ADAM, y_lr=2e-3)),
     "ITD": Method(ITD(inner_steps=2, inner_optimizer=ADAM)),
     "AID": Method(AID(inner_steps=1, inner_lr=0.3, solver="neumann", adjoint_steps=5)),
 }
