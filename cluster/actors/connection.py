@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
 )
 from ray.experimental.internal_kv import _internal_kv_get
+from ray.util import client
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from metadist.cluster.actors.errors import ConnectError, ResourcesError
+from metadist.signals import signals_held
 
 log = logging.getLogger("metadist.cluster")
 
@@ -146,6 +148,15 @@ def is_gone() -> bool:
     except Exception:  # noqa: BLE001  # a kind of connection that does not say: assume the best
         return False
     return False
+
+
+def calls_kept_whole() -> AbstractContextManager[None]:
+    """Within the block the signals that stop a run wait, where Ray's client is connected.
+
+    Its calls are Python code with threads and locks: an exception that a signal raises there is
+    lost in a destructor, or leaves a lock that the next call waits for without end.
+    """
+    return signals_held() if client.ray.is_connected() else nullcontext()
 
 
 def draining_nodes() -> frozenset[str]:

@@ -22,7 +22,7 @@ from metadist.algorithm import (
 )
 from metadist.checks.values import check
 from metadist.cluster.actors.buffers import OuterSpec, to_array, to_tensor
-from metadist.cluster.actors.connection import this_node
+from metadist.cluster.actors.connection import calls_kept_whole, this_node
 from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.metrics import RunMetrics
 from metadist.cluster.actors.options import Workers, check_kind, refuse_unused
@@ -209,7 +209,7 @@ class DataParallelExecutor(Executor):
             computed_before = pool.computing_s
             (lease_id,) = variable.next_leases(1)
             lease = self._workload.lease(lease_id, variable.version)
-            with self._workload.compute.applied():
+            with self._workload.compute.applied(), calls_kept_whole():
                 contribution = self._compute(lease, variable, pool)
                 with signals_held():
                     step = variable.apply([contribution])

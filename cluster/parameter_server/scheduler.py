@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ray import ObjectRef
 
 from metadist.cluster.actors.buffers import PackedState
+from metadist.cluster.actors.connection import calls_kept_whole
 from metadist.cluster.parameter_server.ledger import Ledger, Numbers
 from metadist.cluster.parameter_server.policies import Policy
 from metadist.cluster.parameter_server.server import Progress
@@ -65,7 +66,8 @@ class Scheduler:
         self._supervisor.take_num_lost()
         self._ended = time.perf_counter()
         while not self._is_done:
-            report = self._with_server(self._advance)
+            with calls_kept_whole():
+                report = self._with_server(self._advance)
             if report is not None:
                 yield report
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ray import ObjectRef
 
 from metadist.cluster.actors.buffers import Array
+from metadist.cluster.actors.connection import calls_kept_whole
 from metadist.cluster.actors.failure import WORKER, Failures
 from metadist.cluster.actors.placement import WorkerInfo
 from metadist.cluster.actors.pool import RAY, ActorPool, Call, Runtime, Slot
@@ -220,12 +221,13 @@ class WorkerPool(ActorPool[_Slot]):
         self._judged = {}
         try:
             while len(self._judged) < len(chunks):
-                while to_do and self.has_room:
-                    self._send(to_do.popleft(), *arguments)
-                self.back_up()
-                self._check_starved()
-                self._wait(math.inf)
-                to_do.extendleft(paused.item for paused in self._take_due(range))
+                with calls_kept_whole():
+                    while to_do and self.has_room:
+                        self._send(to_do.popleft(), *arguments)
+                    self.back_up()
+                    self._check_starved()
+                    self._wait(math.inf)
+                    to_do.extendleft(paused.item for paused in self._take_due(range))
             return [metrics for chunk in chunks for metrics in self._judged[chunk]]
         finally:
             self._let_go(range)

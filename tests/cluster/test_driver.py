@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 import subprocess
 import tempfile
 import uuid
@@ -76,24 +77,31 @@ def test_a_killed_driver_is_resumed_to_the_bytes_of_one_process(tmp_path):
 
 
 HEAD = """
-import os, time
+import os, sys, time
 os.environ["RAY_AUTH_MODE"] = "disabled"
 from ray.cluster_utils import Cluster
 node = dict(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20)
+for port in sys.argv[1:]:
+    node["ray_client_server_port"] = int(port)
 print(Cluster(initialize_head=True, head_node_args=node).address, flush=True)
 time.sleep(10_000)
 """
 
 
 @contextmanager
-def head() -> Iterator[dict[str, str]]:
-    """A head with two CPUs, all of it killed at the end; the variables that lead a driver to it."""
+def head(*, client_port: int | None = None) -> Iterator[dict[str, str]]:
+    """A head with two CPUs, all of it killed at the end; the variables that lead a driver to it.
+
+    Where it listens for Ray's clients, they lead there.
+    """
     with tempfile.TemporaryDirectory() as home:
-        script = Script(HEAD, home)
+        script = Script(HEAD, home, *([str(client_port)] if client_port else []))
         assert script.process.stdout is not None
         try:
             address = script.process.stdout.readline().strip()
             assert address, "the head did not start"
+            if client_port:
+                address = f"ray://127.0.0.1:{client_port}"
             yield {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
         finally:
             script.stop()
@@ -121,4 +129,23 @@ def test_a_run_goes_on_from_its_checkpoints_on_a_new_head(tmp_path, with_driver)
         arguments = ["-m", "metadist", "resume", "--run_dir", "run"]
     with head() as variables:
         assert f"continuing run from step-{newest(run):08d}" in resume(tmp_path, **variables).out
+    assert last_state(run) == whole_run(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.timeout(1800)
+def test_a_signal_ends_a_run_on_rays_client_with_a_checkpoint(tmp_path, sent, code):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run = tmp_path / "run"
+    with head(client_port=port) as variables:
+        process = start(ON_RAY, tmp_path, **variables)
+        await_step(process, run, 10)
+        process.send_signal(sent)
+        outcome = finish(process, LONG_S)
+        assert outcome.code == code, outcome.err
+        assert f"saved step-{newest(run):08}" in outcome.err
+        resume(tmp_path, **variables)
     assert last_state(run) == whole_run(tmp_path)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 from typing import Any
 
 import pytest
 import ray
+from ray.util import client
 
 from metadist.cluster import (
     ConnectError,
@@ -152,3 +154,18 @@ def test_an_actor_with_a_gpu_starts_with_what_fixes_the_sums_of_cublas(
     assert ray.get(actor.value.remote(CUBLAS_CONFIG)) == expected
     ray.kill(actor)
     assert gpu_options(0) == {"num_gpus": 0}
+
+
+@pytest.mark.parametrize("is_client", [True, False])
+def test_a_signal_waits_for_calls_of_rays_client_alone(monkeypatch, is_client):
+    monkeypatch.setattr(client.ray, "is_connected", lambda: is_client)
+    reached: list[str] = []
+
+    def call() -> None:
+        with connection.calls_kept_whole():
+            signal.raise_signal(signal.SIGINT)
+            reached.append("the end of the call")
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert bool(reached) is is_client
