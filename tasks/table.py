@@ -209,15 +209,23 @@ def _columns(rows: str | Path | Rows, field: str) -> Columns:
     if isinstance(rows, str | Path):
         return _read(Path(rows).expanduser(), field)
     if hasattr(rows, "columns"):
-        rows = {name: rows[name] for name in rows.columns}
-    if not isinstance(rows, Mapping):
+        pairs = [(name, rows[name]) for name in rows.columns]
+    elif isinstance(rows, Mapping):
+        pairs = list(rows.items())
+    else:
         raise ValueError(
             f"{field} must be a CSV file, a DataFrame or a mapping of columns, got "
             f"{type(rows).__name__}"
         )
-    columns = {
-        normal_form(str(name)): [_item(value) for value in values] for name, values in rows.items()
-    }
+    columns: Columns = {}
+    for name, values in pairs:
+        known = normal_form(str(name))
+        if known in columns:
+            raise ValueError(
+                f"{field} must have columns of different names, got {known!r} twice (as text, in "
+                "Unicode's form NFC): rename one"
+            )
+        columns[known] = [_item(value) for value in values]
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) != 1 or not all(lengths.values()):
         raise ValueError(f"{field} must have columns of one length >= 1, got {lengths}")

@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from metadist.run.files import LOCK
-from metadist.run.processes import boot, started
+from metadist.run.processes import boot, is_alive, started
 from metadist.run.storage import Folder
 
 log = logging.getLogger("metadist.run.lock")
@@ -87,8 +87,7 @@ class Holder:
             return None
         if self.pid == os.getpid() and self.started == started(self.pid):
             return self.token in _held
-        # Of a dead one whose parent has not noticed `started` says so.
-        return _exists(self.pid) and self.started == started(self.pid)
+        return is_alive(self.pid, self.started)
 
     @property
     def age_s(self) -> float:
@@ -260,13 +259,3 @@ def _missing(folder: Path) -> list[Path]:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -38,15 +38,21 @@ def is_gone(process: Mapping[str, Any]) -> bool:
     here = {"host": socket.gethostname(), "boot": boot()}
     if type(pid) is not int or not 0 < pid < 1 << 31 or not here.items() <= process.items():
         return False
+    return is_alive(pid, str(process.get("started"))) is False
+
+
+def is_alive(pid: int, since: str) -> bool | None:
+    """Whether the process of this machine that `started` then is there; None if nobody can say."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return True
-    except OSError:
         return False
+    except OSError:
+        pass  # there is one, of another user
     now = started(pid)
     # Another one may have the number by now; a dead one whose parent has not noticed has it still.
-    return bool(now) and now != process.get("started")
+    # Where other users' processes are hidden, nothing is known of it.
+    return now == since if now else None
 
 
 def boot() -> str:

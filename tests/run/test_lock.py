@@ -16,10 +16,9 @@ from typing import Any
 import fsspec
 import pytest
 
-from metadist.run import lock
+from metadist.run import lock, processes
 from metadist.run.files import LOCK
 from metadist.run.lock import Holder, RunLock, RunLocked, holder_of
-from metadist.run.processes import started
 from metadist.run.storage import Folder
 from tests.helpers import make_trainer
 
@@ -101,7 +100,7 @@ def test_a_lock_of_a_process_that_is_gone_is_taken_over_at_once(folder, holder, 
 
 def test_a_process_that_was_killed_and_not_yet_waited_for_is_gone(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    holder = replace(HERE, pid=process.pid, started=started(process.pid))
+    holder = replace(HERE, pid=process.pid, started=processes.started(process.pid))
     assert holder.is_alive()
     process.kill()
     deadline = time.monotonic() + 10
@@ -109,6 +108,15 @@ def test_a_process_that_was_killed_and_not_yet_waited_for_is_gone(tmp_path):
         time.sleep(0.01)
     assert not holder.is_alive()
     process.wait()
+
+
+def test_a_process_that_is_hidden_is_neither_alive_nor_gone(monkeypatch):
+    monkeypatch.setattr(processes, "started", lambda pid: "")
+    holder = replace(HERE, pid=os.getppid(), time=lock._now())
+    assert holder.is_alive() is None
+    assert not processes.is_gone(
+        {"host": holder.host, "boot": holder.machine, "pid": holder.pid, "started": holder.started}
+    )
 
 
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"machine": "another container"}])

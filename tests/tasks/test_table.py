@@ -157,3 +157,13 @@ def test_columns_of_tensors_are_read_as_numbers():
     train: Any = {"a": torch.arange(4.0), "kind": torch.tensor([0, 1, 0, 1])}
     table = Table(train, {"a": [1], "kind": [torch.tensor(0)]}, label="kind")
     assert table.class_names == ("0", "1") and table.query.tensors[1].tolist() == [0]
+
+
+def test_columns_whose_names_are_one_text_are_refused():
+    rows: dict[str, list[Any]] = {
+        "gr\u00f6\u00dfe": [1.0, 2.0],
+        "gro\u0308\u00dfe": [3.0, 4.0],
+        "y": ["a", "b"],
+    }
+    with pytest.raises(ValueError, match="columns of different names"):
+        Table(rows, rows, label="y")
