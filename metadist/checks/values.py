@@ -1,11 +1,13 @@
 """Rules for values, each declared with its field; an error says field, rule and value.
 
-@dataclass(frozen=True)
-class Loop:
-inner_steps: int = rule(5, ge=1)
+For example::
 
-def __post_init__(self) -> None:
-check_fields(self)              # "inner_steps must be >= 1, got 0"
+    @dataclass(frozen=True)
+    class Loop:
+        inner_steps: int = rule(5, ge=1)
+
+        def __post_init__(self) -> None:
+            check_fields(self)  # "inner_steps must be >= 1, got 0"
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ class Rule:
         if value is None and self.none is not None:
             return
         if not self._holds(value):
-            raise ValueError(f"{field} must be {self._words(value)}, got {value!r}")
+            words = self._words(value)
+            if self.one_of is None and not is_number(value) and not words.startswith("a "):
+                words = f"{'an integer' if is_integer else 'a number'} {words}"
+            raise ValueError(f"{field} must be {words}, got {value!r}")
         if is_integer and not isinstance(value, int | np.integer):
             raise ValueError(f"{field} must be an integer {self._words(0)}, got {value!r}")
 
