@@ -7,12 +7,14 @@ arguments and all tensors and arrays that the problem holds are compared byte by
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
+from types import CellType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -54,7 +56,7 @@ RARE = 16
 """Seeds tried for a method that draws random numbers, or keeps some, yet gives the same bytes."""
 
 SHARED = 1 << 20
-"""Bytes from which on a tensor is not copied with the problem that holds it."""
+"""Bytes of memory from which on a tensor is not copied with the problem that holds it."""
 
 _pure: WeakValueDictionary[int, Problem] = WeakValueDictionary()
 """The problems that were found to be pure in this process, by identity."""
@@ -81,9 +83,61 @@ def remember(problem: Problem) -> None:
 
 
 def _copy(problem: Problem) -> Problem:
-    """A copy that shares what is large, and keeps nothing of what happens to `problem`."""
-    leaves = (leaf for _, leaf in walk(problem) if isinstance(leaf, Tensor | np.ndarray))
-    return copy.deepcopy(problem, {id(leaf): leaf for leaf in leaves if leaf.nbytes > SHARED})
+    """A copy that shares what is large, and keeps nothing of what happens to `problem`.
+
+    Raises:
+        TypeError: Something within acts at its end: that of a copy may delete a folder of both.
+    """
+    memo: dict[int, Any] = {}
+    cells: dict[int, tuple[CellType, CellType]] = {}  # of closures, which deepcopy would share
+    for part in _reachable(problem):
+        if hasattr(type(part), "__del__"):
+            raise TypeError(f"{type(part).__name__} must have no __del__ to be copied, got one")
+        if isinstance(part, Tensor | np.ndarray) and _memory(part) > SHARED:
+            memo[id(part)] = part
+        elif isinstance(part, FunctionType) and part.__closure__:
+            for cell in part.__closure__:
+                memo[id(cell)] = cells.setdefault(id(cell), (cell, CellType()))[1]
+            closure = tuple(memo[id(cell)] for cell in part.__closure__)
+            alike = FunctionType(
+                part.__code__, part.__globals__, part.__name__, part.__defaults__, closure
+            )
+            alike.__kwdefaults__ = part.__kwdefaults__
+            vars(alike).update(vars(part))
+            memo[id(part)] = alike
+    copied = copy.deepcopy(problem, memo)
+    for cell, alike_cell in cells.values():
+        with suppress(ValueError):  # of an empty cell
+            alike_cell.cell_contents = content = cell.cell_contents
+            with suppress(Exception):  # what cannot be copied is shared
+                alike_cell.cell_contents = copy.deepcopy(content, memo)
+    return copied
+
+
+def _reachable(problem: Problem) -> Iterator[Any]:
+    """Everything that a copy of `problem` may hold: also slots, and fields of lists."""
+    seen: dict[int, Any] = {}
+    waiting: list[Any] = [problem]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, (*PLAIN, type, ModuleType)) or id(part) in seen:
+            continue
+        seen[id(part)] = part
+        yield part
+        if isinstance(part, FunctionType):
+            waiting += [part.__closure__, part.__defaults__, part.__kwdefaults__, vars(part)]
+        elif isinstance(part, np.ndarray) and part.dtype.hasobject:
+            waiting += part.ravel().tolist()
+        else:
+            waiting += gc.get_referents(part)
+
+
+def _memory(leaf: Tensor | np.ndarray[Any, Any]) -> int:
+    """Bytes that a copy takes: of a tensor those of its whole memory, also of a small view."""
+    if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+        with suppress(NotImplementedError, RuntimeError):  # some subclasses have none
+            return leaf.untyped_storage().nbytes()
+    return leaf.nbytes
 
 
 def check_pure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from itertools import count
 
@@ -16,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from metadist import check_hypergradient, evaluate, task_hypergradients
 from metadist.algorithms import ITD
+from metadist.checks import purity
 from metadist.checks.losses import check_losses
-from metadist.checks.purity import Impure, check_pure, is_known_pure
+from metadist.checks.purity import SHARED, Impure, check_pure, is_known_pure, remember
 from metadist.compute import Compute
 from metadist.problem import Problem
 from metadist.tasks import FewShotProblem
@@ -422,3 +424,40 @@ def test_an_evaluation_asks_too():
     problem = regression(Layers(nn.RReLU()))
     with pytest.raises(Impure, match="RReLU"):
         evaluate(problem, curves(), ITD(inner_steps=1), problem.init_outer(torch.Generator()), 2)
+
+
+def test_a_problem_that_acts_at_its_end_is_not_copied(tmp_path):
+    class Folder:
+        def __init__(self):
+            tmp_path.joinpath("own").mkdir()
+
+        def __del__(self):
+            tmp_path.joinpath("own").rmdir()
+
+    class Holds(list[Folder]):
+        """Has a field that is no item."""
+
+        def __init__(self):
+            super().__init__()
+            self.folder = Folder()
+
+    class Own(Smooth):
+        def __init__(self):
+            super().__init__()
+            self.held = Holds()
+
+    problem = Own()
+    remember(problem)
+    check(problem)
+    gc.collect()
+    assert tmp_path.joinpath("own").is_dir()
+    assert is_known_pure(problem)
+
+
+def test_views_of_large_memory_are_not_copied():
+    rows, small = list(torch.zeros(SHARED // 4, 2).split(8))[:3], torch.zeros(3)
+    problem = Smooth()
+    vars(problem).update(rows=rows, small=small)
+    copied = vars(purity._copy(problem))
+    assert all(a is b for a, b in zip(copied["rows"], rows, strict=True))
+    assert copied["small"] is not small
