@@ -167,8 +167,12 @@ def evaluate(
     on_a_cpu = pick_device(compute.device).type == "cpu"  # else equal sums may differ in bytes
     if on_a_cpu and not is_known_pure(problem):
         on_cpu = {name: leaf.detach().cpu() for name, leaf in outer.items()}
-        task = to_device(sample_task(sampler, 0, step), "cpu", next(iter(on_cpu.values())).dtype)
-        check_pure(problem, split_own(on_cpu)[0], task, compute)
+        dtype = next(iter(on_cpu.values())).dtype
+        tasks = [
+            to_device(sample_task(sampler, index, step), "cpu", dtype)
+            for index in range(min(2, num_tasks_of(sampler) or 2))
+        ]
+        check_pure(problem, split_own(on_cpu)[0], tasks[0], compute, tasks[-1])
     if inner_steps is not None:
         algorithm = with_inner_steps(algorithm, inner_steps)
     judge = _Judge(problem, sampler, algorithm, compute, before, step, per_task)

@@ -31,7 +31,7 @@ from metadist.algorithm import (
     unflatten_state,
 )
 from metadist.autograd import AutogradOracle
-from metadist.checks.purity import check_pure, is_known_pure
+from metadist.checks.purity import check_each_pure
 from metadist.chunks import FAILS_UNDER_VMAP, FEW, chunk_of, falls_back, vectorizes
 from metadist.compute import AS_TORCH_IS_SET, Compute
 from metadist.graphs import graphs_of, plain_settings
@@ -114,7 +114,7 @@ def task_hypergradients(
         states: The flat states that the last step left, by task id, empty at the first step; None:
             every task is new. The start of a kept state counts as a constant.
         is_checked: The problem is known to be pure; False: the first call with a problem checks
-            it on the first task, see `check_pure`.
+            it on the first task, see `check_pure`, and the first call with another task there.
 
     Raises:
         ValueError: vectorize=True with an algorithm or tasks that cannot be vectorized; a problem
@@ -124,8 +124,8 @@ def task_hypergradients(
     `init_inner`. A result that is not finite is computed again task by task to find the culprit.
     """
     _refuse(problem, algorithm, outer, tasks, states)
-    if not is_checked and not is_known_pure(problem):
-        check_pure(problem, detach(split_own(outer)[0]), tasks[0], compute, tasks[-1])
+    if not is_checked:
+        check_each_pure(problem, detach(split_own(outer)[0]), tasks, compute)
     on_cpu = next(iter(outer.values())).device.type == "cpu"
     if vectorizes(compute.vectorize, problem, algorithm, outer, tasks):
         size = compute.chunk_size or len(tasks)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 from types import CellType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -64,6 +64,9 @@ _pure: WeakValueDictionary[int, Problem] = WeakValueDictionary()
 _untouched: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Copies of the others, made before they computed anything."""
 
+_asked_alone: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The task on which a problem was found to be pure, where no other one was there."""
+
 
 class Impure(ValueError):
     """A method of the problem is not a function of its arguments, or changes something."""
@@ -72,6 +75,33 @@ class Impure(ValueError):
 def is_known_pure(problem: Problem) -> bool:
     """Whether `check_pure` has passed this problem in this process."""
     return _pure.get(id(problem)) is problem
+
+
+def check_each_pure(problem: Problem, outer: Params, tasks: list[Task], compute: Compute) -> None:
+    """`check_pure` at the first call with a problem, and once more with the first other task."""
+    if not is_known_pure(problem):
+        other = next((task for task in tasks if _differ(task, tasks[0])), None)
+        untouched = _untouched_of(problem)
+        check_pure(problem, outer, tasks[0], compute, other)
+        if other is None and untouched is not None:
+            _untouched[problem], _asked_alone[problem] = untouched, tasks[0]
+    elif problem in _asked_alone:
+        first = _asked_alone[problem]
+        other = next((task for task in tasks if _differ(task, first)), None)
+        if other is not None:
+            del _pure[id(problem)], _asked_alone[problem]
+            check_pure(problem, outer, tasks[0], compute, other)
+
+
+def _untouched_of(problem: Problem) -> Problem | None:
+    """The copy of `problem`, made now where there is none."""
+    remember(problem)
+    return _untouched.get(problem)
+
+
+def _differ(one: Task, two: Task) -> bool:
+    """Whether two tasks are not the same."""
+    return one is not two and not same(one, two)
 
 
 def remember(problem: Problem) -> None:
@@ -159,38 +189,41 @@ def check_pure(
     remember(problem)
     alone = replace(compute, num_threads=1)
     with alone.applied(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-        held, noted, given = _held(problem), {}, digests(task)
+        held, noted, given = [_held(problem)], {}, digests(task)
         passes = []
         for seed in (1, 2):
             noted = _noted(problem)  # the first pass may fill what is kept for later
             calls = _calls(problem, outer, task, compute, seed)
-            now = _held(problem)
-            _require_unchanged(problem, held, now)
+            held.append(_held(problem))
+            _require_unchanged(problem, *held[-2:])
             _require_unchanged_task(given, digests(task), calls)
-            held = now
             passes.append(calls)
         first, second = passes
         for name, call in first.items():
             if not agree(call.result, second[name].result):
+                for before, after in pairwise(held):
+                    _require_unchanged(problem, before, after, replaced=True)
                 raise _not_a_function(problem, name, call)
         kept = [path for path, text in _noted(problem).items() if noted.get(path, text) != text]
+        replaced = any(any(_changed(before, after)) for before, after in pairwise(held))
         for name, call in first.items():
             if isinstance(call.function, _Differentiated) and _computes_again(call):
                 _require_slope(name, call, call.function.method)
             for seed in range(3, 3 + REPEATED):
                 if not agree(call.value, call.again(seed)):
                     raise _not_a_function(problem, name, call)
-        watched = [name for name, call in first.items() if call.draws or kept]
+        watched = [name for name, call in first.items() if call.draws or kept or replaced]
         for seed in range(3, RARE) if watched else ():
             others = _calls(problem, outer, task, compute, seed)
             for name in watched:
                 if not agree(first[name].result, others[name].result):
                     raise _not_a_function(problem, name, first[name])
         if problem in _untouched:
-            for asked in (task,) if other is None else (task, other):
+            for asked in (task, task if other is None else other):  # twice, for what the first left
                 _require_nothing_kept(problem, _untouched[problem], outer, asked, compute)
-    if watched:
-        who, does = watched[0], "draws random numbers from a global generator"
+    if kept or any(call.draws for call in first.values()):
+        drawing = (name for name, call in first.items() if call.draws)
+        who, does = next(drawing, ""), "draws random numbers from a global generator"
         if kept:
             who, does = type(problem).__name__, f"keeps {kept[0]!r}, which every call changes"
         warnings.warn(
@@ -211,15 +244,16 @@ def _require_nothing_kept(
     Args:
         problem: Has computed at `outer`.
         untouched: The copy.
-        outer: x; both are asked beside it.
+        outer: x; both are asked beside it, and beside the start of y, where losses may not depend
+            on what is kept.
         task: Of both.
         compute: As for `check_pure`.
     """
     generator = torch.Generator().manual_seed(0)
     x = tree_map(lambda leaf: _beside(leaf, 0.01, generator), outer)
     try:
-        used = _calls(problem, x, task, compute, 1, derive=False)
-        new = _calls(_copy(untouched), x, task, compute, 1, derive=False)
+        used = _calls(problem, x, task, compute, 1, at_start=False)
+        new = _calls(_copy(untouched), x, task, compute, 1, at_start=False)
     except Impure:
         raise
     except Exception:  # noqa: BLE001  # beside x a problem may refuse to compute
@@ -233,9 +267,9 @@ def _require_nothing_kept(
             layer = _layer_that_differs(problem, call, ((call.function, 1), (alike, 1)))
         raise Impure(
             f"{name} must be a function of its arguments, got other bytes from a problem that has "
-            f"computed on others before{_does(layer)}. It keeps something of its first call, as a "
-            "mean or a scale of the first data, so each worker would compute with another: "
-            "compute that before, from data that you choose, or make it a part of x"
+            f"computed on others before{_does(layer)}. It keeps something of its first call or its "
+            "last, as a mean or a scale of the first data, so each worker would compute with "
+            "another: compute that before, from data that you choose, or make it a part of x"
         )
 
 
@@ -275,9 +309,12 @@ def _calls(
     compute: Compute,
     seed: int,
     *,
-    derive: bool = True,
+    at_start: bool = True,
 ) -> dict[str, _Call]:
-    """Every method by name, called once from `seed`; without `derive` for its value alone."""
+    """Every method by name, called once from `seed`.
+
+    Not `at_start`: beside the start of y, for the values alone.
+    """
     calls: dict[str, _Call] = {}
     tensors = [tensor for _, tensor in walk(task) if isinstance(tensor, Tensor)]
 
@@ -310,11 +347,14 @@ def _calls(
             raise _of_the_task(name) from failure
         return result
 
-    once, twice = (partial(_Differentiated, order=order if derive else 0) for order in (1, 2))
+    once, twice = (partial(_Differentiated, order=order if at_start else 0) for order in (1, 2))
     context = detach(call("encode", once(problem.encode), outer, task).value)
     start = detach(call("init_inner", once(problem.init_inner), outer, task).value)
     carried = detach(call("init_carried", start_carried, problem, outer, task))
     context = with_carried(context, carried)
+    if not at_start:
+        generator = torch.Generator().manual_seed(1)
+        start = tree_map(lambda leaf: _beside(leaf, 0.01, generator), start)
     oracle = AutogradOracle(problem, task, compute.batch_sizes, compute.seed)
     support, query = oracle.batch(oracle.draw_inner()), oracle.batch(oracle.draw_outer())
     call("inner_loss", twice(problem.inner_loss), context, start, support)
@@ -388,6 +428,8 @@ def _require_slope(name: str, call: _Call, method: Callable[..., Any]) -> None:
 
 def _beside(leaf: Tensor, far: float, generator: torch.Generator) -> Tensor:
     """`leaf` with noise, `far` times as large as its numbers."""
+    if not leaf.is_floating_point():
+        return leaf
     noise = torch.randn(leaf.shape, generator=generator).to(leaf)
     return leaf + far * noise * (leaf.square().mean().sqrt() + 0.1)
 
@@ -586,17 +628,32 @@ def _noted(problem: Problem) -> dict[str, str]:
     return {path: repr(leaf) for path, leaf in walk(problem) if isinstance(leaf, (*PLAIN, count))}
 
 
+def _changed(
+    before: dict[str, tuple[Any, bytes]], after: dict[str, tuple[Any, bytes]]
+) -> Iterator[tuple[str, Any, bool]]:
+    """(path, tensor, whether another one is there now) of what no longer has the same bytes."""
+    for path, (tensor, digest_before) in before.items():
+        now, digest_now = after.get(path, (tensor, digest_before))
+        # torch's functional_call leaves parameters of its call in a module that has two names.
+        left = isinstance(tensor, nn.Parameter) and now is not tensor
+        if digest_now != digest_before and not left:
+            yield path, tensor, now is not tensor
+
+
 def _require_unchanged(
     problem: Problem,
     before: dict[str, tuple[Any, bytes]],
     after: dict[str, tuple[Any, bytes]],
+    *,
+    replaced: bool = False,
 ) -> None:
-    for path, (tensor, digest_before) in before.items():
-        now, digest_now = after.get(path, (tensor, digest_before))
-        if digest_now == digest_before:
-            continue
-        # torch's functional_call leaves parameters of its call in a module that has two names.
-        if isinstance(tensor, nn.Parameter) and now is not tensor:
+    """Raise `Impure` if something held was written to.
+
+    What another tensor has replaced, as a layer's output that a hook keeps, only where `replaced`:
+    it does no harm unless a method reads it before it replaces it, which results show.
+    """
+    for path, tensor, is_new in _changed(before, after):
+        if is_new and not replaced:
             continue
         kind = "tensor" if isinstance(tensor, Tensor) else "array"
         owner, whose = "", f"its {kind} {path!r}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from contextlib import suppress
 from itertools import count
 
 import numpy as np
@@ -22,10 +23,11 @@ from metadist.checks.losses import check_losses
 from metadist.checks.purity import SHARED, Impure, check_pure, is_known_pure, remember
 from metadist.compute import Compute
 from metadist.problem import Problem
+from metadist.task import Batch, Task
 from metadist.tasks import FewShotProblem
-from metadist.trees import add, detach
+from metadist.trees import Params, add, detach
 from tests.helpers import curves, make_trainer, regression
-from tests.problems import Smooth, smooth_task
+from tests.problems import Smooth, generator, smooth_task
 
 
 class Layers(nn.Module):
@@ -461,3 +463,88 @@ def test_views_of_large_memory_are_not_copied():
     copied = vars(purity._copy(problem))
     assert all(a is b for a, b in zip(copied["rows"], rows, strict=True))
     assert copied["small"] is not small
+
+
+def by_closure():
+    first = []
+
+    def centred(ridge, inputs):
+        first.append(inputs.mean(0))
+        return inputs - first[0]
+
+    return centred
+
+
+class LastStart(Problem):
+    """Starts y from the last y that a loss was computed at."""
+
+    last: Params | None = None
+
+    def __init__(self, centred=None):
+        self.centred = centred
+        self.by_shape = {}
+
+    def init_outer(self, generator):
+        return {"log_penalty": torch.zeros(3)}
+
+    def init_inner(self, outer, task):
+        zero = torch.zeros_like(outer["log_penalty"])
+        return {"w": zero if self.last is None or self.centred else self.last["w"]}
+
+    def outer_loss(self, context, inner, batch):
+        inputs, targets = batch.tensors
+        self.last = detach(inner)
+        inputs = inputs if self.centred is None else self.centred(self, inputs)
+        return (inputs @ inner["w"] - targets).square().mean()
+
+    def inner_loss(self, context, inner, batch):
+        return self.outer_loss(context, inner, batch) + (
+            context["log_penalty"].exp() @ inner["w"].square()
+        )
+
+
+def by_shape(ridge, inputs):
+    return inputs - ridge.by_shape.setdefault(inputs.shape, inputs.mean(0))
+
+
+def by_itself(ridge, inputs):
+    return inputs - inputs.mean(0)
+
+
+class Lines:
+    """Three inputs, another mean in each task."""
+
+    def sample(self, index):
+        inputs = torch.randn(12, 3, generator=generator(index)) + index
+        targets = inputs.sum(1)
+        return Task(Batch.of(inputs[:4], targets[:4]), Batch.of(inputs[4:], targets[4:]), index)
+
+
+KEPT_BESIDE = [by_closure, lambda: by_shape, lambda: None]
+
+
+@pytest.mark.parametrize("make", KEPT_BESIDE)
+def test_what_is_kept_is_seen_where_y_starts_at_0(make):
+    algorithm = ITD(inner_steps=1, inner_lr=0.01)
+    with pytest.raises(Impure, match="must be a function of its arguments"):
+        make_trainer(problem=LastStart(make()), sampler=Lines(), vectorize=False)
+    with pytest.raises(Impure, match="must be a function of its arguments"):
+        evaluate(LastStart(make()), Lines(), algorithm, {"log_penalty": torch.zeros(3)}, 2)
+
+    problem, outer = LastStart(make()), {"log_penalty": torch.zeros(3)}
+    first, second = ([Lines().sample(index)] for index in range(2))
+    for _ in range(2):
+        with suppress(Impure):  # of what the first call left, before another task comes
+            task_hypergradients(problem, algorithm, outer, first)
+    for _ in range(2):
+        with pytest.raises(Impure, match="must be a function of its arguments"):
+            task_hypergradients(problem, algorithm, outer, second)
+
+
+def test_what_is_kept_and_not_used_is_accepted_everywhere():
+    outer, algorithm = {"log_penalty": torch.zeros(3)}, ITD(inner_steps=1, inner_lr=0.01)
+    make_trainer(problem=LastStart(by_itself), sampler=Lines(), vectorize=False)
+    evaluate(LastStart(by_itself), Lines(), algorithm, outer, 2)
+    problem = LastStart(by_itself)
+    for index in range(3):
+        task_hypergradients(problem, algorithm, outer, [Lines().sample(index)])
