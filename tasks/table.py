@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from metadist.checks.values import absent, normal_form
+from metadist.checks.paths import absent
+from metadist.checks.values import normal_form
 from metadist.task import Batch
 from metadist.tasks.fixed import OneTask
 

@@ -16,7 +16,6 @@ import dataclasses
 import math
 import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,11 +115,6 @@ def check(field: str, value: Any, *, is_integer: bool = False, **limits: Any) ->
     value = plain(value)
     Rule(**limits).check(field, value, is_integer=is_integer)
     return value
-
-
-def absent(path: Path, kind: str) -> str:
-    """Says that there is no such file or folder, and from where a relative path was looked for."""
-    return f"no such {kind}" if path.is_absolute() else f"no such {kind} in {Path.cwd()}"
 
 
 def normal_form(name: str) -> str:

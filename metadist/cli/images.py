@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from metadist.checks.values import absent
+from metadist.checks.paths import absent
 from metadist.cli.trained import Trained
 from metadist.problem import has_few_shot_classes
 from metadist.task import Batch, ReadsImages, Task, num_tasks_of

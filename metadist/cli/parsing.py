@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 
-from metadist.checks.values import absent
+from metadist.checks.paths import absent
 from metadist.cli.help import class_help, command_help, shown
 from metadist.cli.mistakes import explain, options_of
 from metadist.cli.names import expand, expand_names, expand_tree, kind_of

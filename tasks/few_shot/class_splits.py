@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from metadist.checks.values import absent, normal_form
+from metadist.checks.paths import absent
+from metadist.checks.values import normal_form
 
 Splits = Mapping[str, Sequence[str | int]]
 

@@ -14,7 +14,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from metadist.checks.values import absent, normal_form, require_bool
+from metadist.checks.paths import absent
+from metadist.checks.values import normal_form, require_bool
 from metadist.tasks.data.images import (
     Found,
     format_of,
