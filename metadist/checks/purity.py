@@ -184,7 +184,7 @@ def check_pure(
         compute: The seed and the sizes of the draws that losses are computed on.
         other: Another task.
 
-    Cost: up to twelve values of every method, and two double backward passes of each loss.
+    Cost: up to fourteen values of every method, and two double backward passes of each loss.
     """
     remember(problem)
     alone = replace(compute, num_threads=1)
@@ -212,6 +212,9 @@ def check_pure(
             for seed in range(3, 3 + REPEATED):
                 if not agree(call.value, call.again(seed)):
                     raise _not_a_function(problem, name, call)
+        for name in 2 * list(reversed(first)):  # after others, whose output it might read
+            if not agree(first[name].value, first[name].again(1)):
+                raise _not_a_function(problem, name, first[name])
         watched = [name for name, call in first.items() if call.draws or kept or replaced]
         for seed in range(3, RARE) if watched else ():
             others = _calls(problem, outer, task, compute, seed)

@@ -548,3 +548,16 @@ def test_what_is_kept_and_not_used_is_accepted_everywhere():
     problem = LastStart(by_itself)
     for index in range(3):
         task_hypergradients(problem, algorithm, outer, [Lines().sample(index)])
+
+
+def test_a_metric_of_what_another_method_left_is_refused():
+    class Stale(LastStart):
+        def metrics(self, context, inner, batch):
+            return {"mean": self.seen.mean()}
+
+        def outer_loss(self, context, inner, batch):
+            self.seen = batch.tensors[0]
+            return super().outer_loss(context, inner, batch)
+
+    with pytest.raises(Impure, match="metrics must give the same bytes"):
+        make_trainer(problem=Stale(by_itself), sampler=Lines(), vectorize=False)
