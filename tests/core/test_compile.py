@@ -77,13 +77,17 @@ def test_tasks_compiled_together_are_eager_and_compiled_once_whatever_the_number
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("adapt", "batch_norm"), [("all", "inductive"), ("head", "transductive")])
-def test_compiled_conv4_is_eager(adapt, batch_norm):
+@pytest.mark.parametrize(
+    ("adapt", "batch_norm", "num_functions"),
+    # The step and f; the product is part of the step, or of tasks that go together by itself.
+    [("all", "inductive", 2), ("head", "transductive", 3)],
+)
+def test_compiled_conv4_is_eager(adapt, batch_norm, num_functions):
     torch.manual_seed(0)
     model = Conv4(n_way=3, width=3, image_size=16, batch_norm=batch_norm).double()
     problem = FewShotProblem(model, adapt=adapt)
     tasks = [image_task(index) for index in range(2)]
-    assert_compiled_is_eager(problem, tasks, num_functions=2)  # the step with its product, and f
+    assert_compiled_is_eager(problem, tasks, num_functions)
 
 
 @pytest.fixture
