@@ -143,14 +143,14 @@ def test_shared_memory_is_never_written_to(ray_session):
     flat = ray.put(Pulled(np.arange(spec.num_elements, dtype=np.float32)))
     before = receive(ray.get(flat).flat).clone()
     lease = make_workload().lease(0, 0)
-    meta, pushed = worker.compute.options(num_returns=2).remote(lease, None, flat)
+    meta, pushed = worker.compute.options(num_returns=2).remote(lease, None, None, flat)
     pushed_before = receive(ray.get(pushed).total).clone()
     results = [LeaseResult(0, 0, 1)]
     _, first = ray.get(server.apply.options(num_returns=2).remote(results, [1.0], pushed))
     first_before = first.flat.copy()
     results = [LeaseResult(1, 0, 1)]
     _, second = ray.get(server.apply.options(num_returns=2).remote(results, [1.0], pushed))
-    ray.get(worker.compute.options(num_returns=2).remote(lease, None, ray.put(second)))
+    ray.get(worker.compute.options(num_returns=2).remote(lease, None, None, ray.put(second)))
     np.testing.assert_array_equal(ray.get(flat).flat, before)
     np.testing.assert_array_equal(ray.get(pushed).total, pushed_before)
     # What the server gave out stays as it was, though it was its own memory.
