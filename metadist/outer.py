@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,31 @@ blocks, so it makes the same calls on each of them as one owner of the whole x, 
 On a GPU, where a call costs more than the numbers of a block, x is stepped in one piece, by
 operators that act element by element; only norms are those of blocks.
 """
+
+
+class Numbers:
+    """A set of whole numbers >= 0: all below one, and some others.
+
+    Args:
+        below: All numbers below this one are in the set.
+        others: So are these.
+    """
+
+    def __init__(self, below: int = 0, others: Iterable[int] = ()) -> None:
+        self.below, self.others = below, set(others)
+
+    def __contains__(self, number: int) -> bool:
+        return number < self.below or number in self.others
+
+    def add(self, number: int) -> None:
+        self.others.add(number)
+        while self.below in self.others:
+            self.others.remove(self.below)
+            self.below += 1
+
+    def missing(self) -> Iterator[int]:
+        """Those that are not in the set, in order, without an end."""
+        return (n for n in itertools.count(self.below) if n not in self.others)
 
 
 class LeaseResult(NamedTuple):
@@ -196,8 +221,7 @@ class OuterVariable:
         self.states: dict[int, Tensor] = {}
         """What the algorithm keeps of each task, by task index."""
         self.version = 0
-        self._applied_below = 0
-        self._applied: set[int] = set()
+        self._applied = Numbers()
         self._prepared: _Prepared | None = None
         self._mean = self._flat.new_empty(0)
 
@@ -222,12 +246,11 @@ class OuterVariable:
 
     def is_applied(self, lease_id: int) -> bool:
         """Whether this lease's contribution is in x."""
-        return lease_id < self._applied_below or lease_id in self._applied
+        return lease_id in self._applied
 
     def next_leases(self, num_leases: int) -> list[int]:
         """The smallest `num_leases` lease ids that are not in x."""
-        unapplied = (n for n in itertools.count(self._applied_below) if n not in self._applied)
-        return list(itertools.islice(unapplied, num_leases))
+        return list(itertools.islice(self._applied.missing(), num_leases))
 
     def apply(self, contributions: Sequence[Contribution]) -> StepResult:
         """One outer step with the weighted sum of `contributions` over their number of tasks.
@@ -328,10 +351,8 @@ class OuterVariable:
         staleness = tuple(self.version - item.result.version for item in fresh)
         if fresh:
             self.version += 1
-            self._applied.update(item.result.lease_id for item in fresh)
-            while self._applied_below in self._applied:
-                self._applied.remove(self._applied_below)
-                self._applied_below += 1
+            for item in fresh:
+                self._applied.add(item.result.lease_id)
         return StepResult(
             version=self.version,
             applied=tuple(item.result.lease_id for item in fresh),
@@ -446,8 +467,8 @@ class OuterVariable:
             outer=self.unflatten(kept(self._flat)),
             optimizer={name: kept(leaf) for name, leaf in moments.items()},
             version=self.version,
-            applied_below=self._applied_below,
-            applied=tuple(sorted(self._applied)),
+            applied_below=self._applied.below,
+            applied=tuple(sorted(self._applied.others)),
             recursion={name: kept(leaf) for name, leaf in self._recursion.items()},
             states={index: kept(leaf) for index, leaf in sorted(self.states.items())},
         )
@@ -487,8 +508,7 @@ class OuterVariable:
                 variable._optimizer.state[block][name] = piece
         variable._has_stepped = bool(state.optimizer)
         variable.version = state.version
-        variable._applied_below = state.applied_below
-        variable._applied = set(state.applied)
+        variable._applied = Numbers(state.applied_below, state.applied)
         return variable
 
 

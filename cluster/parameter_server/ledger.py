@@ -4,34 +4,10 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from metadist.cluster.parameter_server.policies import Policy, View
-
-
-class Numbers:
-    """A set of whole numbers >= 0: all below one, and some others.
-
-    Args:
-        below: All numbers below this one are in the set.
-        others: So are these.
-    """
-
-    def __init__(self, below: int = 0, others: Collection[int] = ()) -> None:
-        self._below, self._others = below, set(others)
-
-    def __contains__(self, number: int) -> bool:
-        return number < self._below or number in self._others
-
-    def add(self, number: int) -> None:
-        self._others.add(number)
-        while self._below in self._others:
-            self._others.remove(self._below)
-            self._below += 1
-
-    def missing(self) -> Iterator[int]:
-        """Those that are not in the set, in order, without an end."""
-        return (n for n in itertools.count(self._below) if n not in self._others)
+from metadist.outer import Numbers
 
 
 class Ledger:

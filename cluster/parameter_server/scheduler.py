@@ -11,14 +11,14 @@ from ray import ObjectRef
 
 from metadist.cluster.actors.buffers import PackedState
 from metadist.cluster.actors.connection import calls_kept_whole
-from metadist.cluster.parameter_server.ledger import Ledger, Numbers
+from metadist.cluster.parameter_server.ledger import Ledger
 from metadist.cluster.parameter_server.policies import Policy
 from metadist.cluster.parameter_server.server import Progress
 from metadist.cluster.parameter_server.states import HeldStates
 from metadist.cluster.parameter_server.supervisor import ServerGone, SumLost, Supervisor
 from metadist.cluster.parameter_server.worker_pool import Done, Fetch, Fetched, Lost, WorkerPool
 from metadist.executor import StepReport
-from metadist.outer import StepResult
+from metadist.outer import Numbers, StepResult
 from metadist.task import Stream
 from metadist.workload import Lease, Workload
 
