@@ -25,7 +25,8 @@ from metadist.algorithms.parts.linear import (
 )
 from metadist.algorithms.parts.maps import fixed_point_gradient, iterate, refuse_options, system
 from metadist.checks.values import rule
-from metadist.oracle import Draw, Oracle
+from metadist.draws import Draw
+from metadist.oracle import Oracle
 from metadist.trees import Params, zeros_like
 
 

@@ -8,7 +8,8 @@ from metadist.algorithm import Estimate, InnerState
 from metadist.algorithms.parts.inner import decayed
 from metadist.algorithms.parts.through import DescentThrough, Trace, pull
 from metadist.checks.values import rule
-from metadist.oracle import Draw, Oracle
+from metadist.draws import Draw
+from metadist.oracle import Oracle
 from metadist.trees import Params, add, scale, zeros_like
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from metadist.algorithm import Estimate
 from metadist.algorithms.parts.inner import NO_MEMORY, InnerLoop, check_first_step, decayed
 from metadist.checks.values import rule
-from metadist.oracle import Draw, Oracle
+from metadist.draws import Draw
+from metadist.oracle import Oracle
 from metadist.trees import Params, add, dot, scale, sub
 
 

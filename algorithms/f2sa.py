@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 from metadist.algorithm import Estimate
 from metadist.algorithms.parts.inner import NO_MEMORY, InnerLoop, decayed
 from metadist.checks.values import rule
-from metadist.oracle import Draw, Oracle
+from metadist.draws import Draw
+from metadist.oracle import Oracle
 from metadist.trees import Params, add, scale, sub, zeros_like
 
 

@@ -13,7 +13,8 @@ from metadist.algorithms.parts.inner import NO_MEMORY
 from metadist.algorithms.parts.linear import relative_residual
 from metadist.algorithms.parts.recursion import falling_weight, recursion
 from metadist.checks.values import rule
-from metadist.oracle import Draw, Oracle
+from metadist.draws import Draw
+from metadist.oracle import Oracle
 from metadist.trees import Params, sub, zeros_like
 
 

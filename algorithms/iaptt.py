@@ -13,7 +13,8 @@ from metadist.algorithm import Estimate
 from metadist.algorithms.parts.inner import NO_MEMORY
 from metadist.algorithms.parts.through import DescentThrough, Trace, pull
 from metadist.checks.values import rule
-from metadist.oracle import Draw, Oracle
+from metadist.draws import Draw
+from metadist.oracle import Oracle
 from metadist.step_rules import Memory
 from metadist.trees import Params, add, tree_map, zeros_like
 

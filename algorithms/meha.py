@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from metadist.algorithm import Estimate
 from metadist.algorithms.parts.inner import NO_MEMORY, SingleLoop, decayed
 from metadist.checks.values import rule
-from metadist.oracle import Draw, Oracle
+from metadist.draws import Draw
+from metadist.oracle import Oracle
 from metadist.problem import Problem, is_nonsmooth
 from metadist.step_rules import SGD
 from metadist.task import Task

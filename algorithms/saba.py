@@ -12,7 +12,8 @@ from metadist.algorithm import Estimate
 from metadist.algorithms.parts.implicit import AdjointLoop
 from metadist.algorithms.parts.inner import NO_MEMORY
 from metadist.algorithms.parts.linear import relative_residual
-from metadist.oracle import Draw, Oracle
+from metadist.draws import Draw
+from metadist.oracle import Oracle
 from metadist.trees import Params, norm, stack, sub, tree_map, zeros_like
 
 

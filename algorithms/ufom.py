@@ -9,7 +9,8 @@ import torch
 from metadist.algorithm import Estimate, InnerState
 from metadist.algorithms.parts.through import DescentThrough, Trace, pull
 from metadist.checks.values import require_number, rule
-from metadist.oracle import Draw, Oracle
+from metadist.draws import Draw
+from metadist.oracle import Oracle
 from metadist.step_rules import Memory
 from metadist.trees import Params, add, norm, sub, zeros_like
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from metadist.checks.hypergradient import HypergradientReport as HypergradientReport
     from metadist.checks.hypergradient import check_hypergradient as check_hypergradient
     from metadist.compute import Compute as Compute
+    from metadist.draws import Draw as Draw
     from metadist.evaluation import EvaluationResult as EvaluationResult
     from metadist.evaluation import Interval as Interval
     from metadist.evaluation import best_inner_steps as best_inner_steps
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from metadist.micro_batches import sum_of_micro_batches as sum_of_micro_batches
     from metadist.optimizer import OuterOptimizer as OuterOptimizer
     from metadist.oracle import CountingOracle as CountingOracle
-    from metadist.oracle import Draw as Draw
     from metadist.oracle import Oracle as Oracle
     from metadist.problem import Problem as Problem
     from metadist.run.checkpoint import Checkpoint as Checkpoint

@@ -22,19 +22,21 @@ import torch
 from torch import Tensor
 
 from metadist.compute import DEFAULT
+from metadist.draws import (
+    BatchSize,
+    Draw,
+    MiniBatches,
+    Source,
+)
 from metadist.memory import LiveMemory
 from metadist.oracle import (
     DERIVATIVES,
     NO_CONSTANTS,
-    BatchSize,
     Constants,
     Derivative,
-    Draw,
-    MiniBatches,
     Oracle,
     Program,
     Role,
-    Source,
 )
 from metadist.problem import Problem
 from metadist.task import Batch, Task

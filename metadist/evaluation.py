@@ -19,10 +19,10 @@ from metadist.checks.purity import check_pure, is_known_pure
 from metadist.checks.values import require_number
 from metadist.chunks import FAILS_UNDER_VMAP, falls_back, vectorizes
 from metadist.compute import AS_TORCH_IS_SET, Compute, device_memory, pick_device
+from metadist.draws import in_parts
 from metadist.executor import Executor, LocalExecutor
 from metadist.feed import send
 from metadist.hypergradient import adaptation_metrics
-from metadist.oracle import in_parts
 from metadist.problem import (
     HasModel,
     Problem,

@@ -34,8 +34,12 @@ from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_each_pure
 from metadist.chunks import FAILS_UNDER_VMAP, FEW, chunk_of, falls_back, vectorizes
 from metadist.compute import AS_TORCH_IS_SET, Compute
+from metadist.draws import first_parts
 from metadist.graphs import graphs_of, plain_settings
-from metadist.oracle import Constants, CountingOracle, first_parts
+from metadist.oracle import (
+    Constants,
+    CountingOracle,
+)
 from metadist.problem import (
     Problem,
     carries,

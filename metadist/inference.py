@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from metadist.algorithm import Algorithm, counters_of, split_own, split_state, unflatten_state
 from metadist.autograd import AutogradOracle
 from metadist.compute import AS_TORCH_IS_SET, Compute, pick_device
+from metadist.draws import Source
 from metadist.evaluation import with_inner_steps
-from metadist.oracle import Source
 from metadist.problem import (
     HasModel,
     Problem,

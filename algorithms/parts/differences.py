@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 
-from metadist.oracle import Draw, Oracle
+from metadist.draws import Draw
+from metadist.oracle import Oracle
 from metadist.trees import Params, add, norm, scale, sub, zeros_like
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from metadist.algorithms.parts.inner import NO_MEMORY, Descent, SingleLoop, decayed
 from metadist.algorithms.parts.linear import Product, relative_residual
 from metadist.checks.values import check, rule
-from metadist.oracle import Draw, Oracle
+from metadist.draws import Draw
+from metadist.oracle import Oracle
 from metadist.step_rules import SGD
 from metadist.trees import Params, add, sub, zeros_like
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from metadist.algorithm import Algorithm, Estimate, InnerState, State
 from metadist.checks.values import check_fields, rule
-from metadist.oracle import Draw, Oracle
+from metadist.draws import Draw
+from metadist.oracle import Oracle
 from metadist.step_rules import SGD, Memory, StepRule
 from metadist.trees import Params
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from metadist.algorithm import Algorithm
 from metadist.algorithms.parts.linear import Product, relative_residual
-from metadist.oracle import Draw, Oracle
+from metadist.draws import Draw
+from metadist.oracle import Oracle
 from metadist.trees import Params, add, sub
 
 

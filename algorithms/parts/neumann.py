@@ -12,7 +12,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from metadist.algorithms.parts.linear import relative_residual
-from metadist.oracle import Draw, Oracle
+from metadist.draws import Draw
+from metadist.oracle import Oracle
 from metadist.trees import Params, add, scale, sub
 
 Sample = Sequence[Draw]

@@ -12,8 +12,9 @@ from torch import Tensor
 from metadist.algorithm import OWN, Estimate, InnerState, split_own
 from metadist.algorithms.parts.through import DescentThrough, Trace, pull
 from metadist.checks.values import require_number, rule
+from metadist.draws import Draw
 from metadist.followed import filled
-from metadist.oracle import Draw, Oracle
+from metadist.oracle import Oracle
 from metadist.step_rules import SGD, Means, Memory, StepRule
 from metadist.trees import Params, add, multiply, sub, tree_map, zeros_like
 

@@ -25,7 +25,14 @@ from torch import Tensor
 
 from metadist.autograd import AutogradOracle
 from metadist.compute import DEFAULT
-from metadist.oracle import SOURCES, BatchSize, Draw, MiniBatches, Source, permuted
+from metadist.draws import (
+    SOURCES,
+    BatchSize,
+    Draw,
+    MiniBatches,
+    Source,
+    permuted,
+)
 from metadist.problem import Problem, per_example_names
 from metadist.task import (
     Batch,

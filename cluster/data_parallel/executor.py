@@ -42,9 +42,16 @@ from metadist.cluster.data_parallel.pending import Rounds, known
 from metadist.cluster.data_parallel.worker import ShardWorker
 from metadist.cluster.data_parallel.worker_pool import ShardPool
 from metadist.compute import Compute
+from metadist.draws import (
+    SOURCES,
+    MiniBatches,
+)
 from metadist.executor import Executor, StepReport
 from metadist.optimizer import OuterOptimizer
-from metadist.oracle import SOURCES, Constants, CountingOracle, MiniBatches
+from metadist.oracle import (
+    Constants,
+    CountingOracle,
+)
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable
 from metadist.problem import carries, check_rows, has_inner_map
 from metadist.retry import Retries

@@ -16,7 +16,7 @@ from torch import Tensor
 from metadist.cluster.actors.buffers import Array, OuterSpec
 from metadist.cluster.actors.placement import WorkerInfo
 from metadist.cluster.data_parallel.data import ShardSizes, spread
-from metadist.oracle import Draw
+from metadist.draws import Draw
 from metadist.trees import Params
 
 Role = Literal["outer", "x", "y", "value"]

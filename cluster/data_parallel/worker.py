@@ -30,8 +30,12 @@ from metadist.cluster.data_parallel.layout import (
     ShardInfo,
 )
 from metadist.compute import device_memory, pick_device
+from metadist.draws import SOURCES
 from metadist.hypergradient import adaptation_metrics, attention_for
-from metadist.oracle import DERIVATIVES, SOURCES, Oracle
+from metadist.oracle import (
+    DERIVATIVES,
+    Oracle,
+)
 from metadist.task import Task, to_device
 from metadist.trees import Params, check_flattenable
 from metadist.workload import Workload

@@ -45,8 +45,9 @@ from metadist.checks.preflight import (
 )
 from metadist.checks.values import check, is_number
 from metadist.compute import DEFAULT, Compute
+from metadist.draws import BatchSize
 from metadist.hypergradient import task_hypergradients
-from metadist.oracle import BatchSize, CountingOracle
+from metadist.oracle import CountingOracle
 from metadist.problem import Problem, carries, context_of, is_nonsmooth
 from metadist.task import Task, TaskSampler, to_device
 from metadist.trees import (

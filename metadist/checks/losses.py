@@ -12,7 +12,7 @@ from torch import nn
 from metadist.algorithm import split_own
 from metadist.checks.purity import check_pure, remember, told
 from metadist.compute import DEFAULT, Compute
-from metadist.oracle import first_parts
+from metadist.draws import first_parts
 from metadist.problem import (
     Problem,
     check_sampler,

@@ -8,8 +8,8 @@ import torch
 
 from metadist.algorithm import split_own
 from metadist.compute import DEFAULT, Compute
+from metadist.draws import in_parts
 from metadist.hypergradient import adaptation_metrics
-from metadist.oracle import in_parts
 from metadist.problem import Problem, context_of
 from metadist.task import Measured, TaskSampler, sample_task, to_device
 from metadist.trainer import Trainer

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from metadist.checks.values import plain
-from metadist.oracle import first_parts
+from metadist.draws import first_parts
 from metadist.problem import Problem
 from metadist.task import Task, TaskSampler, sample_task, stays_on_host, to_device
 from metadist.trees import Params

@@ -8,7 +8,8 @@ from metadist.algorithms import saba
 from metadist.algorithms.saba import SABA
 from metadist.algorithms.soba import SOBA
 from metadist.autograd import AutogradOracle
-from metadist.oracle import CountingOracle, Draw
+from metadist.draws import Draw
+from metadist.oracle import CountingOracle
 from tests.algorithms.toys import estimate, point
 from tests.problems import (
     DOUBLE,

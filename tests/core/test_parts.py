@@ -11,9 +11,13 @@ from metadist import OuterOptimizer, Trainer
 from metadist.algorithms import BOME, ITD, SOBA, FreePBGD
 from metadist.compare import kept_metrics
 from metadist.compute import Compute
+from metadist.draws import (
+    MiniBatches,
+    first_parts,
+    in_parts,
+)
 from metadist.evaluation import evaluate
 from metadist.hypergradient import task_hypergradients
-from metadist.oracle import MiniBatches, first_parts, in_parts
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.tasks import FixedTasks
