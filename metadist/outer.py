@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metadist.algorithm import same_form
+from metadist.flat_states import same_form
 from metadist.optimizer import OuterOptimizer
 from metadist.trees import (
     Params,

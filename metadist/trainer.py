@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from metadist import __version__
-from metadist.algorithm import Algorithm, split_own, split_state
+from metadist.algorithm import (
+    Algorithm,
+    split_own,
+)
 from metadist.callbacks import (
     Callback,
     EvaluationReport,
@@ -31,6 +34,7 @@ from metadist.checks.values import check, require_number
 from metadist.compute import DEFAULT, Compute
 from metadist.evaluation import EvaluationResult, describe_sampler, evaluate, with_inner_steps
 from metadist.executor import Executor, LocalExecutor, StepReport
+from metadist.flat_states import split_state
 from metadist.inference import adapt, export, kept_state, predict
 from metadist.loggers.base import LoggedRun, Logger
 from metadist.loggers.tensor_board import TensorBoardLogger

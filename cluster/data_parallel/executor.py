@@ -15,10 +15,7 @@ from torch import Tensor
 from metadist.algorithm import (
     Estimate,
     State,
-    counters_of,
-    flatten_state,
     split_own,
-    unflatten_state,
 )
 from metadist.checks.values import check
 from metadist.cluster.actors.buffers import OuterSpec, to_array, to_tensor
@@ -47,6 +44,11 @@ from metadist.draws import (
     MiniBatches,
 )
 from metadist.executor import Executor, StepReport
+from metadist.flat_states import (
+    counters_of,
+    flatten_state,
+    unflatten_state,
+)
 from metadist.optimizer import OuterOptimizer
 from metadist.oracle import (
     Constants,

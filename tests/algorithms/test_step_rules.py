@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from metadist import Compute, Trainer
-from metadist.algorithm import InnerState, flatten_state
+from metadist.algorithm import InnerState
 from metadist.algorithms import ALGORITHMS, FG2U, ITD, MEHA, SAMA, UFOM
 from metadist.algorithms.parts.inner import Descent
 from metadist.checks.hypergradient import check_hypergradient
+from metadist.flat_states import flatten_state
 from metadist.hypergradient import task_hypergradients
 from metadist.step_rules import SGD, Adam, AdamW, Memory
 from metadist.trees import norm, sub

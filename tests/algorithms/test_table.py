@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metadist.algorithm import Algorithm, counters_of, flatten_state, unflatten_state
+from metadist.algorithm import Algorithm
 from metadist.algorithms import (
     AID,
     ALGORITHMS,
@@ -31,6 +31,11 @@ from metadist.algorithms import (
 )  # fmt: skip
 from metadist.autograd import AutogradOracle
 from metadist.compute import Compute
+from metadist.flat_states import (
+    counters_of,
+    flatten_state,
+    unflatten_state,
+)
 from metadist.hypergradient import task_hypergradients
 from metadist.oracle import CountingOracle
 from metadist.problem import Problem

@@ -10,15 +10,17 @@ from metadist import OuterOptimizer, Trainer
 from metadist.algorithm import (
     Algorithm,
     InnerState,
-    counters_of,
-    flatten_state,
-    same_form,
-    unflatten_state,
 )
 from metadist.algorithms import AID, ITD, MRBO, Reptile
 from metadist.compute import Compute
 from metadist.evaluation import evaluate
 from metadist.executor import LocalExecutor
+from metadist.flat_states import (
+    counters_of,
+    flatten_state,
+    same_form,
+    unflatten_state,
+)
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP
 from metadist.outer import OuterVariable, StepRules
