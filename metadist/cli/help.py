@@ -98,7 +98,13 @@ def class_help(parser: Parser, option: str, args: list[str]) -> str:
         raise ValueError(one_of(option, name, named(kind)))
     cls = _imported(option, path)
     own = type(parser)(prog=parser.prog)
-    own.add_class_arguments(cls, option, fail_untyped=False)
+    try:
+        own.add_class_arguments(cls, option, fail_untyped=False)
+    except ValueError as error:
+        raise ValueError(
+            f"{option} must name a class whose parameters Python can list, got {path!r}: give it "
+            "an __init__ of its own, or see the help of the class that it makes"
+        ) from error
     text = inspect.cleandoc(cls.__doc__ or "")
     about = text.partition("\nArgs:")[0].partition("\nRaises:")[0].strip()
     lines = [f"--{option} {name}: {path}", "", *_reflowed(about, width)]
@@ -261,6 +267,9 @@ def _imported(option: str, path: str) -> Any:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{option} must be a class path, got {path!r}: {error}") from error
+    except Exception as error:
+        reason = f"its module raises {type(error).__name__}: {error}"
+        raise ValueError(f"{option} must be a class path, got {path!r}: {reason}") from error
 
 
 def _width() -> int:

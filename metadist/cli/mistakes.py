@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -30,6 +31,7 @@ TYPES = {
     "dict": "a mapping",
     "list": "a list",
     "tuple": "a list",
+    "Sequence": "a list",
 }
 PARTS = ("class_path", "init_args")
 CLASS = "a short name, a class path, or a mapping with class_path and init_args"
@@ -55,13 +57,16 @@ class Report(NamedTuple):
     details: tuple[str, ...]
 
 
-def explain(message: str, parser: Parser, args: Sequence[str] = ()) -> str:
+def explain(error: Exception, parser: Parser, args: Sequence[str] = ()) -> str:
     """An error of jsonargparse, as a user wants to read it.
 
     `args` name classes whose options may be meant.
     """
-    report = _read(message)
+    report = _read(str(error))
     field, _, value, details = report
+    if failure := raised_by_module(error):
+        field = field or "every class path"  # of those in a list it does not tell
+        return f"{field} must be importable, got {value + ': ' if value else ''}{failure}"
     text = "\n".join(details)
     if found := re.search(r"unrecognized arguments: (\S+)", text):
         option = found[1].partition("=")[0]
@@ -101,12 +106,19 @@ def explain(message: str, parser: Parser, args: Sequence[str] = ()) -> str:
     if "Expected an instantiatable class" in text and kind is not None:
         choices = ", ".join(named(kind))
         return f"{field} must be one of {choices}, got options of it alone: pass --{field} NAME"
-    if found := re.search(r"Import path does not correspond to a subclass of (.*)", text):
-        what = "a subclass of" if found[1][0].isupper() else "a class that has"
-        return f"{field} must name {what} {found[1]}, got {value}"
+    if found := re.search(r"Import path (\S+ )?does not correspond to a subclass of (.*)", text):
+        what = "a subclass of" if found[2][0].isupper() else "a class that has"
+        return f"{field} must name {what} {found[2]}, got {value or found[1].strip()}"
+    if found := re.search(
+        r"(?:no signature found for|unsupported input: class=)[^<]*<(.*?)>", text
+    ):
+        return (
+            f"{field} must name a class or function whose parameters Python can list, got "
+            f"{value or found[1]}: give it an __init__ of its own, or name a function that makes it"
+        )
     if re.search(r"Not a valid subclass of|Unexpected import path format", text):
         return _no_class(field, str(value))
-    if types := re.findall(r"Expected an? (<class '\w+'>|typing\.\S*\[.*?\])", text):
+    if types := re.findall(r"Expected an? (<class '[\w.]+'>|typing\.\S*\[.*?\])", text):
         return _wrong_type(field, types, value)
     if re.match(r"No module named|module .* has no attribute", text):
         way_out = f"; put the module into {Path.cwd()} or PYTHONPATH" if "named" in text else ""
@@ -114,6 +126,19 @@ def explain(message: str, parser: Parser, args: Sequence[str] = ()) -> str:
             f"{field} must be a class path that can be imported, got {report.cls}: {text}{way_out}"
         )
     return f"{field}: {text}" if field else text
+
+
+def raised_by_module(error: BaseException | None) -> str:
+    """What the import of a module raised, and where, if that is why there is `error`; or empty."""
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, SyntaxError):
+            return f"SyntaxError: {error}"
+        if any(frame.name == "<module>" for frame in frames):
+            place = f"{frames[-1].filename}, line {frames[-1].lineno}"
+            return f"{type(error).__name__}: {error} ({place})"
+        error = error.__cause__
+    return ""
 
 
 def _read(message: str) -> Report:
@@ -132,6 +157,7 @@ def _read(message: str) -> Report:
             if found := re.search(r"Got value: (.*)", line):
                 value = found[1]
             details.append(line)
+    details = list(dict.fromkeys(details))  # members of a union may say the same
     return Report(field=".".join(path), cls=cls, value=value, details=tuple(details))
 
 
@@ -200,7 +226,7 @@ def _wrong_type(field: str, types: list[str], value: str | None) -> str:
     words = []
     choices: list[str] = []
     for text in types:
-        if found := re.match(r"<class '(\w+)'>", text):
+        if found := re.match(r"<class '(?:\w+\.)*(\w+)'>", text):
             words.append(TYPES.get(found[1], found[1]))
         elif found := re.match(r"typing\.Literal\[(.*)\]", text):
             choices += [choice.strip("'") for choice in found[1].split(", ")]
@@ -209,6 +235,8 @@ def _wrong_type(field: str, types: list[str], value: str | None) -> str:
             words.append(text.removeprefix("typing."))
     meant = nearest(str(value), choices)
     hint = f": did you mean {meant!r}?" if meant else ""
+    if not hint and words == ["a list"] and value is not None:
+        hint = f": pass --{field} [{value}]"
     return f"{field} must be {' or '.join(words)}, got {_quoted(str(value))}{hint}"
 
 

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader
 
 from metadist.checks.paths import absent
 from metadist.cli.help import class_help, command_help, shown
-from metadist.cli.mistakes import explain, options_of
+from metadist.cli.mistakes import explain, options_of, raised_by_module
 from metadist.cli.names import expand, expand_names, expand_tree, kind_of
 from metadist.cli.sizes import leave_open, without_open
 from metadist.run.files import MAX_CONFIG_BYTES
@@ -75,7 +75,7 @@ class Parser(ArgumentParser):
 
     def explained(self, error: Exception, args: Sequence[str] = ()) -> str:
         """An error of parsing these arguments, for users."""
-        message = explain(str(error), self, args)
+        message = explain(error, self, args)
         file = self._file_in(args)
         return f"{file}: {message}" if file else message
 
@@ -100,7 +100,12 @@ class Parser(ArgumentParser):
         printing: list[str] = []
         if self.fill_sizes is not None and last_named("--sampler", args) is not None:
             args, printing = without_print(args)
-        found = super().parse_args([*pairs, *args], *rest, **options)
+        try:
+            found = super().parse_args([*pairs, *args], *rest, **options)
+        except Exception as error:
+            if isinstance(error, ArgumentError) or not raised_by_module(error):
+                raise
+            raise ArgumentError(None, str(error)) from error  # as it does for classes in no list
         if self.fill_sizes is not None:
             given = super().parse_args([*pairs, *args], *rest, **{**options, "defaults": False})
             leave_open(found, given)

@@ -52,6 +52,11 @@ FLAGS = {
     "--batch_size lots": "batch_size must be an integer, got 'lots'",
     "--outer_optimizer.options 3": "outer_optimizer.options must be a mapping, got 3",
     "--sampler.k_shot [1]": "sampler.k_shot must be an integer, got [1]",
+    "--callbacks csv.reader": "callbacks must be a list, got 'csv.reader': pass --callbacks "
+    "[csv.reader]",
+    "--callbacks+ csv.reader": "callbacks must name a class or function whose parameters Python",
+    "--loggers math.gcd": "loggers must name a subclass of Logger, got math.gcd",
+    "--executor ray --executor.policy math.gcd": "executor.policy must name a subclass of Policy",
     "extra": "arguments must begin with --, got 'extra'",
 }
 FILES = {
@@ -70,6 +75,8 @@ FILES = {
     "be one of `metadist list models` or a class path, got 'mlpp': did you mean mlp?",
     "executor: {class_path: ray, init_args: {policy: {class_path: ssp, init_args: {stale: 2}}}}":
     "executor.policy.stale is no option of SSP: did you mean staleness?",
+    "problem: {class_path: few_shot, init_args: {model: csv.reader}}": "problem.model must name a "
+    "class or function whose parameters Python can list, got csv.reader: give it an __init__ of",
     "num_steps: [1, 2]": "num_steps must be an integer, got [1, 2]",
     "quiet: maybe": "quiet must be true or false, got 'maybe'",
 }  # fmt: skip
@@ -119,6 +126,34 @@ def test_methods_by_other_names_have_options_that_there_are(cli):
 @pytest.mark.parametrize("flags", FLAGS)
 def test_in_flags(cli, flags):
     assert FLAGS[flags] in refused(cli, "train", "--sampler", "sinusoid", *words(flags))
+
+
+@pytest.mark.parametrize("option", ["sampler", "val_sampler", "problem", "problem.model",
+                                    "algorithm", "algorithm.inner_optimizer", "executor",
+                                    "executor.policy", "loggers"])  # fmt: skip
+def test_what_has_no_parameters_that_can_be_listed(cli, option):
+    first = "--executor ray" if option == "executor.policy" else ""
+    flags = words(f"--sampler sinusoid {first} --{option} csv.reader")
+    assert (
+        f"{option} must name a class or function whose parameters Python can list, got "
+    ) in refused(cli, "train", *flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("x = 1\nraise KeyError('width')", "KeyError: 'width' (HERE/mine.py"),
+        ("def (", "SyntaxError: invalid syntax (mine.py"),
+    ],
+)
+@pytest.mark.parametrize("option", ["sampler", "problem.model", "callbacks+", "loggers"])
+def test_a_module_that_cannot_be_imported(cli, text, what, option):
+    Path("mine.py").write_text(text)
+    what = what.replace("HERE", str(Path.cwd()))
+    message = refused(cli, "train", "--sampler", "sinusoid", f"--{option}", "mine.Thing")
+    field = option if option[0] in "sp" else "every class path"
+    assert message.startswith(f"{field} must be importable, got ")
+    assert f"{what}, line {text.count(chr(10)) + 1})" in message
 
 
 def test_classes_may_be_named_after_their_options(cli):

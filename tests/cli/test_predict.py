@@ -133,11 +133,16 @@ def test_an_exported_program_needs_no_metadist(cli, few_shot, images):
 
 def test_weights_are_exported_with_the_names_of_the_classes(cli, few_shot, images):
     flags = ("--support", images / "support", "--device", "cpu")
-    cli.good("export", few_shot, *flags, "--output", "model.safetensors")
+    out = cli.good("export", few_shot, *flags, "--output", "model.safetensors")
+    assert f"adapted to high, low, middle of {images / 'support'}\n" in out
     with safe_open("model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["classes"]) == ["high", "low", "middle"]
         assert file.get_tensor("head.weight").shape == (3, 4)
-    cli.good("export", few_shot, "--task", 4, "--output", "model.safetensors", "--device", "cpu")
+    flags = ("--output", "model.safetensors", "--device", "cpu")
+    out = cli.good("export", few_shot, *flags)
+    assert "adapted to task 0 of the training; --task, --split or --support choose another" in out
+    out = cli.good("export", few_shot, "--task", 4, "--split", "all", *flags)
+    assert "adapted to task 4 of split 'all'\n" in out
     with safe_open("model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["classes"]) is None
 
@@ -157,6 +162,18 @@ def test_weights_are_exported_with_the_names_of_the_classes(cli, few_shot, image
 )
 def test_what_cannot_be_predicted_is_refused(cli, few_shot, images, flags, message):
     assert message in refused(cli, "predict", few_shot, *flags.replace("{}", str(images)).split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--task 4 --support pictures", "task must not be given beside support, got 4"),
+        ("--split test --support pictures", "split must not be given beside support, got 'test'"),
+        ("--task -1", "task must be >= 0, got -1"),
+    ],
+)
+def test_a_task_that_cannot_be_meant_is_refused(cli, few_shot, flags, message):
+    assert message in refused(cli, "export", few_shot, *flags.split(), "--output", "model.pt2")
 
 
 def test_other_outputs_and_other_runs_are_refused(cli, few_shot, run, images):
@@ -184,7 +201,10 @@ def test_a_run_on_one_task_predicts_with_what_it_has_kept(cli, images):
         "--algorithm.inner_lr 0.5 --num_steps 15 --run_dir run --compute.device cpu --quiet true"
     )
     cli.good(*words(flags))
-    cli.good("export", "run", "--output", "model.safetensors", "--device", "cpu")
+    out = cli.good("export", "run", "--output", "model.safetensors", "--device", "cpu")
+    assert out.endswith("adapted to task 0 of the training\n")
+    export = ("export", "run", "--output", "x.pt2", "--task", 1)
+    assert "task must be >= 0 and < the 1 tasks of the run's data, got 1" in refused(cli, *export)
     state = CheckpointStore("run/checkpoints").load()[1].state
     with safe_open("model.safetensors", "pt") as file:
         bias = file.get_tensor("head.bias")
