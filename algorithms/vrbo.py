@@ -6,12 +6,7 @@ from dataclasses import dataclass
 
 from metadist.algorithm import Estimate
 from metadist.algorithms.parts.inner import SingleLoop
-from metadist.algorithms.parts.neumann import (
-    average,
-    draw_bundle,
-    neumann_estimate,
-    whole_bundle,
-)
+from metadist.algorithms.parts.neumann import average, draw_bundle, neumann_estimate, whole_bundle
 from metadist.algorithms.parts.recursion import (
     RECURSION_ALONE,
     RecursiveState,

@@ -2,12 +2,7 @@
 
 from metadist import OuterOptimizer, Trainer
 from metadist.algorithms import BOME
-from metadist.tasks import (
-    ContextualNetwork,
-    ContinualLearning,
-    JudgeAfterEachTask,
-    PermutedImages,
-)
+from metadist.tasks import ContextualNetwork, ContinualLearning, JudgeAfterEachTask, PermutedImages
 
 
 def main(num_tasks: int = 5, per_task: int = 250) -> dict[str, float]:

@@ -22,22 +22,9 @@ import torch
 from torch import Tensor
 
 from metadist.compute import DEFAULT
-from metadist.draws import (
-    BatchSize,
-    Draw,
-    MiniBatches,
-    Source,
-)
+from metadist.draws import BatchSize, Draw, MiniBatches, Source
 from metadist.memory import LiveMemory
-from metadist.oracle import (
-    DERIVATIVES,
-    NO_CONSTANTS,
-    Constants,
-    Derivative,
-    Oracle,
-    Program,
-    Role,
-)
+from metadist.oracle import DERIVATIVES, NO_CONSTANTS, Constants, Derivative, Oracle, Program, Role
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params, detach, dot, gradients, leaves

@@ -29,11 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from metadist.autograd import AutogradOracle, functional
 from metadist.compute import is_out_of_memory
 from metadist.draws import Draw
-from metadist.oracle import (
-    DERIVATIVES,
-    Oracle,
-    Program,
-)
+from metadist.oracle import DERIVATIVES, Oracle, Program
 from metadist.problem import Problem
 from metadist.task import Batch, Task
 from metadist.trees import Params, detach, gradients, leaves, norm, sub

@@ -23,14 +23,7 @@ from metadist.draws import in_parts
 from metadist.executor import Executor, LocalExecutor
 from metadist.feed import send
 from metadist.hypergradient import adaptation_metrics
-from metadist.problem import (
-    HasModel,
-    Problem,
-    carries,
-    context_of,
-    start_carried,
-    with_carried,
-)
+from metadist.problem import HasModel, Problem, carries, context_of, start_carried, with_carried
 from metadist.step_rules import SGD
 from metadist.task import (
     NamesTasks,

@@ -21,35 +21,16 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metadist.algorithm import (
-    Algorithm,
-    State,
-    split_own,
-)
+from metadist.algorithm import Algorithm, State, split_own
 from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_each_pure
 from metadist.chunks import FAILS_UNDER_VMAP, FEW, chunk_of, falls_back, vectorizes
 from metadist.compute import AS_TORCH_IS_SET, Compute
 from metadist.draws import first_parts
-from metadist.flat_states import (
-    counters_of_all,
-    flatten_state,
-    split_state,
-    unflatten_state,
-)
+from metadist.flat_states import counters_of_all, flatten_state, split_state, unflatten_state
 from metadist.graphs import graphs_of, plain_settings
-from metadist.oracle import (
-    Constants,
-    CountingOracle,
-)
-from metadist.problem import (
-    Problem,
-    carries,
-    carry,
-    loss_and_metrics,
-    start_carried,
-    with_carried,
-)
+from metadist.oracle import Constants, CountingOracle
+from metadist.problem import Problem, carries, carry, loss_and_metrics, start_carried, with_carried
 from metadist.task import Batch, Task, stack_tasks
 from metadist.trees import (
     Params,

@@ -7,26 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from metadist.algorithm import (
-    Algorithm,
-    split_own,
-)
+from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
 from metadist.compute import AS_TORCH_IS_SET, Compute, pick_device
 from metadist.draws import Source
 from metadist.evaluation import with_inner_steps
-from metadist.flat_states import (
-    counters_of,
-    split_state,
-    unflatten_state,
-)
-from metadist.problem import (
-    HasModel,
-    Problem,
-    context_of,
-    has_few_shot_classes,
-    start_carried,
-)
+from metadist.flat_states import counters_of, split_state, unflatten_state
+from metadist.problem import HasModel, Problem, context_of, has_few_shot_classes, start_carried
 from metadist.task import (
     Batch,
     Task,

@@ -12,14 +12,7 @@ from torch import Tensor
 
 from metadist.flat_states import same_form
 from metadist.optimizer import OuterOptimizer
-from metadist.trees import (
-    Params,
-    check_flattenable,
-    flatten,
-    num_elements,
-    same_bytes,
-    unflatten,
-)
+from metadist.trees import Params, check_flattenable, flatten, num_elements, same_bytes, unflatten
 
 BLOCK = 1 << 16
 """The number of elements of x that are added up, measured and stepped at a time.

@@ -17,16 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from metadist import __version__
-from metadist.algorithm import (
-    Algorithm,
-    split_own,
-)
-from metadist.callbacks import (
-    Callback,
-    EvaluationReport,
-    call_on_evaluation,
-    call_on_step,
-)
+from metadist.algorithm import Algorithm, split_own
+from metadist.callbacks import Callback, EvaluationReport, call_on_evaluation, call_on_step
 from metadist.checks.losses import learns_start
 from metadist.checks.preflight import check_trainable, checked
 from metadist.checks.sampler import check_sampler
@@ -44,12 +36,7 @@ from metadist.pictures import Gallery, WeighsExamples, example_weights, log_adap
 from metadist.problem import Problem, has_artifacts, has_few_shot_classes, start_carried
 from metadist.run.background import Background
 from metadist.run.banner import banner
-from metadist.run.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    check_same_model,
-    name_of,
-)
+from metadist.run.checkpoint import Checkpoint, CheckpointError, check_same_model, name_of
 from metadist.run.events import EventLog
 from metadist.run.fitting import Fitting, TrainingDiverged
 from metadist.run.monitor import Monitor, TerminalProgress
@@ -58,15 +45,7 @@ from metadist.run.rebuild import config_of
 from metadist.run.run_folder import RunFolder
 from metadist.run.settings import as_text, difference, recorded
 from metadist.signals import OneStop
-from metadist.task import (
-    Batch,
-    Task,
-    TaskSampler,
-    last_step,
-    require_steps,
-    sample_task,
-    to_device,
-)
+from metadist.task import Batch, Task, TaskSampler, last_step, require_steps, sample_task, to_device
 from metadist.trees import Params
 from metadist.workload import Workload, tasks_of_steps
 

@@ -11,11 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import ray
 import torch
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from metadist.checks.values import check

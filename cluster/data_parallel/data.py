@@ -25,14 +25,7 @@ from torch import Tensor
 
 from metadist.autograd import AutogradOracle
 from metadist.compute import DEFAULT
-from metadist.draws import (
-    SOURCES,
-    BatchSize,
-    Draw,
-    MiniBatches,
-    Source,
-    permuted,
-)
+from metadist.draws import SOURCES, BatchSize, Draw, MiniBatches, Source, permuted
 from metadist.problem import Problem, per_example_names
 from metadist.task import (
     Batch,

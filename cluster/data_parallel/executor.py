@@ -12,11 +12,7 @@ import ray
 import torch
 from torch import Tensor
 
-from metadist.algorithm import (
-    Estimate,
-    State,
-    split_own,
-)
+from metadist.algorithm import Estimate, State, split_own
 from metadist.checks.values import check
 from metadist.cluster.actors.buffers import OuterSpec, to_array, to_tensor
 from metadist.cluster.actors.connection import calls_kept_whole, this_node
@@ -39,21 +35,11 @@ from metadist.cluster.data_parallel.pending import Rounds, known
 from metadist.cluster.data_parallel.worker import ShardWorker
 from metadist.cluster.data_parallel.worker_pool import ShardPool
 from metadist.compute import Compute
-from metadist.draws import (
-    SOURCES,
-    MiniBatches,
-)
+from metadist.draws import SOURCES, MiniBatches
 from metadist.executor import Executor, StepReport
-from metadist.flat_states import (
-    counters_of,
-    flatten_state,
-    unflatten_state,
-)
+from metadist.flat_states import counters_of, flatten_state, unflatten_state
 from metadist.optimizer import OuterOptimizer
-from metadist.oracle import (
-    Constants,
-    CountingOracle,
-)
+from metadist.oracle import Constants, CountingOracle
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable
 from metadist.problem import carries, check_rows, has_inner_map
 from metadist.retry import Retries

@@ -12,16 +12,8 @@ from typing import Any
 import torch
 
 from metadist.cluster.data_parallel.pending import Question, Rounds
-from metadist.draws import (
-    Draw,
-    MiniBatches,
-)
-from metadist.oracle import (
-    DERIVATIVES,
-    NO_CONSTANTS,
-    Constants,
-    Oracle,
-)
+from metadist.draws import Draw, MiniBatches
+from metadist.oracle import DERIVATIVES, NO_CONSTANTS, Constants, Oracle
 from metadist.problem import Problem
 from metadist.trees import Params
 

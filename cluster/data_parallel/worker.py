@@ -13,12 +13,7 @@ from torch import Tensor
 from metadist.cluster.actors.buffers import Array, to_array, to_tensor
 from metadist.cluster.actors.errors import exits_raised
 from metadist.cluster.actors.placement import WorkerInfo, worker_device
-from metadist.cluster.data_parallel.data import (
-    ShardOracle,
-    class_labels,
-    sample_shard,
-    shard_fault,
-)
+from metadist.cluster.data_parallel.data import ShardOracle, class_labels, sample_shard, shard_fault
 from metadist.cluster.data_parallel.layout import (
     Key,
     Layout,
@@ -32,10 +27,7 @@ from metadist.cluster.data_parallel.layout import (
 from metadist.compute import device_memory, pick_device
 from metadist.draws import SOURCES
 from metadist.hypergradient import adaptation_metrics, attention_for
-from metadist.oracle import (
-    DERIVATIVES,
-    Oracle,
-)
+from metadist.oracle import DERIVATIVES, Oracle
 from metadist.task import Task, to_device
 from metadist.trees import Params, check_flattenable
 from metadist.workload import Workload

@@ -37,12 +37,7 @@ from metadist.checks.exact import (
     newton,
 )
 from metadist.checks.losses import check_losses
-from metadist.checks.preflight import (
-    check_precision,
-    check_trainable,
-    initial_outer,
-    preflight,
-)
+from metadist.checks.preflight import check_precision, check_trainable, initial_outer, preflight
 from metadist.checks.values import check, is_number
 from metadist.compute import DEFAULT, Compute
 from metadist.draws import BatchSize

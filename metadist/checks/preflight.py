@@ -19,15 +19,9 @@ from metadist.checks.losses import attempted, check_losses, drawn_parts, task_on
 from metadist.checks.purity import remember
 from metadist.chunks import FAILS_UNDER_VMAP, chunk_of, falls_back, vectorizes
 from metadist.compute import Compute
-from metadist.draws import (
-    Draw,
-    Source,
-)
+from metadist.draws import Draw, Source
 from metadist.hypergradient import HypergradientSum
-from metadist.oracle import (
-    CountingOracle,
-    Oracle,
-)
+from metadist.oracle import CountingOracle, Oracle
 from metadist.problem import (
     Problem,
     check_rows,

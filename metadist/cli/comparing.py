@@ -36,13 +36,7 @@ from metadist.compare.report import (
     to_csv,
     to_markdown,
 )
-from metadist.compare.run import (
-    MAX_STEPS,
-    Contender,
-    is_finished,
-    read_records,
-    run_on_budget,
-)
+from metadist.compare.run import MAX_STEPS, Contender, is_finished, read_records, run_on_budget
 from metadist.run.storage import Folder
 from metadist.run.text import printable
 

@@ -17,13 +17,7 @@ from metadist.run.checkpoint import CheckpointStore
 from metadist.run.files import ARTIFACTS, CHECKPOINTS, CONFIG, RESULT, TENSORBOARD
 from metadist.run.names import width_name
 from metadist.run.processes import is_gone
-from metadist.run.reading import (
-    MAX_STEP,
-    Scalar,
-    find_events,
-    find_json,
-    find_scalars,
-)
+from metadist.run.reading import MAX_STEP, Scalar, find_events, find_json, find_scalars
 from metadist.run.storage import Folder, is_part
 from metadist.run.text import shown
 

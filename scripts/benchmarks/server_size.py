@@ -50,11 +50,7 @@ from metadist.cluster.parameter_server.transport import Pulled, Pushed, Transpor
 from metadist.cluster.parameter_server.worker import Worker
 from metadist.compute import Compute
 from metadist.optimizer import OuterOptimizer
-from metadist.outer import (
-    Contribution,
-    LeaseResult,
-    shard_bounds,
-)
+from metadist.outer import Contribution, LeaseResult, shard_bounds
 
 OPTIMIZERS = {
     "sgd": (OuterOptimizer("sgd", lr=1e-3, clip_norm=1.0), 1.5),

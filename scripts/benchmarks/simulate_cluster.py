@@ -38,16 +38,7 @@ from torch import Tensor
 
 from metadist import Batch, OuterOptimizer, Params, Problem, Task
 from metadist.algorithms import ITD
-from metadist.cluster import (
-    ASP,
-    BSP,
-    SSP,
-    Buffered,
-    Policy,
-    RayExecutor,
-    View,
-    Workers,
-)
+from metadist.cluster import ASP, BSP, SSP, Buffered, Policy, RayExecutor, View, Workers
 from metadist.cluster.parameter_server.simulation import (
     Costs,
     Outcome,

@@ -27,13 +27,7 @@ from rich.table import Table
 
 from metadist import OuterOptimizer, Trainer
 from metadist.algorithms import ITD
-from metadist.cluster import (
-    ASP,
-    BSP,
-    Policy,
-    RayExecutor,
-    Workers,
-)
+from metadist.cluster import ASP, BSP, Policy, RayExecutor, Workers
 from metadist.executor import StepReport
 from metadist.models import MLP
 from metadist.tasks import FewShotProblem, Sinusoid

@@ -16,13 +16,7 @@ from torch import Tensor
 
 from metadist.checks.paths import absent
 from metadist.checks.values import normal_form, require_bool
-from metadist.tasks.data.images import (
-    Found,
-    format_of,
-    look_into,
-    read_images,
-    require_format,
-)
+from metadist.tasks.data.images import Found, format_of, look_into, read_images, require_format
 from metadist.tasks.data.random import Random
 from metadist.tasks.few_shot.class_splits import read_splits, require_split, select_classes
 from metadist.tasks.few_shot.episodes import (

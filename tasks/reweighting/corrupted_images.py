@@ -15,13 +15,7 @@ from metadist.problem import Problem
 from metadist.task import Batch, to_device
 from metadist.tasks.data.datasets import LabelledDataset
 from metadist.tasks.data.random import Random
-from metadist.tasks.image_sets import (
-    ImageProblemData,
-    Images,
-    Scaling,
-    draw_parts,
-    require_classes,
-)
+from metadist.tasks.image_sets import ImageProblemData, Images, Scaling, draw_parts, require_classes
 from metadist.trees import Params
 
 

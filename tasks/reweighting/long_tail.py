@@ -13,13 +13,7 @@ from metadist.problem import Problem
 from metadist.tasks.data.datasets import LabelledDataset, open_dataset
 from metadist.tasks.data.random import Random
 from metadist.tasks.fixed import metrics_on
-from metadist.tasks.image_sets import (
-    Drawing,
-    ImageProblemData,
-    Images,
-    Scaling,
-    require_classes,
-)
+from metadist.tasks.image_sets import Drawing, ImageProblemData, Images, Scaling, require_classes
 from metadist.trees import Params
 
 

@@ -19,13 +19,7 @@ from torch import Tensor, nn
 from metadist.checks.values import check, require_integer
 from metadist.problem import Problem
 from metadist.task import Batch, Task
-from metadist.tasks.network import (
-    call,
-    check_model,
-    plain_module,
-    trainable,
-    without_parameters,
-)
+from metadist.tasks.network import call, check_model, plain_module, trainable, without_parameters
 from metadist.trees import Params, dot
 
 

@@ -8,13 +8,7 @@ import torch
 from metadist.algorithms.bome import BOME
 from metadist.tasks.synthetic.toys import Coreset, Degenerate, Minimax, Toy
 from metadist.trees import add
-from tests.algorithms.toys import (
-    alignment,
-    estimate,
-    point,
-    steep_quadratic,
-    toy_task,
-)
+from tests.algorithms.toys import alignment, estimate, point, steep_quadratic, toy_task
 from tests.problems import (
     Quadratic,
     Smooth,

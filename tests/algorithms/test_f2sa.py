@@ -9,12 +9,7 @@ import torch
 from metadist.algorithms.f2sa import F2SA
 from metadist.algorithms.reptile import Reptile
 from metadist.trees import add
-from tests.algorithms.toys import (
-    alignment,
-    estimate,
-    point,
-    steep_quadratic,
-)
+from tests.algorithms.toys import alignment, estimate, point, steep_quadratic
 from tests.problems import (
     Quadratic,
     assert_close,

@@ -9,13 +9,7 @@ from metadist.algorithms.meha import MEHA, MEHAState
 from metadist.step_rules import SGD
 from metadist.tasks.synthetic.toys import SINE_SOLUTION, Lasso, MerelyConvex, Sine
 from metadist.trees import add
-from tests.algorithms.toys import (
-    alignment,
-    counts_of,
-    estimate,
-    point,
-    toy_task,
-)
+from tests.algorithms.toys import alignment, counts_of, estimate, point, toy_task
 from tests.problems import (
     Quadratic,
     assert_close,

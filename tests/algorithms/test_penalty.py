@@ -7,12 +7,7 @@ import torch
 
 from metadist.algorithms.penalty import Penalty, PenaltyState
 from metadist.tasks.synthetic.toys import PenaltyToy
-from tests.algorithms.toys import (
-    alignment,
-    estimate,
-    point,
-    toy_task,
-)
+from tests.algorithms.toys import alignment, estimate, point, toy_task
 from tests.problems import (
     Quadratic,
     assert_close,

@@ -3,12 +3,7 @@
 from metadist.algorithms.sustain import SUSTAIN
 from metadist.autograd import AutogradOracle
 from tests.algorithms.toys import estimate, point
-from tests.problems import (
-    Quadratic,
-    assert_close,
-    golden_quadratic,
-    quadratic_task,
-)
+from tests.problems import Quadratic, assert_close, golden_quadratic, quadratic_task
 
 
 def test_all_lengths_occur_equally_often():

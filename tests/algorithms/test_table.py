@@ -31,11 +31,7 @@ from metadist.algorithms import (
 )  # fmt: skip
 from metadist.autograd import AutogradOracle
 from metadist.compute import Compute
-from metadist.flat_states import (
-    counters_of,
-    flatten_state,
-    unflatten_state,
-)
+from metadist.flat_states import counters_of, flatten_state, unflatten_state
 from metadist.hypergradient import task_hypergradients
 from metadist.oracle import CountingOracle
 from metadist.problem import Problem

@@ -9,13 +9,7 @@ from metadist.algorithms.ufom import UFOM
 from metadist.autograd import AutogradOracle
 from metadist.trees import add, sub
 from tests.algorithms.toys import estimate, point
-from tests.problems import (
-    Smooth,
-    assert_close,
-    generator,
-    golden_quadratic,
-    smooth_task,
-)
+from tests.problems import Smooth, assert_close, generator, golden_quadratic, smooth_task
 
 
 def smooth():

@@ -5,12 +5,7 @@ import torch
 
 from metadist.algorithms.vpbgd import VPBGD
 from metadist.tasks.synthetic.toys import Degenerate, PBGDToy
-from tests.algorithms.toys import (
-    alignment,
-    estimate,
-    point,
-    toy_task,
-)
+from tests.algorithms.toys import alignment, estimate, point, toy_task
 from tests.problems import (
     Quadratic,
     assert_close,

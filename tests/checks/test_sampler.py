@@ -15,13 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from metadist.checks.sampler import SamplerError, check_sampler
 from metadist.task import Batch, Task
-from metadist.tasks import (
-    EpisodeSampler,
-    FewShotDataset,
-    Glyphs,
-    ImageFolder,
-    Sinusoid,
-)
+from metadist.tasks import EpisodeSampler, FewShotDataset, Glyphs, ImageFolder, Sinusoid
 from tests.tasks.helpers import striped, write_tree
 
 

@@ -9,9 +9,7 @@ import pytest
 import yaml
 
 from tests.cli.helpers import flat
-from tests.helpers import (
-    words,
-)
+from tests.helpers import words
 
 SMALL = words(
     "check-hypergradient --sampler sinusoid --sampler.k_shot 5 --problem.model mlp "

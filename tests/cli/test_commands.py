@@ -15,15 +15,7 @@ import torch
 from metadist import CheckpointStore, __version__
 from metadist.cli import commands
 from tests.cli.helpers import saved
-from tests.helpers import (
-    CURVES,
-    Outcome,
-    finish,
-    last_state,
-    start,
-    store_of,
-    words,
-)
+from tests.helpers import CURVES, Outcome, finish, last_state, start, store_of, words
 
 
 def test_the_version_is_printed(cli):

@@ -9,11 +9,7 @@ from pathlib import Path
 import pytest
 
 from metadist import evaluate
-from tests.helpers import (
-    curves,
-    make_trainer,
-    store_of,
-)
+from tests.helpers import curves, make_trainer, store_of
 
 
 def test_evaluate_judges_on_another_split(cli, run):

@@ -7,13 +7,7 @@ import re
 import pytest
 
 from tests.cli.helpers import damage, saved
-from tests.helpers import (
-    CURVES,
-    contents,
-    last_state,
-    store_of,
-    words,
-)
+from tests.helpers import CURVES, contents, last_state, store_of, words
 
 
 def test_resume_goes_on_to_the_bytes_of_an_undisturbed_run(cli, run, here):

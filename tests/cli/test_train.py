@@ -13,13 +13,7 @@ from metadist.cli import train
 from metadist.compute import Compute
 from metadist.outer import differences
 from tests.cli.helpers import saved
-from tests.helpers import (
-    CURVES,
-    curves,
-    last_state,
-    make_trainer,
-    words,
-)
+from tests.helpers import CURVES, curves, last_state, make_trainer, words
 from tests.tasks.helpers import write_tree
 
 

@@ -7,13 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from metadist.cluster import (
-    ASP,
-    Policy,
-    RayExecutor,
-    View,
-    Workers,
-)
+from metadist.cluster import ASP, Policy, RayExecutor, View, Workers
 from tests.algorithms.directions import MODES, NEW_TASKS, assert_resumes, trainer
 from tests.cluster.conftest import Shared
 from tests.problems import assert_same_bytes

@@ -15,16 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.processes import Script
-from tests.helpers import (
-    CURVES,
-    Outcome,
-    becomes,
-    finish,
-    last_state,
-    processes_with,
-    start,
-    words,
-)
+from tests.helpers import CURVES, Outcome, becomes, finish, last_state, processes_with, start, words
 
 # In one process tasks would go together otherwise, and their sums round differently.
 OPTIONS = words("--num_steps 200 --checkpoint_every 10 --tasks_per_lease 1")

@@ -10,10 +10,7 @@ from typing import Any
 import pytest
 
 from metadist import Callback, LocalExecutor, StepReport, Trainer
-from metadist.cluster import (
-    RayExecutor,
-    Workers,
-)
+from metadist.cluster import RayExecutor, Workers
 from metadist.executor import Executor
 from metadist.loggers import CSVLogger
 from metadist.run.status import run_status

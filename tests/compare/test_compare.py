@@ -21,14 +21,7 @@ from metadist.algorithms import AID, SOBA
 from metadist.compare.metrics import kept_metrics, solution_metrics
 from metadist.compare.plan import Comparison, Outcome, Run, differences, merge
 from metadist.compare.report import AXES, curves, rows, to_csv, to_markdown
-from metadist.compare.run import (
-    Budget,
-    Contender,
-    Record,
-    Spent,
-    read_records,
-    run_on_budget,
-)
+from metadist.compare.run import Budget, Contender, Record, Spent, read_records, run_on_budget
 from metadist.oracle import in_gradients
 from metadist.run.storage import Folder
 from metadist.tasks import FixedTasks

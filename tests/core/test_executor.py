@@ -17,13 +17,7 @@ from metadist.optimizer import OuterOptimizer
 from metadist.outer import OuterVariable
 from metadist.workload import Workload
 from tests.helpers import with_compute
-from tests.problems import (
-    Quadratic,
-    QuadraticSampler,
-    assert_close,
-    assert_same_bytes,
-    generator,
-)
+from tests.problems import Quadratic, QuadraticSampler, assert_close, assert_same_bytes, generator
 
 ADAM = OuterOptimizer("adam", lr=0.1, clip_norm=1.0, schedule="cosine", schedule_steps=8)
 

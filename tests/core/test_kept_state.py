@@ -7,20 +7,12 @@ import pytest
 import torch
 
 from metadist import OuterOptimizer, Trainer
-from metadist.algorithm import (
-    Algorithm,
-    InnerState,
-)
+from metadist.algorithm import Algorithm, InnerState
 from metadist.algorithms import AID, ITD, MRBO, Reptile
 from metadist.compute import Compute
 from metadist.evaluation import evaluate
 from metadist.executor import LocalExecutor
-from metadist.flat_states import (
-    counters_of,
-    flatten_state,
-    same_form,
-    unflatten_state,
-)
+from metadist.flat_states import counters_of, flatten_state, same_form, unflatten_state
 from metadist.hypergradient import task_hypergradients
 from metadist.models import MLP
 from metadist.outer import OuterVariable, StepRules

@@ -6,14 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from metadist.models import (
-    MLP,
-    Conv4,
-    ResNet12,
-    TaskBatchNorm,
-    norm_layer,
-    with_task_batch_norm,
-)
+from metadist.models import MLP, Conv4, ResNet12, TaskBatchNorm, norm_layer, with_task_batch_norm
 from metadist.rows import Rows, rows
 from tests.problems import assert_close, randn, random_like
 

@@ -8,15 +8,8 @@ from scipy.stats import chi2
 from torch.func import vmap
 
 from metadist.autograd import AutogradOracle
-from metadist.draws import (
-    Draw,
-    permuted,
-    random_keys,
-)
-from metadist.oracle import (
-    DERIVATIVES,
-    CountingOracle,
-)
+from metadist.draws import Draw, permuted, random_keys
+from metadist.oracle import DERIVATIVES, CountingOracle
 from metadist.task import stack_tasks
 from metadist.trees import dot
 from tests.problems import (

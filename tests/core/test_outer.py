@@ -11,19 +11,9 @@ from hypothesis import strategies as st
 
 from metadist.compute import intra_op_threads
 from metadist.optimizer import OPTIMIZERS, OuterOptimizer
-from metadist.outer import (
-    BLOCK,
-    OuterVariable,
-    StepRules,
-    norm_of_blocks,
-    shard_bounds,
-)
+from metadist.outer import BLOCK, OuterVariable, StepRules, norm_of_blocks, shard_bounds
 from metadist.trees import flatten
-from tests.problems import (
-    assert_same_bytes,
-    computed_lease,
-    generator,
-)
+from tests.problems import assert_same_bytes, computed_lease, generator
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "sgd": [{}, {"momentum": 0.9, "weight_decay": 0.1}, {"momentum": 0.9, "nesterov": True}],

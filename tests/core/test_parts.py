@@ -11,11 +11,7 @@ from metadist import OuterOptimizer, Trainer
 from metadist.algorithms import BOME, ITD, SOBA, FreePBGD
 from metadist.compare import kept_metrics
 from metadist.compute import Compute
-from metadist.draws import (
-    MiniBatches,
-    first_parts,
-    in_parts,
-)
+from metadist.draws import MiniBatches, first_parts, in_parts
 from metadist.evaluation import evaluate
 from metadist.hypergradient import task_hypergradients
 from metadist.problem import Problem

@@ -7,10 +7,7 @@ from my_tasks import MySampler  # type: ignore[import-not-found]
 
 import metadist
 from metadist.algorithms import ITD
-from metadist.cluster import (
-    RayExecutor,
-    Workers,
-)
+from metadist.cluster import RayExecutor, Workers
 from metadist.models import MLP
 from metadist.tasks import FewShotProblem
 

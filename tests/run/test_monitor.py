@@ -24,14 +24,7 @@ from metadist.outer import LeaseResult, StepResult
 from metadist.run.monitor import MAX_IMAGES, Monitor, TerminalProgress
 from metadist.run.names import scalar_name
 from metadist.task import Batch, Task
-from tests.helpers import (
-    Images,
-    Recording,
-    Spoiled,
-    curves,
-    images_of_conv4,
-    make_trainer,
-)
+from tests.helpers import Images, Recording, Spoiled, curves, images_of_conv4, make_trainer
 
 WARMING = OuterOptimizer("sgd", lr=0.1, warmup_steps=4)
 

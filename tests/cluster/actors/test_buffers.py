@@ -23,10 +23,7 @@ from metadist.cluster.parameter_server.server import ParameterServer
 from metadist.cluster.parameter_server.transport import Pulled, Pushed, receive
 from metadist.cluster.parameter_server.worker import Worker
 from metadist.optimizer import OuterOptimizer
-from metadist.outer import (
-    LeaseResult,
-    OuterVariable,
-)
+from metadist.outer import LeaseResult, OuterVariable
 from tests.cluster.toy import ADAM, Regression, first_state, make_workload, state_bytes
 
 SGD = OuterOptimizer("sgd", lr=1.0)

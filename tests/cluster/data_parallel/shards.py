@@ -12,10 +12,7 @@ from torch import Tensor
 from metadist import Trainer
 from metadist.algorithm import Algorithm
 from metadist.checks.preflight import initial_outer
-from metadist.cluster import (
-    DataParallelExecutor,
-    Workers,
-)
+from metadist.cluster import DataParallelExecutor, Workers
 from metadist.cluster.actors.failure import Failures
 from metadist.cluster.data_parallel.exchange import Package, Round
 from metadist.cluster.data_parallel.executor import check_workload

@@ -18,10 +18,7 @@ from metadist.cluster.data_parallel.data import (
     shard_fault,
     spread,
 )
-from metadist.draws import (
-    Draw,
-    Source,
-)
+from metadist.draws import Draw, Source
 from metadist.problem import Problem
 from metadist.task import Batch, Task, stay_on_host, stays_on_host
 from metadist.trees import Params, add, scale

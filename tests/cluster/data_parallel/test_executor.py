@@ -38,10 +38,7 @@ from metadist.algorithms import (
     StocBiO,
     SubBiO,
 )
-from metadist.cluster import (
-    DataParallelExecutor,
-    Workers,
-)
+from metadist.cluster import DataParallelExecutor, Workers
 from metadist.cluster.data_parallel.data import cut
 from metadist.cluster.data_parallel.exchange import Round
 from metadist.cluster.data_parallel.layout import METRICS, Reply

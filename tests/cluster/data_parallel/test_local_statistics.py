@@ -16,10 +16,7 @@ from metadist.algorithms import ITD
 from metadist.cluster import DataParallelExecutor
 from metadist.cluster.data_parallel.data import OwnDraws, ShardOracle, check_own_draws, cut
 from metadist.compute import Compute
-from metadist.draws import (
-    Draw,
-    MiniBatches,
-)
+from metadist.draws import Draw, MiniBatches
 from metadist.optimizer import OuterOptimizer
 from metadist.run.checkpoint import CheckpointError
 from metadist.step_rules import SGD

@@ -14,26 +14,11 @@ import ray
 import torch
 from ray import exceptions
 
-from metadist.cluster import (
-    ASP,
-    SSP,
-    Buffered,
-    Failures,
-    Server,
-    Workers,
-)
+from metadist.cluster import ASP, SSP, Buffered, Failures, Server, Workers
 from metadist.executor import StepReport
 from metadist.optimizer import OuterOptimizer
 from tests.algorithms.directions import run_in_one_process, with_what_a_step_leaves
-from tests.cluster.toy import (
-    ADAM,
-    Marks,
-    Tally,
-    first_state,
-    local_run,
-    make_workload,
-    state_bytes,
-)
+from tests.cluster.toy import ADAM, Marks, Tally, first_state, local_run, make_workload, state_bytes
 
 KINDS = ("worker by SIGKILL", "worker by ray.kill", "server by SIGKILL", "server by ray.kill")
 

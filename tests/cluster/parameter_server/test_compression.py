@@ -7,10 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from metadist.cluster import (
-    RayExecutor,
-    Workers,
-)
+from metadist.cluster import RayExecutor, Workers
 from metadist.cluster.actors.buffers import OuterSpec, pack_state, read_only
 from metadist.cluster.actors.runtime_env import pickle_by_value
 from metadist.cluster.parameter_server.compression import LARGEST, Bfloat16
@@ -20,14 +17,7 @@ from metadist.cluster.parameter_server.worker import Worker
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import LeaseResult
 from tests.algorithms.directions import run_in_one_process, with_what_a_step_leaves
-from tests.cluster.toy import (
-    ADAM,
-    Lines,
-    Regression,
-    first_state,
-    local_run,
-    make_workload,
-)
+from tests.cluster.toy import ADAM, Lines, Regression, first_state, local_run, make_workload
 from tests.problems import generator
 
 

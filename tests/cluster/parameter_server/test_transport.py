@@ -11,12 +11,7 @@ import pytest
 import ray
 import torch
 
-from metadist.cluster import (
-    Failures,
-    RayExecutor,
-    Server,
-    Workers,
-)
+from metadist.cluster import Failures, RayExecutor, Server, Workers
 from metadist.cluster.parameter_server.transport import OBJECT_STORE, Transport, receive
 from tests.algorithms.directions import with_what_a_step_leaves
 from tests.cluster.parameter_server.wide import (

@@ -7,11 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import (
-    DataLoader,
-    SubsetRandomSampler,
-    TensorDataset,
-)
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from metadist import Batch
 from metadist.tasks import LinearClassifier, LossWeighting, OneTask, check_sampler
