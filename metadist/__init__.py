@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from metadist.compute import Compute as Compute
     from metadist.draws import Draw as Draw
     from metadist.evaluation import EvaluationResult as EvaluationResult
-    from metadist.evaluation import Interval as Interval
     from metadist.evaluation import best_inner_steps as best_inner_steps
     from metadist.evaluation import evaluate as evaluate
     from metadist.executor import Executor as Executor
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from metadist.inference import adapt as adapt
     from metadist.inference import export as export
     from metadist.inference import predict as predict
+    from metadist.intervals import Interval as Interval
     from metadist.micro_batches import sum_of_micro_batches as sum_of_micro_batches
     from metadist.optimizer import OuterOptimizer as OuterOptimizer
     from metadist.oracle import CountingOracle as CountingOracle
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from metadist.run.checkpoint import CheckpointError as CheckpointError
     from metadist.run.checkpoint import CheckpointStore as CheckpointStore
     from metadist.run.fitting import TrainingDiverged as TrainingDiverged
+    from metadist.sampler import TaskSampler as TaskSampler
     from metadist.step_rules import SGD as SGD
     from metadist.step_rules import Adam as Adam
     from metadist.step_rules import AdamW as AdamW
     from metadist.step_rules import StepRule as StepRule
     from metadist.task import Batch as Batch
     from metadist.task import Task as Task
-    from metadist.task import TaskSampler as TaskSampler
     from metadist.trainer import Trainer as Trainer
     from metadist.trainer import TrainingResult as TrainingResult
     from metadist.trees import Params as Params

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from metadist.algorithm import Algorithm, split_own
-from metadist.compute import DEFAULT, Compute, Vectorize, is_out_of_memory, warn_once
+from metadist.compute import DEFAULT, Compute, Vectorize, warn_once
 from metadist.draws import first_parts
+from metadist.memory import is_out_of_memory
 from metadist.problem import Problem, context_of
 from metadist.task import Task, shape_signature, stays_on_host
 from metadist.trees import Params

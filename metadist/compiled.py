@@ -27,8 +27,8 @@ from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metadist.autograd import AutogradOracle, functional
-from metadist.compute import is_out_of_memory
 from metadist.draws import Draw
+from metadist.memory import is_out_of_memory
 from metadist.oracle import DERIVATIVES, Oracle, Program
 from metadist.problem import Problem
 from metadist.task import Batch, Task

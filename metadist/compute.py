@@ -274,46 +274,6 @@ def intra_op_threads(num_threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class DeviceMemoryError(RuntimeError):
-    """The memory of a GPU does not hold what is computed together."""
-
-
-OUT_OF_MEMORY = ("CUDA error: out of memory", "HIP error: out of memory", "_ALLOC_FAILED")
-"""What CUDA and its libraries say where torch's allocator was not asked."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of a GPU ran out."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
-
-
-@contextmanager
-def device_memory(work: str, **sizes: int | None) -> Iterator[None]:
-    """Within the block memory of a GPU that ran out is an error that says what to change.
-
-    Args:
-        work: What is computed, in words.
-        **sizes: The fields that decide how much is computed at once.
-
-    Raises:
-        DeviceMemoryError: It ran out. Nothing is tried again with less, which would change bytes.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        got = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        reason = str(error).strip().partition("\n")[0]
-        # Without the traceback, which ends anywhere in the problem and says nothing more.
-        raise DeviceMemoryError(
-            f"{' or '.join(sizes)} must be lower, since the GPU has too little memory for {work}, "
-            f"got {got}. It said: {reason}"
-        ) from None
-
-
 @lru_cache
 def warn_once(message: str) -> None:
     """Give this warning once in this process, whatever its filters say."""

@@ -6,8 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from statistics import NormalDist
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,42 +17,30 @@ from metadist.autograd import AutogradOracle
 from metadist.checks.purity import check_pure, is_known_pure
 from metadist.checks.values import require_number
 from metadist.chunks import FAILS_UNDER_VMAP, falls_back, vectorizes
-from metadist.compute import AS_TORCH_IS_SET, Compute, device_memory, pick_device
+from metadist.compute import AS_TORCH_IS_SET, Compute, pick_device
 from metadist.draws import in_parts
 from metadist.executor import Executor, LocalExecutor
 from metadist.feed import send
-from metadist.hypergradient import adaptation_metrics
+from metadist.intervals import Interval, mean_interval
+from metadist.memory import device_memory
+from metadist.metrics import adaptation_metrics
 from metadist.problem import HasModel, Problem, carries, context_of, start_carried, with_carried
-from metadist.step_rules import SGD
-from metadist.task import (
+from metadist.sampler import (
     NamesTasks,
     Stream,
-    Task,
     TaskSampler,
     num_tasks_of,
     require_sampler,
     require_steps,
     sample_task,
-    stack_tasks,
-    targets_of,
-    to_device,
 )
+from metadist.step_rules import SGD
+from metadist.task import Task, stack_tasks, targets_of, to_device
 from metadist.trees import Params, detach, tree_map
 
 TASKS_AT_A_TIME = 25
 TASKS_ONE_BY_ONE = 5
 """The tasks that travel to a worker together where they are not computed together anyway."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over tasks and the half width of its 95 % confidence interval (Student's t)."""
-
-    mean: float
-    half_width: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f} +- {self.half_width:.4f}"
 
 
 @dataclass(frozen=True)
@@ -497,35 +484,6 @@ def with_inner_steps(algorithm: Algorithm, inner_steps: int) -> Algorithm:
             f"inner steps of an evaluation must suit {type(algorithm).__name__}, got "
             f"{inner_steps}: {error}"
         ) from error
-
-
-def mean_interval(values: list[float]) -> Interval:
-    """The mean of `values` (at least 2) and the half width of its 95 % t-interval."""
-    count = len(values)
-    mean = math.fsum(values) / count
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    return Interval(mean, student_t(count - 1) * math.sqrt(variance / count))
-
-
-@lru_cache
-def student_t(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t, by bisection on its distribution function."""
-
-    def upper_tail(t: float) -> float:
-        # Simpson's rule on x = sqrt(degrees) tan(angle), where the density is cos^(degrees-1).
-        angle = math.atan(t / math.sqrt(degrees))
-        steps = 2000
-        width = angle / steps
-        heights = [math.cos(width * i) ** (degrees - 1) for i in range(steps + 1)]
-        area = heights[0] + 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2]) + heights[-1]
-        scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2))
-        return 0.5 - area * width / 3 * scale / math.sqrt(math.pi)
-
-    low, high = NormalDist().inv_cdf(0.975), 13.0  # 12.71 with one degree of freedom
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if upper_tail(middle) > 0.025 else (low, middle)
-    return (low + high) / 2
 
 
 def describe_sampler(sampler: Any) -> str:

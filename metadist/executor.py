@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from metadist.checks.values import check
-from metadist.compute import Compute, device_memory, intra_op_threads, pick_device, wants_gpu
+from metadist.compute import Compute, intra_op_threads, pick_device, wants_gpu
 from metadist.feed import Feed
+from metadist.memory import device_memory
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable, StepResult
 from metadist.retry import Retries, Watchdog
+from metadist.sampler import TaskSampler
 from metadist.signals import signals_held
-from metadist.task import TaskSampler
 from metadist.trees import Params
 from metadist.workload import Lease, Workload
 

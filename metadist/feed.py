@@ -19,20 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metadist.task import (
-    Packed,
-    Resident,
-    Stream,
-    Task,
-    TaskSampler,
-    num_tasks_of,
-    one_at_a_time,
-    sample_task,
-    stays_on_host,
-    tensors_of,
-    to_device,
-    with_tensors,
-)
+from metadist.sampler import Resident, Stream, TaskSampler, num_tasks_of, one_at_a_time, sample_task
+from metadist.task import Task, stays_on_host, tensors_of, to_device, with_tensors
 
 log = logging.getLogger("metadist.feed")
 
@@ -211,6 +199,48 @@ def send(tasks: list[Task], device: torch.device, dtype: torch.dtype) -> list[Ta
     ]
     there = iter(Packed.of(everything, device.type == "cuda").there(device))
     return [with_tensors(task, list(islice(there, len(tensors_of(task))))) for task in tasks]
+
+
+class Packed(NamedTuple):
+    """Tensors one after another in the bytes of one, which a GPU receives in one piece.
+
+    Args:
+        buffer: uint8, in pinned memory where a GPU is to read it.
+        layout: Where each tensor begins, its dtype and its shape.
+    """
+
+    buffer: Tensor
+    layout: list[tuple[int, torch.dtype, torch.Size]]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], pinned: bool = False) -> Packed:
+        """A copy of these tensors of the CPU."""
+        layout = []
+        end = 0
+        for tensor in tensors:
+            layout.append((end, tensor.dtype, tensor.shape))
+            # As far apart as torch's own allocations, for kernels that read aligned words.
+            end += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+        # torch keeps pinned memory for the next time, when no copy from it is under way any more.
+        buffer = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+        for view, tensor in zip(_views(buffer, layout), tensors, strict=True):
+            view.copy_(tensor)
+        return cls(buffer, layout)
+
+    def there(self, device: torch.device | str) -> list[Tensor]:
+        """The tensors on `device`, after one copy, which is not waited for if it is pinned."""
+        return _views(self.buffer.to(device, non_blocking=True), self.layout)
+
+
+_ALIGNED = 512
+
+
+def _views(buffer: Tensor, layout: list[tuple[int, torch.dtype, torch.Size]]) -> list[Tensor]:
+    views = []
+    for start, dtype, shape in layout:
+        size = shape.numel() * dtype.itemsize
+        views.append(buffer[start : start + size].view(dtype).view(shape))
+    return views
 
 
 class _Prepared(NamedTuple):

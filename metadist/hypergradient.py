@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -29,9 +29,10 @@ from metadist.compute import AS_TORCH_IS_SET, Compute
 from metadist.draws import first_parts
 from metadist.flat_states import counters_of_all, flatten_state, split_state, unflatten_state
 from metadist.graphs import graphs_of, plain_settings
+from metadist.metrics import adaptation_metrics
 from metadist.oracle import Constants, CountingOracle
-from metadist.problem import Problem, carries, carry, loss_and_metrics, start_carried, with_carried
-from metadist.task import Batch, Task, stack_tasks
+from metadist.problem import Problem, carries, carry, start_carried, with_carried
+from metadist.task import Task, stack_tasks
 from metadist.trees import (
     Params,
     detach,
@@ -505,46 +506,6 @@ class _Run(NamedTuple):
 
 def _summed(tree: Params) -> Params:
     return {name: leaf.sum(0) for name, leaf in tree.items()}
-
-
-def adaptation_metrics(
-    problem: Problem,
-    context: Params,
-    start: Params | None,
-    adapted: Params,
-    support: Parts,
-    query: Parts,
-) -> dict[str, Tensor]:
-    """Losses and metrics of one task at `adapted`, and (names ending in `_before`) at `start`."""
-    points = {"": adapted} if start is None else {"": adapted, "_before": start}
-
-    def of_support(batch: Batch) -> dict[str, Tensor]:
-        return {"support_loss": problem.inner_loss(context, adapted, batch)}
-
-    def of_query(batch: Batch) -> dict[str, Tensor]:
-        found = {}
-        for suffix, inner in points.items():
-            loss, others = loss_and_metrics(problem, context, inner, batch)
-            for name, value in {"loss": loss, **others}.items():
-                found[f"query_{name}{suffix}"] = value
-        return found
-
-    return {**mean_over(support, of_support), **mean_over(query, of_query)}
-
-
-Parts = Iterable[tuple[float, Batch]]
-"""The parts of a set with their shares of it, see `in_parts`."""
-
-
-def mean_over(parts: Parts, function: Callable[[Batch], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean by name of what `function` returns for parts, weighted by their shares."""
-    mean: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for share, batch in parts:
-            for name, value in function(batch).items():
-                part = value.detach() if share == 1 else share * value.detach()
-                mean[name] = mean[name] + part if name in mean else part
-    return mean
 
 
 def _results(totals: tuple[Tensor, ...], states: Tensor | None) -> list[Tensor]:

@@ -14,15 +14,8 @@ from metadist.draws import Source
 from metadist.evaluation import with_inner_steps
 from metadist.flat_states import counters_of, split_state, unflatten_state
 from metadist.problem import HasModel, Problem, context_of, has_few_shot_classes, start_carried
-from metadist.task import (
-    Batch,
-    Task,
-    TaskSampler,
-    sample_task,
-    shape_signature,
-    targets_of,
-    to_device,
-)
+from metadist.sampler import TaskSampler, sample_task
+from metadist.task import Batch, Task, shape_signature, targets_of, to_device
 from metadist.trees import Params, detach
 
 EXPORT_TOLERANCE = 1e-3

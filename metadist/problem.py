@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from metadist.compute import DEFAULT, Compute
-from metadist.task import Batch, Task, TaskSampler
+from metadist.sampler import TaskSampler
+from metadist.task import Batch, Task
 from metadist.trees import Params, detach, gradients, leaves
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from metadist.compute import DeviceMemoryError
+from metadist.memory import DeviceMemoryError
 
 log = logging.getLogger("metadist.retry")
 

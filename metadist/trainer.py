@@ -44,8 +44,9 @@ from metadist.run.processes import software
 from metadist.run.rebuild import config_of
 from metadist.run.run_folder import RunFolder
 from metadist.run.settings import as_text, difference, recorded
+from metadist.sampler import TaskSampler, last_step, require_steps, sample_task
 from metadist.signals import OneStop
-from metadist.task import Batch, Task, TaskSampler, last_step, require_steps, sample_task, to_device
+from metadist.task import Batch, Task, to_device
 from metadist.trees import Params
 from metadist.workload import Workload, tasks_of_steps
 
@@ -345,7 +346,7 @@ class Trainer:
 
     @property
     def last_step(self) -> int:
-        """See `metadist.task.last_step`."""
+        """See `metadist.sampler.last_step`."""
         return last_step(self.version)
 
     @property

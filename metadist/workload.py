@@ -18,20 +18,21 @@ from torch import Tensor
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.checks.values import check_fields, rule
-from metadist.compute import Compute, device_memory
+from metadist.compute import Compute
 from metadist.feed import Feed, Wanted, send
 from metadist.hypergradient import HypergradientSum, task_hypergradients
+from metadist.memory import device_memory
 from metadist.outer import Contribution, LeaseResult, StepRules
 from metadist.problem import Problem, check_rows, is_constrained
-from metadist.task import (
+from metadist.sampler import (
     Repeatable,
     Stream,
-    Task,
     TaskSampler,
     num_tasks_of,
     require_sampler,
     sample_task,
 )
+from metadist.task import Task
 from metadist.trees import Params, flatten
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from metadist.draws import in_parts
-from metadist.hypergradient import mean_over
+from metadist.metrics import mean_over
 from metadist.problem import Problem
 from metadist.task import Batch, Task, to_device
 from metadist.tasks.data.sets import Data, batch_of

@@ -16,7 +16,7 @@ from metadist.cluster.actors.errors import (
     WorkerLostError,
     message,
 )
-from metadist.compute import DeviceMemoryError
+from metadist.memory import DeviceMemoryError
 from metadist.retry import is_worth_a_try, pause_after
 
 

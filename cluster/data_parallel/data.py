@@ -27,16 +27,8 @@ from metadist.autograd import AutogradOracle
 from metadist.compute import DEFAULT
 from metadist.draws import SOURCES, BatchSize, Draw, MiniBatches, Source, permuted
 from metadist.problem import Problem, per_example_names
-from metadist.task import (
-    Batch,
-    Labelled,
-    Shardable,
-    Task,
-    TaskSampler,
-    stay_on_host,
-    stays_on_host,
-    targets_of,
-)
+from metadist.sampler import Labelled, Shardable, TaskSampler
+from metadist.task import Batch, Task, stay_on_host, stays_on_host, targets_of
 from metadist.trees import Params, gradients, leaves
 
 

@@ -43,8 +43,8 @@ from metadist.oracle import Constants, CountingOracle
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable
 from metadist.problem import carries, check_rows, has_inner_map
 from metadist.retry import Retries
+from metadist.sampler import Shardable, Stream, TaskSampler
 from metadist.signals import signals_held
-from metadist.task import Shardable, Stream, TaskSampler
 from metadist.trees import Params, flatten, zeros_like
 from metadist.workload import Lease, Workload
 

@@ -24,9 +24,11 @@ from metadist.cluster.data_parallel.layout import (
     ShardCheck,
     ShardInfo,
 )
-from metadist.compute import device_memory, pick_device
+from metadist.compute import pick_device
 from metadist.draws import SOURCES
-from metadist.hypergradient import adaptation_metrics, attention_for
+from metadist.hypergradient import attention_for
+from metadist.memory import device_memory
+from metadist.metrics import adaptation_metrics
 from metadist.oracle import DERIVATIVES, Oracle
 from metadist.task import Task, to_device
 from metadist.trees import Params, check_flattenable

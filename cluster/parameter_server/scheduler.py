@@ -19,7 +19,7 @@ from metadist.cluster.parameter_server.supervisor import ServerGone, SumLost, Su
 from metadist.cluster.parameter_server.worker_pool import Done, Fetch, Fetched, Lost, WorkerPool
 from metadist.executor import StepReport
 from metadist.outer import Numbers, StepResult
-from metadist.task import Stream
+from metadist.sampler import Stream
 from metadist.workload import Lease, Workload
 
 T = TypeVar("T")

@@ -44,7 +44,8 @@ from metadist.draws import BatchSize
 from metadist.hypergradient import task_hypergradients
 from metadist.oracle import CountingOracle
 from metadist.problem import Problem, carries, context_of, is_nonsmooth
-from metadist.task import Task, TaskSampler, to_device
+from metadist.sampler import TaskSampler
+from metadist.task import Task, to_device
 from metadist.trees import (
     Params,
     add,

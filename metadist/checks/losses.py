@@ -22,15 +22,8 @@ from metadist.problem import (
     start_depends_on,
     with_carried,
 )
-from metadist.task import (
-    Task,
-    TaskSampler,
-    num_steps_of,
-    num_tasks_of,
-    sample_task,
-    targets_of,
-    to_device,
-)
+from metadist.sampler import TaskSampler, num_steps_of, num_tasks_of, sample_task
+from metadist.task import Task, targets_of, to_device
 from metadist.trees import Params, tree_map
 
 

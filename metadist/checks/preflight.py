@@ -31,7 +31,8 @@ from metadist.problem import (
     is_nonsmooth,
     start_depends_on,
 )
-from metadist.task import Stream, Task, TaskSampler
+from metadist.sampler import Stream, TaskSampler
+from metadist.task import Task
 from metadist.trees import (
     Params,
     add,

@@ -20,19 +20,16 @@ import torch
 from torch import Tensor
 
 from metadist.checks.values import normal_form, require_integer
-from metadist.task import (
-    Batch,
+from metadist.sampler import (
     NamedClasses,
     Resident,
     Stream,
-    Task,
     num_steps_of,
     num_tasks_of,
     require_sampler,
     sample_task,
-    shape_signature,
-    targets_of,
 )
+from metadist.task import Batch, Task, shape_signature, targets_of
 from metadist.trees import as_bytes
 
 OTHER_TARGETS = (
@@ -122,7 +119,7 @@ def check_sampler(
     allow_equal_examples: bool = False,
     few_shot_classes: bool | None = None,
 ) -> SamplerReport:
-    """Facts about a sampler that keeps the contract of `metadist.task.TaskSampler`.
+    """Facts about a sampler that keeps the contract of `metadist.sampler.TaskSampler`.
 
     Checked on the tasks 0 .. num_tasks-1: they are Tasks of Batches with equal lengths and
     `index = 0, 1, ...`; `id` is the index; numbers are finite; integer targets, where they are the

@@ -25,7 +25,7 @@ from metadist.compare.run import MAX_STEPS, Contender
 from metadist.evaluation import EvaluationResult
 from metadist.run.files import MAX_CONFIG_BYTES
 from metadist.run.storage import Folder, write_json
-from metadist.task import num_tasks_of
+from metadist.sampler import num_tasks_of
 from metadist.workload import trains_start
 
 LOCAL = class_path("executors", "local")

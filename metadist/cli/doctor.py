@@ -236,7 +236,8 @@ def model(config: Namespace) -> Iterator[Finding]:
     from metadist.chunks import FAILS_UNDER_VMAP
     from metadist.cli.workload import instantiate
     from metadist.hypergradient import task_hypergradients
-    from metadist.task import sample_task, to_device
+    from metadist.sampler import sample_task
+    from metadist.task import to_device
     from metadist.workload import Workload
 
     try:

@@ -58,7 +58,8 @@ def run(config: Namespace) -> int:
     from metadist.cli.images import support_of
     from metadist.cli.trained import load
     from metadist.inference import inputs_of
-    from metadist.task import Batch, Task, num_tasks_of
+    from metadist.sampler import num_tasks_of
+    from metadist.task import Batch, Task
 
     if not config.output.endswith((PROGRAM, WEIGHTS)):
         raise ValueError(f"output must end in {PROGRAM} or {WEIGHTS}, got {config.output!r}")
@@ -93,7 +94,7 @@ def run(config: Namespace) -> int:
 
 def _task_of(trained: Trained, number: int) -> Task:
     """A task of the run's data, by its number."""
-    from metadist.task import num_tasks_of, sample_task
+    from metadist.sampler import num_tasks_of, sample_task
 
     num_tasks = num_tasks_of(trained.sampler)
     if number < 0 or (num_tasks is not None and number >= num_tasks):

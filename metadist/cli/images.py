@@ -12,8 +12,9 @@ from torch import Tensor
 from metadist.checks.paths import absent
 from metadist.cli.trained import Trained
 from metadist.problem import has_few_shot_classes
-from metadist.task import Batch, ReadsImages, Task, num_tasks_of
-from metadist.task import Labelled as HasClasses
+from metadist.sampler import Labelled as HasClasses
+from metadist.sampler import ReadsImages, num_tasks_of
+from metadist.task import Batch, Task
 from metadist.tasks.data.images import look_into
 
 

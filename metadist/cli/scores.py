@@ -34,7 +34,7 @@ def run(config: Namespace) -> int:
     from metadist.cli import train
     from metadist.cli.trained import load
     from metadist.problem import HasScores
-    from metadist.task import sample_task
+    from metadist.sampler import sample_task
 
     out = output_file("out", config.out)
     saved = train.saved_config(config.run_dir)

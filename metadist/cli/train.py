@@ -24,7 +24,7 @@ from metadist.run.files import CHECKPOINTS, CONFIG, MAX_CONFIG_BYTES, RESULT
 from metadist.run.rebuild import require_known, require_same
 from metadist.run.storage import Folder, write_json
 from metadist.run.text import printable
-from metadist.task import TaskSampler, require_steps
+from metadist.sampler import TaskSampler, require_steps
 from metadist.trainer import Trainer, headline
 
 SECTIONS = {

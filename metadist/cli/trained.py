@@ -21,7 +21,8 @@ from metadist.problem import Problem
 from metadist.run.checkpoint import CheckpointStore, check_same_model
 from metadist.run.files import CHECKPOINTS
 from metadist.run.storage import Folder
-from metadist.task import Batch, Task, TaskSampler, last_step
+from metadist.sampler import TaskSampler, last_step
+from metadist.task import Batch, Task
 from metadist.trees import Params
 from metadist.workload import Workload
 
@@ -53,7 +54,7 @@ class Trained:
 
     @property
     def last_step(self) -> int:
-        """See `metadist.task.last_step`."""
+        """See `metadist.sampler.last_step`."""
         return last_step(self.version)
 
     def predict(self, task: Task | Batch, inputs: Tensor | None = None) -> Tensor:

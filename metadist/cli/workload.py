@@ -15,7 +15,8 @@ from metadist.cli.mistakes import parameters_of
 from metadist.cli.names import ProblemBase, SamplerBase, kind_of
 from metadist.cli.parsing import Parser
 from metadist.cli.sizes import are_open, fill
-from metadist.task import Shardable, Stream, Task, sample_task
+from metadist.sampler import Shardable, Stream, sample_task
+from metadist.task import Task
 
 
 def add_config(parser: Parser) -> None:

@@ -9,9 +9,10 @@ import torch
 from metadist.algorithm import split_own
 from metadist.compute import DEFAULT, Compute
 from metadist.draws import in_parts
-from metadist.hypergradient import adaptation_metrics
+from metadist.metrics import adaptation_metrics
 from metadist.problem import Problem, context_of
-from metadist.task import Measured, TaskSampler, sample_task, to_device
+from metadist.sampler import Measured, TaskSampler, sample_task
+from metadist.task import to_device
 from metadist.trainer import Trainer
 from metadist.trees import Params
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from metadist.compare.plan import Comparison, Outcome, Run
 from metadist.compare.run import Record
-from metadist.evaluation import Interval, mean_interval
+from metadist.intervals import Interval, mean_interval
 
 SPENT = r"steps|seconds|gradients|calls .*|.* per step"
 """The columns of what a run has spent; the others are metrics."""

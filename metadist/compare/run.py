@@ -16,7 +16,7 @@ from metadist.run.checkpoint import CheckpointError, CheckpointStore, name_of
 from metadist.run.files import CHECKPOINTS
 from metadist.run.monitor import calls_of
 from metadist.run.storage import Folder
-from metadist.task import Stream, sample_task
+from metadist.sampler import Stream, sample_task
 from metadist.trainer import Trainer
 
 RECORDS = "records.jsonl"

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from metadist.checks.values import plain
 from metadist.draws import first_parts
 from metadist.problem import Problem
-from metadist.task import Task, TaskSampler, sample_task, stays_on_host, to_device
+from metadist.sampler import TaskSampler, sample_task
+from metadist.task import Task, stays_on_host, to_device
 from metadist.trees import Params
 
 HEADER = (

@@ -28,7 +28,7 @@ import torch
 
 from metadist import SGD, Algorithm, OuterOptimizer, Trainer
 from metadist.algorithms import BOME, DARTS, F2SA, MEHA, SAMA, T1T2
-from metadist.evaluation import mean_interval
+from metadist.intervals import mean_interval
 from metadist.tasks import ArchitectureSearch, Genotype, ImageData, Supernet, retrain
 
 METHODS: dict[str, Callable[[SGD], Algorithm]] = {

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from metadist import OuterOptimizer, Trainer
 from metadist.algorithms import ITD
-from metadist.evaluation import evaluate_tasks, mean_interval
+from metadist.evaluation import evaluate_tasks
+from metadist.intervals import mean_interval
 from metadist.models import MLP, Conv4
 from metadist.tasks import FewShotProblem, Glyphs, Sinusoid
 

@@ -20,7 +20,8 @@ from metadist.checks.values import check, require_integer
 from metadist.factory import ModelFactory
 from metadist.micro_batches import sum_of_micro_batches
 from metadist.problem import Problem
-from metadist.task import Batch, Task, TaskSampler
+from metadist.sampler import TaskSampler
+from metadist.task import Batch, Task
 from metadist.tasks.language.token_files import IGNORED
 from metadist.tasks.language.weights import SourceWeights, Weights
 from metadist.tasks.network import call, constants, plain_module

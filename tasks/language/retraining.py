@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metadist.checks.values import check, require_integer
-from metadist.evaluation import Interval, mean_interval
 from metadist.factory import ModelFactory
+from metadist.intervals import Interval, mean_interval
 from metadist.step_rules import AdamW, StepRule
 from metadist.task import Batch, to_device
 from metadist.tasks.data.random import Random

@@ -24,7 +24,8 @@ from metadist.optimizer import OuterOptimizer
 from metadist.oracle import Oracle
 from metadist.outer import OuterState, OuterVariable
 from metadist.problem import Problem
-from metadist.task import Batch, Task, TaskSampler
+from metadist.sampler import TaskSampler
+from metadist.task import Batch, Task
 from metadist.trees import Params, add, zeros_like
 from metadist.workload import Workload
 

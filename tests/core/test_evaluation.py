@@ -14,15 +14,8 @@ import torch
 from metadist import AutogradOracle, LocalExecutor, best_inner_steps, evaluate, predict
 from metadist.algorithms import ITD, Reptile
 from metadist.compute import AS_TORCH_IS_SET, Compute
-from metadist.evaluation import (
-    EvaluationResult,
-    Interval,
-    describe_sampler,
-    evaluate_tasks,
-    mean_interval,
-    student_t,
-    with_inner_steps,
-)
+from metadist.evaluation import EvaluationResult, describe_sampler, evaluate_tasks, with_inner_steps
+from metadist.intervals import Interval, mean_interval, student_t
 from metadist.models import Conv4
 from metadist.problem import Problem
 from metadist.step_rules import SGD, Adam

@@ -15,9 +15,10 @@ from metadist import LocalExecutor, OuterOptimizer
 from metadist.algorithms import ITD
 from metadist.checks.sampler import SamplerError, check_sampler
 from metadist.compute import Compute
-from metadist.feed import Feed, Wanted
+from metadist.feed import Feed, Packed, Wanted
 from metadist.outer import OuterVariable
-from metadist.task import Batch, Packed, Resident, Task, sample_task, tensors_of, to_device
+from metadist.sampler import Resident, sample_task
+from metadist.task import Batch, Task, tensors_of, to_device
 from metadist.tasks import CorruptedImages, FewShotDataset, FewShotProblem, Glyphs, ImageFolder
 from metadist.tasks.few_shot.episodes import ClassImages, EpisodeSampler
 from metadist.workload import Workload

@@ -15,7 +15,8 @@ from metadist.compute import Compute
 from metadist.evaluation import evaluate
 from metadist.outer import OuterVariable, differences
 from metadist.problem import Problem
-from metadist.task import Batch, Task, num_steps_of, sample_task
+from metadist.sampler import num_steps_of, sample_task
+from metadist.task import Batch, Task
 from metadist.tasks import FixedTasks
 from metadist.workload import Workload
 from tests.cluster.data_parallel.shards import InProcess

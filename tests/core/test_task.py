@@ -5,15 +5,8 @@ import pickle
 import pytest
 import torch
 
-from metadist.task import (
-    Batch,
-    Task,
-    TaskSampler,
-    shape_signature,
-    stack_tasks,
-    targets_of,
-    to_device,
-)
+from metadist.sampler import TaskSampler
+from metadist.task import Batch, Task, shape_signature, stack_tasks, targets_of, to_device
 from tests.problems import QuadraticSampler, image_task, quadratic_task
 
 

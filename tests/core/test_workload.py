@@ -12,15 +12,9 @@ import torch
 from metadist import LocalExecutor, OuterOptimizer, evaluate
 from metadist.algorithms import ITD
 from metadist.chunks import falls_back
-from metadist.compute import (
-    NEWER_SWITCHES,
-    SWITCHES,
-    Compute,
-    DeviceMemoryError,
-    intra_op_threads,
-    pick_device,
-)
+from metadist.compute import NEWER_SWITCHES, SWITCHES, Compute, intra_op_threads, pick_device
 from metadist.hypergradient import task_hypergradients
+from metadist.memory import DeviceMemoryError
 from metadist.outer import OuterVariable
 from metadist.trees import flatten
 from metadist.workload import Workload

@@ -15,10 +15,12 @@ from torch import nn
 from metadist import LocalExecutor, OuterOptimizer, Trainer, evaluate, task_hypergradients
 from metadist.algorithm import Algorithm
 from metadist.algorithms import AID, BOME, ITD, SOBA, LancBiO
-from metadist.compute import Compute, DeviceMemoryError
+from metadist.compute import Compute
 from metadist.feed import Feed, Wanted
+from metadist.memory import DeviceMemoryError
 from metadist.models import MLP, Conv4, rematerialise
-from metadist.task import TaskSampler, sample_task, tensors_of, to_device
+from metadist.sampler import TaskSampler, sample_task
+from metadist.task import tensors_of, to_device
 from metadist.tasks import CorruptedImages, FewShotProblem, Glyphs, Sinusoid
 from metadist.trees import Params, flatten
 from tests.algorithms.test_there import KINDS, METHODS, start_of

@@ -24,7 +24,7 @@ from metadist.cluster.actors.failure import (
     Replace,
     Retry,
 )
-from metadist.compute import DeviceMemoryError
+from metadist.memory import DeviceMemoryError
 
 LEASE = "lease 7 (tasks 14, 15)"
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metadist.task import TaskSampler
+from metadist.sampler import TaskSampler
 from metadist.tasks import ClassImages, EpisodeSampler, Random
 from tests.tasks.helpers import equal, refusal, striped
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from metadist.task import TaskSampler
+from metadist.sampler import TaskSampler
 from metadist.tasks import Sinusoid
 from tests.tasks.helpers import equal, refusal
 
