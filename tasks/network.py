@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -13,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from metadist.copies import copy_module
 from metadist.models import TaskBatchNorm
 from metadist.rematerialise import as_plain, refuse_checkpointing
 from metadist.trees import Params
@@ -106,6 +106,13 @@ def call(module: nn.Module, params: Params, *inputs: Tensor, **named: Tensor) ->
         for place in given:
             place.owner[place.name] = params[place.key]
         output: Tensor = module(*inputs, **named)
+    except RuntimeError as error:
+        if "meta" not in str(error):
+            raise
+        raise ValueError(
+            f"model must read its weights from its layers, got {type(module).__name__}, in which "
+            f"a hook, a list or a function holds one itself ({error}): let it hold the layer"
+        ) from error
     finally:
         for place, leaf in zip(given, own, strict=True):
             place.owner[place.name] = leaf
@@ -131,7 +138,7 @@ def without_parameters(model: nn.Module) -> nn.Module:
         if leaf.requires_grad
     }
     try:
-        copied = copy.deepcopy(model, memo)
+        copied = copy_module(model, memo)
     except Exception as error:  # whatever a user's class raises
         raise ValueError(
             f"model must be a module that copy.deepcopy can copy, got {type(model).__name__}, "
@@ -203,7 +210,7 @@ def plain_module(model: nn.Module, params: Params, inputs: Tensor) -> nn.Module:
         params: Its trainable parameters, named as by `trainable`.
         inputs: The support inputs, whose statistics "inductive" batch norm keeps.
     """
-    module = as_plain(copy.deepcopy(model))
+    module = as_plain(copy_module(model, {}))
     made: dict[str, nn.Parameter] = {}
     for place in _places(module):
         if place.key in params:
@@ -286,7 +293,7 @@ class Head:
         memo: dict[int, Any] = {id(leaf): leaf for leaf in model.parameters()}
         memo |= {id(leaf): leaf for leaf in model.buffers()}
         memo[id(self.head)] = nn.Identity()  # in all places where the model has it
-        self.body = copy.deepcopy(model, memo)
+        self.body = copy_module(model, memo)
         for shared, leaf in self.body.named_parameters():
             if leaf.requires_grad and whole[id(leaf)] in self._names:
                 raise ValueError(

@@ -6,15 +6,13 @@ arguments and all tensors and arrays that the problem holds are compared byte by
 
 from __future__ import annotations
 
-import copy
-import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count, pairwise
-from types import CellType, FunctionType, ModuleType
+from types import FunctionType
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -38,7 +36,9 @@ from metadist.checks.contents import (
     walk,
 )
 from metadist.compute import Compute
+from metadist.copies import deep_copy, originals_of, reachable
 from metadist.problem import (
+    HasModel,
     Problem,
     has_inner_map,
     is_constrained,
@@ -119,47 +119,15 @@ def _copy(problem: Problem) -> Problem:
         TypeError: Something within acts at its end: that of a copy may delete a folder of both.
     """
     memo: dict[int, Any] = {}
-    cells: dict[int, tuple[CellType, CellType]] = {}  # of closures, which deepcopy would share
-    for part in _reachable(problem):
+    functions = []
+    for part in reachable(problem):
         if hasattr(type(part), "__del__"):
             raise TypeError(f"{type(part).__name__} must have no __del__ to be copied, got one")
         if isinstance(part, Tensor | np.ndarray) and _memory(part) > SHARED:
             memo[id(part)] = part
         elif isinstance(part, FunctionType) and part.__closure__:
-            for cell in part.__closure__:
-                memo[id(cell)] = cells.setdefault(id(cell), (cell, CellType()))[1]
-            closure = tuple(memo[id(cell)] for cell in part.__closure__)
-            alike = FunctionType(
-                part.__code__, part.__globals__, part.__name__, part.__defaults__, closure
-            )
-            alike.__kwdefaults__ = part.__kwdefaults__
-            vars(alike).update(vars(part))
-            memo[id(part)] = alike
-    copied = copy.deepcopy(problem, memo)
-    for cell, alike_cell in cells.values():
-        with suppress(ValueError):  # of an empty cell
-            alike_cell.cell_contents = content = cell.cell_contents
-            with suppress(Exception):  # what cannot be copied is shared
-                alike_cell.cell_contents = copy.deepcopy(content, memo)
-    return copied
-
-
-def _reachable(problem: Problem) -> Iterator[Any]:
-    """Everything that a copy of `problem` may hold: also slots, and fields of lists."""
-    seen: dict[int, Any] = {}
-    waiting: list[Any] = [problem]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, (*PLAIN, type, ModuleType)) or id(part) in seen:
-            continue
-        seen[id(part)] = part
-        yield part
-        if isinstance(part, FunctionType):
-            waiting += [part.__closure__, part.__defaults__, part.__kwdefaults__, vars(part)]
-        elif isinstance(part, np.ndarray) and part.dtype.hasobject:
-            waiting += part.ravel().tolist()
-        else:
-            waiting += gc.get_referents(part)
+            functions.append(part)
+    return deep_copy(problem, memo, functions)
 
 
 def _memory(leaf: Tensor | np.ndarray[Any, Any]) -> int:
@@ -221,6 +189,7 @@ def check_pure(
             for name in watched:
                 if not agree(first[name].result, others[name].result):
                     raise _not_a_function(problem, name, first[name])
+        _require_no_original(problem, first)
         if problem in _untouched:
             for asked in (task, task if other is None else other):  # twice, for what the first left
                 _require_nothing_kept(problem, _untouched[problem], outer, asked, compute)
@@ -237,6 +206,49 @@ def check_pure(
         )
     _pure[id(problem)] = problem
     _untouched.pop(problem, None)
+
+
+def _require_no_original(problem: Problem, calls: dict[str, _Call]) -> None:
+    """Raise `Impure` if a model reads the weights of the one that it was copied from.
+
+    Losses may, which distil from the model as it was: of a problem with a model its outputs count.
+    """
+    held = [part for _, part in walk(problem) if isinstance(part, nn.Module)]
+    originals = {id(leaf): leaf for part in held for leaf in originals_of(part)}
+    if not originals:
+        return
+
+    def values() -> list[Any]:
+        found = [calls[name].again(1) for name in ("encode", "init_inner")]
+        if not isinstance(problem, HasModel):
+            return [*found, *(calls[name].again(1) for name in ("inner_loss", "outer_loss"))]
+        context, inner, query = _copied(problem.predict, calls["outer_loss"].arguments)
+        return [*found, problem.predict(context, inner, query)]
+
+    with torch.no_grad():
+        before = values()
+        with _changed_weights(originals.values()):
+            after = values()
+    if not agree(before, after):
+        raise Impure(
+            "a model must compute with x and y, got outputs that follow the weights of the model "
+            f"that {type(problem).__name__} was made of: a hook or a layer reads them by a global "
+            "name or a weak reference. Let it read those of the module that it is given"
+        )
+
+
+@contextmanager
+def _changed_weights(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Within the block they have other values."""
+    # By .data: whoever has computed with them may go backward yet.
+    kept = [(leaf.data, leaf.detach().clone()) for leaf in weights]
+    try:
+        for leaf, _ in kept:
+            leaf.mul_(2).add_(1)
+        yield
+    finally:
+        for leaf, value in kept:
+            leaf.copy_(value)
 
 
 def _require_nothing_kept(

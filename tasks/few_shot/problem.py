@@ -343,15 +343,25 @@ class FewShotProblem(SentAsText, Problem):
         inputs = support[:8]  # each call has a copy, since a layer may work in place
         with torch.no_grad():
             whole = self._call(self._model, start, inputs.clone())
-            features = self._call(split.body, split.of_body(start), inputs.clone())
-            if not isinstance(features, Tensor) or len(features) != len(inputs):
+            try:
+                features = self._call(split.body, split.of_body(start), inputs.clone())
+                has_rows = isinstance(features, Tensor) and len(features) == len(inputs)
+                if has_rows:
+                    parts = self._call(split.head, split.to_head(start), features)
+            except Exception as error:  # of the user's code, which has run as a whole
+                raise ValueError(
+                    f"adapt must not be 'head' for a model whose last layer {split.name!r} does "
+                    f"not run without the rest, or the rest without it, got 'head' and "
+                    f"{type(error).__name__}: {error}: name the parameters instead, "
+                    f"adapt='{split.name}.*'"
+                ) from error
+            if not has_rows:
                 got = tuple(features.shape) if isinstance(features, Tensor) else type(features)
                 raise ValueError(
                     f"adapt must not be 'head' where the last layer {split.name!r} is not given a "
                     f"tensor with a row for each of {len(inputs)} examples, got {got}: name the "
                     f"parameters instead, adapt='{split.name}.*'"
                 )
-            parts = self._call(split.head, split.to_head(start), features)
         # NaN is equal to NaN: a task with broken data says nothing against the model.
         if not torch.allclose(whole, parts, rtol=0, atol=0, equal_nan=True):
             with torch.no_grad():

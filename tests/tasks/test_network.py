@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import pickle
+import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from ray import cloudpickle
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from metadist import Batch, Task, task_hypergradients
 from metadist.algorithms import ITD
+from metadist.checks.purity import Impure
 from metadist.models import TaskBatchNorm
 from metadist.tasks import ClassWeights, FewShotProblem
 from metadist.tasks.network import names_of
@@ -78,6 +82,12 @@ def task(index=0, num_query=9):
         return Batch.of(torch.randn(size, 6, generator=random), torch.arange(size) % 3)
 
     return Task(batch(6), batch(num_query), index)
+
+
+def hypergradient(problem):
+    algorithm = ITD(inner_steps=2, inner_lr=0.1)
+    outer = problem.init_outer(torch.Generator())
+    return task_hypergradients(problem, algorithm, outer, [task(0), task(1)]).total
 
 
 def test_every_name_of_a_parameter_is_known():
@@ -172,12 +182,6 @@ def test_a_problem_can_be_sent_before_and_after_it_was_used(make, adapt):
     if (make, adapt) == (Tied, "head"):
         adapt = "out.*"
     problem = FewShotProblem(seeded(make), adapt=adapt)
-    outer = problem.init_outer(torch.Generator())
-
-    def hypergradient(problem):
-        algorithm = ITD(inner_steps=2, inner_lr=0.1)
-        return task_hypergradients(problem, algorithm, outer, [task(0), task(1)]).total
-
     early = cloudpickle.loads(cloudpickle.dumps(problem))
     found = hypergradient(problem)
     late = pickle.loads(cloudpickle.dumps(problem))
@@ -216,6 +220,127 @@ def test_models_that_torch_cannot_copy_or_differentiate_are_refused_with_the_way
     ):
         with pytest.raises(ValueError, match="(?s)" + message):
             FewShotProblem(model)
+
+
+# Models that refer to themselves
+
+
+class SelfMade(nn.Module):
+    """Its outputs are multiplied by its own last weight, which `way` leads to; None: forward's."""
+
+    def __init__(self, way=None):
+        super().__init__()
+        self.body, self.out = nn.Linear(6, 4), nn.Linear(4, 3)
+        self.way = way
+        if way is not None:
+            way(self)
+
+    def scaled(self, module, args, output):
+        return output * self.out.weight.norm()
+
+    def forward(self, x):
+        output = self.out(self.body(x).tanh())
+        return self.scaled(None, None, output) if self.way is None else output
+
+
+def by_closure(model):
+    model.register_forward_hook(lambda *given: model.scaled(*given))
+
+
+def by_closure_of_closure(model):
+    def scale(*given):
+        return model.scaled(*given)
+
+    model.register_forward_hook(lambda *given: scale(*given))
+
+
+def by_layer(model):
+    out = model.out
+    out.register_forward_hook(lambda layer, args, output: output * out.weight.norm())
+
+
+def by_method(model):
+    model.register_forward_hook(model.scaled)
+
+
+def by_partial(model):
+    model.register_forward_hook(partial(lambda own, *given: own.scaled(*given), model))
+
+
+def by_attribute(model):
+    forward = model.forward
+    model.forward = lambda x: model.scaled(None, None, forward(x))
+
+
+@pytest.mark.parametrize(
+    "way", [by_closure, by_closure_of_closure, by_layer, by_method, by_partial, by_attribute]
+)
+def test_what_a_model_refers_to_within_itself_is_the_same_in_its_copy(way):
+    plain, hooked = (FewShotProblem(seeded(partial(SelfMade, w))) for w in (None, way))
+    found = hypergradient(plain)
+    for problem in (hooked, cloudpickle.loads(cloudpickle.dumps(hooked))):
+        again = hypergradient(problem)
+        for name, leaf in found.items():
+            torch.testing.assert_close(again[name], leaf)
+    outer = {name: 2 * leaf for name, leaf in plain.init_outer(torch.Generator()).items()}
+    inputs = task().query.tensors[0]
+    module = hooked.module(outer, outer, task())
+    torch.testing.assert_close(module(inputs), plain.module(outer, outer, task())(inputs))
+
+
+def test_other_modules_that_a_closure_holds_are_not_copied():
+    teacher, model = nn.Linear(6, 3), nn.Linear(6, 3)
+    model.register_forward_hook(lambda layer, args, output: output + teacher(args[0]))
+    (hook,) = FewShotProblem(model)._model._forward_hooks.values()
+    assert hook.__closure__[0].cell_contents is teacher
+
+
+def by_global(model):
+    global known
+    known = model
+    model.register_forward_hook(lambda *given: known.scaled(*given))
+
+
+def by_weak_reference(model):
+    known = weakref.ref(model)
+    model.register_forward_hook(lambda *given: known().scaled(*given))
+
+
+@pytest.mark.parametrize("way", [by_global, by_weak_reference])
+def test_a_copy_that_reads_the_weights_of_the_original_is_refused(way):
+    model = seeded(partial(SelfMade, way))
+    before = {name: leaf.clone() for name, leaf in model.state_dict().items()}
+    with pytest.raises(Impure, match="follow the weights of the model that FewShotProblem was ma"):
+        hypergradient(FewShotProblem(model))
+    assert all(torch.equal(leaf, before[name]) for name, leaf in model.state_dict().items())
+
+
+def test_a_loss_may_ask_the_model_as_it_was():
+    model = seeded(SelfMade)
+    inputs = task().support.tensors[0]
+
+    def distilled(output, target):
+        return F.cross_entropy(output, target) + model(inputs).detach().norm()
+
+    hypergradient(FewShotProblem(model, loss=distilled))
+
+
+def test_a_weight_that_is_held_without_its_layer_is_refused_with_the_way_out():
+    def hold(model):
+        weight = model.out.weight
+        model.register_forward_hook(lambda layer, args, output: output * weight.norm())
+
+    with pytest.raises(ValueError, match=r"must read its weights from its layers.* hold the layer"):
+        hypergradient(FewShotProblem(seeded(partial(SelfMade, hold))))
+
+
+def test_a_body_that_reads_the_head_is_refused_with_the_way_out():
+    def read(model):
+        model.body.register_forward_hook(lambda layer, args, out: out * model.out.weight.norm())
+
+    problem = FewShotProblem(seeded(partial(SelfMade, read)), adapt="head")
+    with pytest.raises(ValueError, match=r"does not run without the rest, .* adapt='out\.\*'"):
+        hypergradient(problem)
 
 
 # Sets of other lengths
