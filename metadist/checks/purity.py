@@ -213,7 +213,8 @@ def _require_no_original(problem: Problem, calls: dict[str, _Call]) -> None:
 
     Losses may, which distil from the model as it was: of a problem with a model its outputs count.
     """
-    held = [part for _, part in walk(problem) if isinstance(part, nn.Module)]
+    # Not by isinstance, which takes a weak reference (weakref.proxy) for what it refers to.
+    held = [part for _, part in walk(problem) if issubclass(type(part), nn.Module)]
     originals = {id(leaf): leaf for part in held for leaf in originals_of(part)}
     if not originals:
         return

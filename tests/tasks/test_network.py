@@ -296,7 +296,7 @@ def test_other_modules_that_a_closure_holds_are_not_copied():
     assert inspect.getclosurevars(hook).nonlocals == {"teacher": teacher}
 
 
-KNOWN: dict[str, nn.Module] = {}
+KNOWN: dict[str, SelfMade] = {}
 
 
 def by_global(model):
