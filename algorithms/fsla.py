@@ -92,7 +92,7 @@ class FSLA(AdjointLoop):
     def estimate(self, oracle: Oracle, context: Params, state: FSLAState) -> Estimate:
         moved: FSLAState = super().estimate(oracle, context, state).state
         draws = oracle.draw_outer(), oracle.draw_inner()
-        w, residual = direction(oracle, context, moved.inner, moved.adjoint, *draws)
+        w, metrics = direction(oracle, context, moved.inner, moved.adjoint, *draws)
         if state.age:
             old, _ = direction(oracle, state.previous_context, state.inner, state.adjoint, *draws)
             w = recursion(w, old, state.outer_direction, self.recursive_weight(state.age))
@@ -100,7 +100,7 @@ class FSLA(AdjointLoop):
             hypergradient=w,
             start_gradient=None,
             state=moved._replace(previous_context=context, outer_direction=w, age=state.age + 1),
-            metrics={"adjoint_residual": residual},
+            metrics=metrics,
         )
 
     def move(self, oracle: Oracle, context: Params, state: FSLAState) -> Estimate:
@@ -117,8 +117,10 @@ class FSLA(AdjointLoop):
 
 def direction(
     oracle: Oracle, context: Params, y: Params, v: Params, outer_draw: Draw, cross_draw: Draw
-) -> tuple[Params, Tensor]:
-    """(d(x, y, v), the relative residual of v, which H v beside J v gives)."""
+) -> tuple[Params, dict[str, Tensor]]:
+    """(d(x, y, v), the relative residual of v, which H v beside J v gives, where it is read)."""
     f_x, f_y = oracle.outer_grads(context, y, outer_draw)
+    if not oracle.reports:
+        return sub(f_x, oracle.cross(context, y, v, cross_draw)), {}
     j_v, h_v = oracle.second_order(context, y, v, cross_draw)
-    return sub(f_x, j_v), relative_residual(h_v, f_y)
+    return sub(f_x, j_v), {"adjoint_residual": relative_residual(h_v, f_y)}

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.implicit import AdjointLoop
+from metadist.algorithms.parts.implicit import AdjointLoop, adjoint_metrics
 from metadist.algorithms.parts.inner import NO_MEMORY
-from metadist.algorithms.parts.linear import relative_residual
 from metadist.draws import Draw
 from metadist.oracle import Oracle
-from metadist.trees import Params, norm, stack, sub, tree_map, zeros_like
+from metadist.trees import Params, stack, sub, tree_map, zeros_like
 
 
 class SABAState(NamedTuple):
@@ -120,10 +119,7 @@ class SABA(AdjointLoop):
             hypergradient=sub(f_x, j_v),
             start_gradient=None,
             state=moved,
-            metrics={
-                "adjoint_residual": relative_residual(h_v, f_y),
-                "inner_gradient_norm": norm(g_y),
-            },
+            metrics=adjoint_metrics(oracle, h_v, f_y, g_y),
         )
 
     def _fill(self, oracle: Oracle, context: Params, state: SABAState) -> SABAState:

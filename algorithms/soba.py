@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.implicit import AdjointLoop, AdjointState
-from metadist.algorithms.parts.linear import relative_residual
+from metadist.algorithms.parts.implicit import AdjointLoop, AdjointState, adjoint_metrics
 from metadist.oracle import Oracle
-from metadist.trees import Params, norm, sub
+from metadist.trees import Params, sub
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,5 @@ class SOBA(AdjointLoop):
             hypergradient=sub(f_x, j_v),
             start_gradient=None,
             state=moved,
-            metrics={
-                "adjoint_residual": relative_residual(h_v, f_y),
-                "inner_gradient_norm": norm(g_y),
-            },
+            metrics=adjoint_metrics(oracle, h_v, f_y, g_y),
         )

@@ -48,10 +48,10 @@ class StocBiO(InnerLoop):
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         y, memory = self.descend(oracle, context, state.inner, state.memory)
         bundle = draw_bundle(oracle, self.adjoint_steps)
-        h, _, residual = neumann_estimate(oracle, context, y, bundle, self.adjoint_lr)
+        h, _, metrics = neumann_estimate(oracle, context, y, bundle, self.adjoint_lr)
         return Estimate(
             hypergradient=h,
             start_gradient=None,
             state=InnerState(y, memory),
-            metrics={"adjoint_residual": residual},
+            metrics=metrics,
         )

@@ -78,8 +78,7 @@ class VRBO(SingleLoop):
             y = moved.inner
             u = self._whole_gradient(oracle, context, y)
             bundle = whole_bundle(oracle, self.adjoint_steps)
-            w, _, residual = neumann_estimate(oracle, context, y, bundle, self.adjoint_lr)
-            metrics = {"adjoint_residual": residual}
+            w, _, metrics = neumann_estimate(oracle, context, y, bundle, self.adjoint_lr)
             moved = moved._replace(
                 previous_context=context, previous_inner=y, inner_direction=u, outer_direction=w
             )
@@ -101,7 +100,7 @@ class VRBO(SingleLoop):
             new = neumann_estimate(oracle, context, y, bundle, self.adjoint_lr)
             old = neumann_estimate(oracle, *previous, bundle, self.adjoint_lr)
             w = recursion(new.hypergradient, old.hypergradient, w, 0.0)
-            metrics = {"adjoint_residual": new.residual}
+            metrics = new.metrics
         moved_y, memory = self.step_inner(oracle, y, state.memory, u)
         moved = RecursiveState(
             inner=moved_y,

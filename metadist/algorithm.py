@@ -44,7 +44,7 @@ class Estimate(NamedTuple):
         start_gradient: d f / d inner at the start of adaptation, shaped like the inner variable;
             None if the algorithm treats the start as a constant.
         state: What persists; `state.inner` is the adapted inner variable.
-        metrics: Tensors of shape ().
+        metrics: Tensors of shape (). They are read where `Oracle.reports` says so.
     """
 
     hypergradient: Params

@@ -47,6 +47,7 @@ class AutogradOracle(Oracle):
         step: The outer step; other steps have other draws.
         constants: What x does not enter.
         graph_budget: Bytes of graphs that `kept_grad` may leave behind; the results are the same.
+        reports: Somebody reads the metrics of the estimate.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class AutogradOracle(Oracle):
         step: int = 0,
         constants: Constants = NO_CONSTANTS,
         graph_budget: int = DEFAULT.graph_budget,
+        reports: bool = True,
     ) -> None:
         num_examples = task.support.index.shape[0], task.query.index.shape[0]
         mini_batches = MiniBatches(num_examples, task.id, batch_size, seed, step)
-        super().__init__(problem, mini_batches, constants)
+        super().__init__(problem, mini_batches, constants, reports)
         self._task = task
         self._compile = compile
         self._eager = eager

@@ -55,7 +55,7 @@ class HypergradientSum:
         num_tasks: Tasks in `total`.
         dropped: The ids of the tasks left out because their hypergradient or their new state was
             NaN or infinite; they keep the state that they had.
-        metrics: Sums over the tasks in `total` of the metrics of each.
+        metrics: With `report`, sums over the tasks in `total` of the metrics of each.
         previous: For a two-point method, the sum at the previous outer variable; else None.
         states: With `states` given, the new flat state of each task in `total`, by its id.
         calls: What the algorithm asked of the oracle, summed over the tasks, see `CountingOracle`.
@@ -94,8 +94,9 @@ def task_hypergradients(
         tasks: Tasks on the device of `outer`.
         compute: Vectorisation, mini-batches and threads. The device is that of `outer`, whatever
             it says.
-        report: Also evaluate losses and metrics before and after adaptation (keys
-            `query_loss`, `query_loss_before`, and so on), at the cost of three forward passes.
+        report: Also the metrics of the algorithm, and losses and metrics before and after
+            adaptation (keys `query_loss`, `query_loss_before`, and so on), at the cost of three
+            forward passes.
         step: Outer steps taken so far: for schedules, and part of the seed of the draws.
         previous: The outer variable one step before, for the sum there on the same draws (see
             `Algorithm.recursive_weight`); None: no such sum.
@@ -472,6 +473,7 @@ class _Run(NamedTuple):
                 step=step,
                 constants=constants,
                 graph_budget=self.compute.graph_budget,
+                reports=report,
             )
         )
         state = self.algorithm.init(oracle, x, start)
@@ -483,10 +485,10 @@ class _Run(NamedTuple):
         start_gradient = estimate.start_gradient
         if start_gradient is None or self.keeps:
             start_gradient = zeros_like(start)
-        metrics = dict(estimate.metrics)
+        metrics: dict[str, Tensor] = {}
         if report:
             some = first_parts(task, self.compute.part_size, self.compute.seed)
-            metrics |= adaptation_metrics(
+            metrics = estimate.metrics | adaptation_metrics(
                 self.problem,
                 context,
                 start,

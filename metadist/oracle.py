@@ -103,6 +103,8 @@ class Oracle(ABC):
         problem: The problem; only its non-smooth part is used here.
         mini_batches: The draws.
         constants: What x does not enter.
+        reports: Somebody reads the metrics of the estimate; else an algorithm need not compute
+            what only they need.
     """
 
     def __init__(
@@ -110,10 +112,12 @@ class Oracle(ABC):
         problem: Problem,
         mini_batches: MiniBatches,
         constants: Constants = NO_CONSTANTS,
+        reports: bool = True,
     ) -> None:
         self._problem = problem
         self._mini_batches = mini_batches
         self.constants = constants
+        self.reports = reports
         self.has_inner_map = has_inner_map(problem)
 
     @abstractmethod
@@ -258,7 +262,7 @@ class CountingOracle(Oracle):
     """
 
     def __init__(self, oracle: Oracle) -> None:
-        super().__init__(oracle._problem, oracle._mini_batches, oracle.constants)
+        super().__init__(oracle._problem, oracle._mini_batches, oracle.constants, oracle.reports)
         self._oracle = oracle
         self.counts: Counter[str] = Counter()
 

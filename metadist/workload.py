@@ -223,7 +223,7 @@ class Workload:
             version=lease.version,
             num_tasks=found.num_tasks,
             dropped=found.dropped,
-            metrics=found.metrics if lease.report else {},
+            metrics=found.metrics,
             sampling_s=sampled - began,
             compute_s=time.perf_counter() - sampled,
             calls=found.calls,

@@ -13,7 +13,7 @@ from metadist.checks.values import check, rule
 from metadist.draws import Draw
 from metadist.oracle import Oracle
 from metadist.step_rules import SGD
-from metadist.trees import Params, add, sub, zeros_like
+from metadist.trees import Params, add, norm, sub, zeros_like
 
 
 class AdjointState(NamedTuple):
@@ -47,12 +47,22 @@ def implicit_gradient(
 ) -> tuple[Params, dict[str, Tensor]]:
     """(f_x - J v, {"adjoint_residual": |(H + damping I) v - b| / |b|}) on a fresh draw.
 
-    `damping` is that of the system that v solves. The residual is free: one product of second
-    order gives J v and H v together.
+    `damping` is that of the system that v solves. The residual costs little, since one product of
+    second order gives J v and H v together, and is left out where nobody reads it.
     """
-    j_v, h_v = oracle.second_order(context, y, v, oracle.draw_inner())
+    draw = oracle.draw_inner()
+    if not oracle.reports:
+        return sub(f_x, oracle.cross(context, y, v, draw)), {}
+    j_v, h_v = oracle.second_order(context, y, v, draw)
     residual = relative_residual(add(h_v, v, damping), b)
     return sub(f_x, j_v), {"adjoint_residual": residual}
+
+
+def adjoint_metrics(oracle: Oracle, h_v: Params, b: Params, g_y: Params) -> dict[str, Tensor]:
+    """The relative residual of v and the norm of g_y, where somebody reads them."""
+    if not oracle.reports:
+        return {}
+    return {"adjoint_residual": relative_residual(h_v, b), "inner_gradient_norm": norm(g_y)}
 
 
 def adjoint_rate(loop: Descent, adjoint_lr: float | None) -> float:

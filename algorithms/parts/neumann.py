@@ -67,12 +67,13 @@ class NeumannEstimate(NamedTuple):
     Args:
         hypergradient: f_x - J v.
         adjoint: v.
-        residual: |H v - f_y| / |f_y|, on the samples of J v and of f.
+        metrics: "adjoint_residual", |H v - f_y| / |f_y| on the samples of J v and of f, where
+            somebody reads it.
     """
 
     hypergradient: Params
     adjoint: Params
-    residual: Tensor
+    metrics: dict[str, Tensor]
 
 
 def neumann_estimate(
@@ -88,7 +89,7 @@ def neumann_estimate(
     With `num_terms` the last term stands for all of them: v = num_terms * rate * P_p .. P_1 b. Over
     p uniform in 0 .. num_terms-1 its mean is the sum of the first `num_terms` terms of the series.
 
-    b = f_y. Cost: F + p H + J; H v comes with J v.
+    b = f_y. Cost: F + p H + J.
     """
     f_x, b = average(bundle.outer, lambda draw: oracle.outer_grads(context, y, draw))
     term = total = b
@@ -97,5 +98,8 @@ def neumann_estimate(
         term = add(term, h_v, -rate)
         total = add(total, term)
     v = scale(total, rate) if num_terms is None else scale(term, rate * num_terms)
+    if not oracle.reports:
+        (j_v,) = average(bundle.cross, lambda draw: (oracle.cross(context, y, v, draw),))
+        return NeumannEstimate(sub(f_x, j_v), v, {})
     j_v, h_v = average(bundle.cross, lambda draw: oracle.second_order(context, y, v, draw))
-    return NeumannEstimate(sub(f_x, j_v), v, relative_residual(h_v, b))
+    return NeumannEstimate(sub(f_x, j_v), v, {"adjoint_residual": relative_residual(h_v, b)})

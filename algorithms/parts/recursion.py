@@ -109,10 +109,7 @@ class RecursiveMomentum(SingleLoop):
             hypergradient=w,
             start_gradient=None,
             state=moved._replace(outer_direction=w),
-            metrics={
-                "adjoint_residual": new.residual,
-                "inner_gradient_norm": norm(moved.inner_direction),
-            },
+            metrics={**new.metrics, "inner_gradient_norm": norm(moved.inner_direction)},
         )
 
     def move(self, oracle: Oracle, context: Params, state: RecursiveState) -> Estimate:

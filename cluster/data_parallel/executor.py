@@ -226,7 +226,7 @@ class DataParallelExecutor(Executor):
         began = time.perf_counter()
         sent, received, pool.oldest = pool.bytes_sent, pool.bytes_received, 0
         outer = variable.params
-        estimate, num_rounds, calls = self._estimate(lease.version, outer, variable.states.get(0))
+        estimate, num_rounds, calls = self._estimate(lease, outer, variable.states.get(0))
         total = flatten({**zeros_like(outer), **estimate.hypergradient})
         if not bool(total.isfinite().all()):
             return self._done(lease, began, torch.zeros_like(total), None, {}, calls)
@@ -245,13 +245,13 @@ class DataParallelExecutor(Executor):
         return self._done(lease, began, total, flat, metrics, calls)
 
     def _estimate(
-        self, step: int, outer: Params, flat: Tensor | None
+        self, lease: Lease, outer: Params, flat: Tensor | None
     ) -> tuple[Estimate, int, Mapping[str, int]]:
         """(the estimate from the kept state `flat`, its rounds, the calls of the oracle)."""
         workload = self._workload
         problem_outer, own = split_own(outer)
         x = {**{name: problem_outer[name] for name in self._context}, **own}
-        rounds = Rounds(partial(self._exchange.ask, step))
+        rounds = Rounds(partial(self._exchange.ask, lease.version))
         oracle = CountingOracle(
             ClusterOracle(
                 workload.problem,
@@ -260,11 +260,12 @@ class DataParallelExecutor(Executor):
                     task_id=0,
                     batch_size=workload.compute.batch_sizes,
                     seed=workload.compute.seed,
-                    step=step,
+                    step=lease.version,
                 ),
                 rounds,
                 # A kept start; the context is made of outer variables.
                 Constants(start=frozenset(self._start)),
+                lease.report,
             )
         )
         state = self._state(workload.algorithm.init(oracle, x, self._start), flat)

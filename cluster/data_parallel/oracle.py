@@ -30,6 +30,7 @@ class ClusterOracle(Oracle):
         mini_batches: The draws, those of an `AutogradOracle` on the whole task.
         rounds: How questions are asked.
         constants: What x does not enter.
+        reports: Somebody reads the metrics of the estimate.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class ClusterOracle(Oracle):
         mini_batches: MiniBatches,
         rounds: Rounds,
         constants: Constants = NO_CONSTANTS,
+        reports: bool = True,
     ) -> None:
-        super().__init__(problem, mini_batches, constants)
+        super().__init__(problem, mini_batches, constants, reports)
         self._rounds = rounds
 
     def derive(self, name: str, draw: Draw, *trees: Params) -> tuple[Params, ...]:

@@ -233,6 +233,33 @@ def test_tasks_together_are_tasks_in_a_loop(name, case, kept):
         assert_close({"state": found[True].states[index]}, {"state": state})
 
 
+@pytest.mark.parametrize("vectorize", [False, True])
+@of_each
+def test_a_report_changes_no_byte_and_no_count(name, case, vectorize):
+    problem, tasks = Smooth(), [smooth_task(index) for index in range(2)]
+    outer = outer_of(case, problem, tasks[0])
+    without, reported = (
+        task_hypergradients(
+            problem,
+            case.algorithm,
+            outer,
+            tasks,
+            compute=Compute(vectorize=vectorize, batch_size=2),
+            states={},
+            report=report,
+        )
+        for report in (False, True)
+    )
+    assert_same_bytes(without.total, reported.total)
+    assert_same_bytes(by_name(without.states), by_name(reported.states))
+    assert without.calls == reported.calls and without.num_tasks == 2
+    assert without.metrics == {} and reported.metrics
+
+
+def by_name(states: dict[int, Tensor]) -> Params:
+    return {str(index): state for index, state in states.items()}
+
+
 @of_each
 def test_a_state_that_was_sent_goes_on_bit_for_bit(name, case):
     problem, task = Quadratic(2, 4), quadratic_task(0)

@@ -36,7 +36,7 @@ def test_the_golden_row():
     # Summing the propagated vectors without the rate gives (1.568, -0.496) instead.
     assert abs(float(sample.adjoint["y"][0]) - 1.568) > 1
     residual = (point(0.488, -1.984) - point(1.0, -2.0)).norm() / point(1.0, -2.0).norm()
-    assert float(sample.residual) == pytest.approx(float(residual), rel=1e-12)
+    assert float(sample.metrics["adjoint_residual"]) == pytest.approx(float(residual), rel=1e-12)
 
 
 def test_the_golden_rows_of_a_truncated_chain():
@@ -147,5 +147,5 @@ def test_nothing_to_solve_is_no_residual():
     problem, outer, task = golden_quadratic()
     oracle, x, _ = oracle_of(problem, outer, task)
     sample = neumann_estimate(oracle, x, {"y": point(1, 1)}, draw_bundle(oracle, 2), 0.2)
-    assert float(sample.residual) == 0
+    assert float(sample.metrics["adjoint_residual"]) == 0
     assert isinstance(draw_bundle(oracle, 0), Bundle) and not draw_bundle(oracle, 0).factors
