@@ -19,7 +19,7 @@ from metadist.checks.values import require_number
 from metadist.chunks import FAILS_UNDER_VMAP, falls_back, vectorizes
 from metadist.compute import AS_TORCH_IS_SET, Compute, pick_device
 from metadist.draws import in_parts
-from metadist.executor import Executor, LocalExecutor
+from metadist.executor import Executor, LocalExecutor, chunk_in_words
 from metadist.feed import send
 from metadist.intervals import Interval, mean_interval
 from metadist.memory import device_memory
@@ -76,6 +76,20 @@ class EvaluationResult:
     def num_dropped(self) -> int:
         """Tasks that are missing in the mean of some metric."""
         return len(set().union(*self.dropped.values()))
+
+    @property
+    def headline(self) -> str:
+        """The most important metric, before and after adaptation, in words."""
+        name = "query_accuracy" if "query_accuracy" in self.metrics else "query_loss"
+        text = f"{name.removeprefix('query_')} {self.metrics[name]}"
+        if before := self.metrics.get(f"{name}_before"):
+            is_unmoved = before == self.metrics[name]  # as of methods without an inner loop
+            text += (
+                " (the same before adaptation)" if is_unmoved else f" (before adaptation {before})"
+            )
+        if dropped := self.dropped.get(name):
+            text += f", without {len(dropped)} tasks where it is not finite"
+        return text
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON data, in which what is not finite is null."""
@@ -392,8 +406,7 @@ class _Judge(NamedTuple):
 
     def __call__(self, outer: Params, indices: range) -> list[dict[str, float]]:
         leaf = next(iter(outer.values()))
-        work = f"tasks {indices.start} to {indices.stop - 1} of an evaluation"
-        with device_memory(work, chunk_size=self.compute.chunk_size):
+        with device_memory(chunk_in_words(indices), chunk_size=self.compute.chunk_size):
             tasks = [sample_task(self.sampler, index, self.step) for index in indices]
             return self._of_tasks(outer, send(tasks, leaf.device, leaf.dtype), self.compute)
 
@@ -404,7 +417,7 @@ class _Judge(NamedTuple):
         problem_outer, own = split_own(outer)
         together = vectorizes(compute.vectorize, problem, algorithm, outer, tasks)
 
-        def judge(context: Params, start: Params, task: Task) -> dict[str, torch.Tensor]:
+        def judge(context: Params, start: Params, task: Task) -> dict[str, Tensor]:
             oracle = AutogradOracle(
                 problem,
                 task,
@@ -431,7 +444,7 @@ class _Judge(NamedTuple):
                     context = context_of(problem, problem_outer, task, compute=compute)
                     start = problem.init_inner(problem_outer, task)
                 metrics = judge(detach(context), start, task)
-                found += _figures({name: value[None] for name, value in metrics.items()})
+                found += _by_task({name: value[None] for name, value in metrics.items()})
             return found
         stacked = stack_tasks(tasks)
         try:
@@ -443,18 +456,18 @@ class _Judge(NamedTuple):
                 start = torch.func.vmap(problem.init_inner, in_dims=(None, 0))(
                     problem_outer, stacked
                 )
-            start = tree_map(torch.Tensor.contiguous, start)
+            start = tree_map(Tensor.contiguous, start)
             columns = torch.func.vmap(judge)(context, start, stacked)
         except FAILS_UNDER_VMAP as error:
             if not falls_back(compute.vectorize, error):
                 raise
             one_by_one = dataclasses.replace(compute, vectorize=False)
             return self._of_tasks(outer, tasks, one_by_one)
-        return _figures(columns)
+        return _by_task(columns)
 
 
-def _figures(columns: Mapping[str, torch.Tensor]) -> list[dict[str, float]]:
-    """By task, what the columns have along their axis of tasks; a GPU is waited for once."""
+def _by_task(columns: Mapping[str, Tensor]) -> list[dict[str, float]]:
+    """The metrics of each task, from columns of shape (B,); a GPU is waited for once."""
     rows = torch.stack([column.double() for column in columns.values()]).mT.tolist()
     return [dict(zip(columns, row, strict=True)) for row in rows]
 

@@ -92,6 +92,19 @@ class OuterOptimizer:
                     f"options of {self.name} must be among {sorted(known)}, got {option!r}"
                 )
 
+    @property
+    def settings(self) -> dict[str, str | int | float]:
+        """The settings that a reader of a result needs: those that have not their defaults."""
+        usual = vars(OuterOptimizer())
+        found: dict[str, str | int | float] = {
+            "outer optimizer": self.name,
+            "outer lr": self.lr,
+        }
+        for name, value in vars(self).items():
+            if name not in ("name", "lr") and value != usual[name]:
+                found[f"outer {name}"] = value if isinstance(value, int | float) else str(value)
+        return found
+
     def make(self, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The torch optimiser of `params`."""
         options = dict(self.options)

@@ -48,7 +48,7 @@ from metadist.sampler import TaskSampler, last_step, require_steps, sample_task
 from metadist.signals import OneStop
 from metadist.task import Batch, Task, to_device
 from metadist.trees import Params
-from metadist.workload import Workload, tasks_of_steps
+from metadist.workload import Workload, default_tasks_per_lease, largest_divisor, tasks_of_steps
 
 log = logging.getLogger("metadist.trainer")
 
@@ -421,7 +421,7 @@ class Trainer:
         A GPU gets all its tasks of a step at once: it is busy with few only a part of the time.
         """
         if num_workers := self._executor.num_on_gpus(compute):
-            return _largest_divisor(meta_batch_size, meta_batch_size // num_workers)
+            return largest_divisor(meta_batch_size, meta_batch_size // num_workers)
         shares = self._executor.shares_leases
         return default_tasks_per_lease(meta_batch_size, 1 if shares else chunk)
 
@@ -491,7 +491,6 @@ class Trainer:
     ) -> TrainingResult:
         began = time.perf_counter()
         is_new = self._is_new
-        monitor = None
         failed = True
         try:
             self._executor.notify = self._events.write  # type: ignore[method-assign]
@@ -504,10 +503,11 @@ class Trainer:
                 logged = replace(
                     self._logged_run(self._folder), step=self.version, is_branch=bool(newer)
                 )
-                monitor = Monitor(self._loggers, logged, run.logger_failed, bears_open=not is_new)
-                self._monitor = monitor
+                self._monitor = Monitor(
+                    self._loggers, logged, run.logger_failed, bears_open=not is_new
+                )
                 if self.version == 0:
-                    monitor.task(self._probe.sample(0))
+                    self._monitor.task(self._probe.sample(0))
             self._introduce(run.progress)
             self._tell_of_gpus(run.progress)
             self.has_started = True
@@ -520,9 +520,9 @@ class Trainer:
                     if self._folder is not None and self._goes_back:
                         self._folder.abandon_newer(self.version, run.progress.say)
                     self._goes_back = False
-                    self._make_up_validation(num_steps, monitor, run.progress)
+                    self._make_up_validation(num_steps, run.progress)
                 self._saved_at = time.monotonic()
-                self._take_steps(num_steps, on_step, run, stop, monitor)
+                self._take_steps(num_steps, on_step, run, stop)
                 self._background.wait()
             failed = False
         except BaseException as error:
@@ -531,7 +531,7 @@ class Trainer:
             raise
         finally:
             self._executor.close()
-            self._monitor = None
+            monitor, self._monitor = self._monitor, None
             if monitor is not None:
                 monitor.close(failed)
             self._upload()
@@ -551,15 +551,14 @@ class Trainer:
         on_step: Callable[[StepReport], bool | None] | None,
         run: Fitting,
         stop: OneStop,
-        monitor: Monitor | None,
     ) -> None:
         """Follow the outer steps to the last one, or to that at which `on_step` ends the run."""
         for report in self._executor.run(num_steps):
             stop.check()
             self._background.check()
             self._events.report(report)
-            if monitor is not None:
-                monitor.step(report)
+            if self._monitor is not None:
+                self._monitor.step(report)
             run.progress.step(report)
             run.count(report, self._max_dropped)
             call_on_step(self._callbacks, report)
@@ -567,8 +566,8 @@ class Trainer:
             ends = on_step is not None and _is_false(on_step(report))
             if self.version == version:  # it has called `save`
                 run.settle()
-            last = version if ends else num_steps
-            self._periodically(version, last, monitor, run, report.is_draining)
+            is_last = ends or version >= num_steps
+            self._periodically(version, is_last, run, report.is_draining)
             if ends and self.version >= version:
                 return
 
@@ -645,14 +644,11 @@ class Trainer:
 
     def settings(self) -> dict[str, str | int | float]:
         """The settings that a reader of the result needs, by name."""
-        optimizer = self._optimizer
         return {
             "algorithm": repr(self.algorithm),
             **self.problem.describe(),
             "sampler": describe_sampler(self.sampler),
-            "outer optimizer": optimizer.name,
-            "outer lr": optimizer.lr,
-            **_further(optimizer),
+            **self._optimizer.settings,
             "meta_batch_size": self._workload.meta_batch_size,
             "tasks_per_lease": self._workload.tasks_per_lease,
             "chunk_size": self._chunk_size,
@@ -674,18 +670,19 @@ class Trainer:
         if (data := self._executor.describe().get("data")) is not None:
             progress.say(f"data: {data}")
 
-    def _periodically(
-        self,
-        version: int,
-        num_steps: int,
-        monitor: Monitor | None,
-        run: Fitting,
-        is_due: bool,
-    ) -> None:
-        validates = self._validates(version, num_steps)
+    def _periodically(self, version: int, is_last: bool, run: Fitting, is_due: bool) -> None:
+        """Validate, log pictures and save after this step, as far as any of it is due.
+
+        Args:
+            version: The step.
+            is_last: Whether no other step will come.
+            run: What it is reported to.
+            is_due: Whether a checkpoint is due whatever the number of the step.
+        """
+        validates = self._validates(version, is_last)
         is_due |= any(version % every == 0 for every in self._checkpoint_every)
         is_due |= time.monotonic() - self._saved_at >= self._checkpoint_every_s
-        if not (is_due or validates or version >= num_steps):
+        if not (is_due or validates or is_last):
             return
         self._background.wait()  # so that memory holds no third state
         self._state = self._executor.state()
@@ -694,12 +691,12 @@ class Trainer:
         run.settle()
         score = None
         if validates:
-            score = self._validate(monitor, run.progress)
-        if monitor is not None:
-            self._gallery.show(partial(self._show, monitor, validates))
-            monitor.flush()
+            score = self._validate(run.progress)
+        if self._monitor is not None:
+            self._gallery.show(partial(self._show, self._monitor, validates))
+            self._monitor.flush()
         self._save(score)
-        if validates or version >= num_steps:
+        if validates or is_last:
             self._write_artifacts()
 
     def _show(self, monitor: Monitor, validates: bool) -> None:
@@ -729,20 +726,18 @@ class Trainer:
         found = self.problem.artifacts(split_own(self.outer)[0], inner)
         self._folder.write_artifacts(self.version, found)
 
-    def _validates(self, version: int, num_steps: int) -> bool:
+    def _validates(self, version: int, is_last: bool) -> bool:
         return self._val_sampler is not None and (
-            version >= num_steps or (self._val_every is not None and version % self._val_every == 0)
+            is_last or (self._val_every is not None and version % self._val_every == 0)
         )
 
-    def _make_up_validation(
-        self, num_steps: int, monitor: Monitor | None, progress: TerminalProgress
-    ) -> None:
+    def _make_up_validation(self, num_steps: int, progress: TerminalProgress) -> None:
         """Validate the step that the run continues from, if an interruption prevented that."""
         is_missing = self.version > 0 and self._validated != self.version
-        if is_missing and self._validates(self.version, num_steps):
-            self._save(self._validate(monitor, progress))
+        if is_missing and self._validates(self.version, self.version >= num_steps):
+            self._save(self._validate(progress))
 
-    def _validate(self, monitor: Monitor | None, progress: TerminalProgress) -> float | None:
+    def _validate(self, progress: TerminalProgress) -> float | None:
         """The score of validation; None where it is not finite, which must not end the run."""
         sampler = self._val_sampler
         assert sampler is not None
@@ -757,9 +752,9 @@ class Trainer:
         self._validated = self.version
         if result.dropped:
             self._events.write("validation_dropped", metrics=result.protocol["dropped"])
-        if monitor is not None:
-            monitor.evaluation("val", result, self.version)
-        progress.say(f"step {self.version}: validation {headline(result)}")
+        if self._monitor is not None:
+            self._monitor.evaluation("val", result, self.version)
+        progress.say(f"step {self.version}: validation {result.headline}")
         call_on_evaluation(self._callbacks, EvaluationReport("val", self.version, result))
         return result.score if math.isfinite(result.score) else None
 
@@ -827,16 +822,6 @@ class Trainer:
             self._folder.upload()
 
 
-def _further(optimizer: OuterOptimizer) -> dict[str, str | int | float]:
-    """The other options of the optimiser that are not as by default, for a reader."""
-    usual = vars(OuterOptimizer())
-    return {
-        f"outer {name}": value if isinstance(value, int | float) else str(value)
-        for name, value in vars(optimizer).items()
-        if name not in ("name", "lr") and value != usual[name]
-    }
-
-
 def _is_false(answer: Any) -> bool:
     """Whether it is False, also that of a comparison of numpy or torch."""
     return isinstance(answer, bool | np.bool_ | Tensor) and not answer
@@ -872,25 +857,3 @@ def _check_observers(
         )
     if len({type(logger) for logger in loggers}) < len(loggers):
         raise ValueError(f"loggers must be of different classes, got {loggers!r}")
-
-
-def default_tasks_per_lease(meta_batch_size: int, chunk: int = 1) -> int:
-    """The largest divisor that leaves at least four leases, or is at most `chunk`."""
-    return _largest_divisor(meta_batch_size, max(meta_batch_size // 4, chunk))
-
-
-def _largest_divisor(number: int, most: int) -> int:
-    most = min(max(1, most), number)
-    return max(size for size in range(1, most + 1) if number % size == 0)
-
-
-def headline(result: EvaluationResult) -> str:
-    """The most important metric, before and after adaptation."""
-    name = "query_accuracy" if "query_accuracy" in result.metrics else "query_loss"
-    text = f"{name.removeprefix('query_')} {result.metrics[name]}"
-    if before := result.metrics.get(f"{name}_before"):
-        is_unmoved = before == result.metrics[name]  # as of methods without an inner loop
-        text += " (the same before adaptation)" if is_unmoved else f" (before adaptation {before})"
-    if dropped := result.dropped.get(name):
-        text += f", without {len(dropped)} tasks where it is not finite"
-    return text

@@ -206,9 +206,8 @@ class Workload:
                 tasks = send(tasks, leaf.device, leaf.dtype)
             else:
                 tasks = feed.tasks(lease.wanted)
-            if isinstance(
-                self.sampler, Stream
-            ):  # the sizes at step 0, checked before, tell nothing
+            if isinstance(self.sampler, Stream):
+                # The sizes at step 0, which were checked before, tell nothing.
                 for task in tasks:
                     check_rows(self.problem, split_own(outer)[0], len(task.support.index))
             sampled = time.perf_counter()
@@ -305,6 +304,17 @@ def tasks_of_steps(
             "without num_tasks"
         )
     return num_tasks, True
+
+
+def default_tasks_per_lease(meta_batch_size: int, chunk: int = 1) -> int:
+    """The largest divisor that leaves at least four leases, or is at most `chunk`."""
+    return largest_divisor(meta_batch_size, max(meta_batch_size // 4, chunk))
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`, and 1 at least."""
+    most = min(max(1, most), number)
+    return max(size for size in range(1, most + 1) if number % size == 0)
 
 
 def _project(problem: Problem, outer: Params) -> Params:

@@ -25,7 +25,7 @@ from metadist.run.rebuild import require_known, require_same
 from metadist.run.storage import Folder, write_json
 from metadist.run.text import printable
 from metadist.sampler import TaskSampler, require_steps
-from metadist.trainer import Trainer, headline
+from metadist.trainer import Trainer
 
 SECTIONS = {
     "What is trained": ("sampler", "problem", "algorithm", "keep_state"),
@@ -254,7 +254,7 @@ def _fit_and_test(config: Namespace, trainer: Trainer, samplers: dict[str, Any])
 
 
 def print_evaluation(result: EvaluationResult) -> None:
-    print(f"  {headline(result)}, 95 % interval")
+    print(f"  {result.headline}, 95 % interval")
     for name, interval in result.metrics.items():
         print(f"  {name}: {interval}")
     for name, value in result.protocol.items():

@@ -33,7 +33,7 @@ from metadist.compute import Compute
 from metadist.executor import StepReport
 from metadist.run import lock
 from metadist.run.storage import Folder
-from metadist.trainer import default_tasks_per_lease
+from metadist.workload import default_tasks_per_lease
 from tests.helpers import (
     ADAM,
     SGD,

@@ -24,7 +24,6 @@ from metadist.run.events import EventLog
 from metadist.run.files import RESULT
 from metadist.run.storage import Folder, write_json
 from metadist.tasks import ProtoNet
-from metadist.trainer import headline
 from tests.helpers import Images, images_of_conv4, make_trainer, small_conv4
 
 VOID = {"meta", "img", "br"}
@@ -108,7 +107,7 @@ def test_a_baseline_without_an_inner_loop_says_why_nothing_moves(finished, tmp_p
     )
     trainer.fit(2)
     assert UNMOVED in run_page(tmp_path / "run")
-    assert headline(trainer.test(Images(), 3)).endswith(" (the same before adaptation)")
+    assert trainer.test(Images(), 3).headline.endswith(" (the same before adaptation)")
 
 
 def test_a_finished_run_on_one_page(finished):
