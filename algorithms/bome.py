@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad
 
 from metadist.algorithm import Estimate, InnerState
-from metadist.algorithms.parts.inner import InnerLoop, check_first_step, repeat
+from metadist.algorithms.parts.inner import InnerLoop, check_first_step
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.problem import Problem, context_of
@@ -75,9 +75,7 @@ class BOME(InnerLoop):
         return {"y_lr": "rounds"} if self.rounds == 1 else {}
 
     def estimate(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
-        found = repeat(self._move, self.rounds, oracle, context, state)
-        y, memory = found.state
-        return found._replace(state=InnerState(y, self.carried(memory)))
+        return self.repeat(self._move, self.rounds, oracle, context, state)
 
     def _move(self, oracle: Oracle, context: Params, state: InnerState) -> Estimate:
         y = state.inner

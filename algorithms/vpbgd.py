@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from metadist.algorithm import Estimate
-from metadist.algorithms.parts.inner import NO_MEMORY, InnerLoop, check_first_step, repeat
+from metadist.algorithms.parts.inner import NO_MEMORY, InnerLoop, check_first_step
 from metadist.checks.values import rule
 from metadist.oracle import Oracle
 from metadist.step_rules import SGD
@@ -89,9 +89,7 @@ class VPBGD(InnerLoop):
         return self.gamma_init + done * (self.gamma_max - self.gamma_init)
 
     def estimate(self, oracle: Oracle, context: Params, state: VPBGDState) -> Estimate:
-        found = repeat(self._move, self.rounds, oracle, context, state)
-        memory = self.carried(found.state.memory)
-        return found._replace(state=found.state._replace(memory=memory))
+        return self.repeat(self._move, self.rounds, oracle, context, state)
 
     def _check_first_step(self) -> None:
         super()._check_first_step()

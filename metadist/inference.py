@@ -173,6 +173,8 @@ class _Adapted:
 
     Args:
         query: The query set, in place of that of the task, or its inputs; None: that of the task.
+
+    The others are those of `adapt`.
     """
 
     def __init__(

@@ -21,20 +21,6 @@ def decayed(rate: float, exponent: float, step: int) -> float:
     return rate * (step + 1) ** -exponent
 
 
-def repeat(
-    move: Callable[[Oracle, Params, Any], Estimate],
-    num_moves: int,
-    oracle: Oracle,
-    context: Params,
-    state: State,
-) -> Estimate:
-    """The last of `num_moves` moves at one x, each from the state that the previous one left."""
-    estimate = move(oracle, context, state)
-    for _ in range(num_moves - 1):
-        estimate = move(oracle, context, estimate.state)
-    return estimate
-
-
 NO_MEMORY: tuple[()] = ()
 """What a state has in the place of a `Memory` if its method keeps none."""
 
@@ -168,6 +154,24 @@ class Descent(Algorithm):
             y, memory = self.step_inner(oracle, y, memory, g_y, lr)
         return y, self.carried(memory)
 
+    def repeat(
+        self,
+        move: Callable[[Oracle, Params, Any], Estimate],
+        num_moves: int,
+        oracle: Oracle,
+        context: Params,
+        state: State,
+    ) -> Estimate:
+        """The last of `num_moves` moves at one x, each from the state that the previous one left.
+
+        Its state has what is carried of the memory of the moves.
+        """
+        estimate = move(oracle, context, state)
+        for _ in range(num_moves - 1):
+            estimate = move(oracle, context, estimate.state)
+        memory = self.carried(estimate.state.memory)
+        return estimate._replace(state=estimate.state._replace(memory=memory))
+
     def init(self, oracle: Oracle, context: Params, inner: Params) -> State:
         return InnerState(inner, self.new_memory(inner))
 
@@ -227,6 +231,4 @@ class SingleLoop(Descent):
         """One step of everything, and the hypergradient that goes with it."""
 
     def estimate(self, oracle: Oracle, context: Params, state: State) -> Estimate:
-        found = repeat(self.move, self.inner_steps, oracle, context, state)
-        memory = self.carried(found.state.memory)
-        return found._replace(state=found.state._replace(memory=memory))
+        return self.repeat(self.move, self.inner_steps, oracle, context, state)

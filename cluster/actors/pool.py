@@ -175,6 +175,7 @@ class ActorPool(ABC, Generic[S]):
         num_needed: Without so many the work stands still.
         kind: What the messages say of them.
         failures: When to try again, and when to end the run.
+        runtime: The clock and the calls of Ray.
     """
 
     def __init__(

@@ -29,9 +29,12 @@ Key = tuple[Role, int]
 
 
 class Layout(NamedTuple):
-    """How trees become buffers: names and shapes of the outer variable, the context x, and y.
+    """How trees become buffers.
 
     Args:
+        outer: Names and shapes of the outer variable.
+        x: Those of the context.
+        y: Those of the inner variable.
         rows: Names of the per-example variables, whose leading axis is the support example.
         num_examples: The sizes of the full support and query set.
         shard_sizes: With local batch statistics the number of examples of every shard, of both

@@ -60,6 +60,7 @@ class ShardPool(ActorPool[_Slot]):
         num_shards: The number of shards, and workers.
         failures: When to try again, and when to end the run.
         staleness: Answers may be so many steps old.
+        runtime: The clock and the calls of Ray.
     """
 
     def __init__(

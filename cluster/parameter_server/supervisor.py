@@ -50,6 +50,7 @@ class Supervisor:
         failures: `max_losses` without a new version of x end the run; pauses between attempts.
         options: See `Server`.
         start_timeout_s: How long a server may take to start.
+        runtime: The clock and the calls of Ray.
     """
 
     def __init__(

@@ -42,7 +42,6 @@ class Worker:
 
     Args:
         name: The name of this worker in reports and errors.
-        device: "auto": the GPU that Ray gave to this actor, else the CPU; or "cpu", "cuda".
     """
 
     def __init__(self, name: str) -> None:

@@ -107,6 +107,7 @@ class WorkerPool(ActorPool[_Slot]):
         prefetch: Leases that a worker may have beside the one it computes.
         backup_factor: A lease that takes this many times the median goes to an idle worker too, and
             the first answer counts; None: never.
+        runtime: The clock and the calls of Ray.
     """
 
     def __init__(

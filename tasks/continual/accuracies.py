@@ -87,7 +87,6 @@ class JudgeAfterEachTask:
         trainer: The trainer, after `restore` if a run is resumed.
         path: A file that the rows are kept in, so that a resumed run has those of before; None:
             they are kept here only.
-        on_step: Called at every step too; its answer is passed on.
 
     Raises:
         ValueError: The sampler is no `ImageStream`, or rows are missing of stages that the trainer
