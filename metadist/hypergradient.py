@@ -115,28 +115,19 @@ def task_hypergradients(
     _refuse(problem, algorithm, outer, tasks, states)
     if not is_checked:
         check_each_pure(problem, detach(split_own(outer)[0]), tasks, compute)
-    on_cpu = next(iter(outer.values())).device.type == "cpu"
-    if vectorizes(compute.vectorize, problem, algorithm, outer, tasks):
-        size = compute.chunk_size or len(tasks)
-        if compute.chunk_size is None and len(tasks) > (FEW if on_cpu else 1):
-            size = chunk_of(problem, outer, tasks[0], compute)
-        groups = [tasks[start : start + size] for start in range(0, len(tasks), size)]
-    else:
-        groups = [[task] for task in tasks]
-
-    graphs = graphs_of(problem, algorithm, compute, next(iter(outer.values())).device)
-    zero = next(iter(outer.values())).new_zeros(num_elements(outer))
+    leaf = next(iter(outer.values()))
+    graphs = graphs_of(problem, algorithm, compute, leaf.device)
+    zero = leaf.new_zeros(num_elements(outer))
     sums = _Sums([zero] if previous is None else [zero, zero])
     dropped: list[int] = []
     calls: Counter[str] = Counter()
     of_task = None if states is None else _kept(states, tasks)
-    while groups:
-        group = groups.pop(0)
+
+    def computed(group: list[Task]) -> _Found | None:
+        """What one pass finds for these tasks; None: they must go one by one."""
         kept = None if of_task is None else [of_task[int(task.id)] for task in group]
         if kept is not None and len({(flat is None, counters) for flat, counters in kept}) > 1:
-            # All of a group are new, or have the same counters.
-            groups[:0] = [[task] for task in group]
-            continue
+            return None  # all of a group are new, or have the same counters
         run = _Run(
             problem=problem,
             algorithm=algorithm,
@@ -146,29 +137,32 @@ def task_hypergradients(
             report=report,
         )
         numbers = (step, *(kept[0][1] if kept else ()))
-        with compute.applied(), attention_for(algorithm, run.together and on_cpu):
+        with compute.applied(), attention_for(algorithm, run.together and _on_cpu(outer)):
             try:
                 inputs = _inputs(outer, previous, group, kept)
                 if graphs is None:
-                    found = run(inputs, numbers)
-                else:
-                    ids = tuple(int(task.id) for task in group)
-                    key = *run[2:], *plain_settings(problem)
-                    found = graphs.run(run.__call__, inputs.counted(), numbers, key, ids)
+                    return run(inputs, numbers)
+                ids = tuple(int(task.id) for task in group)
+                key = *run[2:], *plain_settings(problem)
+                return graphs.run(run.__call__, inputs.counted(), numbers, key, ids)
             except FAILS_UNDER_VMAP as error:
                 if len(group) == 1 or not falls_back(compute.vectorize, error):
                     raise
-                groups[:0] = [[task] for task in group]
-                continue
-        calls.update({name: count * len(group) for name, count in found.calls.items()})
-        metrics = _read(found)
-        if metrics is None:
-            if len(group) == 1:
-                dropped.append(int(group[0].id))
-            else:
-                groups[:0] = [[task] for task in group]
-            continue
-        sums.add(found, metrics, group)
+                return None
+
+    groups = _groups(problem, algorithm, outer, tasks, compute)
+    while groups:
+        group = groups.pop(0)
+        found = computed(group)
+        if found is not None:
+            calls.update({name: count * len(group) for name, count in found.calls.items()})
+        metrics = None if found is None else _read(found)
+        if found is not None and metrics is not None:
+            sums.add(found, metrics, group)
+        elif len(group) > 1:
+            groups[:0] = [[task] for task in group]
+        else:
+            dropped.append(int(group[0].id))
     total, *before = (unflatten(total, outer) for total in sums.totals)
     return HypergradientSum(
         total=total,
@@ -179,6 +173,22 @@ def task_hypergradients(
         states=sums.states,
         calls=dict(calls),
     )
+
+
+def _on_cpu(outer: Params) -> bool:
+    return next(iter(outer.values())).device.type == "cpu"
+
+
+def _groups(
+    problem: Problem, algorithm: Algorithm, outer: Params, tasks: list[Task], compute: Compute
+) -> list[list[Task]]:
+    """The tasks, in groups that go through together."""
+    size = 1
+    if vectorizes(compute.vectorize, problem, algorithm, outer, tasks):
+        size = compute.chunk_size or len(tasks)
+        if compute.chunk_size is None and len(tasks) > (FEW if _on_cpu(outer) else 1):
+            size = chunk_of(problem, outer, tasks[0], compute)
+    return [tasks[start : start + size] for start in range(0, len(tasks), size)]
 
 
 def _refuse(
