@@ -139,11 +139,16 @@ def unflatten_state(flat: Tensor, like: Any, counters: tuple[int, ...]) -> Any:
     return _build(like, iter(counters), tensors)
 
 
-def split_state(flat: Tensor, last: Params) -> tuple[Tensor, Params]:
-    """(state, tree) of a flat (state, tree), the state still flat; `last` is like the tree."""
-    size = num_elements(last) if last else 0
+def split_carried(flat: Tensor, like: Params) -> tuple[Tensor, Params]:
+    """(the state, still flat; what the problem carries) of the two in one vector.
+
+    Args:
+        flat: `flatten_state((state, carried))`.
+        like: A tree like what is carried; empty: nothing is.
+    """
+    size = num_elements(like)
     state, rest = flat.split([len(flat) - size, size])
-    return state, unflatten(rest, last) if last else {}
+    return state, unflatten(rest, like) if like else {}
 
 
 def _collect(node: Any, counters: list[int], tensors: list[Tensor]) -> None:

@@ -27,7 +27,7 @@ from metadist.checks.purity import check_each_pure
 from metadist.chunks import FAILS_UNDER_VMAP, FEW, chunk_of, falls_back, vectorizes
 from metadist.compute import AS_TORCH_IS_SET, Compute
 from metadist.draws import first_parts
-from metadist.flat_states import counters_of_all, flatten_state, split_state, unflatten_state
+from metadist.flat_states import counters_of_all, flatten_state, split_carried, unflatten_state
 from metadist.graphs import graphs_of, plain_settings
 from metadist.metrics import adaptation_metrics
 from metadist.oracle import Constants, CountingOracle
@@ -452,7 +452,7 @@ class _Run(NamedTuple):
         carried = vmap(one)(task) if self.together else one(task)
         if flat is None or not carried:
             return carried, flat
-        state, carried = (vmap(split_state) if self.together else split_state)(flat, carried)
+        state, carried = (vmap(split_carried) if self.together else split_carried)(flat, carried)
         return carried, state
 
     def _one(

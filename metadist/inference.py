@@ -12,7 +12,7 @@ from metadist.autograd import AutogradOracle
 from metadist.compute import AS_TORCH_IS_SET, Compute, pick_device
 from metadist.draws import Source
 from metadist.evaluation import with_inner_steps
-from metadist.flat_states import counters_of, split_state, unflatten_state
+from metadist.flat_states import counters_of, split_carried, unflatten_state
 from metadist.problem import HasModel, Problem, context_of, has_few_shot_classes, start_carried
 from metadist.sampler import TaskSampler, sample_task
 from metadist.task import Batch, Task, shape_signature, targets_of, to_device
@@ -202,7 +202,7 @@ class _Adapted:
             with torch.no_grad():
                 carried = start_carried(problem, self.outer, self.task)
                 if state is not None:
-                    state, carried = split_state(state.to(device), carried)
+                    state, carried = split_carried(state.to(device), carried)
                 context = context_of(problem, self.outer, self.task, carried, compute)
                 self.context = detach(context)
                 start = problem.init_inner(self.outer, self.task)

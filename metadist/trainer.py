@@ -26,7 +26,7 @@ from metadist.checks.values import check, require_number
 from metadist.compute import DEFAULT, Compute
 from metadist.evaluation import EvaluationResult, describe_sampler, evaluate, with_inner_steps
 from metadist.executor import Executor, LocalExecutor, StepReport
-from metadist.flat_states import split_state
+from metadist.flat_states import split_carried
 from metadist.inference import adapt, export, kept_state, predict
 from metadist.loggers.base import LoggedRun, Logger
 from metadist.loggers.tensor_board import TensorBoardLogger
@@ -292,7 +292,7 @@ class Trainer:
         outer, _ = split_own(self.outer)
         leaf = next(iter(outer.values()))
         task = to_device(self._task(index), leaf.device, leaf.dtype)
-        return split_state(self._flat(index), start_carried(self.problem, outer, task))[1]
+        return split_carried(self._flat(index), start_carried(self.problem, outer, task))[1]
 
     def _task(self, index: int) -> Task:
         return sample_task(self.sampler, index, self.last_step)
