@@ -1,60 +1,44 @@
-"""Checkpoints: a folder per outer step at any fsspec URI, never half of one.
+"""Checkpoints: a folder per outer step, `step-NNNNNNNN`, at any fsspec URI, never half of one.
 
-    step-00000100/tensors.safetensors     outer variable, state of optimiser and algorithm
-    step-00000100/tensors-1.safetensors   if a server of several shards wrote it: the same of its
-                                          second shard, and so on
-    step-00000100/states-1.safetensors    if the kept states of tasks are large: that of one task;
-                                          otherwise they are in the first file
-    step-00000100/state.json              everything else
-    step-00000100/manifest.json           sizes and SHA-256 of these and of itself, written last
-
-A leaf that lies in several shards has a flat piece in the file of each; all others have their name
-and shape. It is loaded whole, whatever number of shards resumes from it.
-
-A folder whose manifest is missing, or does not fit the files, is not a checkpoint. Nothing is
-ever unpickled, no file is read that is longer than the manifest says, and no name in a checkpoint
-is used as a path.
+checkpoint_files.py says which files are in it. A folder whose manifest is missing, or does not fit
+the files, is not a checkpoint. Nothing is ever unpickled, no file is read that is longer than the
+manifest says, and no name in a checkpoint is used as a path.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
-import operator
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
-import torch
-from safetensors import SafetensorError
-from torch import Tensor
 
 from metadist.checks.values import check
-from metadist.outer import OuterState, differences, shard_bounds
-from metadist.run.storage import Folder
-from metadist.trees import Params, num_elements
-
-FORMAT = 3
-READABLE = (2, FORMAT)
-"""Format 2 is that of one shard."""
-TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-STATES = "states.safetensors"
-LARGE_STATES_BYTES = 64 << 20
-"""Kept states that have so many bytes together get a file each, so that no process that saves or
-loads them has to hold them all in memory."""
-MAX_MANIFEST_BYTES = 1 << 16
-
-Malformed = (
-    *(SafetensorError, ArithmeticError, AssertionError, AttributeError, LookupError),
-    *(RuntimeError, TypeError, ValueError),
+from metadist.outer import OuterState, differences
+from metadist.run.checkpoint_files import (
+    FORMAT,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    READABLE,
+    STATE,
+    Malformed,
+    Manifest,
+    as_json,
+    digest_of,
+    restored,
+    sha256,
+    state_file,
+    step_of_part,
+    tensor_files,
 )
-"""The exceptions that forged data raises; a RecursionError is a RuntimeError."""
+from metadist.run.storage import Folder
+from metadist.trees import Params
 
 
 class CheckpointError(ValueError):
@@ -140,12 +124,12 @@ class CheckpointStore:
             self._move_aside([name])
         # First, so that at no time it stands beside files that it does not belong to.
         self.folder.remove(f"{name}/{MANIFEST}")
-        rest = _json(_state(checkpoint))
+        rest = state_file(checkpoint.state, checkpoint.info)
         listed = {}
         try:
-            for file, data in itertools.chain(_parts(checkpoint.state), [(STATE, rest)]):
+            for file, data in itertools.chain(tensor_files(checkpoint.state), [(STATE, rest)]):
                 self.folder.write(f"{name}/{file}", data)
-                listed[file] = {"size_bytes": len(data), "sha256": _sha256(data)}
+                listed[file] = {"size_bytes": len(data), "sha256": sha256(data)}
             manifest = {"format": FORMAT, "score": checkpoint.score, "files": listed}
             self._write_manifest(name, manifest)
         except BaseException:
@@ -207,8 +191,6 @@ class CheckpointStore:
                 raise ValueError(f"it holds step {state['version']}")
             if not isinstance(state["info"], dict):
                 raise TypeError(f"info is {state['info']!r}")
-            if min([state["applied_below"], *state["applied"]]) < 0:
-                raise ValueError("a lease has a negative number")
             parts: list[Params] = []
             kept: Params = {}
             for file in manifest.files:
@@ -217,41 +199,22 @@ class CheckpointStore:
                 elif file != STATE:
                     data = self._file(name, file, manifest)
                     parts.append(safetensors.torch.load(data))
-                    if (step := _step_of_part(data)) not in (None, str(state["version"])):
+                    if (step := step_of_part(data)) not in (None, str(state["version"])):
                         raise ValueError(f"{file} is of step {step}")
-            shapes = state["outer"]
-            if isinstance(shapes, list):  # format 2, in which no leaf is in pieces
-                shapes = dict.fromkeys(shapes, (-1,))
-            outer: Params = {
-                key: _whole(parts, f"outer.{key}", shape) for key, shape in shapes.items()
-            }
-            optimizer = {key: _whole(parts, f"optimizer.{key}") for key in state["optimizer"]}
-            recursion = {key: _whole(parts, f"recursion.{key}") for key in state["recursion"]}
-            states = {int(key): _whole([*parts, kept], f"states.{key}") for key in state["states"]}
-            restored = OuterState(
-                outer=outer,
-                optimizer=optimizer,
-                version=int(state["version"]),
-                applied_below=int(state["applied_below"]),
-                applied=tuple(map(int, state["applied"])),
-                recursion=recursion,
-                states=states,
-                num_shards=len(parts),
-            )
-            return Checkpoint(restored, state["info"], manifest.score)
+            return Checkpoint(restored(state, parts, kept), state["info"], manifest.score)
         except Malformed as error:
             raise CheckpointError(
                 f"checkpoint {self.folder.path(name)} is of another format: {error!r}"
             ) from error
 
-    def _manifest(self, name: str) -> _Manifest:
+    def _manifest(self, name: str) -> Manifest:
         where = self.folder.path(name)
         data = self._read(name, MANIFEST, MAX_MANIFEST_BYTES)
         try:
             tree = json.loads(data)
-            version, digest, found = tree["format"], tree["sha256"], _digest(tree)
+            version, digest, found = tree["format"], tree["sha256"], digest_of(tree)
             is_known = version in READABLE
-            manifest = _Manifest.of(tree) if is_known and digest == found else None
+            manifest = Manifest.of(tree) if is_known and digest == found else None
         except Malformed as error:
             raise CheckpointError(
                 f"checkpoint {where} is damaged: {MANIFEST}: {error!r}"
@@ -267,16 +230,16 @@ class CheckpointStore:
             )
         return manifest
 
-    def _file(self, name: str, file: str, manifest: _Manifest) -> bytes:
+    def _file(self, name: str, file: str, manifest: Manifest) -> bytes:
         """A file of a checkpoint, if it is what the manifest says."""
         expected = manifest.files[file]
         data = self._read(name, file, expected[0])
-        found = (len(data), _sha256(data))
+        found = (len(data), sha256(data))
         if found != expected:
             raise self._damaged(name, file, expected, found)
         return data
 
-    def _mapped(self, name: str, file: str, manifest: _Manifest) -> Params:
+    def _mapped(self, name: str, file: str, manifest: Manifest) -> Params:
         """The tensors of a file, if it is what the manifest says: mapped into memory, not read."""
         if self.folder.local is None:
             with tempfile.NamedTemporaryFile() as copy:
@@ -319,7 +282,7 @@ class CheckpointStore:
         self._write_manifest(name, {**manifest, "score": score})
 
     def _write_manifest(self, name: str, manifest: dict[str, Any]) -> None:
-        signed = _json({**manifest, "sha256": _digest(manifest)})
+        signed = as_json({**manifest, "sha256": digest_of(manifest)})
         self.folder.write(f"{name}/{MANIFEST}", signed)
 
     def is_bare(self) -> bool:
@@ -350,12 +313,12 @@ class CheckpointStore:
             self.folder.move(name, target, last=MANIFEST)
             self.set_aside.append(target)
 
-    def _manifests(self) -> dict[str, _Manifest | None]:
+    def _manifests(self) -> dict[str, Manifest | None]:
         """The good manifests by checkpoint, and None for checkpoints without any.
 
         Their other files are not looked at.
         """
-        found: dict[str, _Manifest | None] = {}
+        found: dict[str, Manifest | None] = {}
         for name in self.names():
             try:
                 found[name] = self._manifest(name)
@@ -403,34 +366,6 @@ class CheckpointStore:
             ) from error
 
 
-class _Manifest(NamedTuple):
-    """The parts of a manifest that matter: (bytes, SHA-256) of each file, and the score."""
-
-    files: dict[str, tuple[int, str]]
-    score: float | None
-
-    @property
-    def state_files(self) -> list[str]:
-        """The files of large kept states."""
-        after = list(self.files).index(STATE) + 1
-        return list(self.files)[after:]
-
-    @classmethod
-    def of(cls, tree: Any) -> _Manifest:
-        """The manifest in this JSON; raises one of `Malformed` if it is none."""
-        listed, score = tree["files"], tree["score"]
-        parts = itertools.takewhile(listed.__contains__, map(_part_name, itertools.count(1)))
-        numbered = (_part_name(number, STATES) for number in itertools.count(1))
-        names = [TENSORS, *parts, STATE, *itertools.takewhile(listed.__contains__, numbered)]
-        return cls(
-            {
-                file: (operator.index(listed[file]["size_bytes"]), str(listed[file]["sha256"]))
-                for file in names
-            },
-            None if score is None else float(score),
-        )
-
-
 def check_same_model(found: Params, expected: Params, where: str) -> None:
     """Raise CheckpointError unless the two have the same names, shapes and dtypes."""
     for name in [*expected, *found]:
@@ -449,83 +384,7 @@ def _signature(leaf: Any) -> str:
     return f"{str(leaf.dtype).removeprefix('torch.')} of shape {tuple(leaf.shape)}"
 
 
-def _part_name(number: int, first: str = TENSORS) -> str:
-    stem, dot, suffix = first.partition(".")
-    return f"{stem}-{number}{dot}{suffix}" if number else first
-
-
-def _parts(state: OuterState) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of each file of tensors, made one at a time for the sake of memory."""
-    is_large = sum(leaf.nbytes for leaf in state.states.values()) >= LARGE_STATES_BYTES
-    # One shard may hold what is not of one floating dtype, or no vectors.
-    bounds = [(0, num_elements(state.outer))]
-    if state.num_shards > 1:
-        bounds = shard_bounds(bounds[0][1], state.num_shards)
-    for number, (start, stop) in enumerate(bounds):
-        tensors = {f"outer.{name}": leaf for name, leaf in _cut(state.outer, start, stop).items()}
-        for group, leaves in (("optimizer", state.optimizer), ("recursion", state.recursion)):
-            for name, leaf in leaves.items():
-                if len(bounds) == 1 or (number == 0 and not leaf.ndim):
-                    tensors[f"{group}.{name}"] = leaf
-                elif leaf.ndim:
-                    tensors[f"{group}.{name}"] = leaf[start:stop]
-        if number == 0 and not is_large:
-            tensors |= {f"states.{index}": leaf for index, leaf in state.states.items()}
-        contiguous = {name: leaf.contiguous() for name, leaf in tensors.items()}
-        # Of a state in one file nothing could be of another step.
-        about = {"version": str(state.version)} if len(bounds) > 1 else None
-        yield _part_name(number), safetensors.torch.save(contiguous, about)
-    for number, (index, leaf) in enumerate(state.states.items() if is_large else (), start=1):
-        data = safetensors.torch.save({f"states.{index}": leaf.contiguous()})
-        yield _part_name(number, STATES), data
-
-
-def _step_of_part(data: bytes) -> str | None:
-    """The step that the file of a shard says it is of; None if it says none."""
-    length = int.from_bytes(data[:8], "little")
-    about = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
-    return about.get("version")
-
-
-def _cut(tree: Params, start: int, stop: int) -> Params:
-    """The part of the concatenated leaves between the two: whole leaves and flat pieces."""
-    found, offset = {}, 0
-    for name, leaf in tree.items():
-        first, last = max(0, start - offset), min(leaf.numel(), stop - offset)
-        if (first, last) == (0, leaf.numel()):
-            found[name] = leaf
-        elif first < last:
-            found[name] = leaf.reshape(-1)[first:last]
-        offset += leaf.numel()
-    return found
-
-
-def _whole(parts: list[Params], key: str, shape: Sequence[int] = (-1,)) -> Tensor:
-    """The leaf of which the parts have pieces, which are taken from them."""
-    pieces = [part.pop(key) for part in parts if key in part]
-    if not pieces:
-        raise KeyError(key)
-    if len(pieces) == 1:
-        return pieces[0]
-    return torch.cat([piece.reshape(-1) for piece in pieces]).reshape(shape)
-
-
-def _state(checkpoint: Checkpoint) -> dict[str, Any]:
-    state = checkpoint.state
-    return {
-        # In order: safetensors keeps none.
-        "outer": {name: list(leaf.shape) for name, leaf in state.outer.items()},
-        "optimizer": list(state.optimizer),
-        "recursion": list(state.recursion),
-        "states": list(state.states),
-        "version": state.version,
-        "applied_below": state.applied_below,
-        "applied": list(state.applied),
-        "info": checkpoint.info,
-    }
-
-
-def _best(manifests: Mapping[str, _Manifest | None]) -> str | None:
+def _best(manifests: Mapping[str, Manifest | None]) -> str | None:
     scores = {name: manifest.score for name, manifest in manifests.items() if manifest}
     scored = [
         (score, _step(name), name)
@@ -542,17 +401,3 @@ def name_of(step: int) -> str:
 
 def _step(name: str) -> int:
     return int(name.removeprefix("step-"))
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    """The SHA-256 of a manifest without its own field for it."""
-    rest = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()

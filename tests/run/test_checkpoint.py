@@ -17,15 +17,8 @@ from hypothesis import strategies as st
 
 from metadist.optimizer import OuterOptimizer
 from metadist.outer import BLOCK, OuterState, OuterVariable, StepRules
-from metadist.run.checkpoint import (
-    MANIFEST,
-    STATE,
-    TENSORS,
-    Checkpoint,
-    CheckpointError,
-    CheckpointStore,
-    check_same_model,
-)
+from metadist.run.checkpoint import Checkpoint, CheckpointError, CheckpointStore, check_same_model
+from metadist.run.checkpoint_files import MANIFEST, STATE, TENSORS
 from tests.helpers import exact, fresh
 from tests.problems import computed_lease
 
@@ -616,7 +609,7 @@ def test_a_part_is_made_when_the_one_before_it_is_written(monkeypatch):
 
 
 def test_large_kept_states_have_a_file_each_which_is_mapped_and_verified(place, monkeypatch):
-    monkeypatch.setattr("metadist.run.checkpoint.LARGE_STATES_BYTES", 100)
+    monkeypatch.setattr("metadist.run.checkpoint_files.LARGE_STATES_BYTES", 100)
     store = CheckpointStore(place)
     first = checkpoint(1)
     states = {index: fresh((10 + index,), index) for index in (0, 2, 5)}

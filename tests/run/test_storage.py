@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metadist import CheckpointError, CheckpointStore
-from metadist.run.checkpoint import MANIFEST, STATE, TENSORS
+from metadist.run.checkpoint_files import MANIFEST, STATE, TENSORS
 from metadist.run.storage import Folder, write_json
 from tests.helpers import finish, start
 from tests.run.storage_faults import Faults, s3_server

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from metadist import CheckpointError, CheckpointStore, OuterOptimizer
 from metadist.outer import OuterState, OuterVariable, StepRules
-from metadist.run.checkpoint import MANIFEST, STATE, TENSORS
+from metadist.run.checkpoint_files import MANIFEST, STATE, TENSORS
 from tests.helpers import exact, make_trainer, store_of
 from tests.problems import computed_lease
 from tests.run.test_checkpoint import checkpoint, everything, signed

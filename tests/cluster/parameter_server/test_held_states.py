@@ -155,7 +155,7 @@ class Traced(Ridge):
 def test_the_driver_builds_no_inner_variable_and_resumes_from_storage(
     free_cluster, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("metadist.run.checkpoint.LARGE_STATES_BYTES", 1)
+    monkeypatch.setattr("metadist.run.checkpoint_files.LARGE_STATES_BYTES", 1)
     uri = f"memory://{tmp_path.name}"
 
     def make(run_dir=None, **options):
