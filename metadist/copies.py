@@ -15,10 +15,24 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-ATOMS = (str, bytes, int, float, complex, np.generic, type(None), type, ModuleType)
+PLAIN = (str, bytes, bool, int, float, complex, np.generic, type(None))
+ATOMS = (*PLAIN, type, ModuleType)
+FLAT = frozenset({list, tuple, set, frozenset, dict})
 
 _originals: WeakKeyDictionary[nn.Module, list[ref[Tensor]]] = WeakKeyDictionary()
 """The parameters of the modules that these are copies of."""
+
+
+def is_flat(value: Any) -> bool:
+    """Whether `value` is a container of plain values alone: quick, where there are millions."""
+    kind = type(value)
+    if kind not in FLAT:
+        return False
+    inside = {*map(type, value.values() if kind is dict else value)}
+    return inside <= _PLAIN_TYPES and (kind is not dict or {*map(type, value)} <= _PLAIN_TYPES)
+
+
+_PLAIN_TYPES = frozenset({str, bytes, bool, int, float, complex, type(None)})
 
 
 def reachable(value: Any) -> Iterator[Any]:
@@ -31,6 +45,8 @@ def reachable(value: Any) -> Iterator[Any]:
             continue
         seen[id(part)] = part
         yield part
+        if is_flat(part):
+            continue
         if isinstance(part, FunctionType):
             waiting += [part.__closure__, part.__defaults__, part.__kwdefaults__, vars(part)]
         elif isinstance(part, np.ndarray) and part.dtype.hasobject:

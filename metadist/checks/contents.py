@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metadist.copies import PLAIN, is_flat
 from metadist.trees import as_bytes, same_bytes
 
 
@@ -44,7 +45,8 @@ def seeded(seed: int) -> Iterator[None]:
 def walk(value: Any) -> Iterator[tuple[str, Any]]:
     """(path, leaf or module) for all that `value` holds, modules before what is in them.
 
-    Leaves are tensors, arrays, numbers, texts and the state of a counter.
+    Leaves are tensors, arrays, numbers, texts, containers of these two alone, and the state of a
+    counter.
     """
     seen: dict[int, Any] = {}  # holds what it has seen, since a new object may get an old id
     waiting: list[tuple[str, Any]] = [("", value)]
@@ -56,6 +58,9 @@ def walk(value: Any) -> Iterator[tuple[str, Any]]:
         if id(value) in seen:
             continue
         seen[id(value)] = value
+        if is_flat(value):
+            yield path, value
+            continue
         if isinstance(value, Tensor | nn.Module | count) or _is_plain_array(value):
             yield path, value
         found = [(f"{path}.{name}" if path else str(name), child) for name, child in _in(value)]
@@ -93,7 +98,6 @@ def _in(value: Any) -> Iterable[tuple[Any, Any]]:
     return {**fields, **getattr(value, "__dict__", {})}.items()
 
 
-PLAIN = (str, bytes, bool, int, float, complex, np.generic, type(None))
 OPAQUE = (type, Tensor, ModuleType, BuiltinFunctionType)
 
 

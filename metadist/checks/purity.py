@@ -6,6 +6,7 @@ arguments and all tensors and arrays that the problem holds are compared byte by
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,7 +26,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metadist.autograd import AutogradOracle
 from metadist.checks.contents import (
-    PLAIN,
     agree,
     changed_argument,
     digest,
@@ -36,7 +36,7 @@ from metadist.checks.contents import (
     walk,
 )
 from metadist.compute import Compute
-from metadist.copies import deep_copy, originals_of, reachable
+from metadist.copies import PLAIN, deep_copy, is_flat, originals_of, reachable
 from metadist.problem import (
     HasModel,
     Problem,
@@ -57,6 +57,9 @@ RARE = 16
 
 SHARED = 1 << 20
 """Bytes of memory from which on a tensor is not copied with the problem that holds it."""
+
+MANY = 300_000
+"""Objects from which on the check takes more than some seconds."""
 
 _pure: WeakValueDictionary[int, Problem] = WeakValueDictionary()
 """The problems that were found to be pure in this process, by identity."""
@@ -127,6 +130,8 @@ def _copy(problem: Problem) -> Problem:
             memo[id(part)] = part
         elif isinstance(part, FunctionType) and part.__closure__:
             functions.append(part)
+        elif is_flat(part):
+            memo[id(part)] = copy.copy(part)
     return deep_copy(problem, memo, functions)
 
 
@@ -157,10 +162,16 @@ def check_pure(
     remember(problem)
     alone = replace(compute, num_threads=1)
     with alone.applied(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-        held, noted, given = [_held(problem)], {}, digests(task)
+        held, given = [_held(problem)], digests(task)
+        if len(held[0].values) > MANY:
+            warnings.warn(
+                f"{type(problem).__name__} holds {len(held[0].values):,} objects, which take "
+                "long to check and to send: keep them in tensors, arrays, or lists of plain values",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         passes = []
         for seed in (1, 2):
-            noted = _noted(problem)  # the first pass may fill what is kept for later
             calls = _calls(problem, outer, task, compute, seed)
             held.append(_held(problem))
             _require_unchanged(problem, *held[-2:])
@@ -172,7 +183,8 @@ def check_pure(
                 for before, after in pairwise(held):
                     _require_unchanged(problem, before, after, replaced=True)
                 raise _not_a_function(problem, name, call)
-        kept = [path for path, text in _noted(problem).items() if noted.get(path, text) != text]
+        # The first pass may fill what is kept for later.
+        kept = list(_other_values(held[1].values, held[2].values))
         replaced = any(any(_changed(before, after)) for before, after in pairwise(held))
         for name, call in first.items():
             if isinstance(call.function, _Differentiated) and _computes_again(call):
@@ -189,7 +201,7 @@ def check_pure(
             for name in watched:
                 if not agree(first[name].result, others[name].result):
                     raise _not_a_function(problem, name, first[name])
-        _require_no_original(problem, first)
+        _require_no_original(problem, held[-1].modules, first)
         if problem in _untouched:
             for asked in (task, task if other is None else other):  # twice, for what the first left
                 _require_nothing_kept(problem, _untouched[problem], outer, asked, compute)
@@ -208,13 +220,11 @@ def check_pure(
     _untouched.pop(problem, None)
 
 
-def _require_no_original(problem: Problem, calls: dict[str, _Call]) -> None:
+def _require_no_original(problem: Problem, held: list[nn.Module], calls: dict[str, _Call]) -> None:
     """Raise `Impure` if a model reads the weights of the one that it was copied from.
 
     Losses may, which distil from the model as it was: of a problem with a model its outputs count.
     """
-    # Not by isinstance, which takes a weak reference (weakref.proxy) for what it refers to.
-    held = [part for _, part in walk(problem) if issubclass(type(part), nn.Module)]
     originals = {id(leaf): leaf for part in held for leaf in originals_of(part)}
     if not originals:
         return
@@ -630,26 +640,52 @@ def _not_a_function(problem: Problem, name: str, call: _Call) -> Impure:
     )
 
 
-def _held(problem: Problem) -> dict[str, tuple[Any, bytes]]:
-    """(tensor or array, digest) of all that the problem holds, by path."""
-    return {
-        path: (leaf, digest(leaf))
-        for path, leaf in walk(problem)
-        if isinstance(leaf, Tensor) or (isinstance(leaf, np.ndarray) and leaf.flags.writeable)
-    }
+class _Held(NamedTuple):
+    """What a problem holds, by path.
+
+    Args:
+        tensors: (tensor or array, digest).
+        values: Numbers, texts and counters; those of one container together, by their place in it.
+        modules: Modules, in no order.
+    """
+
+    tensors: dict[str, tuple[Any, bytes]]
+    values: dict[str, dict[Any, Any]]
+    modules: list[nn.Module]
 
 
-def _noted(problem: Problem) -> dict[str, str]:
-    """All numbers, texts and counters that the problem holds, by path."""
-    return {path: repr(leaf) for path, leaf in walk(problem) if isinstance(leaf, (*PLAIN, count))}
+def _held(problem: Problem) -> _Held:
+    found = _Held({}, {}, [])
+    for path, leaf in walk(problem):
+        if isinstance(leaf, PLAIN):
+            found.values[path] = {"": leaf}
+        elif isinstance(leaf, count):
+            found.values[path] = {"": repr(leaf)}
+        elif isinstance(leaf, Tensor) or (isinstance(leaf, np.ndarray) and leaf.flags.writeable):
+            found.tensors[path] = leaf, digest(leaf)
+        elif issubclass(type(leaf), nn.Module):  # a weakref.proxy is one by isinstance
+            found.modules.append(leaf)
+        elif is_flat(leaf):
+            found.values[path] = dict(leaf) if type(leaf) is dict else dict(enumerate(leaf))
+    return found
 
 
-def _changed(
-    before: dict[str, tuple[Any, bytes]], after: dict[str, tuple[Any, bytes]]
-) -> Iterator[tuple[str, Any, bool]]:
+def _other_values(
+    before: dict[str, dict[Any, Any]], after: dict[str, dict[Any, Any]]
+) -> Iterator[str]:
+    """The paths of values that are others than they were; not of those that are new."""
+    for path, values in after.items():
+        known = before.get(path, values)
+        if known != values:
+            for name, value in values.items():
+                if repr(known.get(name, value)) != repr(value):
+                    yield f"{path}.{name}".removesuffix(".")
+
+
+def _changed(before: _Held, after: _Held) -> Iterator[tuple[str, Any, bool]]:
     """(path, tensor, whether another one is there now) of what no longer has the same bytes."""
-    for path, (tensor, digest_before) in before.items():
-        now, digest_now = after.get(path, (tensor, digest_before))
+    for path, (tensor, digest_before) in before.tensors.items():
+        now, digest_now = after.tensors.get(path, (tensor, digest_before))
         # torch's functional_call leaves parameters of its call in a module that has two names.
         left = isinstance(tensor, nn.Parameter) and now is not tensor
         if digest_now != digest_before and not left:
@@ -657,11 +693,7 @@ def _changed(
 
 
 def _require_unchanged(
-    problem: Problem,
-    before: dict[str, tuple[Any, bytes]],
-    after: dict[str, tuple[Any, bytes]],
-    *,
-    replaced: bool = False,
+    problem: Problem, before: _Held, after: _Held, *, replaced: bool = False
 ) -> None:
     """Raise `Impure` if something held was written to.
 

@@ -6,6 +6,7 @@ import gc
 import random
 from contextlib import suppress
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -561,3 +562,39 @@ def test_a_metric_of_what_another_method_left_is_refused():
 
     with pytest.raises(Impure, match="metrics must give the same bytes"):
         make_trainer(problem=Stale(by_itself), sampler=Lines(), vectorize=False)
+
+
+def test_plain_values_in_containers_are_compared_one_by_one():
+    problem: Any = Smooth()
+    problem.table = {"calls": [0, 1.5], "names": {"a": 1, "b": float("nan")}}
+    act = problem.metrics
+
+    def metrics(*arguments):
+        problem.table["calls"][0] += 1
+        problem.table["calls"].append(3)
+        return act(*arguments)
+
+    problem.metrics = metrics
+    with pytest.warns(RuntimeWarning, match=r"keeps 'table\.calls\.0', which every call changes"):
+        check(problem)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, set, dict.fromkeys])
+def test_containers_of_plain_values_are_copied_with_a_problem(kind):
+    problem: Any = Smooth()
+    problem.values = kind(range(3))
+    remember(problem)
+    copied: Any = purity._untouched[problem]
+    assert copied.values == problem.values
+    assert (copied.values is problem.values) == isinstance(problem.values, tuple)
+
+
+def test_many_objects_are_told_of(monkeypatch):
+    monkeypatch.setattr(purity, "MANY", 100)
+    problem: Any = Smooth()
+    problem.values = list(range(1000))
+    check(problem)  # one container is one object
+    problem = Smooth()
+    problem.values = [[number] for number in range(2000)]
+    with pytest.warns(RuntimeWarning, match="Smooth holds 2,0.. objects, which take long"):
+        check(problem)
