@@ -9,13 +9,11 @@ exactly, for every derivative of an `Oracle`, since all are linear in the losses
 statistics the right side is what is solved, whatever the loss on a part is.
 
 A `ShardWorker` (worker.py) holds a shard and asks its `ShardOracle`; the sum is done by `Exchange`
-(exchange.py). The checks here refuse data and problems for which the sum would not be exact.
+(exchange.py). What is refused, since the sum would not be exact, is in checks.py.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -25,11 +23,10 @@ from torch import Tensor
 
 from metadist.autograd import AutogradOracle
 from metadist.compute import DEFAULT
-from metadist.draws import SOURCES, BatchSize, Draw, MiniBatches, Source, permuted
-from metadist.problem import Problem, per_example_names
+from metadist.draws import SOURCES, BatchSize, Draw, MiniBatches, permuted
+from metadist.problem import Problem
 from metadist.sampler import Labelled, Shardable, TaskSampler
 from metadist.task import Batch, Task, stay_on_host, stays_on_host, targets_of
-from metadist.trees import Params, gradients, leaves
 
 
 def cut(task: Task, part: int, num_parts: int) -> Task:
@@ -79,23 +76,6 @@ def _numbered(batch: Batch) -> Batch:
     return batch._replace(index=torch.arange(len(batch.index)))
 
 
-def check_partition(indices: Sequence[Tensor], source: Source) -> None:
-    """Raise ValueError unless these positions, by shard, are 0, 1, ... with each of them once."""
-    for part, index in enumerate(indices):
-        if not len(index):
-            raise ValueError(
-                f"shard {part} must hold at least one {source} example, got none: num_workers "
-                f"must be <= the number of {source} examples, {sum(map(len, indices))}"
-            )
-    positions = torch.cat(list(indices)).sort().values
-    wrong = (positions != torch.arange(len(positions))).nonzero()
-    if len(wrong):
-        raise ValueError(
-            f"shards must hold every position of the {source} set once, from 0 on, got "
-            f"{int(positions[wrong[0]])} where {int(wrong[0])} was due: see `shard` of the sampler"
-        )
-
-
 def class_labels(sampler: TaskSampler, batch: Batch) -> set[int] | None:
     """The labels of a batch; None unless the sampler has `num_classes` and its targets hold them.
 
@@ -106,19 +86,6 @@ def class_labels(sampler: TaskSampler, batch: Batch) -> set[int] | None:
     if labels is None or labels.ndim != 1 or labels.dtype != torch.int64:
         return None
     return set(labels.unique().tolist())
-
-
-def check_classes(found: Sequence[set[int]], source: Source) -> None:
-    """Raise ValueError unless shards with these labels have all of the same classes."""
-    classes = set().union(*found)
-    for part, labels in enumerate(found):
-        if missing := sorted(classes - labels):
-            raise ValueError(
-                f"the {source} set of every shard must hold all {len(classes)} classes, got none "
-                f"of class {', '.join(map(str, missing))} in shard {part}: is the data sorted by "
-                "class? Shuffle it, or use fewer workers. Where that is as it should be (the "
-                "result is exact all the same): allow_missing_classes=True"
-            )
 
 
 ShardSizes = tuple[tuple[int, ...], tuple[int, ...]]
@@ -258,147 +225,3 @@ def spread(rows: Tensor, index: Tensor, num_examples: int) -> Tensor:
     full = rows.new_zeros(num_examples, *rows.shape[1:])
     full[index] = rows
     return full
-
-
-def shard_fault(
-    problem: Problem,
-    shard: Task,
-    outer: Params,
-    start: Params,
-    num_support: int,
-    is_local: bool = False,
-) -> str | None:
-    """Why derivatives on the full sets are no mean of those on shards; None: they are.
-
-    With local batch statistics (`is_local`) a loss need only be the same on the examples twice.
-
-    Looked at in x = `outer` and y = `start`; `num_support` is the size of the full support set.
-
-    Cost: gradients of both losses, three times, on 64 examples at the most.
-    """
-    for source, batch in zip(SOURCES, (shard.support, shard.query), strict=True):
-        for number, tensor in enumerate(batch.tensors):
-            finite = tensor.isfinite().reshape(len(tensor), math.prod(tensor.shape[1:])).all(1)
-            if not bool(finite.all()):
-                position = int(batch.index[~finite][0])
-                return (
-                    f"the {source} set must be finite, got NaN or Inf in its tensor {number} at "
-                    f"example {position}"
-                )
-    context = problem.encode(outer, shard)
-    changed = [name for name, leaf in context.items() if leaf is not outer.get(name)]
-    if changed:
-        return (
-            "encode must return outer variables as they are, got another "
-            f"{', '.join(changed)}: what depends on data would differ between shards. Compute it "
-            "in inner_loss and outer_loss, or use LocalExecutor"
-        )
-    random = torch.Generator().manual_seed(0)
-
-    def beside(leaf: Tensor) -> Tensor:
-        noise = torch.randn(leaf.shape, generator=random, dtype=torch.float64)
-        return leaf + 0.1 * noise.to(leaf)
-
-    y = {name: beside(leaf) for name, leaf in start.items()}
-    fault_of = _scale_fault if is_local else _mean_fault
-    for name, loss, batch in (
-        ("inner_loss", problem.inner_loss, shard.support),
-        ("outer_loss", problem.outer_loss, shard.query),
-    ):
-        if fault := fault_of(name, loss, context, y, batch):
-            return fault
-    rows = per_example_names(problem, outer) & context.keys()
-    return _row_fault(problem, context, y, shard, rows, beside, num_support) if rows else None
-
-
-Loss = Callable[[Params, Params, Batch], Tensor]
-
-
-def _mean_fault(name: str, loss: Loss, x: Params, y: Params, batch: Batch) -> str | None:
-    """What is wrong if the loss is no mean over examples: halves against the whole of them."""
-    size = min(len(batch.index), 64)
-    places = torch.arange(size, device=batch.index.device)
-    # A single example has no halves: twice the same one stands for the whole.
-    halves = places.tensor_split(2) if size > 1 else (places, places)
-    whole = torch.cat(halves)
-    expected = _derivatives(loss, x, y, batch.take(whole))
-    parts = [_derivatives(loss, x, y, batch.take(half)) for half in halves]
-    weights = [len(half) / len(whole) for half in halves]
-    for leaf, *halved in zip(expected, *parts, strict=True):
-        mean = sum(weight * half for weight, half in zip(weights, halved, strict=True))
-        if not _equal(leaf, mean, *halved):
-            return (
-                f"{name} must be a mean over examples (plus terms without data), but on {size} "
-                "examples it is not the weighted mean of that on their halves: take means and no "
-                "sums, keep batch norm and other statistics of a batch out or let every worker "
-                "take those of its own part (batch_statistics='local'), or use LocalExecutor"
-            )
-    return None
-
-
-def _scale_fault(name: str, loss: Loss, x: Params, y: Params, batch: Batch) -> str | None:
-    """What is wrong if the loss changes when every example is there twice.
-
-    No mean and no variance does, so losses of statistics pass; sums do not.
-    """
-    places = torch.arange(min(len(batch.index), 64), device=batch.index.device)
-    once = _derivatives(loss, x, y, batch.take(places))
-    twice = _derivatives(loss, x, y, batch.take(torch.cat([places, places])))
-    # What batch norm cancels, as the bias before it, has a gradient of rounding errors only: it is
-    # compared by the size of the others.
-    if all(_equal(a, b, *once) for a, b in zip(once, twice, strict=True)):
-        return None
-    return (
-        f"{name} must be a mean over examples, or of statistics of the batch, but on {len(places)} "
-        "examples twice it is not what it is on them once: take means and no sums, and no variance "
-        "over n - 1, or use LocalExecutor"
-    )
-
-
-def _row_fault(
-    problem: Problem,
-    x: Params,
-    y: Params,
-    shard: Task,
-    rows: set[str],
-    beside: Callable[[Tensor], Tensor],
-    num_support: int,
-) -> str | None:
-    """What is wrong if the rows of other examples matter."""
-    own = shard.support.index
-    zeroed, noisy = dict(x), dict(x)
-    for name, leaf in x.items():
-        if name in rows:
-            zeroed[name] = spread(leaf[own], own, num_support)
-            noisy[name] = beside(leaf).index_copy(0, own, leaf[own])
-    for name, loss, batch in (
-        ("inner_loss", problem.inner_loss, shard.support),
-        ("outer_loss", problem.outer_loss, shard.query),
-    ):
-        few = batch.take(torch.arange(min(len(batch.index), 64), device=own.device))
-        first, second = (_derivatives(loss, at, y, few) for at in (zeroed, noisy))
-        if not all(_equal(a, b) for a, b in zip(first, second, strict=True)):
-            return (
-                f"per_example variables ({', '.join(sorted(rows))}) must enter {name} as "
-                "context[name][batch.index] only, but rows of other examples change it (a "
-                "normalisation over all of them?): leave the variable out of per_example, or "
-                "normalise within the example"
-            )
-    return None
-
-
-def _derivatives(loss: Loss, x: Params, y: Params, batch: Batch) -> list[Tensor]:
-    """The value, and the gradients in x and in y."""
-    x, y = leaves(x), leaves(y)
-    value = loss(x, y, batch)
-    trees = gradients([value], [None], x, y)
-    return [value.detach(), *(leaf for tree in trees for leaf in tree.values())]
-
-
-def _equal(first: Tensor, second: Tensor | float, *others: Tensor) -> bool:
-    """Whether they are the same up to rounding, relative to the largest number anywhere."""
-    largest = max(float(leaf.abs().max()) for leaf in (first, *others) if leaf.numel())
-    tolerance = torch.finfo(first.dtype).eps ** 0.5 * largest if first.numel() else 0.0
-    difference = (first - second).abs()
-    # NaN on both sides counts as equal: other checks look for it.
-    return not bool((difference > tolerance).any())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metadist.algorithm import Estimate, State, split_own
 from metadist.checks.values import check
-from metadist.cluster.actors.buffers import OuterSpec, to_array, to_tensor
+from metadist.cluster.actors.buffers import OuterSpec, to_array
 from metadist.cluster.actors.connection import calls_kept_whole, this_node
 from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.metrics import RunMetrics
@@ -22,28 +22,24 @@ from metadist.cluster.actors.options import Workers, check_kind, refuse_unused
 from metadist.cluster.actors.placement import Placement, devices_of
 from metadist.cluster.actors.pool import RAY, Notices
 from metadist.cluster.actors.runtime_env import pickle_by_value
-from metadist.cluster.data_parallel.data import (
-    FirstShard,
-    check_classes,
-    check_own_draws,
-    check_partition,
-)
+from metadist.cluster.data_parallel.checks import check_shards, check_starts, check_workload
+from metadist.cluster.data_parallel.data import FirstShard, check_own_draws
 from metadist.cluster.data_parallel.exchange import Exchange
-from metadist.cluster.data_parallel.layout import Layout, ShardCheck, ShardInfo
+from metadist.cluster.data_parallel.layout import Layout, ShardInfo
 from metadist.cluster.data_parallel.oracle import ClusterOracle
 from metadist.cluster.data_parallel.pending import Rounds, known
 from metadist.cluster.data_parallel.worker import ShardWorker
 from metadist.cluster.data_parallel.worker_pool import ShardPool
 from metadist.compute import Compute
-from metadist.draws import SOURCES, MiniBatches
+from metadist.draws import MiniBatches
 from metadist.executor import Executor, StepReport
 from metadist.flat_states import counters_of, flatten_state, unflatten_state
 from metadist.optimizer import OuterOptimizer
 from metadist.oracle import Constants, CountingOracle
 from metadist.outer import Contribution, LeaseResult, OuterState, OuterVariable
-from metadist.problem import carries, check_rows, has_inner_map
+from metadist.problem import check_rows
 from metadist.retry import Retries
-from metadist.sampler import Shardable, Stream, TaskSampler
+from metadist.sampler import Shardable, TaskSampler
 from metadist.signals import signals_held
 from metadist.trees import Params, flatten, zeros_like
 from metadist.workload import Lease, Workload
@@ -334,82 +330,6 @@ class DataParallelExecutor(Executor):
         if self._variable is None or self._pool is None:
             raise RuntimeError("the executor must be started with start(...) before it is used")
         return self._variable, self._pool
-
-
-def check_workload(workload: Workload, staleness: int) -> None:
-    """Raise ValueError for what is no single problem, or no algorithm that can run like this."""
-    algorithm = workload.algorithm
-    name = type(algorithm).__name__
-    if not workload.keep_state or workload.meta_batch_size != 1:
-        raise ValueError(
-            "keep_state must be True and meta_batch_size 1 with DataParallelExecutor, which cuts "
-            f"one task into shards, got {workload.keep_state} and {workload.meta_batch_size}: for "
-            "many tasks use RayExecutor"
-        )
-    if isinstance(workload.sampler, Stream):
-        raise ValueError(
-            "sampler must have no sample_at with DataParallelExecutor, whose workers keep their "
-            f"part of the data for the whole run, got {type(workload.sampler).__name__}: use "
-            "LocalExecutor or RayExecutor"
-        )
-    if has_inner_map(workload.problem):
-        raise ValueError(
-            "problem must have no inner_map with DataParallelExecutor, got "
-            f"{type(workload.problem).__name__}: a map need not be the mean of those of the "
-            "shards. Use LocalExecutor"
-        )
-    if carries(workload.problem):
-        raise ValueError(
-            "a problem must carry no state with DataParallelExecutor, whose workers each see a "
-            f"part of the task, got {type(workload.problem).__name__} with init_carried: use "
-            "RayExecutor or LocalExecutor"
-        )
-    if algorithm.differentiates_values:
-        raise ValueError(
-            f"algorithm must ask for derivatives with DataParallelExecutor, got {algorithm}, "
-            "which differentiates through the values of its losses: use engine='adjoint'"
-        )
-    if staleness and not algorithm.tolerates_staleness:
-        raise ValueError(
-            f"staleness must be 0 with {name}, got {staleness}: it takes answers that belong "
-            "together (of one matrix, or at two points of a difference), and a few steps between "
-            "them break it. Single loops tolerate that: SOBA, FSLA, MEHA, F2SA, AmIGO with "
-            "solver='gd'"
-        )
-
-
-def check_shards(infos: list[ShardInfo], allow_missing_classes: bool) -> list[Tensor]:
-    """The support positions of each shard; raises ValueError if shards do not fit together."""
-    for part, info in enumerate(infos):
-        if info.form != infos[0].form:
-            raise ValueError(
-                f"shards must have examples of one form, got {infos[0].form} in shard 0 and "
-                f"{info.form} in shard {part}"
-            )
-    positions = [to_tensor(info.support) for info in infos]
-    check_partition(positions, "support")
-    check_partition([to_tensor(info.query) for info in infos], "query")
-    for number, source in enumerate(() if allow_missing_classes else SOURCES):
-        check_classes([info.classes[number] or set() for info in infos], source)
-    return positions
-
-
-def check_starts(checks: list[ShardCheck]) -> tuple[tuple[str, ...], Params]:
-    """(the context's names, the start of y); raises ValueError if shards have found a fault."""
-    for part, found in enumerate(checks):
-        if found.fault is not None:
-            raise ValueError(f"in shard {part} {found.fault}")
-    first = {name: to_tensor(leaf) for name, leaf in checks[0].start.items()}
-    for part, found in enumerate(checks):
-        start = {name: to_tensor(leaf) for name, leaf in found.start.items()}
-        if start.keys() != first.keys() or any(
-            not torch.equal(start[name], leaf) for name, leaf in first.items()
-        ):
-            raise ValueError(
-                f"init_inner must not depend on data, got another start in shard {part} than in "
-                "shard 0: start from a constant or from the outer variable, or use LocalExecutor"
-            )
-    return checks[0].context, first
 
 
 def _layout(outer: Params, rows: set[str], num_examples: tuple[int, int]) -> Layout:

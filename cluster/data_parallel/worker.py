@@ -13,7 +13,8 @@ from torch import Tensor
 from metadist.cluster.actors.buffers import Array, to_array, to_tensor
 from metadist.cluster.actors.errors import exits_raised
 from metadist.cluster.actors.placement import WorkerInfo, worker_device
-from metadist.cluster.data_parallel.data import ShardOracle, class_labels, sample_shard, shard_fault
+from metadist.cluster.data_parallel.checks import shard_fault
+from metadist.cluster.data_parallel.data import ShardOracle, class_labels, sample_shard
 from metadist.cluster.data_parallel.layout import (
     Key,
     Layout,

@@ -8,7 +8,7 @@ import torch
 from metadist import LocalExecutor, OuterOptimizer, Trainer
 from metadist.algorithms import AID, ALGORITHMS, ITD, SOBA
 from metadist.checks.hypergradient import check_hypergradient
-from metadist.cluster.data_parallel.executor import check_workload
+from metadist.cluster.data_parallel.checks import check_workload
 from metadist.compute import Compute
 from metadist.hypergradient import task_hypergradients
 from metadist.oracle import CountingOracle, in_gradients

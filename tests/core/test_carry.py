@@ -10,7 +10,7 @@ from torch import Tensor
 from metadist import Batch, Compute, OuterOptimizer, Trainer, evaluate
 from metadist.algorithms import AID, BOME, ITD, MEHA, SABA, FreePBGD
 from metadist.checks.purity import Impure
-from metadist.cluster.data_parallel.executor import check_workload
+from metadist.cluster.data_parallel.checks import check_workload
 from metadist.hypergradient import task_hypergradients
 from metadist.problem import Problem
 from metadist.task import Task

@@ -14,8 +14,8 @@ from metadist.algorithm import Algorithm
 from metadist.checks.preflight import initial_outer
 from metadist.cluster import DataParallelExecutor, Workers
 from metadist.cluster.actors.failure import Failures
+from metadist.cluster.data_parallel.checks import check_workload
 from metadist.cluster.data_parallel.exchange import Package, Round
-from metadist.cluster.data_parallel.executor import check_workload
 from metadist.cluster.data_parallel.layout import Key, Reply
 from metadist.cluster.data_parallel.worker import ShardWorker
 from metadist.cluster.data_parallel.worker_pool import ShardPool

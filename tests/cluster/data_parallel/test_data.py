@@ -8,16 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metadist.autograd import AutogradOracle
-from metadist.cluster.data_parallel.data import (
-    ShardOracle,
-    check_classes,
-    check_partition,
-    class_labels,
-    cut,
-    sample_shard,
-    shard_fault,
-    spread,
-)
+from metadist.cluster.data_parallel.checks import check_classes, check_partition, shard_fault
+from metadist.cluster.data_parallel.data import ShardOracle, class_labels, cut, sample_shard, spread
 from metadist.draws import Draw, Source
 from metadist.problem import Problem
 from metadist.task import Batch, Task, stay_on_host, stays_on_host
