@@ -39,8 +39,9 @@ from metadist.run.banner import banner
 from metadist.run.checkpoint import Checkpoint, CheckpointError, check_same_model, name_of
 from metadist.run.events import EventLog
 from metadist.run.fitting import Fitting, TrainingDiverged
-from metadist.run.monitor import Monitor, TerminalProgress
+from metadist.run.monitor import Monitor
 from metadist.run.processes import software
+from metadist.run.progress import TerminalProgress
 from metadist.run.rebuild import config_of
 from metadist.run.run_folder import RunFolder
 from metadist.run.settings import as_text, difference, recorded

@@ -8,7 +8,8 @@ from metadist.executor import StepReport
 from metadist.loggers.base import Logger
 from metadist.loggers.tensor_board import TensorBoardLogger
 from metadist.run.events import EventLog
-from metadist.run.monitor import TerminalProgress, calls_of
+from metadist.run.monitor import calls_of
+from metadist.run.progress import TerminalProgress
 
 TASKS, DROPPED = "tasks", "dropped"  # beside the names of oracle calls
 

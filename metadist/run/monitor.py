@@ -1,17 +1,14 @@
-"""How a run reports while it lasts: to its loggers, and on the terminal."""
+"""How a run reports to its loggers while it lasts."""
 
 from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,7 +17,6 @@ from metadist.executor import StepReport
 from metadist.loggers.base import Bearing, LoggedRun, Logger
 from metadist.loggers.tensor_board import TensorBoardLogger
 from metadist.outer import LeaseResult
-from metadist.run.banner import Forecast
 from metadist.run.names import scalar_name, width_name
 from metadist.task import Task
 
@@ -167,77 +163,12 @@ def _warn(logger: Logger, error: Exception) -> None:
     log.warning("rows of %s are missing: %s", type(logger).__name__, error)
 
 
-class TerminalProgress:
-    """A progress bar on a terminal, plain lines elsewhere.
-
-    Args:
-        num_steps: The version of x at which training ends.
-        lines_every: Outer steps between plain lines.
-        quiet: Say nothing.
-    """
-
-    def __init__(self, num_steps: int, lines_every: int, quiet: bool = False) -> None:
-        self._console = Console(stderr=True, soft_wrap=True, quiet=quiet)
-        self._lines_every = lines_every
-        self._num_steps = num_steps
-        self._latest: dict[str, float] = {}
-        self._forecast = Forecast(num_steps)
-        self._bar: Progress | None = None
-        if self._console.is_terminal and not quiet:
-            self._bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-                console=self._console,
-            )
-            self._task = self._bar.add_task("", total=num_steps)
-            self._bar.start()
-
-    def step(self, report: StepReport) -> None:
-        """Show one outer step."""
-        self._latest.update(report.metrics)
-        version = report.step.version
-        if forecast := self._forecast.after(version, time.monotonic()):
-            self.say(forecast)
-        shown = " ".join(
-            f"{label} {self._latest[name]:.3f}"
-            for label, name in (
-                ("loss", "query_loss"),
-                ("accuracy before", "query_accuracy_before"),
-                ("after", "query_accuracy"),
-            )
-            if name in self._latest
-        )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=version, description=shown)
-        elif version % self._lines_every == 0 or version == self._num_steps:
-            speed = f"workers {report.num_workers} {_per_second(report):.1f} tasks/s"
-            parts = [f"step {version}/{self._num_steps}", shown, speed]
-            self._console.print(" ".join(filter(None, parts)), highlight=False)
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._console.print(text, highlight=False, markup=False)
-
-    def close(self) -> None:
-        """Stop the bar."""
-        if self._bar is not None:
-            self._bar.stop()
-
-
 def calls_of(report: StepReport) -> Counter[str]:
     """The oracle calls of the leases of a step, by name."""
     calls: Counter[str] = Counter()
     for result in report.results:
         calls.update(result.calls)
     return calls
-
-
-def _per_second(report: StepReport) -> float:
-    num_tasks = sum(result.num_tasks for result in report.results)
-    return num_tasks / report.seconds if report.seconds > 0 else math.nan
 
 
 def is_images(tensor: Tensor) -> bool:

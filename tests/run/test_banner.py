@@ -8,7 +8,7 @@ import torch
 from metadist import Batch, Problem, Trainer
 from metadist.algorithms import ITD
 from metadist.models import Conv4
-from metadist.run.banner import Forecast, duration
+from metadist.run.progress import Forecast, duration
 from metadist.tasks import FewShotProblem, Glyphs, OneTask
 from tests.helpers import make_trainer
 

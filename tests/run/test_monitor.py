@@ -21,8 +21,9 @@ from metadist import LocalExecutor, OuterOptimizer, StepReport
 from metadist.algorithms import ITD
 from metadist.loggers import LoggedRun, TensorBoardLogger
 from metadist.outer import LeaseResult, StepResult
-from metadist.run.monitor import MAX_IMAGES, Monitor, TerminalProgress
+from metadist.run.monitor import MAX_IMAGES, Monitor
 from metadist.run.names import scalar_name
+from metadist.run.progress import TerminalProgress
 from metadist.task import Batch, Task
 from tests.helpers import Images, Recording, Spoiled, curves, images_of_conv4, make_trainer
 
@@ -333,7 +334,7 @@ def test_a_trainer_tells_of_its_steps_on_the_error_stream(capsys):
 def test_on_a_terminal_progress_is_a_bar(monkeypatch):
     screen = io.StringIO()
     terminal = functools.partial(Console, file=screen, force_terminal=True, width=90)
-    monkeypatch.setattr("metadist.run.monitor.Console", lambda **options: terminal())
+    monkeypatch.setattr("metadist.run.progress.Console", lambda **options: terminal())
     progress = TerminalProgress(4, lines_every=1)
     for version in range(1, 5):
         progress.step(report(version, [result(0, 1, LOSS)]))
