@@ -65,10 +65,8 @@ def chunk_of(problem: Problem, outer: Params, task: Task, compute: Compute = DEF
 def _measure(problem: Problem, outer: Params, task: Task, some: Task) -> int:
     problem_outer, _ = split_own(outer)
     with torch.no_grad(), _Results() as results:
-        context, inner = (
-            context_of(problem, problem_outer, task),
-            problem.init_inner(problem_outer, task),
-        )
+        context = context_of(problem, problem_outer, task)
+        inner = problem.init_inner(problem_outer, task)
         problem.inner_loss(context, inner, some.support)
         problem.outer_loss(context, inner, some.query)
     beside = results.num_bytes + num_bytes([*some.support.tensors, *some.query.tensors])

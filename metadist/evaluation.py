@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
@@ -158,15 +159,7 @@ def evaluate(
     require_steps("step + 1", step + 1, sampler)
     if (size := num_tasks_of(sampler)) is not None:
         num_tasks = min(num_tasks, max(2, size))  # tasks that come again would narrow the interval
-    on_a_cpu = pick_device(compute.device).type == "cpu"  # else equal sums may differ in bytes
-    if on_a_cpu and not is_known_pure(problem):
-        on_cpu = {name: leaf.detach().cpu() for name, leaf in outer.items()}
-        dtype = next(iter(on_cpu.values())).dtype
-        tasks = [
-            to_device(sample_task(sampler, index, step), "cpu", dtype)
-            for index in range(min(2, num_tasks_of(sampler) or 2))
-        ]
-        check_pure(problem, split_own(on_cpu)[0], tasks[0], compute, tasks[-1])
+    _require_pure(problem, sampler, outer, compute, step)
     if inner_steps is not None:
         algorithm = with_inner_steps(algorithm, inner_steps)
     judge = _Judge(problem, sampler, algorithm, compute, before, step, per_task)
@@ -174,10 +167,10 @@ def evaluate(
     counts = [_without_confusion(of_task) for of_task in found]
     values = _columns(found)
     dropped = _dropped(values)
-    kept = {
-        name: [value for index, value in enumerate(column) if index not in dropped.get(name, ())]
-        for name, column in values.items()
-    }
+    kept = {}
+    for name, column in values.items():
+        left_out = dropped.get(name, ())
+        kept[name] = [value for index, value in enumerate(column) if index not in left_out]
     protocol = {
         "tasks": f"{num_tasks} (indices 0 .. {num_tasks - 1})",
         "sampler": describe_sampler(sampler),
@@ -257,6 +250,21 @@ def best_inner_steps(
     if len(errors) == len(scores):
         raise errors[0]
     return max(scores, key=lambda inner_steps: scores[inner_steps]), scores
+
+
+def _require_pure(
+    problem: Problem, sampler: TaskSampler, outer: Params, compute: Compute, step: int
+) -> None:
+    """See `check_pure`; on a CPU alone, since on a GPU equal sums may differ in bytes."""
+    if pick_device(compute.device).type != "cpu" or is_known_pure(problem):
+        return
+    on_cpu = {name: leaf.detach().cpu() for name, leaf in outer.items()}
+    dtype = next(iter(on_cpu.values())).dtype
+    tasks = [
+        to_device(sample_task(sampler, index, step), "cpu", dtype)
+        for index in range(min(2, num_tasks_of(sampler) or 2))
+    ]
+    check_pure(problem, split_own(on_cpu)[0], tasks[0], compute, tasks[-1])
 
 
 def _dropped(values: Mapping[str, list[float]]) -> dict[str, list[int]]:
@@ -408,62 +416,70 @@ class _Judge(NamedTuple):
         leaf = next(iter(outer.values()))
         with device_memory(chunk_in_words(indices), chunk_size=self.compute.chunk_size):
             tasks = [sample_task(self.sampler, index, self.step) for index in indices]
-            return self._of_tasks(outer, send(tasks, leaf.device, leaf.dtype), self.compute)
+            return self._of_tasks(outer, send(tasks, leaf.device, leaf.dtype))
 
-    def _of_tasks(
-        self, outer: Params, tasks: list[Task], compute: Compute
-    ) -> list[dict[str, float]]:
-        problem, algorithm = self.problem, self.algorithm
-        problem_outer, own = split_own(outer)
-        together = vectorizes(compute.vectorize, problem, algorithm, outer, tasks)
-
-        def judge(context: Params, start: Params, task: Task) -> dict[str, Tensor]:
-            oracle = AutogradOracle(
-                problem,
-                task,
-                compute.batch_sizes,
-                compute.seed,
-                compile=algorithm.compiles,
-                eager=not together,
-            )
-            adapted = algorithm.adapt(oracle, {**context, **own}, start)
-            found = adaptation_metrics(
-                problem,
-                context,
-                start if self.before else None,
-                adapted,
-                in_parts(task, "support", compute.part_size, compute.seed),
-                in_parts(task, "query", compute.part_size, compute.seed),
-            )
-            return found | (_counts(problem, context, adapted, task) if self.counts else {})
-
-        if not together:
-            found = []
-            for task in tasks:
-                with torch.no_grad():
-                    context = context_of(problem, problem_outer, task, compute=compute)
-                    start = problem.init_inner(problem_outer, task)
-                metrics = judge(detach(context), start, task)
-                found += _by_task({name: value[None] for name, value in metrics.items()})
-            return found
+    def _of_tasks(self, outer: Params, tasks: list[Task]) -> list[dict[str, float]]:
+        """The metrics of each of these tasks, which are on the device of `outer`."""
+        vectorize = self.compute.vectorize
+        if not vectorizes(vectorize, self.problem, self.algorithm, outer, tasks):
+            return self._one_by_one(outer, tasks)
         stacked = stack_tasks(tasks)
         try:
-            with torch.no_grad():
-                context = compute.encode(problem.encode_tasks, problem_outer, stacked)
-                if carries(problem):
-                    start_of = partial(start_carried, problem, problem_outer)
-                    context = with_carried(context, torch.func.vmap(start_of)(stacked))
-                start = torch.func.vmap(problem.init_inner, in_dims=(None, 0))(
-                    problem_outer, stacked
-                )
-            start = tree_map(Tensor.contiguous, start)
-            columns = torch.func.vmap(judge)(context, start, stacked)
+            columns = self._together(outer, stacked)
         except FAILS_UNDER_VMAP as error:
-            if not falls_back(compute.vectorize, error):
+            if not falls_back(vectorize, error):
                 raise
-            one_by_one = dataclasses.replace(compute, vectorize=False)
-            return self._of_tasks(outer, tasks, one_by_one)
+            return self._one_by_one(outer, tasks)
         return _by_task(columns)
+
+    def _one_by_one(self, outer: Params, tasks: list[Task]) -> list[dict[str, float]]:
+        problem_outer, _ = split_own(outer)
+        found = []
+        for task in tasks:
+            with torch.no_grad():
+                context = context_of(self.problem, problem_outer, task, compute=self.compute)
+                start = self.problem.init_inner(problem_outer, task)
+            metrics = self._of_task(outer, detach(context), start, task, eager=True)
+            found += _by_task({name: value[None] for name, value in metrics.items()})
+        return found
+
+    def _together(self, outer: Params, tasks: Task) -> dict[str, Tensor]:
+        """The metrics of a stack of tasks, each of shape (B,)."""
+        problem, (problem_outer, _) = self.problem, split_own(outer)
+        with torch.no_grad():
+            context = self.compute.encode(problem.encode_tasks, problem_outer, tasks)
+            if carries(problem):
+                start_of = partial(start_carried, problem, problem_outer)
+                context = with_carried(context, vmap(start_of)(tasks))
+            start = vmap(problem.init_inner, in_dims=(None, 0))(problem_outer, tasks)
+        start = tree_map(Tensor.contiguous, start)
+        columns: dict[str, Tensor] = vmap(partial(self._of_task, outer))(context, start, tasks)
+        return columns
+
+    def _of_task(
+        self, outer: Params, context: Params, start: Params, task: Task, eager: bool = False
+    ) -> dict[str, Tensor]:
+        """The metrics of one task, each of shape ()."""
+        problem, algorithm, compute = self.problem, self.algorithm, self.compute
+        oracle = AutogradOracle(
+            problem,
+            task,
+            compute.batch_sizes,
+            compute.seed,
+            compile=algorithm.compiles,
+            eager=eager,
+        )
+        _, own = split_own(outer)
+        adapted = algorithm.adapt(oracle, {**context, **own}, start)
+        found = adaptation_metrics(
+            problem,
+            context,
+            start if self.before else None,
+            adapted,
+            in_parts(task, "support", compute.part_size, compute.seed),
+            in_parts(task, "query", compute.part_size, compute.seed),
+        )
+        return found | (_counts(problem, context, adapted, task) if self.counts else {})
 
 
 def _by_task(columns: Mapping[str, Tensor]) -> list[dict[str, float]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -438,7 +438,7 @@ class _Dtypes(TorchDispatchMode):
 
 
 def _dtypes(values: Iterable[Any]) -> set[torch.dtype]:
-    return {leaf.dtype for leaf in values if isinstance(leaf, torch.Tensor)}
+    return {leaf.dtype for leaf in values if isinstance(leaf, Tensor)}
 
 
 def _is_rough(dtype: torch.dtype) -> bool:
@@ -455,13 +455,11 @@ def _check_twice_differentiable(workload: Workload, outer: Params, task: Task) -
     with torch.no_grad():
         context = context_of(problem, split_own(outer)[0], task)
         start = problem.init_inner(outer, task)
-    x, y = (
-        {
-            name: leaf.detach().clone().requires_grad_(leaf.is_floating_point())
-            for name, leaf in tree.items()
-        }
-        for tree in (context, start)
-    )
+
+    def variable(leaf: Tensor) -> Tensor:
+        return leaf.detach().clone().requires_grad_(leaf.is_floating_point())
+
+    x, y = tree_map(variable, context), tree_map(variable, start)
     oracle = AutogradOracle(problem, task, compute.batch_sizes, compute.seed)
     losses = (
         (oracle.inner_value, oracle.draw_inner(), ("hvp", "jvp", "inner_value")),
@@ -474,7 +472,7 @@ def _check_twice_differentiable(workload: Workload, outer: Params, task: Task) -
                     value(x, y, draw), list(y.values()), create_graph=True, allow_unused=True
                 )
                 total = sum(leaf.sum() for leaf in gradients if leaf is not None)
-                if isinstance(total, torch.Tensor) and total.requires_grad:
+                if isinstance(total, Tensor) and total.requires_grad:
                     total.backward()
         except RuntimeError as error:
             if "once_differentiable" in str(error) and _asks(workload, outer, task, asked):

@@ -205,10 +205,8 @@ def _ar_members(content: bytes) -> dict[str, bytes]:
         raise FetchError("a Debian package must be an ar archive, got something else")
     members, at = {}, 8
     while at + 60 <= len(content):
-        name, size = (
-            content[at : at + 16].decode().strip().rstrip("/"),
-            int(content[at + 48 : at + 58]),
-        )
+        name = content[at : at + 16].decode().strip().rstrip("/")
+        size = int(content[at + 48 : at + 58])
         members[name] = content[at + 60 : at + 60 + size]
         at += 60 + size + size % 2
     return members
