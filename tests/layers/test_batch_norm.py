@@ -13,8 +13,8 @@ from torch.func import grad, vjp, vmap
 
 from metadist import task_hypergradients
 from metadist.algorithms import ITD
-from metadist.batch_norm import batch_norm
 from metadist.compute import Compute
+from metadist.layers.batch_norm import batch_norm
 from metadist.models import Conv4
 from metadist.task import to_device
 from metadist.tasks import FewShotProblem
