@@ -21,7 +21,7 @@ from metadist.factory import ModelFactory
 from metadist.layers import is_plain
 from metadist.layers.batch_norm import batch_norm
 from metadist.layers.convolution import Conv2d
-from metadist.layers.pooling import max_pool
+from metadist.layers.pooling import MaxPool2d, max_pool
 from metadist.rematerialise import rematerialise
 from metadist.rows import current_rows
 
@@ -222,13 +222,6 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 keep_inputs_only = rematerialise  # where an argument has that name
 
 
-class MaxPool(nn.Module):
-    """`nn.MaxPool2d(2)`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return max_pool(x)
-
-
 class Conv4(nn.Module):
     """Four blocks of conv 3x3, batch norm, ReLU, max-pool 2, and a linear head.
 
@@ -264,7 +257,7 @@ class Conv4(nn.Module):
             conv = Conv2d(channels[i], channels[i + 1], 3, padding=1)
             norm = norm_layer(channels[i + 1], batch_norm)
             # In this order ReLU has a quarter of the numbers, with the same result.
-            blocks.append(nn.Sequential(conv, norm, MaxPool(), nn.ReLU()))
+            blocks.append(nn.Sequential(conv, norm, MaxPool2d(2), nn.ReLU()))
         self.features = nn.Sequential(*blocks, nn.Flatten())
         self.head = nn.Linear(width * (image_size // 16) ** 2, n_way)
         if rematerialise:

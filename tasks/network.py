@@ -13,6 +13,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from metadist.copies import copy_module
+from metadist.layers.convolution import Conv2d
+from metadist.layers.pooling import MaxPool2d
 from metadist.models import TaskBatchNorm
 from metadist.rematerialise import as_plain, refuse_checkpointing
 from metadist.trees import Params
@@ -203,7 +205,7 @@ def _parametrized(plain: type[nn.Module], state: dict[str, Any]) -> nn.Module:
 
 
 def plain_module(model: nn.Module, params: Params, inputs: Tensor) -> nn.Module:
-    """A copy of `model` with these parameters in it, of torch's own batch norm and weights.
+    """A copy of `model` with these parameters in it, of torch's own layers and weights.
 
     Args:
         model: As of `without_parameters`.
@@ -233,6 +235,8 @@ def plain_module(model: nn.Module, params: Params, inputs: Tensor) -> nn.Module:
             for number, hook in list(hooks.items()):  # for names that the weights had before
                 if getattr(hook, "hook", hook).__module__ == nn.utils.parametrizations.__name__:
                     del hooks[number]
+        if type(layer) in (Conv2d, MaxPool2d):
+            layer.__class__ = type(layer).__bases__[0]
     norms = _torch_batch_norms(module, inputs)
     for parent in list(module.modules()):
         for name, child in parent._modules.items():

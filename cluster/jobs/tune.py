@@ -141,6 +141,8 @@ def plan(
 ) -> tuple[dict[str, Any], Any]:
     """(parameter space, `TuneConfig`) of Ray Tune; arguments and errors as in `tune`."""
     api = _ray_tune()
+    from ray.tune.search import Searcher
+
     for name, value in (
         ("num_steps", num_steps),
         ("evaluate_every", evaluate_every),
@@ -152,13 +154,15 @@ def plan(
         raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
     if not isinstance(metric, str):
         raise ValueError(f"metric must be the name of a metric, got {metric!r}")
+    searcher = _searcher(search, seed, workers.num_workers)
     config = api.TuneConfig(
         metric=metric,
         mode=mode,
         num_samples=num_samples,
-        max_concurrent_trials=workers.num_workers,
+        # Of what draws its trials beforehand Ray Tune ignores this number.
+        max_concurrent_trials=workers.num_workers if isinstance(searcher, Searcher) else None,
         scheduler=_scheduler(scheduler, num_steps),
-        search_alg=_searcher(search, seed),
+        search_alg=searcher,
     )
     return {name: _domain(api, name, spec) for name, spec in space.items()}, config
 
@@ -254,12 +258,12 @@ def _scheduler(given: Mapping[str, Any] | None, num_steps: int) -> Any:
     return _make("scheduler", known, given, {"time_attr": STEP, "max_t": num_steps})
 
 
-def _searcher(given: Mapping[str, Any] | None, seed: int) -> Any:
-    from ray.tune.search import SEARCH_ALG_IMPORT, BasicVariantGenerator
+def _searcher(given: Mapping[str, Any] | None, seed: int, at_once: int) -> Any:
+    from ray.tune.search import SEARCH_ALG_IMPORT
 
-    if given is None:
-        return BasicVariantGenerator(random_state=seed)
-    return _make("search", SEARCH_ALG_IMPORT, given, {})
+    defaults = {"random_state": seed, "max_concurrent": at_once}
+    chosen = {"name": "random"} if given is None else given
+    return _make("search", SEARCH_ALG_IMPORT, chosen, defaults)
 
 
 def _make(

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
-from metadist.layers.pooling import max_pool
+from metadist.layers.pooling import MaxPool2d, max_pool
 from tests.helpers import fresh
 
 
@@ -63,6 +63,24 @@ def test_second_derivatives_of_many_tasks_are_those_of_torch():
         return vmap(one)(x)
 
     assert torch.equal(products(max_pool), products(torchs))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kernel_size": 3}, {"stride": 1}, {"padding": 1}, {"dilation": 2}, {"ceil_mode": True}],
+)
+def test_the_layer_is_that_of_torch(options):
+    ours, theirs = (kind(**{"kernel_size": 2, **options}) for kind in (MaxPool2d, nn.MaxPool2d))
+    x = images(2, 3, 7, 7).requires_grad_()
+    assert torch.equal(ours(x), theirs(x))
+    by_rows = "_Forward" in type(ours(x).grad_fn).__name__
+    assert by_rows == (not options)
+
+
+def test_the_layer_gives_the_places_where_they_are_asked_for():
+    x = images(2, 3, 4, 4)
+    _, found = MaxPool2d(2, return_indices=True)(x)
+    assert torch.equal(found, nn.MaxPool2d(2, return_indices=True)(x)[1])
 
 
 def test_channels_last_and_forward_mode_are_left_to_torch():

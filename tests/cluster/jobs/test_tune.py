@@ -81,6 +81,26 @@ def test_trials_under_a_scheduler_report_stop_early_and_the_best_is_found(ray_se
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+def test_as_many_trials_run_at_once_as_there_are_workers(ray_session, tmp_path):
+    notes = tmp_path / "notes"
+
+    def make(values: Any, run_dir: str) -> Contender:
+        with notes.open("a") as file:
+            file.write("begins ")
+
+        def test() -> dict[str, float]:
+            with notes.open("a") as file:
+                file.write("ends ")
+            return {}
+
+        return training(values, run_dir)._replace(last_metrics=test)
+
+    search(tmp_path / "out", make, {"inner_lr": {"grid": [0.1, 0.2, 0.3]}}, workers=Workers(1))
+    assert notes.read_text().split() == ["begins", "ends"] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_a_trial_that_died_goes_on_from_its_last_report(ray_session, tmp_path):
     notes = tmp_path / "notes"
     make = functools.partial(training, notes=str(notes), fatal=6)

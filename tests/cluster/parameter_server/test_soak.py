@@ -7,7 +7,7 @@ import pytest
 from tests.cluster.processes import ROOT
 from tests.helpers import finish, start
 
-SOAK = str(ROOT / "scripts" / "soak.py")
+SOAK = str(ROOT / "scripts" / "benchmarks" / "soak.py")
 
 
 @pytest.mark.slow
