@@ -7,10 +7,9 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import ray
-import torch
 from ray import ObjectRef
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -23,12 +22,18 @@ from metadist.cluster.actors.buffers import (
     split_state,
     to_array,
 )
-from metadist.cluster.actors.connection import draining_nodes, this_node
+from metadist.cluster.actors.connection import draining_nodes
 from metadist.cluster.actors.failure import Failures
 from metadist.cluster.actors.metrics import RunMetrics
 from metadist.cluster.actors.options import Server, Workers, check_kind
 from metadist.cluster.actors.placement import Placement, devices_of, gpu_options
 from metadist.cluster.actors.runtime_env import pickle_by_value
+from metadist.cluster.parameter_server.checks import (
+    StateName,
+    check_policy,
+    check_room_for_versions,
+    check_server,
+)
 from metadist.cluster.parameter_server.compression import Compression
 from metadist.cluster.parameter_server.policies import BSP, Policy
 from metadist.cluster.parameter_server.scheduler import Scheduler
@@ -48,8 +53,6 @@ from metadist.workload import Workload
 log = logging.getLogger("metadist.cluster")
 
 T = TypeVar("T")
-
-StateName = Literal["server", "worker"]
 
 LAST_STATE_S = 20.0
 """How long the server may take to give its state when a run ends; schedulers grant 30 s."""
@@ -191,10 +194,10 @@ class RayExecutor(Executor):
 
     def start(self, workload: Workload, optimizer: OuterOptimizer, state: OuterState) -> None:
         """See `Executor`; started again, it keeps its processes and sets them up anew."""
-        self._check_policy(workload)
+        check_policy(workload, self._policy, self._workers, self._state)
         self._spec = OuterSpec.of(state.outer)
         self._bounds = shard_bounds(self._spec.num_elements, self._server.num_shards)
-        self._check_server(workload)
+        check_server(workload, self._server, self._spec, self._compression)
         self._arithmetic = workload.compute.arithmetic
         payload = pickle_by_value(workload)
         if not ray.is_initialized():
@@ -203,7 +206,7 @@ class RayExecutor(Executor):
             self._placement.open(workload.compute.device)
             self._held = None
             if self._state == "worker":
-                self._check_room_for_versions()
+                check_room_for_versions(self._spec, self._server.snapshot_every)
             pool = self._start_pool(payload, self._num_held(workload))
             if self._state == "worker":
                 self._held = HeldStates(workload, pool, state.version, state.states)
@@ -216,58 +219,6 @@ class RayExecutor(Executor):
         self._scheduler = Scheduler(workload, self._policy, supervisor, pool, self._held)
         self._metrics = RunMetrics(ray.get_runtime_context().get_job_id())
         log.info("%s", self.describe())
-
-    def _check_policy(self, workload: Workload) -> None:
-        """Raise ValueError for workers and a policy that the leases of a workload do not fit."""
-        if self._policy.is_synchronous and self._workers.num_workers > workload.leases_per_step:
-            way_out = "lower num_workers, or begin a run with a lower tasks_per_lease"
-            if workload.tasks_per_lease == 1:
-                way_out = (
-                    "lower num_workers, or raise meta_batch_size"
-                    if workload.meta_batch_size > 1
-                    else "lower num_workers, or use DataParallelExecutor, which cuts one task up"
-                )
-            raise ValueError(
-                f"num_workers must be <= {workload.leases_per_step} with policy="
-                f"{str(self._policy)!r}, as many as an outer step has leases "
-                f"(meta_batch_size={workload.meta_batch_size} / "
-                f"tasks_per_lease={workload.tasks_per_lease}), got {self._workers.num_workers}: "
-                f"the others would never work; {way_out}"
-            )
-        if workload.must_be_synchronous and not self._policy.is_synchronous:
-            why = (
-                "keep_state=True"
-                if workload.keep_state
-                else f"the two-point method {type(workload.algorithm).__name__}"
-            )
-            raise ValueError(
-                f"policy must be synchronous, as BSP() is, with {why}, got {str(self._policy)!r}: "
-                "every step needs what the step before it left"
-            )
-        if self._state == "worker" and not workload.keep_state:
-            raise ValueError(
-                "state must be 'server' with keep_state=False, got 'worker': nothing is kept from "
-                "step to step that could stay on a worker. Leave it out"
-            )
-
-    def _check_server(self, workload: Workload) -> None:
-        """Raise ValueError for options of the server that x or a workload does not allow."""
-        if self._server.num_shards > 1 and workload.stepping_rules().project is not None:
-            raise ValueError(
-                f"num_shards must be 1 with {type(workload.problem).__name__}, which has a "
-                f"project_outer, got {self._server.num_shards}: a projection needs the whole of x"
-            )
-        if self._compression == "bfloat16" and self._spec.dtype == torch.float16:
-            raise ValueError(
-                "compression must be 'none' with an outer variable of float16, got 'bfloat16', "
-                "which is as large and less exact"
-            )
-        gpus_per_server = self._server.gpus_per_server
-        if gpus_per_server and workload.compute.device == "cpu":
-            raise ValueError(
-                f"device must not be 'cpu' with gpus_per_server={gpus_per_server:g}, got 'cpu': "
-                "the server's GPU serves workers that have one themselves"
-            )
 
     def run(self, until_version: int) -> Iterator[StepReport]:
         reports = self._started().run(until_version)
@@ -352,21 +303,6 @@ class RayExecutor(Executor):
             return 0
         leases = math.ceil(workload.leases_per_step / self._workers.num_at_start)
         return leases * workload.tasks_per_lease
-
-    def _check_room_for_versions(self) -> None:
-        """Raise ValueError if the versions of x since a snapshot would fill the object store."""
-        here = this_node()
-        resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
-        there = resources.get("object_store_memory", math.inf) / 2
-        size = self._spec.num_elements * self._spec.dtype.itemsize
-        most = int(there / size) - 1 if there < math.inf else math.inf
-        if self._server.snapshot_every > most:
-            raise ValueError(
-                f"snapshot_every must be <= {most} with state='worker' and an outer variable of "
-                f"{size / 1e6:.3g} MB, got {self._server.snapshot_every}: x of each step since the "
-                f"last snapshot is kept, in half of the object store of {2 * there / 1e6:.4g} MB "
-                "(object_store_bytes). Or leave the states with the server, state='server'"
-            )
 
     def _start_pool(self, payload: bytes, num_held: int = 0) -> WorkerPool:
         if self._pool is None:
