@@ -42,7 +42,8 @@ class LinearClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, shape (R, out_features), of inputs of shape (R, ...)."""
-        return self.head(x.flatten(1))
+        # As `self.head(x)`, classes first: with few of them BLAS takes half of the time.
+        return torch.addmm(self.head.bias[:, None], self.head.weight, x.flatten(1).t()).t()
 
 
 class ExampleWeighting(Problem):
@@ -101,7 +102,10 @@ class ExampleWeighting(Problem):
                 f"targets must be one class for each example, shape ({len(labels)},), got "
                 f"{tuple(labels.shape)}: a weight belongs to a whole example"
             )
-        return F.cross_entropy(self.logits(inner, inputs), labels, reduction="none")
+        # As `F.cross_entropy`, along columns: they have room for vectors where rows are of few
+        # classes, and in this layout the products of second order are faster, too.
+        log_probabilities = F.log_softmax(self.logits(inner, inputs).mT, 0).mT
+        return F.nll_loss(log_probabilities, labels, reduction="none")
 
     def inner_loss(self, context: Params, inner: Params, batch: Batch) -> Tensor:
         weighted = self.weighted(context, self.losses(inner, batch), batch)

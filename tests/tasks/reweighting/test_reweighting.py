@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from metadist import OuterOptimizer, Trainer, check_hypergradient
 from metadist.algorithms import AID, ITD, SOBA, LancBiO
@@ -82,6 +83,17 @@ def test_its_derivatives_are_those_of_central_differences(problem):
     )
     for found, one, two in zip((j_v, h_v), above, below, strict=True):
         assert_close(found, scale(add(one, two, -1.0), 1 / (2 * eps)), 1e-6)
+
+
+def test_logits_and_losses_are_those_of_torch_layers():
+    problem = PROBLEMS["hyper-cleaning"]
+    task = to_device(cleaning().sample(0), torch.device("cpu"), DOUBLE)
+    y = random_like(problem.init_inner({"logits": torch.zeros(60, dtype=DOUBLE)}, task), 3)
+    inputs, labels = task.support.fields("inputs", "targets")
+    logits = F.linear(inputs.flatten(1), y["head.weight"], y["head.bias"])
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    assert_close({"": problem.logits(y, inputs)}, {"": logits}, 1e-14)
+    assert_close({"": problem.losses(y, task.support)}, {"": losses}, 1e-14)
 
 
 def test_the_inner_gradient_of_hyper_cleaning_has_a_closed_form():
