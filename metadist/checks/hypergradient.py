@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metadist.algorithm import Algorithm, split_own
 from metadist.autograd import AutogradOracle
+from metadist.checks.derivatives import check_precision
 from metadist.checks.exact import (
     Minimum,
     NoMinimiser,
@@ -37,7 +38,7 @@ from metadist.checks.exact import (
     newton,
 )
 from metadist.checks.losses import check_losses
-from metadist.checks.preflight import check_precision, check_trainable, initial_outer, preflight
+from metadist.checks.preflight import check_trainable, initial_outer, preflight
 from metadist.checks.values import check, is_number
 from metadist.compute import DEFAULT, Compute
 from metadist.draws import BatchSize

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from metadist import Trainer, check_hypergradient
 from metadist.algorithm import Algorithm
 from metadist.algorithms import AID, ALGORITHMS, BDA, DARTS, ITD, UFOM, Reptile
-from metadist.checks.preflight import NoSecondDerivative, initial_outer, preflight
+from metadist.checks.derivatives import NoSecondDerivative
+from metadist.checks.preflight import initial_outer, preflight
 from metadist.compute import Compute, warn_once
 from metadist.evaluation import evaluate
 from metadist.step_rules import Adam
