@@ -19,15 +19,15 @@ from metadist.checks.purity import check_pure, is_known_pure
 from metadist.checks.values import require_number
 from metadist.chunks import FAILS_UNDER_VMAP, falls_back, vectorizes
 from metadist.compute import AS_TORCH_IS_SET, Compute, pick_device
+from metadist.confusion import confusion_of, counts_of, take_counts
 from metadist.draws import in_parts
 from metadist.executor import Executor, LocalExecutor, chunk_in_words
 from metadist.feed import send
 from metadist.intervals import Interval, mean_interval
 from metadist.memory import device_memory
 from metadist.metrics import adaptation_metrics
-from metadist.problem import HasModel, Problem, carries, context_of, start_carried, with_carried
+from metadist.problem import Problem, carries, context_of, start_carried, with_carried
 from metadist.sampler import (
-    NamesTasks,
     Stream,
     TaskSampler,
     num_tasks_of,
@@ -36,7 +36,7 @@ from metadist.sampler import (
     sample_task,
 )
 from metadist.step_rules import SGD
-from metadist.task import Task, stack_tasks, targets_of, to_device
+from metadist.task import Task, stack_tasks, to_device
 from metadist.trees import Params, detach, tree_map
 
 TASKS_AT_A_TIME = 25
@@ -164,7 +164,7 @@ def evaluate(
         algorithm = with_inner_steps(algorithm, inner_steps)
     judge = _Judge(problem, sampler, algorithm, compute, before, step, per_task)
     found = _judged(judge, outer, num_tasks, executor)
-    counts = [_without_confusion(of_task) for of_task in found]
+    counts = [take_counts(of_task) for of_task in found]
     values = _columns(found)
     dropped = _dropped(values)
     kept = {}
@@ -192,7 +192,7 @@ def evaluate(
         dropped=dropped,
         penalty=_penalty(kept, dropped, num_tasks),
         per_task=values if per_task else {},
-        confusion=_confusion(sampler, counts, dropped.get("query_loss", [])),
+        confusion=confusion_of(sampler, counts, dropped.get("query_loss", [])),
     )
 
 
@@ -349,57 +349,6 @@ def _columns(found: list[dict[str, float]]) -> dict[str, list[float]]:
     return columns
 
 
-COUNTED = "confusion/"
-"""Before TRUE/PREDICTED among the metrics of a task: how many query examples were that."""
-
-
-def _counts(problem: Problem, context: Params, inner: Params, task: Task) -> dict[str, Tensor]:
-    """How many query examples of each class are taken for each; nothing but of classes."""
-    targets = targets_of(task.query)
-    if not isinstance(problem, HasModel) or targets is None or targets.is_floating_point():
-        return {}
-    with torch.no_grad():
-        outputs = problem.predict(context, inner, task.query)
-    if outputs.ndim != 2 or targets.ndim != 1:
-        return {}
-    classes = torch.arange(outputs.shape[1], device=targets.device)
-    is_of = (targets[:, None] == classes).double()
-    counts = is_of.T @ (outputs.argmax(1)[:, None] == classes).double()
-    size = range(len(classes))
-    return {
-        f"{COUNTED}{true}/{predicted}": counts[true, predicted]
-        for true in size
-        for predicted in size
-    }
-
-
-def _without_confusion(of_task: dict[str, float]) -> dict[str, float]:
-    """The counts of a task, which are taken out of its metrics."""
-    names = [name for name in of_task if name.startswith(COUNTED)]
-    return {name: of_task.pop(name) for name in names}
-
-
-def _confusion(
-    sampler: TaskSampler, counts: list[dict[str, float]], diverged: list[int]
-) -> dict[str, dict[str, int]]:
-    """The sum of the counts of the tasks, by the names of their classes."""
-    total: dict[str, dict[str, int]] = {}
-    for index, of_task in enumerate(counts):
-        if not of_task or index in diverged:
-            continue
-        names = sampler.classes_of(index) if isinstance(sampler, NamesTasks) else []
-        for name, count in of_task.items():
-            # A model may have more outputs than the task has classes.
-            true, predicted = (
-                names[int(part)] if int(part) < len(names) else part
-                for part in name.removeprefix(COUNTED).split("/")
-            )
-            if count:
-                row = total.setdefault(true, {})
-                row[predicted] = row.get(predicted, 0) + int(count)
-    return total
-
-
 class _Judge(NamedTuple):
     """What the metrics of tasks are computed from, see `metadist.executor.Judge`."""
 
@@ -479,7 +428,7 @@ class _Judge(NamedTuple):
             in_parts(task, "support", compute.part_size, compute.seed),
             in_parts(task, "query", compute.part_size, compute.seed),
         )
-        return found | (_counts(problem, context, adapted, task) if self.counts else {})
+        return found | (counts_of(problem, context, adapted, task) if self.counts else {})
 
 
 def _by_task(columns: Mapping[str, Tensor]) -> list[dict[str, float]]:
