@@ -23,6 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metadist.layers import quick
+
+SMALL = 1 << 16  # see `is_plain`
+
 
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)`, to rounding.
@@ -39,6 +43,7 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return normed
 
 
+@quick
 class _Forward(torch.autograd.Function):
     """(x, weight, bias) -> (y, mean, r)."""
 
@@ -74,6 +79,7 @@ class _Forward(torch.autograd.Function):
         return g_x, g_weight, g_bias, None
 
 
+@quick
 class _Backward(torch.autograd.Function):
     """(g, x, weight) -> the gradients in x, weight and bias; mean and r are those of x."""
 

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metadist.layers import is_plain
+from metadist.layers import is_plain, quick
 from metadist.trees import FUSED
+
+SMALL = 100_000  # see `is_plain`
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -34,7 +36,7 @@ def max_pool(x: Tensor) -> Tensor:
         x: Shape (N, C, H, W).
     """
     by_rows = x.device.type not in FUSED and x.ndim == 4 and x.is_contiguous()
-    if not by_rows or is_plain(x):
+    if not by_rows or is_plain(x, SMALL):
         return F.max_pool2d(x, 2)
     if not torch.is_grad_enabled():
         left, right = _columns(x)
@@ -50,6 +52,7 @@ def _columns(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[:, :, :height, 0:width:2], x[:, :, :height, 1:width:2]
 
 
+@quick
 class _Forward(torch.autograd.Function):
     """x -> (maxima, their places in an image)."""
 
@@ -63,11 +66,14 @@ class _Forward(torch.autograd.Function):
         wide = torch.maximum(left, right)
         top, bottom = wide[:, :, ::2], wide[:, :, 1::2]
         is_bottom = bottom > top
-        column = torch.where(is_bottom, is_right[:, :, 1::2], is_right[:, :, ::2])
+        # Bits, since a CPU computes `torch.where` and sums of mixed types one number after another.
+        above, below = is_right[:, :, ::2], is_right[:, :, 1::2]
+        is_right = above ^ ((above ^ below) & is_bottom)
         height, width = top.shape[2:]
         rows = torch.arange(height)[:, None] * (2 * x.shape[3])
-        place = rows + 2 * torch.arange(width) + column
-        return torch.maximum(top, bottom), place.add_(is_bottom, alpha=x.shape[3])
+        first = rows + 2 * torch.arange(width)
+        place = first + is_right.long().add(is_bottom.long(), alpha=x.shape[3])
+        return torch.maximum(top, bottom), place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -80,6 +86,7 @@ class _Forward(torch.autograd.Function):
         return _Backward.apply(g, *ctx.saved_tensors, ctx.shape)
 
 
+@quick
 class _Backward(torch.autograd.Function):
     """(g, places) -> g at its places in images of zeros."""
 

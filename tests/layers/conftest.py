@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from metadist import layers
+from metadist import models
+from metadist.layers import convolution, pooling
 
 
 @pytest.fixture(autouse=True)
 def no_input_is_small(monkeypatch):
-    monkeypatch.setattr(layers, "SMALL", 0)
+    for module in (convolution, models, pooling):
+        monkeypatch.setattr(module, "SMALL", 0)
