@@ -87,9 +87,9 @@ def test_it_finds_the_solution_where_g_leaves_half_of_y_free():
     problem, task = MerelyConvex(3), toy_task()
     outer = {"x": point(0.0, 0.5, 2.0)}
     ends = {}
-    for algorithm in (BDA(100, 0.3, y_lr=1.0, alpha=0.9, alpha_decay=0.7), ITD(100, 0.3)):
+    for algorithm in (BDA(60, 0.3, y_lr=1.0, alpha=0.9, alpha_decay=0.7), ITD(60, 0.3)):
         run = run_single(
-            algorithm, problem, task, outer, 60, 0.3, start={"y": torch.zeros(6).double()}
+            algorithm, problem, task, outer, 30, 0.3, start={"y": torch.zeros(6).double()}
         )
         ends[type(algorithm)] = problem.error(run.outer["x"], run.state.inner["y"])
     assert float(ends[BDA].abs().max()) < 0.05

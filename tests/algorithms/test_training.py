@@ -17,7 +17,7 @@ def loss(training):
 def test_it_trains_on_new_tasks(name):
     training = trainer(NEW_TASKS[name], batch_size=None)
     before = loss(training)
-    training.fit(30)
+    training.fit(18)
     assert loss(training) < 0.6 * before
 
 
@@ -25,7 +25,7 @@ def test_it_trains_on_new_tasks(name):
 def test_it_trains_on_tasks_whose_state_is_kept(name):
     training = trainer(NEW_TASKS[name], keep_state=True, batch_size=None)
     before = loss(training)
-    training.fit(30)
+    training.fit(18)
     assert loss(training) < 0.6 * before
 
 

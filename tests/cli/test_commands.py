@@ -79,13 +79,12 @@ def stopped_at(process: subprocess.Popen[str], step: int, number: signal.Signals
 
 @pytest.mark.skipif(not SCRIPT.exists(), reason="metadist is not installed with its script")
 def test_a_stopped_run_leaves_a_checkpoint_and_is_resumed_to_the_same_bytes(cli, here):
-    """By Ctrl-C, SIGTERM and SIGHUP, by the module and by the console script, at the same time."""
+    """By Ctrl-C and by SIGTERM, by the module and by the console script, at the same time."""
     flags = [flag for flag in CURVES if flag not in ("--quiet", "true")]
     flags = ["train", *flags, *words("--log_every 1 --num_steps 60 --run_dir")]
     processes = {
         130: (start(["-m", "metadist", *flags, "130"], here), signal.SIGINT),
         143: (start([SCRIPT, *flags, "143"], here), signal.SIGTERM),
-        129: (start(["-m", "metadist", *flags, "129"], here), signal.SIGHUP),
     }
     with ThreadPoolExecutor() as pool:
         outcomes = {

@@ -50,13 +50,6 @@ def small(comparison, folder):
                 (folder / label / f"{number}.txt").write_text(words)
         parts = {"num_train": 80, "num_val": 60, "num_selection": 1, "num_test": 1}
         return {"sampler": {"init_args": {"source": str(folder), "min_df": 1, **parts}}}
-    if kind == "ImageData":
-        net = {"channels": 2, "cells": "NR", "nodes": 1, "in_channels": 1}
-        return {
-            "sampler": {"init_args": {"dataset": "digits", **dict.fromkeys(sizes, 30)}},
-            "problem": {"init_args": {"supernet": {"init_args": net}}},
-            "batch_size": 10,
-        }
     if kind.startswith("LancBiO"):
         size = {"init_args": {"size": 40}}
         return {"sampler": size, "problem": size}
