@@ -318,25 +318,12 @@ class OuterVariable:
         self._prepared = None
         lr = self._config.lr_at(self.version)
         if num_tasks:
-            clip = self._config.clip_norm
-            if clip is not None and norm > clip:
-                for block in self._mean[: len(self._flat)].split(self._block):
-                    block.mul_(clip / norm)
-            if (most := self._config.clip_value) is not None:
-                for block in self._mean[: len(self._flat)].split(self._block):
-                    block.clamp_(-most, most)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
-            if self._has_stepped:
-                self._step(slice(None))
-            else:
-                # The optimiser allocates a moment for each block when it first steps it. Some
-                # blocks at a time, so that these copies never add up to a second x in memory.
-                for start in range(0, len(self._blocks), 64):
-                    some = slice(start, start + 64)
-                    self._step(some)
-                    self._join_moments(some)
-                self._has_stepped = True
+            num_divided, divisor = self._clip(norm)
+            self._step(slice(num_divided), divisor)
+            self._step(slice(num_divided, None), None)
+            self._has_stepped = True
             if self._rules.project is not None:
                 self._flat.copy_(flatten(self._rules.project(self.params)).detach())
         for item in fresh:
@@ -378,13 +365,49 @@ class OuterVariable:
                 squares.append(_square(block))
         return squares
 
-    def _step(self, blocks: slice) -> None:
-        """Step these blocks of x along what is left of their mean."""
+    def _clip(self, norm: float) -> tuple[int, Tensor | None]:
+        """Clip the mean but for its first blocks: returns how many and by what to divide them.
+
+        A kernel that divides while it reads the gradient saves a pass over it. It gets whole
+        blocks, of which all owners of x have the same.
+        """
+        clip, most = self._config.clip_norm, self._config.clip_value
+        factor, num_divided, divisor = 1.0, 0, None
+        if clip is not None and norm > clip:
+            factor = clip / norm
+            if most is None and self._divides(norm / clip):
+                num_divided, divisor = len(self._flat) // self._block, torch.tensor(norm / clip)
+        for block in self._mean[: len(self._flat)].split(self._block)[num_divided:]:
+            if factor < 1:
+                block.mul_(factor)
+            if most is not None:
+                block.clamp_(-most, most)
+        return num_divided, divisor
+
+    def _divides(self, divisor: float) -> bool:
+        """Whether the optimiser's kernel can divide by this number, which it takes in float32."""
+        if not self._is_on_host or self._flat.dtype != torch.float32:
+            return False
+        is_offered: bool = getattr(self._optimizer, "_step_supports_amp_scaling", False)
+        return is_offered and divisor <= torch.finfo(torch.float32).max
+
+    def _step(self, blocks: slice, divisor: Tensor | None) -> None:
+        """Step these blocks of x along what is left of their mean, over `divisor`."""
         gradients = self._mean[: len(self._flat)].split(self._block)
-        for parameter, gradient in zip(self._blocks[blocks], gradients[blocks], strict=True):
-            parameter.grad = gradient
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        first, last, _ = blocks.indices(len(self._blocks))
+        # The optimiser allocates a moment for each block when it first steps it. Some blocks at a
+        # time, so that these copies never add up to a second x in memory.
+        num_together = max(1, last - first) if self._has_stepped else 64
+        # As torch.amp.GradScaler passes it.
+        self._optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+        for start in range(first, last, num_together):
+            some = slice(start, min(start + num_together, last))
+            for parameter, gradient in zip(self._blocks[some], gradients[some], strict=True):
+                parameter.grad = gradient
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            if not self._has_stepped:
+                self._join_moments(some)
 
     def _join_moments(self, blocks: slice) -> None:
         """Move what the optimiser keeps of these blocks into vectors over the whole of x.

@@ -13,7 +13,7 @@ from metadist.compute import intra_op_threads
 from metadist.optimizer import OPTIMIZERS, OuterOptimizer
 from metadist.outer import BLOCK, OuterVariable, StepRules, norm_of_blocks, shard_bounds
 from metadist.trees import flatten
-from tests.problems import assert_same_bytes, computed_lease, generator
+from tests.problems import assert_close, assert_same_bytes, computed_lease, generator
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "sgd": [{}, {"momentum": 0.9, "weight_decay": 0.1}, {"momentum": 0.9, "nesterov": True}],
@@ -183,6 +183,63 @@ def test_clipping_scales_the_mean_down_to_the_norm(clip_norm):
     assert torch.allclose(moved * mean.norm(), mean * moved.norm(), rtol=1e-9)
     expected = min(clip_norm or math.inf, float(mean.norm()))
     assert float(moved.norm()) == pytest.approx(expected, rel=1e-9)
+
+
+KERNELS = [
+    ("adam", {}),
+    ("adam", {"amsgrad": True, "weight_decay": 0.1, "maximize": True}),
+    ("adamw", {}),
+    ("sgd", {"fused": True, "momentum": 0.9}),
+    ("adagrad", {"fused": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), KERNELS, ids=str)
+def test_kernels_that_divide_by_themselves_step_as_if_the_mean_were_clipped_first(name, options):
+    clip, length = 0.7, 2 * BLOCK + 3
+    start = {"x": torch.randn(length, generator=generator(1))}
+    variable = OuterVariable(start, OuterOptimizer(name, 0.05, options, clip_norm=clip))
+    first, scaled = (OuterVariable(start, OuterOptimizer(name, 0.05, options)) for _ in range(2))
+    for version in range(3):
+        item = long_contribution(version, version, length, torch.float32)._replace(weight=1.0)
+        mean = item.total / item.result.num_tasks
+        norm = norm_of_blocks(variable.prepare([item]))
+        assert norm > clip
+        variable.commit(norm)
+        # Whole blocks are divided and the rest is multiplied, which differ by a rounding.
+        times = mean * (clip / norm)
+        whole = mean[: 2 * BLOCK] / torch.tensor(norm / clip)
+        clipped = torch.cat([whole, times[2 * BLOCK :]])
+        first.apply([computed_lease(version, version, clipped, 1)])
+        scaled.apply([computed_lease(version, version, times, 1)])
+    assert_same_bytes(variable.params, first.params)
+    assert_same_bytes(variable.state().optimizer, first.state().optimizer)
+    assert_close(variable.params, scaled.params, 1e-6)
+
+
+@pytest.mark.parametrize(("name", "options"), KERNELS, ids=str)
+def test_what_is_no_longer_than_clip_norm_is_left_alone(name, options):
+    start = {"x": torch.randn(BLOCK + 3, generator=generator(1))}
+    short, free = (
+        OuterVariable(start, OuterOptimizer(name, 0.05, options, clip_norm=clip_norm))
+        for clip_norm in (1e9, None)
+    )
+    for version in range(2):
+        item = long_contribution(version, version, BLOCK + 3, torch.float32)
+        assert short.apply([item]) == free.apply([item])
+    assert_same_bytes(short.params, free.params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_is_clipped_where_float32_does_not_hold_the_divisor(dtype):
+    config = OuterOptimizer("adam", 0.05, {"eps": 1.0}, clip_norm=0.5)
+    variable = OuterVariable({"x": torch.zeros(BLOCK, dtype=dtype)}, config)
+    total = torch.full((BLOCK,), 3e38, dtype=dtype)
+    variable.apply([computed_lease(0, 0, total, 1)])
+    # The first step of Adam is lr g / (|g| + eps).
+    g = 0.5 / BLOCK**0.5
+    expected = torch.full((BLOCK,), -0.05 * g / (g + 1), dtype=dtype)
+    torch.testing.assert_close(variable.flat, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])

@@ -145,7 +145,7 @@ def test_a_run_keeps_x_and_states_on_the_device(algorithm, keep_state, reads, mo
         seen = []
         for _ in executor.run(3):
             # What comes with the data is not of the step.
-            seen.append({k: n for k, n in waits.items() if "task.py" not in k})
+            seen.append({k: n for k, n in waits.items() if "feed.py" not in k})
             waits.clear()
         found = executor.state()
         assert len(waits) <= 3  # checkpoints read it all
