@@ -228,6 +228,11 @@ def _require_no_original(problem: Problem, held: list[nn.Module], calls: dict[st
     originals = {id(leaf): leaf for part in held for leaf in originals_of(part)}
     if not originals:
         return
+    # x may be the memory of these weights, which are changed below.
+    calls = {
+        name: call._replace(arguments=_copied(call.function, call.arguments))
+        for name, call in calls.items()
+    }
 
     def values() -> list[Any]:
         found = [calls[name].again(1) for name in ("encode", "init_inner")]
