@@ -228,7 +228,7 @@ def _require_no_original(problem: Problem, held: list[nn.Module], calls: dict[st
     originals = {id(leaf): leaf for part in held for leaf in originals_of(part)}
     if not originals:
         return
-    # x may be the memory of these weights, which are changed below.
+    # x may be these weights, which are changed below.
     calls = {
         name: call._replace(arguments=_copied(call.function, call.arguments))
         for name, call in calls.items()
@@ -255,16 +255,16 @@ def _require_no_original(problem: Problem, held: list[nn.Module], calls: dict[st
 
 @contextmanager
 def _changed_weights(weights: Iterable[Tensor]) -> Iterator[None]:
-    """Within the block they have other values."""
+    """Within the block they have other values, in other memory: theirs may be a read-only file."""
     # By .data: whoever has computed with them may go backward yet.
-    kept = [(leaf.data, leaf.detach().clone()) for leaf in weights]
+    kept = [(leaf, leaf.data) for leaf in weights]
     try:
-        for leaf, _ in kept:
-            leaf.mul_(2).add_(1)
+        for leaf, own in kept:
+            leaf.data = own * 2 + 1
         yield
     finally:
-        for leaf, value in kept:
-            leaf.copy_(value)
+        for leaf, own in kept:
+            leaf.data = own
 
 
 def _require_nothing_kept(

@@ -1,7 +1,7 @@
 """Layers of torch whose second derivatives are computed here, with the same values in less time.
 
 Each is a function with a double backward pass of its own, written out in its module. Whatever
-exports or traces a model sees torch's own layers.
+exports or traces a model sees torch's own layers, whose subclasses these are.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ def is_plain(x: Tensor, small: int) -> bool:
     """
     return (
         torch.compiler.is_compiling()
+        or not isinstance(x, Tensor)  # but what stands for one while torch.fx traces
         or torch._C._is_tracing()
-        or (x.numel() < small and x.device.type not in FUSED)
+        or x.device.type not in ("cpu", *FUSED)
+        or (x.device.type not in FUSED and x.numel() < small)
+        or x.is_complex()
         or forward_ad._current_level >= 0
         or torch.is_autocast_enabled(x.device.type)
     )

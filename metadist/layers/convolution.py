@@ -40,9 +40,9 @@ class Conv2d(nn.Conv2d):
         if (
             isinstance(padding, str)
             or self.padding_mode != "zeros"
-            or x.ndim != 4
             or not torch.is_grad_enabled()
             or is_plain(x, SMALL * self.in_channels // max(self.in_channels, self.out_channels))
+            or x.ndim != 4
         ):
             return super().forward(x)
         stride, dilation = list(self.stride), list(self.dilation)

@@ -32,11 +32,18 @@ class MaxPool2d(nn.MaxPool2d):
 def max_pool(x: Tensor) -> Tensor:
     """`F.max_pool2d(x, 2)` and its derivatives, to the last bit but for the sign of a zero.
 
+    Of images with NaN the gradient goes elsewhere.
+
     Args:
         x: Shape (N, C, H, W).
     """
-    by_rows = x.device.type not in FUSED and x.ndim == 4 and x.is_contiguous()
-    if not by_rows or is_plain(x, SMALL):
+    if (
+        is_plain(x, SMALL)
+        or x.device.type in FUSED
+        or x.ndim != 4
+        or not x.is_contiguous()
+        or min(x.shape[2:]) < 2
+    ):
         return F.max_pool2d(x, 2)
     if not torch.is_grad_enabled():
         left, right = _columns(x)
@@ -70,8 +77,8 @@ class _Forward(torch.autograd.Function):
         above, below = is_right[:, :, ::2], is_right[:, :, 1::2]
         is_right = above ^ ((above ^ below) & is_bottom)
         height, width = top.shape[2:]
-        rows = torch.arange(height)[:, None] * (2 * x.shape[3])
-        first = rows + 2 * torch.arange(width)
+        rows = torch.arange(height, device=x.device)[:, None] * (2 * x.shape[3])
+        first = rows + 2 * torch.arange(width, device=x.device)
         place = first + is_right.long().add(is_bottom.long(), alpha=x.shape[3])
         return torch.maximum(top, bottom), place
 

@@ -15,7 +15,7 @@ from metadist import task_hypergradients
 from metadist.algorithms import ITD
 from metadist.compute import Compute
 from metadist.layers.batch_norm import batch_norm
-from metadist.models import Conv4
+from metadist.models import Conv4, TaskBatchNorm
 from metadist.task import to_device
 from metadist.tasks import FewShotProblem
 from tests.helpers import fused
@@ -134,3 +134,9 @@ def test_models_use_it_where_operations_are_fused(engine, vectorize, monkeypatch
     with fused():
         assert_close(total(), expected, 1e-9)
     assert used.called
+
+
+def test_one_number_a_channel_is_refused_as_by_torch(monkeypatch):
+    monkeypatch.setattr("metadist.models.SMALL", 0)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        TaskBatchNorm(3)(randn(0, 1, 3).float())

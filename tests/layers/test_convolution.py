@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
 from metadist.layers.convolution import Conv2d, _Forward
@@ -139,3 +139,13 @@ def test_exports_see_the_convolution_of_torch():
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert targets == ["aten.conv2d.default"]
     assert torch.equal(program.module()(randn(1, 2, 4, 6, 6)), layer(randn(1, 2, 4, 6, 6)))
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+def test_complex_and_blank_images_and_stand_ins_are_left_to_torch():
+    ours, torchs = pair(padding=1)
+    x = randn(1, 2, 4, 6, 6)
+    assert torch.equal(fx.symbolic_trace(ours)(x), torchs(x))
+    assert ours.to("meta")(x.to("meta")).shape == (2, 6, 6, 6)
+    ours, torchs = (layer.to(torch.complex128) for layer in pair(padding=1))
+    assert torch.equal(ours(x + 1j), torchs(x + 1j))

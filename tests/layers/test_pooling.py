@@ -91,3 +91,8 @@ def test_channels_last_and_forward_mode_are_left_to_torch():
         jvp(max_pool, (x,), (fresh(x.shape),)), jvp(torchs, (x,), (fresh(x.shape),)), strict=True
     ):
         assert torch.equal(found, expected)
+
+
+def test_what_torch_refuses_is_refused():
+    with pytest.raises(RuntimeError, match="too small"):
+        max_pool(images(1, 2, 1, 4))

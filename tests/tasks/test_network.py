@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import warnings
 import weakref
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from ray import cloudpickle
@@ -316,6 +318,30 @@ def test_a_copy_that_reads_the_weights_of_the_original_is_refused(way):
     with pytest.raises(Impure, match="follow the weights of the model that FewShotProblem was ma"):
         hypergradient(FewShotProblem(model))
     assert all(torch.equal(leaf, before[name]) for name, leaf in model.state_dict().items())
+
+
+def test_weights_in_a_read_only_file_and_weights_that_share_memory_are_checked(tmp_path):
+    np.save(tmp_path / "w.npy", np.ones((4, 6), np.float32))
+    model = seeded(SelfMade)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch: the array is not writable
+        stored = torch.from_numpy(np.load(tmp_path / "w.npy", mmap_mode="r"))
+    model.body.weight = nn.Parameter(stored)
+    model.body.bias = nn.Parameter(torch.ones(1).expand(4))
+    hypergradient(FewShotProblem(model))
+    assert torch.equal(model.body.weight, torch.ones(4, 6))
+    assert model.body.weight.data_ptr() == stored.data_ptr()
+
+
+def test_an_error_of_the_model_is_not_taken_for_one_about_its_weights():
+    def fail(*given):
+        raise RuntimeError("metadata of the meta-batch are missing")
+
+    model = seeded(SelfMade)
+    model.register_forward_hook(fail)
+    with pytest.raises(Exception, match="metadata of the meta-batch") as caught:
+        hypergradient(FewShotProblem(model))
+    assert "must read its weights" not in str(caught.value)
 
 
 def test_a_loss_may_ask_the_model_as_it_was():

@@ -66,6 +66,14 @@ def at(problem, seed=0):
     return oracle, context, random_like(inner, seed + 1), random_like(inner, seed + 2), task
 
 
+def test_a_head_that_is_replaced_or_has_hooks_is_asked():
+    model, x = LinearClassifier(4, 3), torch.ones(2, 2, 2)
+    model.head.register_forward_hook(lambda layer, args, output: output + 1)
+    assert torch.equal(model(x), torch.ones(2, 3))
+    model.head = torch.nn.Linear(4, 3, bias=False)
+    assert torch.equal(model(x), model.head(x.flatten(1)))
+
+
 @each
 def test_its_derivatives_are_those_of_central_differences(problem):
     oracle, outer, inner, v, task = at(problem)
