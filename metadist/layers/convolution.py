@@ -32,7 +32,8 @@ SMALL = 1 << 16
 class Conv2d(nn.Conv2d):
     """`nn.Conv2d` with second derivatives that take less time.
 
-    Values and first derivatives are those of `nn.Conv2d` to the last bit, second ones to rounding.
+    Values and first derivatives are those of `nn.Conv2d` to the last bit (under vmap, to rounding),
+    second ones to rounding.
     """
 
     def forward(self, input: Tensor) -> Tensor:
