@@ -95,7 +95,8 @@ class TaskBatchNorm(nn.Module):
         return out.reshape(shape)
 
     def _own_statistics(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not is_plain(x, SMALL) and x.numel() > x.shape[1]:
+        has_spread = x.numel() > x.shape[1]  # else torch refuses it
+        if has_spread and torch.is_grad_enabled() and not is_plain(x, SMALL):
             return batch_norm(x, weight, bias, self.eps)
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
 
