@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from metadist.checks.values import check, require_number
 from metadist.factory import ModelFactory
-from metadist.layers import is_plain
-from metadist.layers.batch_norm import SMALL, batch_norm
+from metadist.layers.batch_norm import batch_norm
 from metadist.layers.convolution import Conv2d
 from metadist.layers.pooling import MaxPool2d, max_pool
 from metadist.rematerialise import rematerialise
@@ -83,9 +82,10 @@ class TaskBatchNorm(nn.Module):
             x = x.reshape(-1, num_tasks * shape[1], *shape[2:])
             weight, bias = weight.repeat(num_tasks), bias.repeat(num_tasks)
         if len(sets) < 2:
-            out = self._own_statistics(x, weight, bias)
+            out = batch_norm(x, weight, bias, self.eps)
         elif self.policy == "transductive":
-            out = torch.cat([self._own_statistics(part, weight, bias) for part in x.split(sets)])
+            parts = [batch_norm(part, weight, bias, self.eps) for part in x.split(sets)]
+            out = torch.cat(parts)
         else:
             axes = [0, *range(2, x.ndim)]
             variance, mean = torch.var_mean(x[: sets[0]], axes, correction=0, keepdim=True)
@@ -93,12 +93,6 @@ class TaskBatchNorm(nn.Module):
             gain = weight.view(channel[1:]) * (variance + self.eps).rsqrt()
             out = (x - mean) * gain + bias.view(channel[1:])
         return out.reshape(shape)
-
-    def _own_statistics(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        has_spread = x.numel() > x.shape[1]  # else torch refuses it
-        if has_spread and torch.is_grad_enabled() and not is_plain(x, SMALL):
-            return batch_norm(x, weight, bias, self.eps)
-        return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, policy={self.policy!r}"

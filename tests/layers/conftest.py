@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from metadist import models
-from metadist.layers import convolution, pooling
+from metadist.layers import batch_norm, convolution, pooling
 
 
 @pytest.fixture(autouse=True)
 def no_input_is_small(monkeypatch):
-    for module in (convolution, models, pooling):
+    for module in (batch_norm, convolution, pooling):
         monkeypatch.setattr(module, "SMALL", 0)

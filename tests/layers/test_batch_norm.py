@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
-from metadist import task_hypergradients
+from metadist import layers, task_hypergradients
 from metadist.algorithms import ITD
 from metadist.compute import Compute
 from metadist.layers.batch_norm import batch_norm
@@ -128,15 +128,17 @@ def test_models_use_it_where_operations_are_fused(engine, vectorize, monkeypatch
             is_checked=True,
         ).total
 
+    for module in (layers.batch_norm, layers.convolution, layers.pooling):
+        monkeypatch.setattr(module, "SMALL", 1 << 60)
+    used = Mock(side_effect=layers.batch_norm._Forward.apply)
+    monkeypatch.setattr(layers.batch_norm._Forward, "apply", used)
     expected = total()
-    used = Mock(side_effect=batch_norm)
-    monkeypatch.setattr("metadist.models.batch_norm", used)
+    assert not used.called
     with fused():
         assert_close(total(), expected, 1e-9)
     assert used.called
 
 
-def test_one_number_a_channel_is_refused_as_by_torch(monkeypatch):
-    monkeypatch.setattr("metadist.models.SMALL", 0)
+def test_one_number_a_channel_is_refused_as_by_torch():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         TaskBatchNorm(3)(randn(0, 1, 3).float())
